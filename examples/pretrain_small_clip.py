@@ -1,0 +1,457 @@
+"""Pretrains a small CLIPModel from a labelled set of images: the encoder that the trainers start from where no
+published weights can be had, in tests, in the demo and on a laptop.
+
+    python examples/pretrain_small_clip.py --train_data data/cifar10 --image_size 32 --patch_size 8 \
+      --hidden_size 128 --num_layers 4 --epochs 9 --output_dir runs/small-clip
+
+The captions are the class names in the set's templates. Each step draws some of the templates, and the image embeddings
+are classified against the text embeddings of the classes in each of them (the image-to-text half of CLIP's loss, where
+images of one class do not count as each other's negatives). The whole set is decoded once and kept in memory as
+uint8. What --output_dir holds in the end is a complete Hugging Face directory: CLIPModel.from_pretrained and
+CLIPProcessor.from_pretrained load it. One process, one GPU if there is one, float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from utils.cli import UserError, flag, parse_settings, required, run
+from utils.encoders import ImageEncoder, make_encoder, quiet_transformers
+from utils.images import ImageTransform
+from utils.metrics import MetricsFile
+from utils.model_card import command_line, versions
+from utils.optimization import cosine_learning_rate, set_learning_rate
+from utils.progress import RunProgress
+from utils.shards import ShardDataset, ShardIndex, eval_loader
+from utils.skipped import SkipCounter
+from utils.zeroshot import class_embeddings, open_set, read_templates, to_pixel_values
+
+MAX_TEXT_LENGTH = 77  # tokens, as in the published CLIPs
+MAX_SET_BYTES = 8 * 2**30
+MAX_LOGIT_SCALE = 4.6052  # ln 100
+
+
+@dataclass
+class Settings:
+    train_data: str = required(
+        "set directory: classnames.txt, train/*.tar and, for the accuracy, test/*.tar", group="data"
+    )
+    output_dir: str = required("where the model goes", group="output")
+    image_size: int = flag(32, "side of the images, in pixels", group="data", minimum=8)
+    classnames: str | None = flag(None, "class names, one per line; default classnames.txt of the set", group="data")
+    templates: str | None = flag(
+        None, "templates, one per line, {c} the class name; default the set's, else 'a photo of a {c}.'", group="data"
+    )
+    train_num_samples: int | None = flag(None, "use the first N training images; default all", group="data", minimum=1)
+    num_workers: int = flag(0, "processes that decode images, once, at the start", group="data", minimum=0)
+    max_bad_fraction: float = flag(
+        0.01, "share of unusable samples at which the run stops", group="data", minimum=0, maximum=1
+    )
+    cache_dir: str | None = flag(None, "where indexes of shards are kept; default the user's cache", group="data")
+
+    patch_size: int = flag(8, "side of the patches, in pixels", group="model", minimum=1)
+    hidden_size: int = flag(128, "width of the image tower", group="model", minimum=1)
+    num_layers: int = flag(4, "layers of the image tower", group="model", minimum=1)
+    num_heads: int = flag(4, "attention heads of the image tower", group="model", minimum=1)
+    text_hidden_size: int = flag(64, "width of the text tower", group="model", minimum=1)
+    text_num_layers: int = flag(2, "layers of the text tower", group="model", minimum=1)
+    text_num_heads: int = flag(2, "attention heads of the text tower", group="model", minimum=1)
+    projection_dim: int = flag(128, "dimension of the shared embedding space", group="model", minimum=1)
+    vocab_size: int = flag(2048, "tokens at most; 514 are single bytes and marks", group="model", minimum=514)
+
+    epochs: int = flag(9, "passes over the training images", group="training", minimum=1)
+    batch_size: int = flag(128, "images per step", group="training", minimum=1)
+    captions_per_step: int = flag(
+        256,
+        "captions per step, at least one template of each class present; then more classes, then more templates",
+        group="training",
+        minimum=2,
+    )
+    learning_rate: float = flag(1e-3, "peak of AdamW's learning rate, then cosine to 0", group="training", above=0)
+    warmup_fraction: float = flag(0.1, "share of the steps for linear warm-up", group="training", minimum=0, maximum=1)
+    weight_decay: float = flag(0.05, "AdamW's, on matrices only", group="training", minimum=0)
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", group="training", above=0)
+    crop_padding: int | None = flag(
+        None, "random crops from images padded by this many pixels; default image_size / 8", group="training", minimum=0
+    )
+    flip: bool = flag(True, "mirror images at random; false for digits and letters", group="training")
+    seed: int = flag(0, "of weights, order, crops and templates", group="training", minimum=0)
+
+    overwrite: bool = flag(False, "replace what a non-empty output_dir holds", group="output")
+    eval_epochs: int = flag(5, "test accuracy after every N epochs, and at the end", group="output", minimum=1)
+    logging_steps: int = flag(50, "a row in metrics.jsonl every N steps", group="output", minimum=1)
+
+
+def main() -> None:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where it is installed, warns when a model is saved
+    settings = parse_settings(Settings, description=__doc__)
+    check(settings)
+    root = Path(settings.train_data)
+    train = open_set(
+        [str(root / "train")],
+        flag="--train_data",
+        with_classes=True,
+        classnames=settings.classnames,
+        cache_dir=settings.cache_dir,
+    )
+    classnames, templates = train.classnames, train.templates
+    if settings.templates is not None:
+        templates = read_templates(settings.templates)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(settings.seed)
+
+    train_images, train_labels = decode(
+        train.index, settings, len(classnames), settings.train_num_samples, "decoding train"
+    )
+    has_test = any((root / "test").glob("*.tar"))
+    if has_test:
+        test = open_set([str(root / "test")], flag="--train_data", with_classes=False, cache_dir=settings.cache_dir)
+        test_images, test_labels = decode(test.index, settings, len(classnames), None, "decoding test")
+
+    processor = make_processor(classnames, templates, settings)
+    clip = make_clip(len(processor.tokenizer), settings).to(device)
+    encoder = make_encoder(clip, processor)
+    caption_ids = tokenize_captions(processor, classnames, templates).to(device)
+    spread_captions(clip, caption_ids)
+
+    steps_per_epoch = max(1, len(train_images) // settings.batch_size)
+    total_steps = settings.epochs * steps_per_epoch
+    warmup_steps = int(settings.warmup_fraction * total_steps)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in clip.parameters() if p.ndim >= 2], "weight_decay": settings.weight_decay},
+            {"params": [p for p in clip.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=settings.learning_rate,
+        betas=(0.9, 0.98),
+    )
+
+    output_dir = Path(settings.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    metrics = MetricsFile(output_dir / "metrics.jsonl")
+    metrics.path.unlink(missing_ok=True)
+    # On the CPU: the same order, crops and templates on every device.
+    generator = torch.Generator().manual_seed(settings.seed)
+    step = 0
+    accuracy = None
+    started = time.perf_counter()
+    with RunProgress("pretraining", total_steps) as progress:
+        for epoch in range(1, settings.epochs + 1):
+            order = torch.randperm(len(train_images), generator=generator)
+            for first in range(0, steps_per_epoch * settings.batch_size, settings.batch_size):
+                index = order[first : first + settings.batch_size]
+                labels = train_labels[index].to(device)
+                pixel_values = to_pixel_values(augment(train_images[index], settings, generator), device)
+                classes, targets = draw_classes(labels, len(classnames), settings.captions_per_step, generator)
+                num_templates = min(len(templates), max(1, settings.captions_per_step // len(classes)))
+                drawn = torch.randperm(len(templates), generator=generator)[:num_templates]
+
+                learning_rate = cosine_learning_rate(step, settings.learning_rate, total_steps, warmup_steps)
+                set_learning_rate(optimizer, learning_rate)
+                image_embeds = F.normalize(encoder(pixel_values), dim=-1)
+                text_embeds = F.normalize(embed_captions(clip, caption_ids[classes][:, drawn]), dim=-1)
+                # One classification per template: were classes in different templates compared, the templates would
+                # hide the classes from an untrained text tower, and the loss would stay flat for hundreds of steps.
+                logits_per_image = clip.logit_scale.exp() * torch.einsum("nd,ctd->nct", image_embeds, text_embeds)
+                loss = F.cross_entropy(logits_per_image, targets[:, None].expand(-1, num_templates))
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                grad_norm = torch.nn.utils.clip_grad_norm_(clip.parameters(), settings.max_grad_norm)
+                optimizer.step()
+                with torch.no_grad():
+                    clip.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+                step += 1
+
+                if step % settings.logging_steps == 0 or step == total_steps:
+                    row = {
+                        "step": step,
+                        "epoch": epoch,
+                        "samples": step * settings.batch_size,
+                        "loss": loss.item(),  # the device is waited for here
+                        "grad_norm": grad_norm.item(),
+                        "logit_scale": clip.logit_scale.exp().item(),
+                        "learning_rate": learning_rate,
+                        "images_per_second": step * settings.batch_size / (time.perf_counter() - started),
+                    }
+                    stop_unless_finite(row)
+                    metrics.write(row)
+                    shown = {key: row[key] for key in ("epoch", "loss", "learning_rate", "images_per_second")}
+                    progress.update(step, shown, report=True)
+                else:
+                    progress.update(step)
+
+            if has_test and (epoch % settings.eval_epochs == 0 or epoch == settings.epochs):
+                accuracy, norm = evaluate(clip, encoder, processor, classnames, templates, test_images, test_labels)
+                metrics.write(
+                    {"step": step, "epoch": epoch, "eval_accuracy_clean": accuracy, "image_embeds_norm": norm}
+                )
+                progress.note(f"epoch {epoch}: test accuracy {accuracy:.4f}, norm of the image embeddings {norm:.2f}")
+
+    save(output_dir, clip, processor, settings, accuracy, time.perf_counter() - started)
+    print(f"{output_dir}: saved; load it with CLIPModel.from_pretrained and CLIPProcessor.from_pretrained")
+
+
+def check(settings: Settings) -> None:
+    """What can be said before anything is read."""
+    if settings.image_size % settings.patch_size:
+        raise UserError(
+            f"--patch_size {settings.patch_size}: does not divide --image_size {settings.image_size}; give a divisor"
+        )
+    towers = (
+        ("", settings.hidden_size, settings.num_heads),
+        ("text_", settings.text_hidden_size, settings.text_num_heads),
+    )
+    for tower, hidden_size, num_heads in towers:
+        if hidden_size % num_heads:
+            raise UserError(
+                f"--{tower}num_heads {num_heads}: does not divide --{tower}hidden_size {hidden_size}; give a divisor"
+            )
+    output_dir = Path(settings.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output_dir {output_dir}: is a file; give a directory")
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not settings.overwrite:
+        raise UserError(f"--output_dir {output_dir}: not empty; give another directory, or add --overwrite")
+    root = Path(settings.train_data)
+    if not root.is_dir():
+        raise UserError(f"--train_data {root}: no such directory; expected a set with classnames.txt and train/*.tar")
+    if not any((root / "train").glob("*.tar")):
+        raise UserError(f"--train_data {root}: no .tar files in {root / 'train'}; expected the shards of the set there")
+    for name in ("classnames", "templates"):
+        path = getattr(settings, name)
+        if path is not None and not Path(path).is_file():
+            raise UserError(f"--{name} {path}: no such file; expected a text file, one entry per line")
+
+
+def decode(
+    index: ShardIndex, settings: Settings, num_classes: int, limit: int | None, progress_title: str
+) -> tuple[Tensor, Tensor]:
+    """All (or the first ``limit``) images of a split, in order: uint8 (n, 3, S, S), labels (n,) int64."""
+    size = settings.image_size
+    num_samples = min(limit or index.num_samples, index.num_samples)
+    if (num_bytes := num_samples * 3 * size * size) > MAX_SET_BYTES:
+        raise UserError(
+            f"--train_data {settings.train_data}: {num_samples} images of {size} px take {num_bytes / 2**30:.1f} GiB "
+            f"of memory, more than the {MAX_SET_BYTES / 2**30:.0f} allowed; lower --train_num_samples or --image_size"
+        )
+    dataset = ShardDataset(
+        index, ImageTransform(size, (size, size)), order="sequential", with_labels=True, num_classes=num_classes
+    )
+    loader = eval_loader(
+        dataset, num_samples=num_samples, batch_size=256, rank=0, world_size=1, num_workers=settings.num_workers
+    )
+    images = torch.empty((num_samples, 3, size, size), dtype=torch.uint8)
+    labels = torch.empty(num_samples, dtype=torch.int64)
+    filled = 0
+    with RunProgress(progress_title, num_samples) as progress:
+        skipped = SkipCounter(index, settings.max_bad_fraction, report=progress.note)
+        for batch in loader:
+            here = slice(filled, filled + len(batch["labels"]))
+            images[here], labels[here] = batch["images"], batch["labels"]
+            filled = here.stop
+            skipped.add(batch["skipped"])
+            skipped.seen += 256
+            skipped.check()
+            progress.update(min(skipped.seen, num_samples), report=skipped.seen >= num_samples)
+        if skipped.summary():
+            progress.note(skipped.summary())
+    return images[:filled], labels[:filled]
+
+
+def make_processor(classnames: list[str], templates: list[str], settings: Settings) -> CLIPProcessor:
+    """CLIP's image preparation at this image size, and a tokenizer learnt from the captions."""
+    size = settings.image_size
+    captions = [template.replace("{c}", name) for name in classnames for template in templates]
+    with quiet_transformers():
+        from transformers import CLIPImageProcessor  # the import alone warns where torchvision is absent
+
+        image_processor = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+        return CLIPProcessor(image_processor, make_tokenizer(captions, settings.vocab_size))
+
+
+def make_tokenizer(captions: list[str], vocab_size: int) -> CLIPTokenizer:
+    """CLIP's byte-level BPE with merges learnt from ``captions``: any text can be encoded, theirs in few tokens.
+
+    As in the published vocabulary: 256 bytes, the same at the end of a word, merges, start of text, end of text. The
+    end of text has the highest id, which is where both rules of CLIPTextModel for the pooled token look for it.
+    """
+    byte_symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    learner = CLIPTokenizer(vocab={start: 0, end: 1}, merges=[]).backend_tokenizer
+    learner.train_from_iterator(
+        captions,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size - 256 - 2,
+            initial_alphabet=byte_symbols,
+            end_of_word_suffix="</w>",
+            show_progress=False,
+        ),
+    )
+    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
+    tokens = [*byte_symbols, *(symbol + "</w>" for symbol in byte_symbols), *("".join(merge) for merge in merges)]
+    vocab = {token: index for index, token in enumerate(dict.fromkeys([*tokens, start, end]))}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TEXT_LENGTH)
+
+
+def make_clip(vocab_size: int, settings: Settings) -> CLIPModel:
+    """A CLIPModel with random weights.
+
+    CLIP's initial weights are scaled down for towers of dozens of layers, and its positions are faint beside the
+    patches. With a few layers the image tower learns faster from Xavier's weights and larger positions.
+    """
+    text_config = {
+        "vocab_size": vocab_size,
+        "hidden_size": settings.text_hidden_size,
+        "intermediate_size": 4 * settings.text_hidden_size,
+        "num_hidden_layers": settings.text_num_layers,
+        "num_attention_heads": settings.text_num_heads,
+        "max_position_embeddings": MAX_TEXT_LENGTH,
+        "projection_dim": settings.projection_dim,
+        "bos_token_id": vocab_size - 2,
+        "eos_token_id": vocab_size - 1,
+        "pad_token_id": vocab_size - 1,
+    }
+    vision_config = {
+        "image_size": settings.image_size,
+        "patch_size": settings.patch_size,
+        "hidden_size": settings.hidden_size,
+        "intermediate_size": 4 * settings.hidden_size,
+        "num_hidden_layers": settings.num_layers,
+        "num_attention_heads": settings.num_heads,
+        "projection_dim": settings.projection_dim,
+    }
+    config = CLIPConfig(text_config=text_config, vision_config=vision_config, projection_dim=settings.projection_dim)
+    clip = CLIPModel(config)
+    for module in clip.vision_model.encoder.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+    nn.init.normal_(clip.vision_model.embeddings.position_embedding.weight, std=0.2)
+    return clip
+
+
+@torch.no_grad()
+def spread_captions(clip: CLIPModel, caption_ids: Tensor) -> None:
+    """Takes the mean over all captions out of the untrained text embeddings.
+
+    Captions share most of their words: untrained, two classes have a cosine of 0.97, and the images would be classified
+    by the little that is left.
+    """
+    sample = caption_ids.flatten(0, -2)[:: max(1, caption_ids[..., 0].numel() // 1024)]
+    clip.text_model.final_layer_norm.bias.sub_(clip.text_model(input_ids=sample).pooler_output.mean(dim=0))
+
+
+def tokenize_captions(processor: CLIPProcessor, classnames: list[str], templates: list[str]) -> Tensor:
+    """Every class in every template: input_ids (classes, templates, length) int64."""
+    captions = [template.replace("{c}", name) for name in classnames for template in templates]
+    tokens = processor.tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
+    return tokens["input_ids"].view(len(classnames), len(templates), -1)
+
+
+def draw_classes(labels: Tensor, num_classes: int, captions: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The classes whose captions are encoded this step, and each label's place among them.
+
+    All classes where they fit; else those of ``labels`` (n,) and others at random up to ``captions``.
+    """
+    if num_classes <= captions:
+        return torch.arange(num_classes, device=labels.device), labels
+    present, targets = labels.unique(return_inverse=True)
+    others = torch.randperm(num_classes, generator=generator).to(labels.device)
+    others = others[~torch.isin(others, present)][: max(0, captions - len(present))]
+    return torch.cat([present, others]), targets
+
+
+def embed_captions(clip: CLIPModel, caption_ids: Tensor) -> Tensor:
+    """input_ids (..., length) -> text embeddings (..., D), not normalised.
+
+    No attention mask: attention is causal and padding comes after the end of text, which is what is pooled.
+    """
+    pooled = clip.text_model(input_ids=caption_ids.flatten(0, -2)).pooler_output
+    return clip.text_projection(pooled).unflatten(0, caption_ids.shape[:-1])
+
+
+def augment(images: Tensor, settings: Settings, generator: torch.Generator) -> Tensor:
+    """uint8 (n, 3, S, S): a random crop of the padded image each, mirrored with probability 1/2."""
+    n, _, _, size = images.shape
+    padding = size // 8 if settings.crop_padding is None else settings.crop_padding
+    padded = F.pad(images, (padding,) * 4)
+    top, left = torch.randint(2 * padding + 1, (2, n, 1), generator=generator)
+    rows = top + torch.arange(size)
+    columns = left + torch.arange(size)
+    if settings.flip:
+        mirrored = torch.rand(n, 1, generator=generator) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    # Advanced indices around a slice put the sliced dimension last: (n, S, S, 3).
+    crops = padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+    return crops.permute(0, 3, 1, 2).contiguous()
+
+
+@torch.no_grad()
+def evaluate(
+    clip: CLIPModel,
+    encoder: ImageEncoder,
+    processor: CLIPProcessor,
+    classnames: list[str],
+    templates: list[str],
+    images: Tensor,
+    labels: Tensor,
+) -> tuple[float, float]:
+    """Zero-shot accuracy in [0,1] and the mean norm of the image embeddings before they are normalised."""
+    device = clip.logit_scale.device
+    class_embeds = class_embeddings(clip, processor, classnames, templates, device=device)
+    right, norms = 0, 0.0
+    for first in range(0, len(images), 512):
+        image_embeds = encoder(to_pixel_values(images[first : first + 512], device))
+        predicted = (image_embeds @ class_embeds.T).argmax(dim=-1).cpu()
+        right += int((predicted == labels[first : first + 512]).sum())
+        norms += float(image_embeds.norm(dim=-1).sum())
+    return right / len(images), norms / len(images)
+
+
+def stop_unless_finite(row: dict[str, float]) -> None:
+    for key in ("loss", "grad_norm"):
+        if not torch.isfinite(torch.tensor(row[key])):
+            raise UserError(f"step {row['step']}: {key} is {row[key]}; nothing was saved, try a lower --learning_rate")
+
+
+def save(
+    output_dir: Path,
+    clip: CLIPModel,
+    processor: CLIPProcessor,
+    settings: Settings,
+    accuracy: float | None,
+    seconds: float,
+) -> None:
+    """The Hugging Face directory, with the command and the result in README.md."""
+    with quiet_transformers():
+        clip.save_pretrained(output_dir)
+        processor.save_pretrained(output_dir)
+    result = "not measured (the set has no test split)" if accuracy is None else f"{accuracy:.4f}"
+    lines = [
+        "# A small CLIP",
+        "",
+        f"Pretrained from class names in templates, {seconds:.0f} s. Zero-shot test accuracy: {result}.",
+        "",
+        "```",
+        command_line(),
+        "```",
+        "",
+        "Settings: " + ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(settings).items()) + ".",
+        "Versions: " + ", ".join(f"{name} {number}" for name, number in versions().items()) + ".",
+    ]
+    (output_dir / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(main)

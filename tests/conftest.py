@@ -1,0 +1,47 @@
+"""Shared pieces of the suite: a small CLIP with random weights, the digits as shards, and a way to start a script."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from tests.small_models import save_small_clip  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def small_clip(tmp_path_factory) -> Path:
+    """A CLIP of 2 layers for 32 px with random weights and a tokenizer that encodes any text."""
+    directory = tmp_path_factory.mktemp("models") / "clip"
+    save_small_clip(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> Path:
+    """scikit-learn's digits at 32 px in the data set layout: 1,437 training and 360 test images."""
+    directory = tmp_path_factory.mktemp("data") / "digits"
+    run_script("examples/make_digit_shards.py", "--output_dir", directory)
+    return directory
+
+
+def run_script(script: str, *arguments: object, status: int = 0, launcher: tuple[str, ...] = (), **env: str) -> str:
+    """Runs a script of the project in a process of its own and returns stdout and stderr together."""
+    command = [*(launcher or (sys.executable,)), str(ROOT / script), *map(str, arguments)]
+    result = subprocess.run(
+        command, cwd=ROOT, text=True, capture_output=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"} | env
+    )
+    output = result.stdout + result.stderr
+    assert result.returncode == status, f"status {result.returncode}, expected {status}:\n{output[-6000:]}"
+    return output
+
+
+def two_processes(port: int) -> tuple[str, ...]:
+    """The launcher of two gloo processes on this machine."""
+    return (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}")

@@ -1,0 +1,157 @@
+"""Pixels equal to those of the Hugging Face image processors; damaged and oversized images are refused."""
+
+import io
+import pickle
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile
+from transformers import BitImageProcessor, CLIPImageProcessor, SiglipImageProcessor
+
+from tests.shard_maker import image_bytes
+from utils.cli import UserError
+from utils.images import MAX_PIXELS, ImageError, ImageTransform, decode
+
+RAW = {"do_rescale": False, "do_normalize": False}
+PROCESSORS = {
+    "clip 224": CLIPImageProcessor(**RAW),
+    "clip 32": CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, **RAW),
+    "clip, odd crop": CLIPImageProcessor(size={"shortest_edge": 36}, crop_size={"height": 31, "width": 33}, **RAW),
+    "clip, crop larger than the image": CLIPImageProcessor(
+        size={"shortest_edge": 40}, crop_size={"height": 63, "width": 52}, **RAW
+    ),
+    "clip, crop without resize": CLIPImageProcessor(do_resize=False, crop_size={"height": 64, "width": 65}, **RAW),
+    "clip, bilinear": CLIPImageProcessor(size={"shortest_edge": 48}, resample=2, do_center_crop=False, **RAW),
+    "dinov2": BitImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 56, "width": 56}, **RAW),
+    "siglip": SiglipImageProcessor(size={"height": 48, "width": 40}, **RAW),
+}
+SIZES = [
+    (100, 75),
+    (75, 100),
+    (64, 64),
+    (65, 64),
+    (64, 65),
+    (33, 97),
+    (223, 225),
+    (20, 30),
+    (31, 5),
+    (301, 200),
+    (1, 1),
+]
+
+
+def pictures():
+    """(name, encoded image): photographs of many shapes, and all that is no plain RGB."""
+    for number, size in enumerate(SIZES):
+        yield f"jpeg {size}", image_bytes(number, size)
+    yield "png", image_bytes(1, (61, 90), "PNG")
+    yield "webp", image_bytes(2, (90, 61), "WEBP")
+    yield "grey jpeg", image_bytes(3, (61, 90), "JPEG", "L")
+    yield "cmyk jpeg", image_bytes(4, (61, 90), "JPEG", "CMYK")
+    yield "grey png", image_bytes(5, (90, 61), "PNG", "L")
+    yield "bilevel png", image_bytes(6, (90, 61), "PNG", "1")
+    yield "palette png", image_bytes(7, (90, 61), "PNG", "P")
+    rgba = np.random.default_rng(8).integers(0, 256, size=(61, 90, 4), dtype=np.uint8)
+    for mode in ("RGBA", "LA"):
+        yield f"{mode} png", encoded(Image.fromarray(rgba).convert(mode))
+    yield "RGBA webp", encoded(Image.fromarray(rgba), "WEBP", lossless=True)
+    palette = Image.fromarray(rgba[..., :3]).quantize(16)
+    yield "palette png with transparency", encoded(palette, transparency=3)
+    yield (
+        "rgb png with transparent colour",
+        encoded(Image.fromarray(rgba[..., :3]), transparency=tuple(rgba[0, 0, :3].tolist())),
+    )
+
+
+def encoded(image, format="PNG", **options):
+    stream = io.BytesIO()
+    image.save(stream, format=format, **options)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("processor", PROCESSORS.values(), ids=PROCESSORS.keys())
+def test_pixels_equal_those_of_the_image_processor(processor):
+    transform = ImageTransform.from_processor(processor)
+    for name, data in pictures():
+        expected = processor(Image.open(io.BytesIO(data)), return_tensors="np")["pixel_values"][0]
+        pixels = decode(data, transform)
+        assert pixels.dtype == torch.uint8
+        assert pixels.is_contiguous()
+        assert pixels.shape == expected.shape, name
+        assert np.array_equal(pixels.numpy(), expected), name
+        assert transform.output_size in (None, tuple(pixels.shape[1:]))
+
+
+def test_settings_come_from_the_processor():
+    assert ImageTransform.from_processor(CLIPImageProcessor()) == ImageTransform(224, (224, 224), 3)
+    assert ImageTransform.from_processor(SiglipImageProcessor()) == ImageTransform((224, 224), None, 3)
+    assert ImageTransform.from_processor(PROCESSORS["clip, crop without resize"]).resize is None
+    assert ImageTransform.from_processor(PROCESSORS["clip, bilinear"]).output_size is None
+
+
+@pytest.mark.parametrize(
+    "settings", [{"size": {"shortest_edge": 10, "longest_edge": 20}}, {"do_pad": True}], ids=["size", "pad"]
+)
+def test_processors_that_do_more_are_refused(settings):
+    with pytest.raises(UserError, match="not supported"):
+        ImageTransform.from_processor(CLIPImageProcessor(**settings))
+
+
+def test_truncated_images_raise_wherever_they_end():
+    transform = ImageTransform(8, (8, 8))
+    for format in ("JPEG", "PNG", "WEBP"):
+        data = image_bytes(1, (40, 30), format)
+        decode(data, transform)
+        for length in [*range(0, len(data) - 12, max(1, len(data) // 40))]:
+            with pytest.raises(ImageError):
+                decode(data[:length], transform)
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"no image at all", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"P6 1 1 255\nabc", bytes(1000)],
+    ids=["empty", "text", "postscript", "format not listed", "zeros"],
+)
+def test_other_files_raise(data):
+    with pytest.raises(ImageError):
+        decode(data, ImageTransform())
+
+
+def test_decompression_bombs_raise_before_they_are_decoded(monkeypatch):
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    side = int(MAX_PIXELS**0.5) + 1
+    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    bomb = (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10))) + chunk(b"IEND", b"")
+    )
+    with pytest.raises(ImageError, match="pixels"):
+        decode(bomb, ImageTransform())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as some libraries do
+    with pytest.raises(ImageError, match=f"{side} x {side} pixels"):
+        decode(bomb, ImageTransform())
+
+
+def test_draft_is_off_by_default_and_close():
+    data = image_bytes(1, (1201, 803))
+    exact, draft = (
+        decode(data, ImageTransform(100, (100, 100))),
+        decode(data, ImageTransform(100, (100, 100), draft=True)),
+    )
+    assert not ImageTransform().draft
+    assert draft.shape == exact.shape
+    difference = (draft.int() - exact.int()).abs().float()
+    assert 0 < difference.max() <= 16
+    assert difference.mean() < 1
+    small = image_bytes(2, (150, 120))  # less than twice the size wanted: decoded in full
+    assert torch.equal(decode(small, ImageTransform(100, None)), decode(small, ImageTransform(100, None, draft=True)))
+
+
+def test_transforms_can_be_sent_to_workers():
+    transform = ImageTransform((20, 10), None, 2, True)
+    assert pickle.loads(pickle.dumps(transform)) == transform

@@ -1,0 +1,275 @@
+"""train_lore.py as users start it, and its invariants: processes, accumulation, the limits of the method, resume."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from transformers import CLIPModel, CLIPProcessor
+
+import train_lore
+from tests.conftest import ROOT, run_script, two_processes
+from tests.small_models import photos, save_small_clip, small_encoder
+from utils.cli import UserError
+from utils.lagrangian import Multiplier
+
+KEYS = {
+    "step", "samples", "loss", "distance_adv", "distance_clean", "violation_ratio_mean", "violation_ratio_median",
+    "violation_ratio_p95", "violation_ratio_max", "violated_fraction", "multiplier_mean", "multiplier_min",
+    "multiplier_max", "grad_norm", "learning_rate", "dual_learning_rate", "images_per_second",
+}  # fmt: skip
+
+
+@pytest.fixture
+def arguments(small_clip, digits, tmp_path):
+    """The command line of a short run; keyword arguments change it."""
+
+    def make(**changes):
+        settings = {
+            "model_name_or_path": small_clip,
+            "train_shards": digits / "train",
+            "output_dir": tmp_path / "run",
+            "cache_dir": tmp_path / "cache",
+            "per_device_train_batch_size": 8,
+            "max_steps": 2,
+            "logging_steps": 1,
+            "attack_steps": 2,
+            "primal_steps": 2,
+            "learning_rate": 1e-3,
+            "eps": 8,
+            "num_workers": 0,
+            "report_to": "none",
+        } | changes
+        return [str(word) for name, value in settings.items() for word in (f"--{name}", value) if value is not None]
+
+    return make
+
+
+def rows(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def embeds(directory):
+    with torch.no_grad():
+        return small_encoder(directory)(photos(4))
+
+
+def weights(directory):
+    return CLIPModel.from_pretrained(directory).state_dict()
+
+
+def test_a_run_from_the_command_line_ends_in_a_model_that_loads(arguments, small_clip, digits, tmp_path):
+    output = run_script(
+        "train_lore.py",
+        *arguments(
+            max_steps=4, eval_shards=digits / "test", eval_num_samples=40, eval_steps=2, logging_steps=2,
+            checkpoint_steps=1, checkpoints_total_limit=2, keep_best="eval_accuracy_clean", report_to="tensorboard",
+            num_workers=1,
+        ),
+        launcher=(
+            sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file",
+            str(ROOT / "accelerate_configs" / "cpu.yaml"),
+        ),
+    )  # fmt: skip
+    run_dir = tmp_path / "run"
+    assert "step 0: accuracy" in output
+    assert "LORE 4/4" in output
+
+    metrics = rows(run_dir)
+    assert [row["step"] for row in metrics] == [0, 2, 4]
+    assert {"eval_accuracy_clean", "eval_accuracy_pgd"} <= metrics[0].keys()
+    assert all(KEYS | {"eval_accuracy_clean", "eval_accuracy_pgd"} <= row.keys() for row in metrics[1:])
+    assert metrics[-1]["samples"] == 32
+    assert all(math.isfinite(value) for row in metrics for value in row.values())
+
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step-3", "step-4"]
+    CLIPProcessor.from_pretrained(run_dir)
+    for name in ("checkpoints/step-4/model", "best", "."):
+        assert (embeds(run_dir / name) - embeds(small_clip)).abs().max() > 1e-3
+    torch.testing.assert_close(embeds(run_dir), embeds(run_dir / "checkpoints/step-4/model"), rtol=0, atol=0)
+    card = (run_dir / "README.md").read_text()
+    assert "# LORE from" in card
+    assert "| rho | 0.1 |" in card
+    assert "train_lore.py --model_name_or_path" in card
+    assert list((run_dir / "train_lore").glob("events*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "LORE"),
+        ({"multiplier": "linear", "margin": "fixed"}, "LORE"),
+        ({"multiplier": "scalar", "attack_momentum": 0.9, "warmup_steps": 1, "max_grad_norm": 0.1}, "LORE"),
+        ({"constraint": "none"}, "FARE"),
+        ({"constraint": "none", "clean_weight": 0.5}, "FARE + clean distance"),
+        ({"objective": "tecoa", "constraint": "none"}, "TeCoA"),
+        ({"objective": "tecoa"}, "TeCoA + l2"),
+        ({"objective": "tecoa", "constraint": "kl", "margin": "relative"}, "TeCoA + KL"),
+        ({"gradient_checkpointing": "true", "optimizer": "adamw_8bit"}, "LORE"),
+    ],
+)
+def test_every_method_trains(arguments, small_clip, tmp_path, capfd, changes, name):
+    train_lore.main(arguments(**changes))
+    metrics = rows(tmp_path / "run")
+    assert f"{name}:" in capfd.readouterr().err
+    assert [row["step"] for row in metrics] == [1, 2]
+    assert all(row.keys() >= KEYS for row in metrics)
+    assert (metrics[0]["multiplier_mean"] > 0) == (changes.get("constraint") != "none")
+    assert metrics[0]["distance_clean"] == 0  # measured at the encoder that was attacked: still the reference
+    assert metrics[1]["distance_clean"] > 0
+    assert metrics[1]["distance_adv"] > metrics[1]["distance_clean"]
+    assert (embeds(tmp_path / "run") - embeds(small_clip)).abs().max() > 1e-3
+
+
+def test_a_multiplier_of_zero_is_fare(arguments, tmp_path, monkeypatch):
+    train_lore.main(arguments(constraint="none", output_dir=tmp_path / "fare"))
+    monkeypatch.setattr(Multiplier, "forward", lambda self, z0: 0 * self.raw(z0.float()).squeeze(-1))
+    train_lore.main(arguments(output_dir=tmp_path / "lore"))
+    torch.testing.assert_close(embeds(tmp_path / "lore"), embeds(tmp_path / "fare"), rtol=1e-4, atol=1e-4)
+    fare, lore = rows(tmp_path / "fare"), rows(tmp_path / "lore")
+    assert [row["loss"] for row in lore] == pytest.approx([row["loss"] for row in fare], rel=1e-4)
+
+
+def test_multiplier_relaxes_under_a_large_tolerance_and_never_falls_without_one(arguments, tmp_path):
+    common = {"max_steps": 5, "dual_learning_rate": 0.05, "multiplier": "scalar"}
+    train_lore.main(arguments(rho=100, output_dir=tmp_path / "loose", **common))
+    train_lore.main(arguments(rho=0, output_dir=tmp_path / "tight", **common))
+    loose = [row["multiplier_mean"] for row in rows(tmp_path / "loose")]
+    tight = [row["multiplier_mean"] for row in rows(tmp_path / "tight")]
+    assert all(later < earlier for earlier, later in zip(loose, loose[1:]))
+    assert all(later > earlier for earlier, later in zip(tight, tight[1:]))
+    assert rows(tmp_path / "loose")[-1]["violated_fraction"] == 0
+    assert rows(tmp_path / "tight")[-1]["violated_fraction"] == 1
+
+
+def test_the_constraint_holds_clean_embeddings_near(arguments, tmp_path):
+    common = {"max_steps": 12, "logging_steps": 12, "per_device_train_batch_size": 32}
+    train_lore.main(arguments(constraint="none", output_dir=tmp_path / "fare", **common))
+    train_lore.main(arguments(rho=0.003, dual_learning_rate=0.05, output_dir=tmp_path / "lore", **common))
+    fare, lore = (rows(tmp_path / name)[-1]["violation_ratio_mean"] for name in ("fare", "lore"))
+    assert lore < 0.5 * fare
+
+
+@pytest.mark.parametrize("changes", [{}, {"constraint": "none"}, {"objective": "tecoa", "constraint": "kl"}])
+def test_accumulated_micro_batches_equal_one_batch(arguments, tmp_path, monkeypatch, changes):
+    with_sgd(monkeypatch)
+    train_lore.main(arguments(output_dir=tmp_path / "one", **changes))
+    train_lore.main(
+        arguments(output_dir=tmp_path / "four", per_device_train_batch_size=2, gradient_accumulation_steps=4, **changes)
+    )
+    assert_equal_runs(tmp_path / "one", tmp_path / "four")
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_processes_equal_one(arguments, tmp_path, monkeypatch, accumulation):
+    with_sgd(monkeypatch)
+    train_lore.main(arguments(output_dir=tmp_path / "one"))
+    run_script(
+        "tests/train_lore_with_sgd.py",
+        *arguments(
+            output_dir=tmp_path / "two",
+            per_device_train_batch_size=4 // accumulation,
+            gradient_accumulation_steps=accumulation,
+        ),
+        launcher=two_processes(29511 + accumulation),
+    )
+    assert_equal_runs(tmp_path / "one", tmp_path / "two")
+
+
+def with_sgd(monkeypatch):
+    """AdamW turns the rounding of gradients that are zero into whole updates; SGD shows whether runs are equal."""
+    monkeypatch.setattr(
+        train_lore, "make_optimizer", lambda name, module, rate, decay: torch.optim.SGD(module.parameters(), lr=rate)
+    )
+
+
+def assert_equal_runs(first, second):
+    for name, expected in weights(first).items():
+        torch.testing.assert_close(
+            weights(second)[name], expected, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    for expected, found in zip(rows(first), rows(second), strict=True):
+        for key in KEYS - {"images_per_second"}:
+            assert found[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-5), key
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resumed_run_equals_an_uninterrupted_one(arguments, tmp_path, monkeypatch, num_workers):
+    common = {"max_steps": 5, "checkpoint_steps": 2, "num_workers": num_workers}
+    train_lore.main(arguments(output_dir=tmp_path / "whole", **common))
+
+    real_rate, steps = train_lore.cosine_learning_rate, []
+
+    def killed_in_step_4(step, *rest):
+        steps.append(step)
+        if step == 3:
+            raise Killed
+        return real_rate(step, *rest)
+
+    monkeypatch.setattr(train_lore, "cosine_learning_rate", killed_in_step_4)
+    with pytest.raises(Killed):
+        train_lore.main(arguments(output_dir=tmp_path / "cut", **common))
+    monkeypatch.setattr(train_lore, "cosine_learning_rate", real_rate)
+    assert [row["step"] for row in rows(tmp_path / "cut")] == [1, 2, 3]
+    train_lore.main(arguments(output_dir=tmp_path / "cut", resume_from_checkpoint="latest", **common))
+    for name, expected in weights(tmp_path / "whole").items():
+        torch.testing.assert_close(weights(tmp_path / "cut")[name], expected, rtol=0, atol=0)
+    whole, cut = rows(tmp_path / "whole"), rows(tmp_path / "cut")
+    timings = {"images_per_second", "peak_memory_gib"}
+    assert [{k: v for k, v in row.items() if k not in timings} for row in cut] == [
+        {k: v for k, v in row.items() if k not in timings} for row in whole
+    ]
+
+
+def test_resume_starts_anew_without_a_checkpoint_and_refuses_other_settings(arguments, tmp_path):
+    train_lore.main(arguments(resume_from_checkpoint="latest", checkpoint_steps=1))
+    with pytest.raises(UserError, match=r"other settings \(rho was 0.1, is 0.2\)"):
+        train_lore.main(arguments(resume_from_checkpoint="latest", rho=0.2))
+    with pytest.raises(UserError, match=r"global_batch_size was 8, is 16"):
+        train_lore.main(arguments(resume_from_checkpoint="latest", per_device_train_batch_size=16))
+    with pytest.raises(UserError, match="not empty"):
+        train_lore.main(arguments())
+    train_lore.main(arguments(resume_from_checkpoint="latest", logging_steps=2))  # free to change; nothing left to do
+
+
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_checkpoint(arguments, tmp_path, monkeypatch):
+    real_margin, calls = train_lore.embedding_margin, []
+
+    def poisoned(ref_image_embeds, kind):
+        calls.append(1)
+        return real_margin(ref_image_embeds, kind) * (math.nan if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(train_lore, "embedding_margin", poisoned)
+    message = r"step 4: the loss is nan; the last good checkpoint is .*step-2; "
+    with pytest.raises(UserError, match=message):
+        train_lore.main(arguments(max_steps=6, checkpoint_steps=2, logging_steps=6))
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-2"]
+    assert not (tmp_path / "run/model.safetensors").exists()
+
+
+def test_continuing_from_a_tuned_model_keeps_the_first_reference(arguments, small_clip, tmp_path):
+    save_small_clip(tmp_path / "tuned", seed=1)
+    train_lore.main(
+        arguments(model_name_or_path=tmp_path / "tuned", reference_model_name_or_path=small_clip, max_steps=1)
+    )
+    assert rows(tmp_path / "run")[0]["distance_clean"] > 1
+
+
+def test_labels_outside_the_class_list_are_counted_and_stop_the_run(arguments, tmp_path):
+    three = tmp_path / "three.txt"
+    three.write_text("zero\none\ntwo\n")
+    with pytest.raises(UserError, match=r"--max_bad_fraction 0.01: .* bad label: .*--classnames|bad label"):
+        train_lore.main(arguments(objective="tecoa", constraint="none", classnames=three, max_steps=8))
+
+
+@pytest.mark.slow
+def test_compiled_encoder_gives_the_same_run(arguments, tmp_path, monkeypatch):
+    with_sgd(monkeypatch)
+    train_lore.main(arguments(output_dir=tmp_path / "plain"))
+    train_lore.main(arguments(output_dir=tmp_path / "compiled", compile="true"))
+    torch.testing.assert_close(embeds(tmp_path / "compiled"), embeds(tmp_path / "plain"), rtol=1e-3, atol=1e-3)

@@ -1,0 +1,541 @@
+"""LORE: fine-tunes a CLIP image encoder to resist l_inf attacks, every clean embedding held near the pretrained one.
+
+  python train_lore.py --model_name_or_path openai/clip-vit-base-patch32 \\
+    --train_shards data/imagenet/train --eps 4 --rho 0.1 --output_dir runs/lore4
+
+  accelerate launch --config_file accelerate_configs/zero2.yaml train_lore.py \\
+    --model_name_or_path openai/clip-vit-large-patch14 \\
+    --train_shards "data/imagenet/train-{000000..001281}.tar" --eps 4 --rho 0.1 --output_dir runs/lore4-l14
+
+Other methods are settings: FARE is --constraint none --primal_steps 1; TeCoA is --objective tecoa --constraint none.
+Precision (bf16, fp16, no) and sharding live in the accelerate config. Radii are in 1/255.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils.attacks import attack_seeds, frozen, pgd, uniform_start
+from utils.checkpoint import (
+    find_checkpoint,
+    load_checkpoint,
+    read_state,
+    refuse_changed_settings,
+    refuse_non_finite,
+    replace_model,
+    save_checkpoint,
+)
+from utils.cli import UserError, flag, parse_settings, required, run
+from utils.distributed import (
+    average_gradients,
+    compute_dtype,
+    default_num_workers,
+    from_main_process,
+    gather_objects,
+    mean_over_processes,
+    start_accelerator,
+    start_tracker,
+)
+from utils.encoders import (
+    check_model,
+    enable_gradient_checkpointing,
+    load_clip,
+    load_reference,
+    make_encoder,
+    save_clip,
+)
+from utils.images import ImageTransform
+from utils.lagrangian import (
+    Multiplier,
+    dual_lagrangian,
+    embedding_margin,
+    entropy_margin,
+    primal_lagrangian,
+    violation,
+)
+from utils.losses import class_logits, cross_entropy, kl_divergence, squared_distance
+from utils.metrics import (
+    MetricsFile,
+    forward_flops,
+    lore_flops_per_image,
+    peak_flops,
+    peak_memory_gib,
+    violation_statistics,
+)
+from utils.model_card import model_card
+from utils.optimization import cosine_learning_rate, count_steps, make_optimizer, set_learning_rate
+from utils.progress import RunProgress
+from utils.shards import ShardDataset, eval_loader, train_loader
+from utils.skipped import SkipCounter
+from utils.zeroshot import LabelledSet, class_prompts, open_set, predictions, to_pixel_values
+
+
+@dataclass
+class Settings:
+    """Everything that a run can be told."""
+
+    # fmt: off
+    model_name_or_path: str = required("Hugging Face id or local directory of a CLIP model", group="model")
+    reference_model_name_or_path: str | None = flag(None, "frozen reference, for going on from a fine-tuned model (default: the start model)", group="model")
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward passes: less memory, more time", group="model")
+    compile: bool = flag(False, "torch.compile the encoders", group="model")
+
+    train_shards: list[str] = required("brace-expanded paths, globs, directories, hf:// or https:// URLs of .tar shards", group="data", many=True)
+    eval_shards: list[str] = flag([], "shards with labels for the periodic clean and PGD accuracy (default: no evaluation)", group="data")
+    eval_num_samples: int = flag(1000, "the first N images of the evaluation shards", group="data", minimum=1)
+    classnames: str | None = flag(None, "file with one class name per line (default: classnames.txt beside the shards or one folder up)", group="data")
+    num_workers: int | None = flag(None, "data workers per process (default: by the CPU cores, at most 8)", group="data", minimum=0)
+    cache_dir: str | None = flag(None, "where shards behind URLs and shard indexes are kept (default: the system's cache)", group="data")
+    max_bad_fraction: float = flag(0.01, "share of unreadable samples past which the run stops", group="data", minimum=0, maximum=1)
+    allow_pipe_urls: bool = flag(False, "allow pipe: URLs, which execute shell commands", group="data")
+
+    objective: str = flag("embedding", "what the attack maximises: squared embedding distance, or cross-entropy with the labels", group="method", choices=("embedding", "tecoa"))
+    constraint: str = flag("embedding", "what holds clean images in place", group="method", choices=("embedding", "kl", "none"))
+    multiplier: str = flag("network", "form of the Lagrange multiplier", group="method", choices=("network", "linear", "scalar"))
+    margin: str = flag("relative", "tolerance relative to ||z0||^2 (kl: to the entropy), or fixed", group="method", choices=("relative", "fixed"))
+    rho: float = flag(0.1, "tolerance: how far a clean embedding may move, as a share of the margin", group="method", minimum=0)
+    primal_steps: int = flag(5, "K, encoder updates per batch", group="method", minimum=1)
+    clean_weight: float = flag(0.0, "fixed weight of the clean distance (naive regulariser, with --constraint none)", group="method", minimum=0)
+
+    eps: float = flag(4.0, "radius of the l_inf attack, in 1/255", group="attack", above=0, maximum=255)
+    attack_steps: int = flag(10, "PGD steps", group="attack", minimum=1)
+    attack_step_size: float | None = flag(None, "PGD step, in 1/255 (default: eps/4)", group="attack", above=0)
+    attack_momentum: float = flag(0.0, "momentum of the gradient's sign (FARE's recipe: 0.9)", group="attack", minimum=0)
+
+    learning_rate: float = flag(1e-5, "of the encoder (AdamW), cosine to 0", group="optimisation", minimum=0)
+    dual_learning_rate: float = flag(5e-4, "of the multiplier (AdamW), same schedule", group="optimisation", minimum=0)
+    weight_decay: float = flag(1e-4, "AdamW's, of the encoder", group="optimisation", minimum=0)
+    warmup_steps: int = flag(0, "steps of linear warm-up", group="optimisation", minimum=0)
+    optimizer: str = flag("adamw", "the 8-bit variants need bitsandbytes", group="optimisation", choices=("adamw", "adamw_8bit", "paged_adamw_8bit"))
+    max_grad_norm: float = flag(0.0, "gradient clipping, 0 for none", group="optimisation", minimum=0)
+    per_device_train_batch_size: int = flag(128, "images per process and micro-batch", group="optimisation", minimum=1)
+    gradient_accumulation_steps: int = flag(1, "micro-batches per step", group="optimisation", minimum=1)
+    epochs: int = flag(2, "passes over the training set", group="optimisation", minimum=1)
+    train_num_samples: int | None = flag(None, "images per epoch (default: all)", group="optimisation", minimum=1)
+    max_steps: int | None = flag(None, "steps in all, in place of --epochs; a step is one batch with its K updates", group="optimisation", minimum=1)
+    seed: int = flag(0, "of data order, attack starts and multiplier", group="optimisation", minimum=0)
+
+    output_dir: str = required("directory of the run: the trained model, metrics.jsonl, checkpoints/", group="output")
+    eval_steps: int = flag(500, "steps between evaluations; one more at step 0 and at the end", group="output", minimum=1)
+    logging_steps: int = flag(10, "steps between log rows", group="output", minimum=1)
+    checkpoint_steps: int = flag(500, "steps between checkpoints, 0 for none", group="output", minimum=0)
+    checkpoints_total_limit: int = flag(3, "checkpoints kept, 0 for all", group="output", minimum=0)
+    resume_from_checkpoint: str | None = flag(None, "a checkpoint directory, or latest (starts anew where there is none yet)", group="output")
+    keep_best: str | None = flag(None, "eval_accuracy_clean or eval_accuracy_pgd: the model with its highest value is kept in best/", group="output", choices=("eval_accuracy_clean", "eval_accuracy_pgd"))
+    report_to: str = flag("tensorboard", "tracker; metrics.jsonl is always written", group="output", choices=("tensorboard", "wandb", "none"))
+    # fmt: on
+
+
+# What may differ between a run and its continuation: where and how often, not what is computed.
+FREE_SETTINGS = {
+    "output_dir", "resume_from_checkpoint", "cache_dir", "num_workers", "report_to", "allow_pipe_urls", "max_bad_fraction",
+    "eval_shards", "eval_num_samples", "eval_steps", "logging_steps", "checkpoint_steps", "checkpoints_total_limit",
+    "keep_best", "gradient_checkpointing", "compile", "per_device_train_batch_size", "gradient_accumulation_steps",
+}  # fmt: skip
+
+
+@dataclass
+class MicroBatch:
+    """What the K primal updates of a step see again: pixels, their perturbation, the reference's view of them."""
+
+    pixel_values: Tensor  # (B, 3, H, W), float32 in [0,1]
+    labels: Tensor | None  # (B,), int64
+    ref_image_embeds: Tensor  # (B, D), float32
+    margin: Tensor  # (B,), float32
+    delta: Tensor | None = None  # (B, 3, H, W), float32
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    settings = parse_settings(Settings, argv, description=__doc__)
+    check_settings(settings)
+    needs_labels = settings.objective == "tecoa" or settings.constraint == "kl"
+    constrained = settings.constraint != "none"
+    clean_in_primal = constrained or settings.clean_weight > 0
+    eps, step_size = settings.eps / 255, (settings.attack_step_size or settings.eps / 4) / 255
+
+    accelerator = start_accelerator(
+        seed=settings.seed,
+        per_device_batch_size=settings.per_device_train_batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        max_grad_norm=settings.max_grad_norm,
+        report_to=settings.report_to,
+        output_dir=settings.output_dir,
+    )
+    device, world_size = accelerator.device, accelerator.num_processes
+
+    # Whatever can be wrong with paths, shards and class lists is found before a model is loaded.
+    output_dir = Path(settings.output_dir)
+    checkpoint = from_main_process(accelerator, lambda: find_checkpoint(output_dir, settings.resume_from_checkpoint))
+    resumed = read_state(checkpoint) if checkpoint else None
+    train_set = from_main_process(accelerator, lambda: open_shards(settings, "train_shards", needs_labels))
+    eval_set = from_main_process(accelerator, lambda: open_shards(settings, "eval_shards", True))
+    samples_per_epoch = settings.train_num_samples or train_set.index.num_samples
+    global_batch_size = settings.per_device_train_batch_size * world_size * settings.gradient_accumulation_steps
+    total_steps = count_steps(
+        samples_per_epoch=samples_per_epoch,
+        num_samples=train_set.index.num_samples,
+        global_batch_size=global_batch_size,
+        epochs=settings.epochs,
+        max_steps=settings.max_steps,
+    )
+    state = {"settings": dataclasses.asdict(settings) | {"global_batch_size": global_batch_size}}
+    if resumed:
+        refuse_changed_settings(resumed["settings"], state["settings"], FREE_SETTINGS)
+    check_model(settings.model_name_or_path, "--model_name_or_path")
+
+    # The encoder phi and its frozen reference phi0: pixels in [0,1] to un-normalised embeddings.
+    clip, processor = load_clip(settings.model_name_or_path)
+    encoder = make_encoder(clip, processor, compute_dtype(accelerator))
+    reference = load_reference(settings.reference_model_name_or_path, encoder).to(device)
+    train_prompts = class_prompts(clip, processor, train_set, device) if needs_labels else None
+    eval_prompts = class_prompts(clip, processor, eval_set, device) if eval_set else None
+    if settings.gradient_checkpointing:
+        enable_gradient_checkpointing(encoder)
+    if settings.compile:
+        encoder.compile()
+        reference.compile()
+
+    # Only the encoder is prepared. The multiplier stays outside the engine; its own optimizer ascends.
+    optimizer = make_optimizer(settings.optimizer, encoder, settings.learning_rate, settings.weight_decay)
+    multiplier = Multiplier(settings.multiplier, encoder.embed_dim).to(device)
+    dual_optimizer = torch.optim.AdamW(
+        multiplier.parameters(), lr=settings.dual_learning_rate, weight_decay=0.0, maximize=True
+    )
+    encoder.train()
+    encoder, optimizer = accelerator.prepare(encoder, optimizer)
+    module = accelerator.unwrap_model(encoder)  # attacks and evaluations go past the engine: see utils/distributed.py
+
+    best = {"value": -math.inf}
+    skips = SkipCounter(train_set.index, settings.max_bad_fraction)
+    if resumed:
+        extra_state = load_checkpoint(accelerator, checkpoint)
+        multiplier.load_state_dict(extra_state["multiplier"])
+        dual_optimizer.load_state_dict(extra_state["dual_optimizer"])
+        skips = skips.merge([resumed["skips"]] if accelerator.is_main_process else [])
+        best = resumed["best"]
+
+    # All global batches follow from the seed, the shards' sizes and the global batch size: the step is the position.
+    first_step = resumed["step"] if resumed else 0
+    transform = ImageTransform.from_processor(processor.image_processor)
+    batches = iter(
+        train_loader(
+            ShardDataset(
+                train_set.index,
+                transform,
+                order="shuffled",
+                seed=settings.seed,
+                with_labels=needs_labels,
+                num_classes=len(train_set.classnames),
+            ),
+            samples_per_epoch=samples_per_epoch,
+            global_batch_size=global_batch_size,
+            per_device_batch_size=settings.per_device_train_batch_size,
+            rank=accelerator.process_index,
+            world_size=world_size,
+            first_step=first_step,
+            num_steps=total_steps,
+            num_workers=default_num_workers() if settings.num_workers is None else settings.num_workers,
+            pin_memory=device.type == "cuda",
+        )
+    )
+
+    # The method: what attacks maximise and updates minimise, what the constraint measures, and its margin; (B,) each.
+    def objective(image_embeds: Tensor, batch: MicroBatch) -> Tensor:
+        if settings.objective == "tecoa":
+            return cross_entropy(class_logits(image_embeds, *train_prompts), batch.labels)
+        return squared_distance(image_embeds, batch.ref_image_embeds)
+
+    def clean_distance(image_embeds: Tensor, batch: MicroBatch) -> Tensor:
+        if settings.constraint == "kl":
+            ref_logits = class_logits(batch.ref_image_embeds, *train_prompts)
+            return kl_divergence(ref_logits, class_logits(image_embeds, *train_prompts))
+        return squared_distance(image_embeds, batch.ref_image_embeds)
+
+    def margin(ref_image_embeds: Tensor) -> Tensor:
+        if settings.constraint == "kl":
+            return entropy_margin(ref_image_embeds, *train_prompts, settings.margin)
+        return embedding_margin(ref_image_embeds, settings.margin)
+
+    def primal_loss(batch: MicroBatch) -> Tensor:
+        adversarial = batch.pixel_values + batch.delta
+        if not clean_in_primal:
+            return objective(encoder(adversarial), batch).mean()
+        image_embeds, adversarial_embeds = encoder(torch.cat([batch.pixel_values, adversarial])).chunk(2)
+        losses, distance = objective(adversarial_embeds, batch), clean_distance(image_embeds, batch)
+        if not constrained:
+            return (losses + settings.clean_weight * distance).mean()
+        with torch.no_grad():
+            multipliers = multiplier(batch.ref_image_embeds)
+        return primal_lagrangian(losses, violation(distance, batch.margin, settings.rho), multipliers)
+
+    @torch.no_grad()
+    def measure(micro_batches: list[MicroBatch]) -> dict[str, float]:
+        """Statistics over the global batch at the attacked encoder. Two more forwards and a sync: logged steps only."""
+        rows = []
+        for batch in micro_batches:
+            image_embeds = module(batch.pixel_values)
+            rows.append(
+                torch.stack(
+                    [
+                        squared_distance(module(batch.pixel_values + batch.delta), batch.ref_image_embeds),
+                        squared_distance(image_embeds, batch.ref_image_embeds),
+                        clean_distance(image_embeds, batch),
+                        batch.margin,
+                        multiplier(batch.ref_image_embeds) if constrained else torch.zeros_like(batch.margin),
+                    ]
+                )
+            )
+        rows = accelerator.gather(torch.cat(rows, dim=1).T.contiguous())
+        adversarial, clean, constraint, margins, multipliers = rows.unbind(dim=1)
+        return {
+            "distance_adv": adversarial.mean().item(),
+            "distance_clean": clean.mean().item(),
+            **violation_statistics(constraint, margins, settings.rho),
+            "multiplier_mean": multipliers.mean().item(),
+            "multiplier_min": multipliers.min().item(),
+            "multiplier_max": multipliers.max().item(),
+        }
+
+    def evaluate(step: int) -> dict[str, float]:
+        accuracies = {}
+        for name, radius in (("eval_accuracy_clean", None), ("eval_accuracy_pgd", eps)):
+            loader = eval_loader(
+                ShardDataset(
+                    eval_set.index,
+                    transform,
+                    order="sequential",
+                    with_labels=True,
+                    num_classes=len(eval_set.classnames),
+                ),
+                num_samples=min(settings.eval_num_samples, eval_set.index.num_samples),
+                batch_size=settings.per_device_train_batch_size,
+                rank=accelerator.process_index,
+                world_size=world_size,
+                num_workers=0,
+                pin_memory=device.type == "cuda",
+            )
+            _, correct = predictions(module, loader, *eval_prompts, device=device, eps=radius, seed=settings.seed)
+            accuracies[name] = mean_over_processes(accelerator, correct)
+        progress.note(
+            f"step {step}: accuracy {accuracies['eval_accuracy_clean']:.3f} clean, "
+            f"{accuracies['eval_accuracy_pgd']:.3f} under PGD at eps {settings.eps:g}/255"
+        )
+        return accuracies
+
+    def write_model(directory: Path) -> None:
+        encoder_state = accelerator.get_state_dict(encoder)  # on all processes: ZeRO-3 gathers here
+        if accelerator.is_main_process:
+            save_clip(directory, clip, processor, encoder_state)
+            card = model_card(
+                method=method_name(settings),
+                base_model=settings.model_name_or_path,
+                settings=state["settings"],
+                evaluations=[row for row in metrics_file.read() if "eval_accuracy_clean" in row],
+                notes=[f"Skipped samples: {line}." for line in all_skips.summary().splitlines()],
+            )
+            (directory / "README.md").write_text(card, encoding="utf-8")
+
+    def record(row: dict[str, Any]) -> None:
+        if accelerator.is_main_process:
+            metrics_file.write(row)
+        accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    metrics_file = MetricsFile(output_dir / "metrics.jsonl")
+    if resumed and accelerator.is_main_process:
+        metrics_file.cut_back(first_step)
+    start_tracker(accelerator, settings.report_to, Path(__file__).stem, dataclasses.asdict(settings))
+    image_flops = lore_flops_per_image(
+        forward_flops(reference), settings.attack_steps, settings.primal_steps, clean_in_primal, constrained
+    )
+    progress = RunProgress(method_name(settings), total_steps, done=first_step, enabled=accelerator.is_main_process)
+    progress.note(
+        f"{method_name(settings)}: {train_set.index.num_samples} images in {len(train_set.index.urls)} shards, global batch "
+        f"{global_batch_size}, steps {first_step} to {total_steps}, {world_size} x {device.type}, {module.compute_dtype}"
+    )
+    all_skips = skips
+    shown: dict[str, float] = {}
+    losses: list[Tensor] = []  # of all updates since they were last checked; on the device until then
+    seconds, logged_step, last_good = 0.0, first_step, checkpoint
+
+    with progress:
+        if eval_set and not resumed:
+            record({"step": 0, "samples": 0, **evaluate(0)})
+
+        for step in range(first_step, total_steps):
+            clock = time.perf_counter()
+            done = step + 1
+            last = done == total_steps
+            log_now = last or done % settings.logging_steps == 0
+            rates = {
+                name: cosine_learning_rate(step, getattr(settings, name), total_steps, settings.warmup_steps)
+                for name in ("learning_rate", "dual_learning_rate")
+            }
+            set_learning_rate(optimizer, rates["learning_rate"])
+            set_learning_rate(dual_optimizer, rates["dual_learning_rate"])
+
+            # 1. Reference embeddings and perturbations of all micro-batches, at the same encoder.
+            micro_batches = []
+            for _ in range(settings.gradient_accumulation_steps):
+                loaded = next(batches)
+                skips.add(loaded["skipped"])
+                skips.seen += len(loaded["positions"])
+                pixel_values = to_pixel_values(loaded["images"], device)
+                labels = loaded["labels"].to(device) if needs_labels else None
+                with torch.no_grad():
+                    ref_image_embeds = reference(pixel_values)
+                    batch = MicroBatch(pixel_values, labels, ref_image_embeds, margin(ref_image_embeds))
+                seeds = attack_seeds(settings.seed, step, loaded["positions"].tolist())
+                with frozen(module):
+                    batch.delta = pgd(
+                        lambda adversarial, batch=batch: objective(module(adversarial), batch),
+                        pixel_values,
+                        eps=eps,
+                        step_size=step_size,
+                        num_steps=settings.attack_steps,
+                        start=uniform_start(pixel_values, eps, seeds),
+                        momentum=settings.attack_momentum,
+                    )
+                micro_batches.append(batch)
+            row: dict[str, Any] = measure(micro_batches) if log_now else {}
+
+            # 2. K primal updates on the same images and perturbations.
+            for update in range(settings.primal_steps):
+                for batch in micro_batches:
+                    with accelerator.accumulate(encoder):
+                        loss = primal_loss(batch)
+                        accelerator.backward(loss)  # under DeepSpeed this is the update too, clipped by its own config
+                        losses.append(loss.detach())
+                        if accelerator.sync_gradients and (settings.max_grad_norm > 0 or (log_now and update == 0)):
+                            norm = accelerator.clip_grad_norm_(encoder.parameters(), settings.max_grad_norm or math.inf)
+                            if log_now and update == 0:
+                                row["grad_norm"] = norm
+                        optimizer.step()
+                        optimizer.zero_grad()
+
+            # 3. One dual update on the mean over the global batch, at the violation of the updated encoder.
+            if constrained:
+                for batch in micro_batches:
+                    with torch.no_grad():
+                        distance = clean_distance(module(batch.pixel_values), batch)
+                    v = violation(distance, batch.margin, settings.rho)
+                    dual = dual_lagrangian(v, multiplier(batch.ref_image_embeds))
+                    (dual / len(micro_batches)).backward()
+                average_gradients(accelerator, multiplier)
+                dual_optimizer.step()
+                dual_optimizer.zero_grad()
+
+            seconds += time.perf_counter() - clock
+
+            eval_now = eval_set is not None and (last or done % settings.eval_steps == 0)
+            checkpoint_now = settings.checkpoint_steps > 0 and done % settings.checkpoint_steps == 0
+            if not (log_now or eval_now or checkpoint_now):
+                progress.update(done)
+                continue
+
+            # Everything below synchronises with the device and with the other processes.
+            clock = time.perf_counter()
+            updates = settings.primal_steps * len(micro_batches)
+            first_loss = torch.stack(losses[-updates:][: len(micro_batches)]).mean()
+            refuse_non_finite(accelerator, losses, updates, done, last_good)
+            losses.clear()
+            all_skips = skips.merge(gather_objects(accelerator, skips.state()))
+            all_skips.check()
+            seconds += time.perf_counter() - clock  # a device finishes its queue in here
+            if log_now:
+                images_per_second = (done - logged_step) * global_batch_size / seconds
+                row |= {
+                    "loss": accelerator.reduce(first_loss, reduction="mean").item(),
+                    "grad_norm": float(row["grad_norm"]),
+                    **rates,
+                    "images_per_second": images_per_second,
+                    "peak_memory_gib": peak_memory_gib(device),
+                }
+                if peak := peak_flops(device):
+                    row["model_flops_utilisation"] = images_per_second * image_flops / (peak * world_size)
+                seconds, logged_step = 0.0, done
+                shown |= {
+                    "img/s": images_per_second,
+                    "loss": row["loss"],
+                    "multiplier": row["multiplier_mean"],
+                    "violation": row["violation_ratio_mean"],
+                }
+            if eval_now:
+                row |= evaluate(done)
+                shown |= {"clean": row["eval_accuracy_clean"], "pgd": row["eval_accuracy_pgd"]}
+            if row:
+                record({"step": done, "samples": done * global_batch_size, **row})
+            progress.update(done, shown, report=log_now)
+
+            if eval_now and settings.keep_best and row[settings.keep_best] > best["value"]:
+                best = {"step": done, "value": row[settings.keep_best], "metric": settings.keep_best}
+                replace_model(accelerator, output_dir / "best", write_model)
+            if checkpoint_now:
+                last_good = save_checkpoint(
+                    accelerator,
+                    output_dir,
+                    done,
+                    state=state | {"step": done, "skips": all_skips.state(), "best": best},
+                    extra_state={"multiplier": multiplier.state_dict(), "dual_optimizer": dual_optimizer.state_dict()},
+                    write_model=write_model,
+                    total_limit=settings.checkpoints_total_limit,
+                )
+
+    write_model(output_dir)
+    progress.note(f"saved {output_dir}")
+    for line in all_skips.summary().splitlines():
+        progress.note(f"skipped in all: {line}")
+    accelerator.end_training()
+
+
+def check_settings(settings: Settings) -> None:
+    """Refuses combinations that no method is made of."""
+    if settings.clean_weight > 0 and settings.constraint != "none":
+        raise UserError(
+            f"--clean_weight {settings.clean_weight} with --constraint {settings.constraint}: the naive regulariser stands "
+            "in for the constraint; add --constraint none or leave --clean_weight at 0"
+        )
+    if settings.keep_best and not settings.eval_shards:
+        raise UserError(
+            f"--keep_best {settings.keep_best}: nothing is evaluated; name labelled shards with --eval_shards"
+        )
+
+
+def open_shards(settings: Settings, name: str, with_classes: bool) -> LabelledSet | None:
+    """The set of --train_shards or --eval_shards; None where none was named."""
+    if not getattr(settings, name):
+        return None
+    return open_set(
+        getattr(settings, name),
+        flag=f"--{name}",
+        with_classes=with_classes,
+        classnames=settings.classnames,
+        cache_dir=settings.cache_dir,
+        allow_pipe_urls=settings.allow_pipe_urls,
+    )
+
+
+def method_name(settings: Settings) -> str:
+    """The field's name for this combination of objective and constraint."""
+    if settings.objective == "embedding":
+        if settings.constraint == "embedding":
+            return "LORE"
+        if settings.constraint == "none":
+            return "FARE + clean distance" if settings.clean_weight > 0 else "FARE"
+    name = "TeCoA" if settings.objective == "tecoa" else "embedding"
+    if settings.clean_weight > 0:
+        return f"{name} + clean distance"
+    return name + {"none": "", "embedding": " + l2", "kl": " + KL"}[settings.constraint]
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,278 @@
+"""The command line: a settings dataclass becomes flags, a YAML recipe sets defaults, mistakes become one line.
+
+A script declares its settings once::
+
+    @dataclass
+    class Settings:
+        eps: float = flag(4.0, "attack radius, in 1/255", group="attack", minimum=0)
+
+and calls ``parse_settings(Settings)`` inside ``run(main)``. Flags win over ``--config recipe.yaml``, which wins over
+the defaults. Whatever the user got wrong ends as one line on stderr and exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+SettingsT = TypeVar("SettingsT")
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. The text says what, where, what was expected and what to do, in one line."""
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    group: str,
+    choices: Sequence[str] | None = None,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+) -> Any:
+    """A settings field: its default, its help text (with the unit), its group in ``--help`` and its allowed values.
+
+    ``minimum`` and ``maximum`` are allowed themselves, ``above`` is not. A list default is copied per instance.
+    """
+    metadata = {
+        "help": help,
+        "group": group,
+        "choices": choices,
+        "minimum": minimum,
+        "above": above,
+        "maximum": maximum,
+    }
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse_settings(
+    settings_class: type[SettingsT], argv: Sequence[str] | None = None, *, description: str | None = None
+) -> SettingsT:
+    """Reads ``argv`` (default: the process's own) and the recipe it names into ``settings_class``.
+
+    Raises ``UserError`` for an unknown flag or recipe key (with the nearest known name), a value of the wrong type and
+    a value out of range.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    fields = {field.name: field for field in dataclasses.fields(settings_class)}
+    parser = _build_parser(settings_class, description)
+    given, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        name = word.split("=", 1)[0]
+        if name.startswith("--"):
+            raise UserError(
+                f"{name}: no such flag{_did_you_mean(name[2:], fields, prefix='--')}; --help lists all flags"
+            )
+    if unknown:
+        raise UserError(f"{unknown[0]!r}: an argument without a flag; every value follows its flag, as in --eps 4")
+
+    values = {}
+    if given.config is not None:
+        values = {key: (value, f"{given.config}: {key}") for key, value in _read_recipe(given.config, fields).items()}
+    for name in fields:
+        if hasattr(given, name):
+            values[name] = (getattr(given, name), f"--{name}")
+    hints = typing.get_type_hints(settings_class)
+    settings = settings_class(
+        **{name: _convert(value, hints[name], fields[name], where) for name, (value, where) in values.items()}
+    )
+    for name, field in fields.items():
+        if field.metadata.get("required") and getattr(settings, name) in (None, []):
+            raise UserError(f"--{name}: missing; {field.metadata['help']}")
+    return settings
+
+
+def required(help: str, *, group: str, many: bool = False) -> Any:
+    """A settings field without a default: ``parse_settings`` refuses to go on without it. ``many`` makes it a list."""
+    field = flag([] if many else None, help, group=group)
+    field.metadata = types.MappingProxyType({**field.metadata, "required": True})
+    return field
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Calls ``main`` and turns ``UserError`` into one line on stderr and exit status 2, Ctrl-C into status 130.
+
+    Under several processes rank 0 speaks for all; another rank only speaks when its error is its own
+    (``UserError.every_rank = False``).
+    """
+    script = Path(sys.argv[0]).name
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        main()
+    except UserError as error:
+        if rank == 0 or not getattr(error, "every_rank", True):
+            line = " ".join(str(error).split())
+            print(f"{script}: error: {line}", file=sys.stderr, flush=True)
+        # The other ranks may be waiting in a collective: leave without waiting for them. The launcher ends them.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2)
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted", file=sys.stderr, flush=True)
+        os._exit(130)
+
+
+def nearest(name: str, known: Sequence[str]) -> str | None:
+    """The known name most like ``name``, or None where nothing is near."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def _did_you_mean(name: str, known: Sequence[str], prefix: str = "") -> str:
+    match = nearest(name, list(known))
+    return f", did you mean {prefix}{match}?" if match else ""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(message)
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Keeps the line breaks of the description, leaves out metavars that repeat the flag's name."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=36, width=min(110, int(os.environ.get("COLUMNS", "110"))))
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(indent + line for line in text.strip().splitlines())
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        return f"{action.option_strings[-1]} {self._format_args(action, action.metavar or '')}"
+
+
+def _build_parser(settings_class: type, description: str | None) -> argparse.ArgumentParser:
+    """Every flag takes plain strings here; ``_convert`` gives flags and recipes the same errors."""
+    parser = _Parser(
+        description=description,
+        usage="%(prog)s [--config recipe.yaml] [--flag value ...]",
+        allow_abbrev=False,
+        formatter_class=_HelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", metavar="FILE", default=None, help="YAML recipe with defaults for the flags below")
+    groups: dict[str, Any] = {}
+    hints = typing.get_type_hints(settings_class)
+    for field in dataclasses.fields(settings_class):
+        group = field.metadata["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        kind, is_list, _ = _unpack_type(hints[field.name])
+        options: dict[str, Any] = {"metavar": kind.__name__.upper(), "help": _help_text(field)}
+        if field.metadata["choices"]:
+            options["metavar"] = "{" + ",".join(field.metadata["choices"]) + "}"
+        if is_list:
+            options["nargs"] = "+"
+        elif kind is bool:
+            options.update(nargs="?", const="true")
+        groups[group].add_argument(f"--{field.name}", **options)
+    return parser
+
+
+def _help_text(field: dataclasses.Field) -> str:
+    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    text = field.metadata["help"].replace("%", "%%")
+    if field.metadata.get("required"):
+        return f"{text} (required)"
+    return (
+        text
+        if default in (None, [])
+        else f"{text} (default: {str(default).lower() if isinstance(default, bool) else default})"
+    )
+
+
+def _read_recipe(path: str, fields: dict[str, dataclasses.Field]) -> dict[str, Any]:
+    try:
+        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not valid YAML: {error}") from None
+    if recipe is None:
+        return {}
+    if not isinstance(recipe, dict):
+        raise UserError(f"--config {path}: expected 'flag: value' lines, found a {type(recipe).__name__}")
+    for key in recipe:
+        if key not in fields:
+            raise UserError(
+                f"{path}: {key}: no such setting{_did_you_mean(str(key), fields)}; --help lists all settings"
+            )
+    return recipe
+
+
+def _unpack_type(hint: Any) -> tuple[type, bool, bool]:
+    """Type hint -> (element type, is a list, may be None)."""
+    arguments = typing.get_args(hint)
+    optional = type(None) in arguments
+    if optional:
+        hint = next(argument for argument in arguments if argument is not type(None))
+    if typing.get_origin(hint) is list:
+        return typing.get_args(hint)[0], True, optional
+    return hint, False, optional
+
+
+def _convert(value: Any, hint: Any, field: dataclasses.Field, where: str) -> Any:
+    kind, is_list, optional = _unpack_type(hint)
+    if value is None or (isinstance(value, str) and value.lower() == "none" and optional):
+        if optional:
+            return None
+        raise UserError(f"{where}: empty; expected {_describe(kind)}")
+    if is_list:
+        values = value if isinstance(value, list) else [value]
+        return [_convert_one(item, kind, field, where) for item in values]
+    if isinstance(value, (list, dict)):
+        raise UserError(f"{where}: expected {_describe(kind)}, found a {type(value).__name__}")
+    return _convert_one(value, kind, field, where)
+
+
+def _convert_one(value: Any, kind: type, field: dataclasses.Field, where: str) -> Any:
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in ("true", "yes", "1"):
+            return True
+        if str(value).lower() in ("false", "no", "0"):
+            return False
+        raise UserError(f"{where}: {value!r} is not true or false")
+    if isinstance(value, bool) and kind in (int, float):
+        raise UserError(f"{where}: {value!r} is not {_describe(kind)}")
+    try:
+        if kind is int and isinstance(value, float) and not value.is_integer():
+            raise ValueError
+        converted = kind(value)
+    except (ValueError, TypeError, OverflowError):
+        raise UserError(f"{where}: {value!r} is not {_describe(kind)}") from None
+    if isinstance(converted, float) and not math.isfinite(converted):
+        raise UserError(f"{where}: {value!r} is not finite; expected {_describe(kind)}")
+    limits = field.metadata
+    if limits["choices"] and converted not in limits["choices"]:
+        hint = _did_you_mean(str(converted), limits["choices"])
+        raise UserError(f"{where}: {converted!r} is not one of {', '.join(limits['choices'])}{hint}")
+    if limits["minimum"] is not None and converted < limits["minimum"]:
+        raise UserError(f"{where}: {converted} is too small; expected at least {limits['minimum']}")
+    if limits["above"] is not None and converted <= limits["above"]:
+        raise UserError(f"{where}: {converted} is too small; expected more than {limits['above']}")
+    if limits["maximum"] is not None and converted > limits["maximum"]:
+        raise UserError(f"{where}: {converted} is too large; expected at most {limits['maximum']}")
+    return converted
+
+
+def _describe(kind: type) -> str:
+    return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}.get(kind, kind.__name__)

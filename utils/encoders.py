@@ -1,0 +1,171 @@
+"""Encoders: pixels in [0,1] to un-normalised image embeddings, and back to what ``from_pretrained`` loads."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, CLIPConfig, CLIPModel, CLIPProcessor
+from transformers.utils import logging as transformers_logging
+
+from utils.cli import UserError
+
+SUPPORTED_MODEL_TYPES = ("clip",)
+
+
+class ImageEncoder(nn.Module):
+    """phi: the image tower and projection of a ``CLIPModel``, with CLIP's normalisation inside.
+
+    The modules are the ``CLIPModel``'s own, not copies: training this trains the model it was made from. Pixels,
+    normalisation and the patch embedding stay in float32, the transformer blocks run under autocast in
+    ``compute_dtype``: a normalised pixel near 2 would be rounded to steps of 1/64 by bfloat16, and an attack with
+    steps of 1/1020 would vanish in that. Autocast is entered here, not by the training engine, so that the attack, the
+    reference and the trained encoder all see the same arithmetic, wrapped or not.
+    """
+
+    def __init__(
+        self,
+        clip: CLIPModel,
+        image_mean: list[float],
+        image_std: list[float],
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.vision_model = clip.vision_model
+        self.visual_projection = clip.visual_projection
+        self.compute_dtype = compute_dtype
+        self.embed_dim = clip.config.projection_dim
+        self.image_size = clip.config.vision_config.image_size
+        self.register_buffer("image_mean", torch.tensor(image_mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("image_std", torch.tensor(image_std).view(1, 3, 1, 1), persistent=False)
+        # Only the class changes: same parameters, same names in every state dict.
+        self.vision_model.embeddings.patch_embedding.__class__ = Float32Conv2d
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(B, 3, H, W) float32 in [0,1] -> image_embeds (B, D), float32, not normalised to unit length."""
+        normalised = (pixel_values - self.image_mean) / self.image_std
+        autocast = self.compute_dtype != torch.float32
+        with torch.autocast(pixel_values.device.type, dtype=self.compute_dtype, enabled=autocast):
+            pooled = self.vision_model(normalised).pooler_output
+            return self.visual_projection(pooled).float()
+
+
+class Float32Conv2d(nn.Conv2d):
+    """A convolution that autocast leaves in float32. On a GPU, TF32 must be off too: see utils/distributed.py."""
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            return super().forward(pixel_values.float())
+
+
+def check_model(name_or_path: str, flag: str) -> CLIPConfig:
+    """The model's config, read before any weights are: raises ``UserError`` where there is none, or of another type."""
+    path = Path(name_or_path)
+    if path.exists() and not (path / "config.json").exists():
+        raise UserError(f"{flag} {name_or_path}: holds no config.json; expected a directory saved by save_pretrained")
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{flag} {name_or_path}: neither a local model directory nor a model that the Hugging Face hub gave "
+            f"({str(error).splitlines()[0][:160]}); check the name, or download it first where there is no internet"
+        ) from None
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
+        raise UserError(
+            f"{flag} {name_or_path}: model type {config.model_type!r}; supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
+        )
+    return config
+
+
+def load_clip(name_or_path: str, flag: str = "--model_name_or_path") -> tuple[CLIPModel, CLIPProcessor]:
+    """The whole float32 ``CLIPModel`` and its processor. Never partitioned, also where DeepSpeed's ZeRO-3 is on."""
+    check_model(name_or_path, flag)
+    try:
+        with unpartitioned(), quiet_transformers():
+            clip = CLIPModel.from_pretrained(name_or_path, dtype=torch.float32, trust_remote_code=False)
+            processor = CLIPProcessor.from_pretrained(name_or_path)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{flag} {name_or_path}: the model does not load: {str(error).splitlines()[0][:300]}") from None
+    return clip, processor
+
+
+def make_encoder(clip: CLIPModel, processor: CLIPProcessor, compute_dtype: torch.dtype = torch.float32) -> ImageEncoder:
+    """The image encoder inside ``clip``, normalising as its processor says."""
+    image_processor = processor.image_processor
+    return ImageEncoder(clip, image_processor.image_mean, image_processor.image_std, compute_dtype)
+
+
+def frozen_copy(encoder: ImageEncoder) -> ImageEncoder:
+    """phi0: a copy in eval mode whose parameters require no gradient."""
+    return copy.deepcopy(encoder).eval().requires_grad_(False)
+
+
+def load_reference(name_or_path: str | None, encoder: ImageEncoder) -> ImageEncoder:
+    """phi0: a frozen copy of ``encoder``, or of the model that --reference_model_name_or_path names."""
+    if name_or_path is None:
+        return frozen_copy(encoder)
+    flag = "--reference_model_name_or_path"
+    reference = make_encoder(*load_clip(name_or_path, flag), encoder.compute_dtype)
+    if (reference.embed_dim, reference.image_size) != (encoder.embed_dim, encoder.image_size):
+        raise UserError(
+            f"{flag} {name_or_path}: embeds {reference.image_size} px into {reference.embed_dim} dimensions, the "
+            f"encoder {encoder.image_size} px into {encoder.embed_dim}; name a model of the encoder's kind"
+        )
+    return frozen_copy(reference)
+
+
+def enable_gradient_checkpointing(encoder: ImageEncoder) -> None:
+    """Recomputes activations in the backward pass, in train mode only. Non-reentrant, or autograd.grad refuses it."""
+    settings = {"use_reentrant": False}
+    if hasattr(encoder.vision_model, "activation_checkpointing_enable"):  # transformers >= 5.20 or so
+        encoder.vision_model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:
+        encoder.vision_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+
+
+def save_clip(
+    directory: str | Path, clip: CLIPModel, processor: CLIPProcessor, encoder_state: dict[str, Tensor]
+) -> None:
+    """Writes config, model.safetensors and processor files: the text tower of ``clip`` with the encoder's new weights.
+
+    ``encoder_state`` is a full state dict of ``ImageEncoder`` (under ZeRO-3: the gathered one). Call on one process.
+    """
+    state = {name: tensor for name, tensor in clip.state_dict().items() if name not in encoder_state}
+    state.update({name: tensor.detach().to("cpu", torch.float32) for name, tensor in encoder_state.items()})
+    empty = [name for name, tensor in state.items() if tensor.numel() == 0]
+    if empty:
+        raise RuntimeError(f"{empty[0]} is partitioned (shape {tuple(state[empty[0]].shape)}): refusing to save it")
+    with quiet_transformers():
+        clip.save_pretrained(directory, state_dict=state)
+        processor.save_pretrained(directory)
+
+
+@contextmanager
+def unpartitioned() -> Iterator[None]:
+    """Hugging Face models built inside are whole, also after an Accelerator with a ZeRO-3 config was made."""
+    from transformers.integrations import deepspeed as integration
+
+    kept, integration._hf_deepspeed_config_weak_ref = integration._hf_deepspeed_config_weak_ref, None
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = kept
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without the bars of loading and saving, and without the note that images go through Pillow: they are meant to."""
+    level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bar:
+            transformers_logging.enable_progress_bar()

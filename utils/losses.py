@@ -1,0 +1,34 @@
+"""Objectives and distances, one value per sample, in float32 whatever the encoder's precision."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def squared_distance(image_embeds: Tensor, ref_image_embeds: Tensor) -> Tensor:
+    """||z - z0||^2 as a sum (not a mean) over D: (B, D), (B, D) -> (B,), float32. FARE's and LORE's distance."""
+    return (image_embeds.float() - ref_image_embeds.float()).square().sum(dim=-1)
+
+
+def class_logits(image_embeds: Tensor, class_embeds: Tensor, logit_scale: float | Tensor) -> Tensor:
+    """s * cos(z, t_c) for every class: (B, D), (C, D) with unit rows, s = exp(logit_scale) -> (B, C), float32."""
+    return logit_scale * F.normalize(image_embeds.float(), dim=-1) @ class_embeds.float().T
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log p(label): (B, C), (B,) int64 -> (B,), in nats. TeCoA's objective (Mao et al. 2023, arXiv 2212.07016)."""
+    return F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def kl_divergence(ref_logits: Tensor, logits: Tensor) -> Tensor:
+    """KL(p0 || p) = sum_c p0 (log p0 - log p), reference first: (B, C), (B, C) -> (B,), in nats, >= 0."""
+    ref_logps = F.log_softmax(ref_logits.float(), dim=-1)
+    logps = F.log_softmax(logits.float(), dim=-1)
+    return (ref_logps.exp() * (ref_logps - logps)).sum(dim=-1)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """H(p) = -sum_c p log p: (B, C) -> (B,), in nats, in [0, ln C]."""
+    logps = F.log_softmax(logits.float(), dim=-1)
+    return -(logps.exp() * logps).sum(dim=-1)

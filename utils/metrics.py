@@ -1,0 +1,102 @@
+"""What runs report: statistics of a batch, intervals of an accuracy, FLOPs, and the metrics.jsonl file."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import binomtest
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from utils.encoders import ImageEncoder
+
+
+def violation_statistics(distance: Tensor, margin: Tensor, rho: float) -> dict[str, float]:
+    """Distribution of distance / margin over a batch (feasible: <= rho) and the share of images above rho.
+
+    Two (n,) float32 tensors. One device synchronisation.
+    """
+    ratio = distance.float() / margin.float().clamp_min(1e-12)
+    quantiles = torch.quantile(ratio, torch.tensor([0.5, 0.95], device=ratio.device))
+    violated = (distance > rho * margin).float().mean()
+    values = torch.stack([ratio.mean(), quantiles[0], quantiles[1], ratio.max(), violated]).tolist()
+    names = [f"violation_ratio_{name}" for name in ("mean", "median", "p95", "max")]
+    return dict(zip([*names, "violated_fraction"], values))
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """Wilson 95 % interval of a share, both ends in [0,1]."""
+    interval = binomtest(successes, trials).proportion_ci(confidence_level=0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def forward_flops(encoder: ImageEncoder) -> int:
+    """FLOPs of one image's forward pass (a multiply-add counts 2), counted by torch on a batch of one."""
+    pixel_values = torch.zeros(1, 3, encoder.image_size, encoder.image_size, device=encoder.image_mean.device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        encoder(pixel_values)
+    return counter.get_total_flops()
+
+
+def lore_flops_per_image(forward: int, attack_steps: int, primal_steps: int, clean_in_primal: bool, dual: bool) -> int:
+    """FLOPs that one image needs in one step, in terms of one forward F (backward to the input F, with weights 2F).
+
+    Reference F, attack 2F a step, each primal update 3F for x + delta and 3F more where x takes part, dual F. LORE with
+    10 attack steps and K = 5: 52 F.
+    """
+    return forward * (1 + 2 * attack_steps + primal_steps * 3 * (2 if clean_in_primal else 1) + (1 if dual else 0))
+
+
+# Dense bf16 peaks from the vendors' data sheets, FLOP/s. Other devices report no utilisation.
+_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 peak in FLOP/s, None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in _PEAK_FLOPS.items() if key in name.replace("-", " ").split()), None)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory so far in GiB: allocated by torch on a GPU, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one JSON object a line, written through at once."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def write(self, row: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        rows = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue  # the last line of a killed run
+        return rows
+
+    def cut_back(self, step: int) -> None:
+        """Drops what was written after ``step``: a resumed run writes it again."""
+        kept = [json.dumps(row) + "\n" for row in self.read() if row["step"] <= step]
+        aside = self.path.with_suffix(".jsonl.tmp")
+        aside.write_text("".join(kept), encoding="utf-8")
+        os.replace(aside, self.path)

@@ -1,0 +1,65 @@
+"""The README.md beside a trained model: method, settings, data, metrics, the exact command, versions."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "webdataset", "bitsandbytes")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on; absent packages are left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def command_line() -> str:
+    """The command of this process, as one would type it."""
+    return shlex.join(["python", *sys.argv])
+
+
+def model_card(
+    *, method: str, base_model: str, settings: dict[str, Any], evaluations: list[dict[str, Any]], notes: list[str]
+) -> str:
+    """Markdown with the hub's metadata header. ``evaluations`` are metrics rows that hold eval_ keys."""
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"base_model: {base_model}",
+        "pipeline_tag: zero-shot-image-classification",
+        "tags: [clip, adversarial-robustness]",
+        "---",
+        "",
+        f"# {method} from {base_model}",
+        "",
+        "Load it with `CLIPModel.from_pretrained` and `CLIPProcessor.from_pretrained`. The image tower was fine-tuned",
+        "to resist l_inf perturbations of the pixels; the text tower is the base model's.",
+        "",
+    ]
+    if evaluations:
+        keys = [key for key in evaluations[-1] if key.startswith("eval_")]
+        lines += ["## Evaluations during training", "", "| step | " + " | ".join(keys) + " |"]
+        lines += ["|---" * (len(keys) + 1) + "|"]
+        for row in evaluations:
+            values = [f"{row[key]:.4f}" if isinstance(row.get(key), float) else str(row.get(key, "")) for key in keys]
+            lines.append(f"| {row['step']} | " + " | ".join(values) + " |")
+        lines.append("")
+    lines += [*notes, ""] if notes else []
+    lines += ["## Command", "", "```", command_line(), "```", "", "## Settings", "", "| setting | value |", "|---|---|"]
+    lines += [f"| {name} | {_cell(value)} |" for name, value in settings.items()]
+    lines += ["", "## Versions", "", "| package | version |", "|---|---|"]
+    lines += [f"| {name} | {number} |" for name, number in versions().items()]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,82 @@
+"""What a long run shows: a live bar in a terminal, one plain line per report elsewhere (a log file, a batch job)."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+
+class RunProgress:
+    """Progress over ``total`` units. ``update`` moves the bar and its fields, ``note`` prints a line that stays.
+
+    Only the main process shows anything; without a terminal each ``update(..., report=True)`` is a plain line.
+    """
+
+    def __init__(self, title: str, total: int, *, done: int = 0, enabled: bool = True) -> None:
+        self.title, self.total, self.done, self.enabled = title, total, done, enabled
+        self.console = Console(file=sys.stderr, highlight=False)
+        self.live = enabled and self.console.is_terminal
+        self.first, self.started = done, time.monotonic()
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            _Fields(),
+            console=self.console,
+        )
+
+    def __enter__(self) -> RunProgress:
+        if self.live:
+            self.progress.start()
+            self.task = self.progress.add_task(self.title, total=self.total, completed=self.done, fields={})
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.live:
+            self.progress.stop()
+
+    def update(self, done: int, fields: dict[str, Any] | None = None, *, report: bool = False) -> None:
+        """``fields`` are values by name, shown in this order; ``report`` prints a line where there is no live bar."""
+        self.done = done
+        if self.live:
+            self.progress.update(self.task, completed=done, **({"fields": fields} if fields is not None else {}))
+        elif self.enabled and report:
+            left = "" if done >= self.total else f"  left {_duration(self._seconds_left())}"
+            print(f"{self.title} {done}/{self.total}  {_join(fields or {})}{left}", file=sys.stderr, flush=True)
+
+    def note(self, line: str) -> None:
+        """A line that stays on the screen and in the log."""
+        if self.enabled:
+            if self.live:
+                self.console.print(line, markup=False)
+            else:
+                print(line, file=sys.stderr, flush=True)
+
+    def _seconds_left(self) -> float:
+        done = max(1, self.done - self.first)
+        return (time.monotonic() - self.started) / done * (self.total - self.done)
+
+
+class _Fields(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(_join(task.fields.get("fields", {})))
+
+
+def _join(fields: dict[str, Any]) -> str:
+    return "  ".join(f"{name} {_number(value)}" for name, value in fields.items())
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

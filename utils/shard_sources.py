@@ -1,0 +1,444 @@
+"""Where shards are: paths, globs, directories and URLs to single shards, and local copies of the remote ones.
+
+Nothing that is logged or kept on disk holds a token: ``display_url`` is what may be shown.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import fnmatch
+import glob
+import hashlib
+import http.client
+import logging
+import os
+import re
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import braceexpand
+
+from utils.cli import UserError
+
+logger = logging.getLogger(__name__)
+
+COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
+
+DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
+DOWNLOAD_RETRIES = 3
+RETRY_DELAY = 1.0  # seconds before the first retry, doubled for each further one
+
+
+class ShardError(UserError):
+    """Reading has to stop. Survives the way out of a DataLoader worker as the same one line.
+
+    A DataLoader raises a worker's exception again from the text of its whole traceback; the line itself is what follows
+    the last "ShardError: ".
+    """
+
+    every_rank = False  # other ranks may read on: whoever meets it has to speak
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text.rsplit("ShardError: ", 1)[-1].strip())
+
+
+class UnavailableShard(Exception):
+    """A shard that cannot be brought here; the text says why."""
+
+
+def default_cache_dir() -> Path:
+    """The user's cache folder: $XDG_CACHE_HOME, else ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clip_shards"
+
+
+def expand_shards(patterns: Sequence[str], *, flag: str = "--train_shards", allow_pipe_urls: bool = False) -> list[str]:
+    """Paths and URLs of single shards, in the order given; duplicates stay.
+
+    A pattern is a path, a glob, a directory (its *.tar in numeric order), an ``https://`` or ``http://`` URL, an
+    ``hf://datasets/<org>/<name>[@revision]/<path>`` URL (glob and directory too), each after brace expansion. UserError
+    where a pattern leads to nothing; single missing shards of a pattern are left to ``index_shards``.
+    """
+    urls: list[str] = []
+    for pattern in patterns:
+        try:
+            expanded = list(braceexpand.braceexpand(pattern))
+        except ValueError:
+            raise UserError(
+                f"{flag} {display_url(pattern)}: braces do not match; expected e.g. x-{{000..010}}.tar"
+            ) from None
+        scheme = _scheme(pattern)
+        if scheme == "pipe":
+            if not allow_pipe_urls:
+                raise UserError(
+                    f"{flag} {display_url(pattern)}: runs a shell command; give a path or URL, or --allow_pipe_urls"
+                )
+            urls += expanded
+        elif scheme in ("http", "https"):
+            if any("*" in urllib.parse.urlsplit(url).path for url in expanded):
+                raise UserError(
+                    f"{flag} {display_url(pattern)}: a web server cannot be listed; write x-{{000..010}}.tar"
+                )
+            urls += expanded
+        elif scheme == "hf":
+            for url in expanded:
+                urls += _expand_hub(url, flag)
+        elif scheme is None:
+            urls += _expand_local(pattern, expanded, flag)
+        else:
+            raise UserError(
+                f"{flag} {display_url(pattern)}: {scheme}:// is not supported; expected a path, http(s):// or hf://"
+            )
+    for url in urls:
+        if file_name(url).lower().endswith(COMPRESSED):
+            raise UserError(f"{flag} {display_url(url)}: compressed; expected a plain .tar, please unpack it once")
+    if not urls:
+        raise UserError(f"{flag}: no shards given; expected paths, globs, directories or URLs of .tar files")
+    return urls
+
+
+def _expand_local(pattern: str, expanded: list[str], flag: str) -> list[str]:
+    found: list[str] = []
+    exists = False
+    for path in map(os.path.expanduser, expanded):
+        matches = sorted(glob.glob(path, recursive=True), key=_natural) if glob.has_magic(path) else []
+        for match in matches or [path]:
+            if os.path.isdir(match):
+                found += [os.path.join(match, name) for name in _tars_in_folder(match, os.listdir(match), flag)]
+                exists = True
+            else:
+                found.append(match)
+                exists = exists or os.path.exists(match)
+    if not exists:
+        parent = Path(os.path.expanduser(expanded[0] if expanded else pattern)).absolute().parent
+        while not parent.is_dir():
+            parent = parent.parent
+        tars = sum(name.endswith(".tar") for name in os.listdir(parent)) if os.access(parent, os.R_OK) else 0
+        count = f"none of the {len(expanded)} files exists" if len(expanded) > 1 else "nothing is there"
+        raise UserError(
+            f"{flag} {pattern}: {count}; expected .tar shards; the nearest existing folder is {parent} "
+            f"({tars} .tar files); correct the path"
+        )
+    return found
+
+
+def _expand_hub(url: str, flag: str) -> list[str]:
+    """One brace-expanded hf:// URL -> shard URLs; a directory or glob is listed."""
+    repo, revision, path = _parse_hub(url, flag)
+    if path.endswith(".tar") and not glob.has_magic(path):
+        return [url]
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    pattern = path if glob.has_magic(path) else None
+    folder = path.strip("/")
+    if pattern is not None:
+        fixed = pattern[: re.search(r"[*?\[]", pattern).start()]
+        folder = fixed.rpartition("/")[0]
+    deep = pattern is not None and "/" in pattern[len(folder) :].lstrip("/")
+    try:
+        entries = list(
+            HfApi().list_repo_tree(repo, folder or None, recursive=deep, revision=revision, repo_type="dataset")
+        )
+    except Exception as error:  # the hub raises its own errors, httpx's and OSError
+        raise UserError(
+            f"{flag} {display_url(url)}: the hub does not list it ({one_line(error)}); check the name, the "
+            "network and the login"
+        ) from None
+    prefix = url[: len(url) - len(path)].rstrip("/") + "/"
+    if pattern is None:
+        names = [entry.path.rpartition("/")[2] for entry in entries]
+        return [f"{prefix}{folder}/{name}" if folder else prefix + name for name in _tars_in_folder(url, names, flag)]
+    files = [entry.path for entry in entries if isinstance(entry, RepoFile)]
+    matches = sorted((path for path in files if fnmatch.fnmatchcase(path, pattern)), key=_natural)
+    if not matches:
+        raise UserError(f"{flag} {display_url(url)}: matches no file on the hub; expected .tar shards")
+    return [prefix + match for match in matches]
+
+
+def _tars_in_folder(folder: str, names: Sequence[str], flag: str) -> list[str]:
+    """The .tar files among ``names``, in numeric order; UserError where ``folder`` has none."""
+    tars = sorted((name for name in names if name.endswith(".tar") and not name.startswith(".")), key=_natural)
+    if not tars:
+        splits = [name for name in ("train", "test") if name in names]
+        hint = f"name its {' or '.join(f'{split}/' for split in splits)} folder" if splits else "correct the path"
+        raise UserError(f"{flag} {folder}: a folder without .tar files; expected .tar shards; {hint}")
+    return tars
+
+
+def _natural(name: str) -> list[Any]:
+    """Sort key by which shard 10 follows shard 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name) if part]
+
+
+def _scheme(url: str) -> str | None:
+    if url.startswith("pipe:"):
+        return "pipe"
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", url)
+    return match.group(1).lower() if match else None
+
+
+def is_remote(url: str) -> bool:
+    return _scheme(url) is not None
+
+
+def display_url(url: str) -> str:
+    """The URL as it may be shown and logged: without user, password, query and fragment, a pipe without arguments."""
+    scheme = _scheme(url)
+    if scheme is None:
+        return url
+    digest = hashlib.sha256(url.encode()).hexdigest()[:8]
+    if scheme == "pipe":
+        return f"pipe:{(url[5:].split() or [''])[0]} ... ({digest})"
+    address, *query = re.split(r"[?#]", url, maxsplit=1)
+    shown = re.sub(r"(://)[^/]*@", r"\1", address)
+    return f"{shown} ({digest})" if query and query[0] else shown
+
+
+def file_name(url: str) -> str:
+    if _scheme(url) == "pipe":
+        return "pipe.tar"
+    return (re.split(r"[?#]", url, maxsplit=1)[0] if is_remote(url) else url).rpartition("/")[2]
+
+
+def sibling(url: str, name: str) -> str | None:
+    """The file ``name`` in the folder of ``url``."""
+    if _scheme(url) == "pipe":
+        return None
+    if not is_remote(url):
+        return os.path.join(os.path.dirname(url), name)
+    address, mark, query = url.partition("?")
+    return address.rpartition("/")[0] + "/" + name + mark + query
+
+
+def _parse_hub(url: str, flag: str = "") -> tuple[str, str | None, str]:
+    """hf://datasets/<org>/<name>[@revision]/<path> -> (repository, revision, path)."""
+    match = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.*))?", url)
+    if not match:
+        raise UserError(
+            f"{flag} {url}: not understood; expected hf://datasets/<org>/<name>[@revision]/<path>/x-{{000..010}}.tar"
+        )
+    revision = urllib.parse.unquote(match.group(2)) if match.group(2) else None
+    return match.group(1), revision, match.group(3) or ""
+
+
+def one_line(error: BaseException) -> str:
+    """The error's text on one line; URLs lose what may hold a token."""
+    text = re.sub(r"https?://[^\s'\")]+", lambda match: display_url(match.group(0)), str(error))
+    return " ".join(f"{type(error).__name__} {text}".split())[:300]
+
+
+class ShardCache:
+    """Local copies of remote shards, at most ``limit_gb`` (10^9 bytes) of them; least recently used go first.
+
+    A copy appears whole or not at all (temporary file, fsync, rename); a lock per shard lets any number of processes
+    ask at once and fetch once. A file that is evicted while somebody reads it stays readable through the open
+    descriptor. The limit should hold the shards of two shuffle blocks, up to 4 * 64; below that they are fetched again
+    and again.
+    """
+
+    def __init__(self, cache_dir: str | os.PathLike, limit_gb: float | None = None) -> None:
+        self.cache_dir = Path(cache_dir)
+        self.limit_bytes = None if limit_gb is None else int(limit_gb * 1e9)
+        self.shard_dir, self.lock_dir = self.cache_dir / "shards", self.cache_dir / "locks"
+        self._touched: dict[str, float] = {}
+
+    def path(self, url: str, *, wait: bool = True) -> str | None:
+        """Local path of the shard, fetched where needed. A local path is returned as it is.
+
+        With ``wait=False`` None where another process is fetching it. UnavailableShard where it cannot be had.
+        """
+        if not is_remote(url):
+            return url
+        target = self.shard_dir / f"{digest(url)}-{file_name(url)}"
+        if not target.exists():
+            self.shard_dir.mkdir(parents=True, exist_ok=True)
+            self.lock_dir.mkdir(parents=True, exist_ok=True)
+            with _locked(self.lock_dir / f"{digest(url)}.lock", wait) as held:
+                if not held:
+                    return None
+                if not target.exists():
+                    self._fetch(url, target)
+                    self._evict(target)
+        self.touch(str(target))
+        return str(target)
+
+    def touch(self, path: str) -> None:
+        """Marks the copy as in use, at most once a minute. The access time carries that: the index goes by mtime."""
+        now = time.time()
+        if now - self._touched.get(path, 0.0) > 60:
+            self._touched[path] = now
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(path, (now, os.stat(path).st_mtime))
+
+    def _fetch(self, url: str, target: Path) -> None:
+        part = target.with_name(target.name + ".part")
+        try:
+            _with_retries(partial(_download, url, part))
+            with open(part, "rb") as stream:
+                os.fsync(stream.fileno())
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _evict(self, keep: Path) -> None:
+        if self.limit_bytes is None:
+            return
+        with _locked(self.lock_dir / "evict.lock", wait=True):
+            copies = []
+            for copy in self.shard_dir.iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    if copy.suffix != ".part":
+                        status = copy.stat()
+                        copies.append((status.st_atime, status.st_size, copy))
+            total = sum(size for _, size, _ in copies)
+            for _, size, copy in sorted(copies):
+                if total <= self.limit_bytes:
+                    break
+                if copy != keep:
+                    copy.unlink(missing_ok=True)
+                    total -= size
+
+
+@contextlib.contextmanager
+def _locked(path: Path, wait: bool) -> Iterator[bool]:
+    """Holds an exclusive lock between processes and threads; yields False where it is taken and ``wait`` is False."""
+    with open(path, "a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True  # closing the file gives the lock back
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:24]
+
+
+class _Absent(UnavailableShard):
+    """The server answered, and there is no such file: no use in asking again."""
+
+
+def _with_retries(fetch: Callable[[], None]) -> None:
+    """Calls ``fetch``; network errors are retried, what remains is raised as UnavailableShard."""
+    for attempt in range(DOWNLOAD_RETRIES + 1):
+        try:
+            return fetch()
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+                raise ShardError(
+                    f"--cache_dir: cannot be written ({error.strerror}); make room or name another folder"
+                ) from None
+            if attempt == DOWNLOAD_RETRIES:
+                raise UnavailableShard(f"{one_line(error)}, {attempt + 1} attempts") from None
+            time.sleep(RETRY_DELAY * 2**attempt)
+
+
+def _download(url: str, target: Path) -> None:
+    """The whole of ``url`` into ``target``. _Absent where there is nothing, OSError where it may help to try again."""
+    scheme = _scheme(url)
+    if scheme == "pipe":
+        _download_pipe(url, target)
+    elif scheme == "hf":
+        _download_hub(url, target)
+    else:
+        _download_http(url, target)
+
+
+def _download_http(url: str, target: Path) -> None:
+    try:
+        with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response, open(target, "wb") as stream:
+            expected = response.headers.get("Content-Length")
+            while chunk := response.read(1 << 20):
+                stream.write(chunk)
+            if expected is not None and stream.tell() != int(expected):
+                raise OSError(f"connection broke after {stream.tell()} of {expected} bytes")
+    except urllib.error.HTTPError as error:
+        if error.code in (408, 425, 429) or error.code >= 500:
+            raise OSError(f"HTTP status {error.code}") from None
+        raise _Absent(f"HTTP status {error.code}") from None
+    except http.client.HTTPException as error:
+        raise OSError(one_line(error)) from None
+
+
+def _download_hub(url: str, target: Path) -> None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+    from tqdm import tqdm
+
+    repo, revision, path = _parse_hub(url)
+    with tempfile.TemporaryDirectory(dir=target.parent.parent, prefix="hub-") as folder:
+        try:
+            local = hf_hub_download(
+                repo,
+                path,
+                repo_type="dataset",
+                revision=revision,
+                local_dir=folder,
+                tqdm_class=partial(tqdm, disable=True),
+            )
+        except LocalEntryNotFoundError as error:  # the hub's word for "no connection", and also an EntryNotFoundError
+            raise OSError(one_line(error)) from None
+        except (EntryNotFoundError, RepositoryNotFoundError) as error:
+            raise _Absent(one_line(error)) from None
+        except HfHubHTTPError as error:
+            status = getattr(error.response, "status_code", 500)
+            kind = OSError if status in (408, 429) or status >= 500 else _Absent
+            raise kind(one_line(error)) from None
+        os.replace(local, target)
+
+
+def _download_pipe(url: str, target: Path) -> None:
+    from webdataset.gopen import gopen
+
+    # The exception of a failed command repeats the command, tokens and all: only its status is passed on.
+    process = gopen(url)
+    try:
+        with open(target, "wb") as stream:
+            while chunk := process.stream.read(1 << 20):
+                stream.write(chunk)
+    finally:
+        process.stream.close()
+        status = process.proc.wait()
+    if status:
+        raise OSError(f"the command ended with status {status}")
+
+
+def read_text(location: str, cache_dir: str | os.PathLike) -> str | None:
+    """A small UTF-8 text file by path or URL (sizes.json, classnames.txt); None where there is none.
+
+    UserError where the server cannot be reached at all or the file is not text.
+    """
+    try:
+        if not is_remote(location):
+            data = Path(location).read_bytes()
+        else:
+            Path(cache_dir).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache_dir, prefix="text-") as folder:
+                target = Path(folder) / "text" / "file"
+                target.parent.mkdir()
+                _with_retries(partial(_download, location, target))
+                data = target.read_bytes()
+        return data.decode("utf-8")
+    except (_Absent, FileNotFoundError, NotADirectoryError):
+        return None
+    except UnavailableShard as error:
+        raise UserError(f"{display_url(location)}: cannot be reached ({error}); check address and network") from None
+    except OSError as error:
+        raise UserError(f"{location}: cannot be read ({error.strerror}); check its permissions") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{display_url(location)}: not a UTF-8 text; expected plain text") from None

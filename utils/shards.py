@@ -1,0 +1,500 @@
+"""Samples in WebDataset .tar shards: index them, read them by reference, make the loaders of training and evaluation.
+
+    urls = expand_shards(["data/imagenet/train-{000000..001281}.tar"])
+    index = index_shards(urls)
+    dataset = ShardDataset(index, transform, order="shuffled", seed=0)
+    loader = train_loader(dataset, ...)
+
+Samples are read by offset, in the order of ``utils/data_order.py``, so nothing but what a step needs is read, at the
+start as after a resume. What cannot be read becomes a ``Skipped`` record that travels with the batch to a
+``SkipCounter``; the run goes on until too much is lost.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from utils.cli import UserError
+from utils.data_order import EpochOrder, EvalBatchSampler, SequentialOrder, TrainBatchSampler
+from utils.images import ImageError, ImageTransform, decode
+from utils.shard_sources import (
+    ShardCache,
+    ShardError,
+    UnavailableShard,
+    default_cache_dir,
+    display_url,
+    file_name,
+    is_remote,
+    one_line,
+    read_text,
+    sibling,
+)
+from utils.skipped import BadSample, Skipped
+from utils.tar_index import TarIndex, tar_index
+
+logger = logging.getLogger(__name__)
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+
+# Open files per worker: 64 runs are read side by side, each from one or two shards.
+OPEN_SHARDS = 256
+REPLACEMENTS_TRIED = 100
+
+
+@dataclass
+class ShardIndex:
+    """The shards of one data set: ``sizes[i]`` samples can be expected in ``urls[i]``, 0 in a shard that is lost."""
+
+    urls: list[str]
+    sizes: list[int]
+    skipped: list[Skipped]
+    cache_dir: str
+    cache_limit_gb: float | None = None
+    num_samples: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.num_samples = sum(self.sizes)
+
+
+def index_shards(
+    urls: Sequence[str],
+    *,
+    cache_dir: str | os.PathLike | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    cache_limit_gb: float | None = None,
+    flag: str = "--train_shards",
+) -> ShardIndex:
+    """Counts the samples of every shard: from ``sizes.json`` beside it, else by a pass over its headers, kept as JSON.
+
+    A missing or damaged shard becomes a ``Skipped`` record with an estimate of the samples lost. A remote shard without
+    sizes.json is fetched. ``progress(done, total)`` is called after each shard. UserError where no sample is left.
+    """
+    cache_dir = str(cache_dir or default_cache_dir())
+    try:
+        Path(cache_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--cache_dir {cache_dir}: cannot be made ({error.strerror}); name a folder that can be written"
+        ) from None
+    cache = ShardCache(cache_dir, cache_limit_gb)
+    promised_by_folder: dict[str | None, dict[str, int]] = {}
+    sizes: list[int] = []
+    lost: list[tuple[str, str, str, int | None, int]] = []  # kind, where, detail, promised, readable
+    for number, url in enumerate(urls):
+        sizes_file = sibling(url, "sizes.json")
+        if sizes_file not in promised_by_folder:
+            promised_by_folder[sizes_file] = _read_sizes(sizes_file, cache_dir)
+        promised = promised_by_folder[sizes_file].get(file_name(url))
+        readable, kind, detail = 0, None, ""
+        try:
+            if promised is not None and (is_remote(url) or os.path.isfile(url)):
+                readable = promised
+            else:
+                path = cache.path(url)
+                found = tar_index(path, cache_dir, url if is_remote(url) else None)
+                readable = len(found)
+                if found.damage:
+                    kind, detail = "damaged shard", found.damage
+        except UnavailableShard as error:
+            kind, detail = "missing shard", str(error)
+        except OSError as error:
+            kind, detail = "missing shard", error.strerror or one_line(error)
+        if kind:
+            lost.append((kind, display_url(url), detail, promised, readable))
+        sizes.append(readable)
+        if progress is not None:
+            progress(number + 1, len(urls))
+
+    whole = [
+        size for size, url in zip(sizes, urls) if size and display_url(url) not in {where for _, where, *_ in lost}
+    ]
+    usual = round(sum(whole) / len(whole)) if whole else 1
+    skipped = [
+        Skipped(kind, where, detail, max(1, (usual if promised is None else promised) - readable))
+        for kind, where, detail, promised, readable in lost
+    ]
+    if not sum(sizes):
+        reason = (
+            f"first: {skipped[0].where} ({skipped[0].detail})" if skipped else f"first: {display_url(urls[0])} is empty"
+        )
+        raise UserError(
+            f"{flag}: no readable sample in {len(urls)} shard{'s' if len(urls) > 1 else ''}, {reason}; expected .tar "
+            "files with <key>.jpg members"
+        )
+    return ShardIndex(list(urls), sizes, skipped, cache_dir, cache_limit_gb)
+
+
+def _read_sizes(location: str | None, cache_dir: str) -> dict[str, int]:
+    """Shard name -> promised number of samples; empty where there is no (usable) sizes.json."""
+    text = None if location is None else read_text(location, cache_dir)
+    if text is None:
+        return {}
+    try:
+        sizes = json.loads(text)
+        if not all(type(size) is int and size >= 0 for size in sizes.values()):
+            raise ValueError
+    except (ValueError, AttributeError):
+        logger.warning('%s: not {"<shard>": samples, ...}; the shards are counted instead', display_url(location))
+        return {}
+    return sizes
+
+
+class ShardReader:
+    """Reads members of samples by (shard number, sample number). One per process; files open at the first use."""
+
+    def __init__(self, index: ShardIndex) -> None:
+        self.index = index
+        self.cache = ShardCache(index.cache_dir, index.cache_limit_gb)
+        self.notices: list[Skipped] = []  # about shards, not about one sample; whoever reads takes them along
+        self._open: OrderedDict[int, tuple[int, str, TarIndex]] = OrderedDict()
+        self._failed: dict[int, tuple[str, str]] = {}
+
+    def read(self, shard: int, sample: int, extensions: Sequence[str] | None = None) -> tuple[str, dict[str, bytes]]:
+        """(key, {extension: bytes}) of a sample, all members or those in ``extensions``; BadSample where it is lost."""
+        descriptor, path, index = self._opened(shard, sample)
+        where = f"{display_url(self.index.urls[shard])}#"
+        if sample >= len(index):
+            detail = (
+                index.damage or f"sizes.json promises {self.index.sizes[shard]} samples, the shard holds {len(index)}"
+            )
+            raise BadSample("damaged shard", f"{where}{sample}", detail)
+        members = {}
+        for extension, (offset, size) in index.members(sample).items():
+            if extensions is None or extension in extensions:
+                members[extension] = _pread(descriptor, size, offset)
+                if len(members[extension]) != size:
+                    raise BadSample("damaged shard", f"{where}{sample}", f"{path} has become shorter")
+        return index.keys[sample], members
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1][0])
+
+    def _opened(self, shard: int, sample: int) -> tuple[int, str, TarIndex]:
+        opened = self._open.get(shard)
+        url = self.index.urls[shard]
+        if opened is not None:
+            self._open.move_to_end(shard)
+            if is_remote(url):
+                self.cache.touch(opened[1])
+            return opened
+        if shard not in self._failed:
+            try:
+                opened = self._open[shard] = self._open_shard(url)
+            except UnavailableShard as error:
+                self._failed[shard] = ("missing shard", str(error))
+            except OSError as error:
+                self._failed[shard] = ("missing shard", error.strerror or one_line(error))
+        if opened is None:
+            # Remembered: without that every sample of a lost shard would wait for all retries.
+            kind, detail = self._failed[shard]
+            raise BadSample(kind, f"{display_url(url)}#{sample}", detail)
+        if len(self._open) > OPEN_SHARDS:
+            os.close(self._open.popitem(last=False)[1][0])
+        found, promised = len(opened[2]), self.index.sizes[shard]
+        if found > promised:
+            detail = (
+                f"promises {promised} samples, the shard holds {found}; the rest is not used; delete or renew the file"
+            )
+            self.notices.append(Skipped("outdated sizes.json", display_url(url), detail, samples=0))
+        return opened
+
+    def _open_shard(self, url: str) -> tuple[int, str, TarIndex]:
+        for attempt in range(3):
+            path = self.cache.path(url)
+            try:
+                index = tar_index(path, self.index.cache_dir, url if is_remote(url) else None)
+                return os.open(path, os.O_RDONLY | os.O_CLOEXEC), path, index
+            except FileNotFoundError:
+                # Another process may evict the copy before this one has opened it.
+                if not is_remote(url) or attempt == 2:
+                    raise
+        raise AssertionError("unreachable")
+
+
+def _pread(descriptor: int, size: int, offset: int) -> bytes:
+    data = os.pread(descriptor, size, offset)
+    while 0 < len(data) < size:  # a signal, or more than 2 GiB
+        more = os.pread(descriptor, size - len(data), offset + len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
+class ShardDataset(Dataset):
+    """Samples by (epoch, slot, position), for the batch samplers of ``utils/data_order.py``.
+
+    order: "shuffled" for training: a sample that cannot be used is recorded and its slot filled by the next good one of
+    its run. "sequential" for evaluation: it is recorded and its ``image`` is None.
+    with_labels: samples need a ``.cls`` (0 ... num_classes - 1 as text); without, labels are not even read.
+
+    An item is dict(image: uint8 (3, H, W) or None, position: int, key: str, skipped: list[Skipped]), and label: int.
+    ShardError after 100 unusable samples in a row.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        transform: ImageTransform,
+        *,
+        order: str,
+        seed: int = 0,
+        with_labels: bool = False,
+        num_classes: int | None = None,
+    ) -> None:
+        if order not in ("shuffled", "sequential"):
+            raise ValueError(f"order is 'shuffled' or 'sequential', not {order!r}")
+        self.index, self.transform, self.order, self.seed = index, transform, order, seed
+        self.with_labels, self.num_classes = with_labels, num_classes
+        self._extensions = (*IMAGE_EXTENSIONS, "cls") if with_labels else IMAGE_EXTENSIONS
+        self._forget()
+
+    def __len__(self) -> int:
+        return self.index.num_samples
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = vars(self).copy()
+        for name in ("_reader", "_prefetcher", "_orders", "_process"):
+            del state[name]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
+
+    def __getitem__(self, reference: tuple[int, int, int]) -> dict[str, Any]:
+        epoch, slot, position = reference
+        if self._process != os.getpid():  # a forked worker: descriptors and the thread belong to the parent
+            self._forget()
+            self._process, self._reader = os.getpid(), ShardReader(self.index)
+        order = self._order(epoch)
+        self._prefetch(order, epoch, slot)
+        skipped: list[Skipped] = []
+        for shard, sample in self._candidates(order, slot):
+            try:
+                item = self.load(self._reader, shard, sample)
+            except BadSample as bad:
+                skipped.append(bad.skipped)
+                if self.order == "sequential":
+                    item = {"image": None, "key": bad.skipped.where}
+                    break
+                if len(skipped) < REPLACEMENTS_TRIED:
+                    continue
+                raise self._give_up(skipped) from None
+            break
+        else:
+            raise self._give_up(skipped)
+        skipped += self._reader.notices
+        self._reader.notices.clear()
+        return {**item, "position": position, "skipped": skipped}
+
+    def load(self, reader: ShardReader, shard: int, sample: int) -> dict[str, Any]:
+        """The sample itself: image, key and label. BadSample where it cannot be used."""
+        key, members = reader.read(shard, sample, self._extensions)
+        where = f"{display_url(self.index.urls[shard])}#{key}"
+        item: dict[str, Any] = {"key": key}
+        if self.with_labels:
+            item["label"] = self._label(members.get("cls"), where)
+        data = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
+        if data is None:
+            raise BadSample("missing image", where, f"no {', '.join('.' + name for name in IMAGE_EXTENSIONS)} member")
+        try:
+            item["image"] = decode(data, self.transform)
+        except ImageError as error:
+            raise BadSample("undecodable image", where, str(error)) from None
+        return item
+
+    def _label(self, text: bytes | None, where: str) -> int:
+        if text is None:
+            raise BadSample("missing label", where, "no .cls member")
+        try:
+            label = int(text.decode("ascii").strip())
+        except ValueError:
+            raise BadSample("bad label", where, f"{text[:40]!r} is no whole number") from None
+        if label < 0 or (self.num_classes is not None and label >= self.num_classes):
+            limit = (
+                ""
+                if self.num_classes is None
+                else f", there are {self.num_classes} classes (0 ... {self.num_classes - 1})"
+            )
+            raise BadSample("bad label", where, f"class {label}{limit}")
+        return label
+
+    def _candidates(self, order: EpochOrder | SequentialOrder, slot: int) -> Iterator[tuple[int, int]]:
+        yield order.reference(slot)
+        if isinstance(order, EpochOrder):
+            yield from order.replacements(slot)
+
+    def _give_up(self, skipped: list[Skipped]) -> ShardError:
+        kinds: dict[str, int] = {}
+        for record in skipped:
+            kinds[record.kind] = kinds.get(record.kind, 0) + 1
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        return ShardError(
+            f"{len(skipped)} samples in a row cannot be used ({counts}); first {skipped[0].where}: "
+            f"{skipped[0].detail}; check the shards"
+        )
+
+    def _forget(self) -> None:
+        self._process: int | None = None
+        self._reader: ShardReader | None = None
+        self._prefetcher: _Prefetcher | None = None
+        self._orders: OrderedDict[int, EpochOrder | SequentialOrder] = OrderedDict()
+
+    def _order(self, epoch: int) -> EpochOrder | SequentialOrder:
+        if self.order == "sequential":
+            epoch = 0
+        if epoch not in self._orders:
+            sizes = self.index.sizes
+            self._orders[epoch] = (
+                SequentialOrder(sizes) if self.order == "sequential" else EpochOrder(sizes, self.seed, epoch)
+            )
+            if len(self._orders) > 2:
+                self._orders.popitem(last=False)
+        return self._orders[epoch]
+
+    def _prefetch(self, order: EpochOrder | SequentialOrder, epoch: int, slot: int) -> None:
+        """Tells the prefetch thread which remote shards come next: this block's and the next one's."""
+        if self._prefetcher is None:
+            self._prefetcher = _Prefetcher(self.index)
+        if not self._prefetcher.urls_remote:
+            return
+        if isinstance(order, SequentialOrder):
+            shard = order.reference(slot)[0]
+            if self._prefetcher.stage != shard:
+                self._prefetcher.want(shard, range(shard, min(shard + 2, len(self.index.urls))))
+        else:
+            block = order.block_of(slot)
+            if self._prefetcher.stage != (epoch, block):
+                ahead = order.shards_of_block(block + 1) or self._order(epoch + 1).shards_of_block(0)
+                self._prefetcher.want((epoch, block), [*order.shards_of_block(block), *ahead])
+
+
+class _Prefetcher:
+    """A thread that fetches remote shards before they are asked for. Every worker has one; locks keep them apart."""
+
+    def __init__(self, index: ShardIndex) -> None:
+        self.urls_remote = any(map(is_remote, index.urls))
+        self.stage: Any = None
+        self._urls = index.urls
+        self._cache = ShardCache(index.cache_dir, index.cache_limit_gb)
+        self._wanted: list[int] = []
+        self._failed: set[int] = set()
+        self._wake = threading.Condition()
+        if self.urls_remote:
+            threading.Thread(target=self._work, name="shard prefetch", daemon=True).start()
+
+    def want(self, stage: Any, shards: Sequence[int]) -> None:
+        """Replaces the list of shards to fetch, in order; ``stage`` is the caller's mark for it."""
+        with self._wake:
+            self.stage = stage
+            self._wanted = [shard for shard in reversed(shards) if is_remote(self._urls[shard])]
+            self._wake.notify()
+
+    def _work(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._wanted)
+                shard = self._wanted.pop()
+            if shard in self._failed:
+                continue
+            try:
+                self._cache.path(self._urls[shard], wait=False)
+            except Exception:  # the reader meets the same error when it needs the shard, and reports it
+                self._failed.add(shard)
+
+
+def collate(samples: Sequence[dict[str, Any]], *, image_size: tuple[int, int] | None = None) -> dict[str, Any]:
+    """Samples -> dict(images uint8 (B, 3, H, W), positions int64 (B,), keys, skipped), and labels int64 (B,) if read.
+
+    A sample without an image only brings its ``skipped`` records. With none left the images are (0, 3, *image_size).
+    """
+    good = [sample for sample in samples if sample["image"] is not None]
+    batch = {
+        "images": torch.stack([sample["image"] for sample in good])
+        if good
+        else torch.empty(0, 3, *(image_size or (0, 0)), dtype=torch.uint8),
+        "positions": torch.tensor([sample["position"] for sample in good], dtype=torch.int64),
+        "keys": [sample["key"] for sample in good],
+        "skipped": [record for sample in samples for record in sample["skipped"]],
+    }
+    if all("label" in sample for sample in good):
+        batch["labels"] = torch.tensor([sample["label"] for sample in good], dtype=torch.int64)
+    return batch
+
+
+def train_loader(
+    dataset: ShardDataset,
+    *,
+    samples_per_epoch: int,
+    global_batch_size: int,
+    per_device_batch_size: int,
+    rank: int,
+    world_size: int,
+    first_step: int,
+    num_steps: int,
+    num_workers: int,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """One pass over the micro-batches of this rank from ``first_step`` up to ``num_steps``, across epochs."""
+    if samples_per_epoch > len(dataset):
+        raise UserError(f"--train_num_samples: {samples_per_epoch} asked for, the shards hold {len(dataset)}; lower it")
+    if samples_per_epoch < global_batch_size:
+        raise UserError(
+            f"--train_shards: {samples_per_epoch} samples are fewer than one global batch of {global_batch_size}; "
+            "lower --per_device_train_batch_size or --gradient_accumulation_steps, or give more shards"
+        )
+    sampler = TrainBatchSampler(
+        samples_per_epoch, global_batch_size, per_device_batch_size, rank, world_size, first_step, num_steps
+    )
+    return _loader(dataset, sampler, num_workers, pin_memory, persistent=False)
+
+
+def eval_loader(
+    dataset: ShardDataset,
+    *,
+    num_samples: int,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    num_workers: int,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """The first ``num_samples`` samples (or all there are), once each over all ranks, as often as it is iterated.
+
+    Every rank gets the same number of batches; the last ones of a rank may be empty.
+    """
+    sampler = EvalBatchSampler(min(num_samples, len(dataset)), batch_size, rank, world_size)
+    return _loader(dataset, sampler, num_workers, pin_memory, persistent=True)
+
+
+def _loader(
+    dataset: ShardDataset,
+    sampler: TrainBatchSampler | EvalBatchSampler,
+    num_workers: int,
+    pin_memory: bool,
+    persistent: bool,
+) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        collate_fn=partial(collate, image_size=dataset.transform.output_size),
+        persistent_workers=persistent and num_workers > 0,
+        # The loader draws a seed for its workers, who draw nothing: from here, not from the run's own random state.
+        generator=torch.Generator(),
+    )

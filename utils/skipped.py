@@ -1,0 +1,119 @@
+"""What could not be read: a record for each loss, and the counter that ends a run where too much is lost."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from utils.cli import UserError
+
+if TYPE_CHECKING:
+    from utils.shards import ShardIndex
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What was left out. kind: "missing shard", "damaged shard", "outdated sizes.json", "undecodable image",
+    "missing image", "missing label", "bad label". where: the shard, or shard#sample; never holds a token."""
+
+    kind: str
+    where: str
+    detail: str
+    samples: int = 1
+
+
+class BadSample(Exception):
+    """One sample that has to be skipped, raised on the way to its pixels and caught by the data set."""
+
+    def __init__(self, kind: str, where: str, detail: str) -> None:
+        super().__init__(f"{kind}: {where}: {detail}")
+        self.skipped = Skipped(kind, where, detail)
+
+
+class SkipCounter:
+    """Counts what was skipped, reports each kind once, and ends the run where too much is lost.
+
+    Shards that were lost when the index was made weigh against all samples of the index; samples lost while reading
+    weigh against the samples ``seen`` (at least the first 1000, so that one early loss does not end a run). A sample
+    counts once, however often its turn comes. ``report`` takes one line (default: a logged warning; None: silence).
+    """
+
+    def __init__(
+        self, index: ShardIndex, max_bad_fraction: float, report: Callable[[str], None] | None = logger.warning
+    ) -> None:
+        self.index, self.max_bad_fraction, self.report = index, max_bad_fraction, report
+        self.seen = 0
+        self._records: dict[tuple[str, str], Skipped] = {}
+        self._reported: set[str] = set()
+        for record in index.skipped:
+            self._report(record)
+
+    def add(self, skipped: Sequence[Skipped]) -> None:
+        for record in skipped:
+            self._records.setdefault((record.kind, record.where), record)
+            self._report(record)
+
+    def state(self) -> dict[str, Any]:
+        """Plain numbers and strings, for ``merge``, an all-gather or a checkpoint."""
+        return {
+            "seen": self.seen,
+            "records": [
+                [record.kind, record.where, record.detail, record.samples] for record in self._records.values()
+            ],
+        }
+
+    def merge(self, states: Sequence[dict[str, Any]]) -> SkipCounter:
+        """A counter for all ranks, from the ``state()`` of each (this one's too). This counter stays as it is."""
+        merged = SkipCounter(self.index, self.max_bad_fraction, report=None)
+        merged.report, merged._reported = self.report, self._reported
+        for state in states:
+            merged.seen += state["seen"]
+            merged.add([Skipped(*record) for record in state["records"]])
+        return merged
+
+    @property
+    def bad_fraction(self) -> float:
+        lost_before = sum(record.samples for record in self.index.skipped)
+        lost_reading = sum(record.samples for record in self._records.values())
+        available = self.index.num_samples
+        return lost_before / max(1, available + lost_before) + lost_reading / max(1, self.seen, min(available, 1000))
+
+    def summary(self) -> str:
+        """One line per kind, empty where nothing was skipped."""
+        lines = []
+        for kind, records in self._by_kind().items():
+            samples = sum(record.samples for record in records)
+            more = f" and {len(records) - 1} more" if len(records) > 1 else ""
+            lines.append(f"{kind}: {samples} samples, {records[0].where}{more} ({records[0].detail})")
+        return "\n".join(lines)
+
+    def check(self) -> None:
+        """UserError where more than ``max_bad_fraction`` of the samples is lost."""
+        if self.bad_fraction <= self.max_bad_fraction:
+            return
+        parts = []
+        for kind, records in self._by_kind().items():
+            first = "; ".join(f"{record.where} ({record.detail})" for record in records[:3])
+            more = f"; and {len(records) - 3} more" if len(records) > 3 else ""
+            parts.append(f"{sum(record.samples for record in records)} samples for {kind}: {first}{more}")
+        raise UserError(
+            f"--max_bad_fraction {self.max_bad_fraction:g}: {100 * self.bad_fraction:.2f} % of the samples could not "
+            f"be used: {' | '.join(parts)}; mend the shards or raise the limit"
+        )
+
+    def _by_kind(self) -> dict[str, list[Skipped]]:
+        kinds: dict[str, list[Skipped]] = {}
+        for record in [*self.index.skipped, *self._records.values()]:
+            kinds.setdefault(record.kind, []).append(record)
+        return kinds
+
+    def _report(self, record: Skipped) -> None:
+        if self.report is not None and record.kind not in self._reported:
+            self._reported.add(record.kind)
+            self.report(
+                f"skipped: {record.kind}: {record.where}: {record.detail} (said once per kind, all are counted)"
+            )

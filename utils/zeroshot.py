@@ -1,0 +1,195 @@
+"""Zero-shot classification: class names and templates, class embeddings, clean and attacked predictions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import CLIPModel, CLIPProcessor
+
+from utils.attacks import attack_seeds, frozen, pgd, uniform_start
+from utils.cli import UserError
+from utils.encoders import ImageEncoder
+from utils.losses import class_logits, cross_entropy
+from utils.shard_sources import default_cache_dir, display_url, expand_shards, is_remote, read_text, sibling
+from utils.shards import ShardIndex, index_shards
+
+DEFAULT_TEMPLATES = ["a photo of a {c}."]
+
+
+def read_classnames(path: str | Path, cache_dir: str | None = None) -> list[str]:
+    """One class name per line, the line number is the class. Raises ``UserError`` for an absent, empty or odd file."""
+    text = read_text(str(path), cache_dir or default_cache_dir())
+    if text is None:
+        raise UserError(f"{path}: no such file; expected class names, one per line, line number = class")
+    names = [line.strip() for line in text.rstrip().splitlines()]
+    if not names:
+        raise UserError(f"{path}: holds no class names; expected one per line")
+    if "" in names:
+        raise UserError(f"{path}: line {names.index('') + 1} is empty; expected a class name on every line")
+    return names
+
+
+def read_templates(path: str | Path, cache_dir: str | None = None) -> list[str]:
+    """Prompt templates, one per line, ``{c}`` for the class name; CLIP's simplest one where the file is absent."""
+    text = read_text(str(path), cache_dir or default_cache_dir()) or ""
+    templates = [line.strip() for line in text.splitlines() if line.strip()]
+    for template in templates:
+        if "{c}" not in template:
+            raise UserError(f"{path}: template {template!r} has no {{c}}, the place of the class name")
+    return templates or list(DEFAULT_TEMPLATES)
+
+
+def find_classes(
+    shards: Sequence[str], classnames: str | None, flag: str, cache_dir: str | None = None
+) -> tuple[list[str], list[str]]:
+    """Class names and templates of a set: ``classnames`` if given, else the file beside its shards or one folder up."""
+    shard = shards[0] if is_remote(shards[0]) else os.path.abspath(shards[0])
+    folders = (shard, shard.rpartition("/")[0])
+    for path in [classnames] if classnames else [sibling(folder, "classnames.txt") for folder in folders]:
+        if path and (classnames or read_text(path, cache_dir or default_cache_dir()) is not None):
+            templates = sibling(path, "zeroshot_classification_templates.txt")
+            return read_classnames(path, cache_dir), read_templates(templates, cache_dir)
+    raise UserError(
+        f"{flag}: no classnames.txt beside {display_url(shards[0])} or one folder up; put one there (one name per "
+        "line, line number = class) or name one with --classnames"
+    )
+
+
+@dataclass
+class LabelledSet:
+    """Shards and, where they are labelled, their class names and prompt templates."""
+
+    index: ShardIndex
+    classnames: list[str]
+    templates: list[str]
+
+
+def open_set(
+    patterns: Sequence[str],
+    *,
+    flag: str,
+    with_classes: bool,
+    classnames: str | None = None,
+    cache_dir: str | None = None,
+    allow_pipe_urls: bool = False,
+) -> LabelledSet:
+    """Finds and counts the shards that a flag names, and reads their class names. Raises ``UserError``."""
+    urls = expand_shards(patterns, flag=flag, allow_pipe_urls=allow_pipe_urls)
+    names, templates = find_classes(urls, classnames, flag, cache_dir) if with_classes else ([], [])
+    return LabelledSet(index_shards(urls, cache_dir=cache_dir, flag=flag), names, templates)
+
+
+class ClassPrompts(NamedTuple):
+    """What images are compared with: unit class embeddings (C, D), and CLIP's exp(logit_scale)."""
+
+    class_embeds: Tensor
+    logit_scale: float
+
+
+def class_prompts(
+    clip: CLIPModel, processor: CLIPProcessor, labelled: LabelledSet, device: torch.device
+) -> ClassPrompts:
+    """The class embeddings of a set by the model's own text tower."""
+    embeds = class_embeddings(clip, processor, labelled.classnames, labelled.templates, device)
+    return ClassPrompts(embeds, float(clip.logit_scale.detach().exp()))
+
+
+@torch.no_grad()
+def class_embeddings(
+    clip: CLIPModel,
+    processor: CLIPProcessor,
+    classnames: Sequence[str],
+    templates: Sequence[str],
+    device: torch.device | str = "cpu",
+    batch_size: int = 256,
+) -> Tensor:
+    """t_c: the mean over templates of unit text embeddings, made unit again. -> (C, D), float32, on ``device``.
+
+    The text tower visits ``device`` for this and returns to where it was.
+    """
+    home = clip.text_projection.weight.device
+    clip.text_model.to(device)
+    clip.text_projection.to(device)
+    prompts = [template.replace("{c}", name) for name in classnames for template in templates]
+    embeds = []
+    for first in range(0, len(prompts), batch_size):
+        tokens = processor.tokenizer(
+            prompts[first : first + batch_size], padding=True, truncation=True, return_tensors="pt"
+        ).to(device)
+        pooled = clip.text_model(
+            input_ids=tokens["input_ids"], attention_mask=tokens.get("attention_mask")
+        ).pooler_output
+        embeds.append(F.normalize(clip.text_projection(pooled).float(), dim=-1))
+    clip.text_model.to(home)
+    clip.text_projection.to(home)
+    per_class = torch.cat(embeds).view(len(classnames), len(templates), -1).mean(dim=1)
+    return F.normalize(per_class, dim=-1)
+
+
+def predictions(
+    encoder: ImageEncoder,
+    batches: Iterable[dict[str, Any]],
+    class_embeds: Tensor,
+    logit_scale: float,
+    *,
+    device: torch.device,
+    eps: float | None = None,
+    step_size: float | None = None,
+    num_steps: int = 10,
+    seed: int = 0,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Whether each image is classified rightly: clean (``eps`` None) or under PGD on the cross-entropy.
+
+    Args:
+        batches: an evaluation loader's, with ``images`` uint8 (B, 3, H, W), ``labels`` and ``positions`` (B,) int64.
+        eps, step_size: as shares of the pixel range; step_size defaults to eps / 4.
+        seed: the random start of the image at position i depends on (seed, i) alone.
+        on_batch: called with (images seen, correct so far) for progress.
+
+    Returns:
+        positions (n,) int64 and correct (n,) bool, on the CPU, of this process's images in the order read.
+    """
+    positions, correct = [], []
+    seen = right = 0
+    for batch in batches:
+        pixel_values = to_pixel_values(batch["images"], device)
+        labels = batch["labels"].to(device)
+        if eps is not None:
+            start = uniform_start(pixel_values, eps, attack_seeds(seed, 0, batch["positions"].tolist()))
+            with frozen(encoder):
+                delta = pgd(
+                    lambda adversarial, labels=labels: cross_entropy(
+                        class_logits(encoder(adversarial), class_embeds, logit_scale), labels
+                    ),
+                    pixel_values,
+                    eps=eps,
+                    step_size=eps / 4 if step_size is None else step_size,
+                    num_steps=num_steps,
+                    start=start,
+                )
+            pixel_values = pixel_values + delta
+        with torch.no_grad():
+            logits = class_logits(encoder(pixel_values), class_embeds, logit_scale)
+        batch_correct = (logits.argmax(dim=-1) == labels).cpu()
+        positions.append(batch["positions"].cpu())
+        correct.append(batch_correct)
+        seen += len(batch_correct)
+        right += int(batch_correct.sum())
+        if on_batch is not None:
+            on_batch(seen, right)
+    if not positions:
+        return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.bool)
+    return torch.cat(positions), torch.cat(correct)
+
+
+def to_pixel_values(images: Tensor, device: torch.device) -> Tensor:
+    """uint8 (B, 3, H, W) -> float32 in [0,1] on ``device``; a quarter of the bytes travel."""
+    return images.to(device, non_blocking=True).float().div_(255.0)
