@@ -130,7 +130,7 @@ def wanted_cells(settings: Settings, accelerator: Accelerator, model: str, datas
     """What identifies each figure asked for: two cells that are equal here are the same measurement."""
     common = {"model": model, "dataset": dataset, "measure": "accuracy", "seed": settings.seed}
     reading = {"split": settings.split, "num_samples": settings.num_samples, "classnames": settings.classnames}
-    reading["mixed_precision"] = accelerator.mixed_precision
+    reading["compute_dtype"] = str(compute_dtype(accelerator)).removeprefix("torch.")
     cells = []
     if "clean" in settings.attack:
         cells.append(common | {"attack": "clean", "eps": None, "settings": reading})

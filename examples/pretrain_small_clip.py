@@ -1,8 +1,8 @@
-"""Pretrains a small CLIPModel from a labelled set of images: the encoder that the trainers start from where no
+r"""Pretrains a small CLIPModel from a labelled set of images: the encoder that the trainers start from where no
 published weights can be had, in tests, in the demo and on a laptop.
 
     python examples/pretrain_small_clip.py --train_data data/cifar10 --image_size 32 --patch_size 8 \
-      --hidden_size 128 --num_layers 4 --epochs 9 --output_dir runs/small-clip
+      --hidden_size 128 --num_layers 4 --epochs 8 --output_dir runs/small-clip
 
 The captions are the class names in the set's templates. Each step draws some of the templates, and the image embeddings
 are classified against the text embeddings of the classes in each of them (the image-to-text half of CLIP's loss, where
@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from tokenizers import pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.cli import UserError, flag, parse_settings, required, run
@@ -41,6 +42,7 @@ from utils.zeroshot import class_embeddings, open_set, read_templates, to_pixel_
 
 MAX_TEXT_LENGTH = 77  # tokens, as in the published CLIPs
 MAX_SET_BYTES = 8 * 2**30
+DECODE_BATCH = 256
 MAX_LOGIT_SCALE = 4.6052  # ln 100
 
 
@@ -49,7 +51,6 @@ class Settings:
     train_data: str = required(
         "set directory: classnames.txt, train/*.tar and, for the accuracy, test/*.tar", group="data"
     )
-    output_dir: str = required("where the model goes", group="output")
     image_size: int = flag(32, "side of the images, in pixels", group="data", minimum=8)
     classnames: str | None = flag(None, "class names, one per line; default classnames.txt of the set", group="data")
     templates: str | None = flag(
@@ -72,7 +73,7 @@ class Settings:
     projection_dim: int = flag(128, "dimension of the shared embedding space", group="model", minimum=1)
     vocab_size: int = flag(2048, "tokens at most; 514 are single bytes and marks", group="model", minimum=514)
 
-    epochs: int = flag(9, "passes over the training images", group="training", minimum=1)
+    epochs: int = flag(8, "passes over the training images", group="training", minimum=1)
     batch_size: int = flag(128, "images per step", group="training", minimum=1)
     captions_per_step: int = flag(
         256,
@@ -90,13 +91,13 @@ class Settings:
     flip: bool = flag(True, "mirror images at random; false for digits and letters", group="training")
     seed: int = flag(0, "of weights, order, crops and templates", group="training", minimum=0)
 
-    overwrite: bool = flag(False, "replace what a non-empty output_dir holds", group="output")
+    output_dir: str = required("where the model goes", group="output")
+    overwrite: bool = flag(False, "write into a non-empty output_dir", group="output")
     eval_epochs: int = flag(5, "test accuracy after every N epochs, and at the end", group="output", minimum=1)
     logging_steps: int = flag(50, "a row in metrics.jsonl every N steps", group="output", minimum=1)
 
 
 def main() -> None:
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, where it is installed, warns when a model is saved
     settings = parse_settings(Settings, description=__doc__)
     check(settings)
     root = Path(settings.train_data)
@@ -111,6 +112,8 @@ def main() -> None:
     if settings.templates is not None:
         templates = read_templates(settings.templates)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, if installed, warns when the model is saved
     torch.manual_seed(settings.seed)
 
     train_images, train_labels = decode(
@@ -250,7 +253,12 @@ def decode(
         index, ImageTransform(size, (size, size)), order="sequential", with_labels=True, num_classes=num_classes
     )
     loader = eval_loader(
-        dataset, num_samples=num_samples, batch_size=256, rank=0, world_size=1, num_workers=settings.num_workers
+        dataset,
+        num_samples=num_samples,
+        batch_size=DECODE_BATCH,
+        rank=0,
+        world_size=1,
+        num_workers=settings.num_workers,
     )
     images = torch.empty((num_samples, 3, size, size), dtype=torch.uint8)
     labels = torch.empty(num_samples, dtype=torch.int64)
@@ -262,9 +270,9 @@ def decode(
             images[here], labels[here] = batch["images"], batch["labels"]
             filled = here.stop
             skipped.add(batch["skipped"])
-            skipped.seen += 256
+            skipped.seen = min(skipped.seen + DECODE_BATCH, num_samples)
             skipped.check()
-            progress.update(min(skipped.seen, num_samples), report=skipped.seen >= num_samples)
+            progress.update(skipped.seen, report=skipped.seen == num_samples)
         if skipped.summary():
             progress.note(skipped.summary())
     return images[:filled], labels[:filled]
@@ -434,6 +442,7 @@ def save(
     seconds: float,
 ) -> None:
     """The Hugging Face directory, with the command and the result in README.md."""
+    disable_progress_bar()  # "Writing model shards"
     with quiet_transformers():
         clip.save_pretrained(output_dir)
         processor.save_pretrained(output_dir)

@@ -87,7 +87,7 @@ def test_training_beats_chance_and_is_written_down(trained: Path) -> None:
     rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     accuracies = [row["eval_accuracy_clean"] for row in rows if "eval_accuracy_clean" in row]
     assert len(accuracies) == 2
-    assert accuracies[-1] > 0.3  # chance is 0.1
+    assert accuracies[-1] > 0.5  # 0.75 when this was written; chance is 0.1
     assert "--train_data" in (trained / "README.md").read_text()
 
 
@@ -103,7 +103,9 @@ def test_saved_model_gives_the_accuracy_it_was_saved_with(
     images = [Image.open(io.BytesIO(members[key + ".png"])) for key in keys]
     labels = torch.tensor([int(members[key + ".cls"]) for key in keys])
     names = (digits / "classnames.txt").read_text().split()
-    inputs = processor(text=[f"the digit {name}." for name in names], images=images, padding=True, return_tensors="pt")
+    inputs = processor(
+        text=[f"the digit {name}." for name in names], images=images, padding=True, truncation=True, return_tensors="pt"
+    )
     with torch.no_grad():
         logits = clip(**inputs).logits_per_image
     accuracy = float((logits.argmax(dim=-1) == labels).float().mean())

@@ -47,21 +47,33 @@ def start_accelerator(
         raise UserError("--report_to tensorboard: needs the package tensorboardX; install it or use --report_to none")
     if report_to == "wandb" and not is_wandb_available():
         raise UserError("--report_to wandb: needs the package wandb; install it or use --report_to none")
-    cpu = not torch.cuda.is_available()
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    warnings.filterwarnings(
+        "ignore", message=".*broadcast_buffers.*", category=FutureWarning
+    )  # torch 2.11 has no other
     handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
-    if cpu:
-        # Without this a config with several CPU processes silently runs unsynchronised replicas.
-        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns of it, also where it is merely installed
+        if not deepspeed:
+            # Without it a config with several CPU processes runs unsynchronised replicas. With it, or with
+            # Accelerator(cpu=True), DeepSpeed is silently turned off.
+            os.environ.setdefault("ACCELERATE_USE_CPU", "true")
         if "RANK" in os.environ:
             handlers.append(InitProcessGroupKwargs(backend="gloo"))
     accelerator = Accelerator(
-        cpu=cpu,
         gradient_accumulation_steps=gradient_accumulation_steps,
         kwargs_handlers=handlers,
         log_with=None if report_to == "none" else report_to,
         project_dir=output_dir,
     )
+    if (
+        os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+        and accelerator.distributed_type != DistributedType.DEEPSPEED
+    ):
+        raise UserError(
+            f"the accelerate config asks for DeepSpeed but accelerate chose {accelerator.distributed_type.value}: is the "
+            "package deepspeed installed?"
+        )
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != world_size:
         raise UserError(
@@ -80,7 +92,7 @@ def start_accelerator(
 
 def _configure_deepspeed(accelerator: Accelerator, batch_size: int, accumulation: int, max_grad_norm: float) -> None:
     """One meaning of every flag with and without DeepSpeed: settings of the command line go into its config."""
-    if accelerator.mixed_precision == "fp16":
+    if compute_dtype(accelerator) == torch.float16:
         raise UserError(
             "mixed_precision: fp16 is not supported with DeepSpeed here; use bf16 or no in the accelerate config"
         )
@@ -91,6 +103,7 @@ def _configure_deepspeed(accelerator: Accelerator, batch_size: int, accumulation
     # DeepSpeed's own bf16 would turn the patch embedding to bf16 and weaken the attack; see utils/encoders.py.
     config["bf16"] = {"enabled": False}
     config["fp16"] = {"enabled": False}
+    config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True  # in float32, as they are
 
 
 def start_tracker(accelerator: Accelerator, report_to: str, project: str, settings: dict[str, Any]) -> None:
@@ -101,7 +114,10 @@ def start_tracker(accelerator: Accelerator, report_to: str, project: str, settin
 
 def compute_dtype(accelerator: Accelerator) -> torch.dtype:
     """The precision of the transformer blocks, from the accelerate config's ``mixed_precision``."""
-    return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
+    precision = accelerator.mixed_precision
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # DeepSpeed's own mixed precision is off
+    return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def average_gradients(accelerator: Accelerator, module: nn.Module) -> None:
