@@ -15,7 +15,12 @@ $(VENV)/.installed: requirements.txt
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/python examples/demo.py --output_dir runs/demo --overwrite
+	rm -rf runs/demo
+	$(BIN)/python examples/make_digit_shards.py --output_dir runs/demo/digits
+	OMP_NUM_THREADS=1 $(BIN)/python examples/pretrain_small_clip.py --train_data runs/demo/digits --output_dir runs/demo/base \
+	  --hidden_size 64 --flip false --crop_padding 2 --batch_size 32 --epochs 6
+	$(BIN)/python benchmarks/compare_methods.py --model runs/demo/base --data runs/demo/digits --output_dir runs/demo/compare \
+	  --eps 16 --rho 0.1 --steps 40 --curve_steps 5 --eval_eps 4 8 16 --num_samples 360 --jobs 2
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not slow"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from utils.metrics import wilson_interval
 from utils.model_card import versions
 from utils.progress import RunProgress
 from utils.shards import ShardDataset, eval_loader
-from utils.skipped import SkipCounter
+from utils.skipped import SkipCounter, count_skipped
 from utils.zeroshot import ClassPrompts, LabelledSet, class_prompts, open_set, predictions
 
 SCHEMA_VERSION = 1
@@ -168,19 +168,12 @@ def measure_accuracy(
     )
     skips = SkipCounter(dataset.index, settings.max_bad_fraction)
 
-    def counted() -> Iterator[dict[str, Any]]:
-        for batch in loader:
-            skips.add(batch["skipped"])
-            skips.seen += len(batch["positions"])
-            if len(batch["positions"]):
-                yield batch
-
     attack = "clean" if cell["eps"] is None else f"{cell['attack']} eps {cell['eps']:g}"
     title = f"{cell['model']}  {cell['dataset']}  {attack}"
     with RunProgress(title, num_samples, enabled=accelerator.is_main_process) as progress:
         positions, correct = predictions(
             encoder,
-            counted(),
+            count_skipped(loader, skips),
             *prompts,
             device=accelerator.device,
             eps=None if cell["eps"] is None else cell["eps"] / 255,

@@ -75,7 +75,7 @@ from utils.model_card import model_card
 from utils.optimization import cosine_learning_rate, count_steps, make_optimizer, set_learning_rate
 from utils.progress import RunProgress
 from utils.shards import ShardDataset, eval_loader, train_loader
-from utils.skipped import SkipCounter
+from utils.skipped import SkipCounter, count_skipped
 from utils.zeroshot import LabelledSet, class_prompts, open_set, predictions, to_pixel_values
 
 
@@ -95,6 +95,7 @@ class Settings:
     classnames: str | None = flag(None, "file with one class name per line (default: classnames.txt beside the shards or one folder up)", group="data")
     num_workers: int | None = flag(None, "data workers per process (default: by the CPU cores, at most 8)", group="data", minimum=0)
     cache_dir: str | None = flag(None, "where shards behind URLs and shard indexes are kept (default: the system's cache)", group="data")
+    cache_limit_gb: float | None = flag(None, "most that shards behind URLs may take there, in 10^9 bytes (default: no limit)", group="data", above=0)
     max_bad_fraction: float = flag(0.01, "share of unreadable samples past which the run stops", group="data", minimum=0, maximum=1)
     allow_pipe_urls: bool = flag(False, "allow pipe: URLs, which execute shell commands", group="data")
 
@@ -137,7 +138,7 @@ class Settings:
 
 # What may differ between a run and its continuation: where and how often, not what is computed.
 FREE_SETTINGS = {
-    "output_dir", "resume_from_checkpoint", "cache_dir", "num_workers", "report_to", "allow_pipe_urls", "max_bad_fraction",
+    "output_dir", "resume_from_checkpoint", "cache_dir", "cache_limit_gb", "num_workers", "report_to", "allow_pipe_urls", "max_bad_fraction",
     "eval_shards", "eval_num_samples", "eval_steps", "logging_steps", "checkpoint_steps", "checkpoints_total_limit",
     "keep_best", "gradient_checkpointing", "compile", "per_device_train_batch_size", "gradient_accumulation_steps",
 }  # fmt: skip
@@ -214,8 +215,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     encoder, optimizer = accelerator.prepare(encoder, optimizer)
     module = accelerator.unwrap_model(encoder)  # attacks and evaluations go past the engine: see utils/distributed.py
 
-    best = {"value": -math.inf}
+    best = {"value": -1.0}
     skips = SkipCounter(train_set.index, settings.max_bad_fraction)
+    eval_skips = SkipCounter(eval_set.index, settings.max_bad_fraction) if eval_set else None
     if resumed:
         extra_state = load_checkpoint(accelerator, checkpoint)
         multiplier.load_state_dict(extra_state["multiplier"])
@@ -226,27 +228,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     # All global batches follow from the seed, the shards' sizes and the global batch size: the step is the position.
     first_step = resumed["step"] if resumed else 0
     transform = ImageTransform.from_processor(processor.image_processor)
-    batches = iter(
-        train_loader(
-            ShardDataset(
-                train_set.index,
-                transform,
-                order="shuffled",
-                seed=settings.seed,
-                with_labels=needs_labels,
-                num_classes=len(train_set.classnames),
-            ),
-            samples_per_epoch=samples_per_epoch,
-            global_batch_size=global_batch_size,
-            per_device_batch_size=settings.per_device_train_batch_size,
-            rank=accelerator.process_index,
-            world_size=world_size,
-            first_step=first_step,
-            num_steps=total_steps,
-            num_workers=default_num_workers() if settings.num_workers is None else settings.num_workers,
-            pin_memory=device.type == "cuda",
-        )
+    loader = train_loader(
+        ShardDataset(
+            train_set.index,
+            transform,
+            order="shuffled",
+            seed=settings.seed,
+            with_labels=needs_labels,
+            num_classes=len(train_set.classnames),
+        ),
+        samples_per_epoch=samples_per_epoch,
+        global_batch_size=global_batch_size,
+        per_device_batch_size=settings.per_device_train_batch_size,
+        rank=accelerator.process_index,
+        world_size=world_size,
+        first_step=first_step,
+        num_steps=total_steps,
+        num_workers=default_num_workers() if settings.num_workers is None else settings.num_workers,
+        pin_memory=device.type == "cuda",
     )
+    batches = iter(count_skipped(loader, skips))
 
     # The method: what attacks maximise and updates minimise, what the constraint measures, and its margin; (B,) each.
     def objective(image_embeds: Tensor, batch: MicroBatch) -> Tensor:
@@ -323,8 +324,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 num_workers=0,
                 pin_memory=device.type == "cuda",
             )
-            _, correct = predictions(module, loader, *eval_prompts, device=device, eps=radius, seed=settings.seed)
+            counted = count_skipped(loader, eval_skips)
+            _, correct = predictions(module, counted, *eval_prompts, device=device, eps=radius, seed=settings.seed)
             accuracies[name] = mean_over_processes(accelerator, correct)
+        eval_skips.merge(gather_objects(accelerator, eval_skips.state())).check()
         progress.note(
             f"step {step}: accuracy {accuracies['eval_accuracy_clean']:.3f} clean, "
             f"{accuracies['eval_accuracy_pgd']:.3f} under PGD at eps {settings.eps:g}/255"
@@ -387,8 +390,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             micro_batches = []
             for _ in range(settings.gradient_accumulation_steps):
                 loaded = next(batches)
-                skips.add(loaded["skipped"])
-                skips.seen += len(loaded["positions"])
                 pixel_values = to_pixel_values(loaded["images"], device)
                 labels = loaded["labels"].to(device) if needs_labels else None
                 with torch.no_grad():
@@ -520,6 +521,7 @@ def open_shards(settings: Settings, name: str, with_classes: bool) -> LabelledSe
         with_classes=with_classes,
         classnames=settings.classnames,
         cache_dir=settings.cache_dir,
+        cache_limit_gb=settings.cache_limit_gb,
         allow_pipe_urls=settings.allow_pipe_urls,
     )
 

@@ -52,6 +52,10 @@ def test_predictions_do_not_depend_on_the_batch_size_and_attacks_lower_them(smal
     assert positions.tolist() == list(range(24))
     assert correct.tolist() == [False] + [True] * 23
     attacked = [predictions(encoder, batches(size), embeds, 10.0, device=device, eps=8 / 255) for size in (24, 7, 1)]
+    empty = {"images": images[:0], "labels": labels[:0], "positions": torch.arange(0)}
+    positions, correct = predictions(encoder, [empty, *batches(24), empty], embeds, 10.0, device=device, eps=8 / 255)
+    assert positions.tolist() == list(range(24))
+    assert correct.equal(attacked[0][1])
     assert attacked[0][1].sum() < 23
     assert all(attacked[0][1].equal(other) for _, other in attacked[1:])
 

@@ -140,6 +140,9 @@ def save_clip(
     empty = [name for name, tensor in state.items() if tensor.numel() == 0]
     if empty:
         raise RuntimeError(f"{empty[0]} is partitioned (shape {tuple(state[empty[0]].shape)}): refusing to save it")
+    damaged = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if damaged:
+        raise UserError(f"{directory}: {damaged[0]} is not finite, the model is not saved; lower --learning_rate")
     with quiet_transformers():
         clip.save_pretrained(directory, state_dict=state)
         processor.save_pretrained(directory)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,6 +31,8 @@ def violation_statistics(distance: Tensor, margin: Tensor, rho: float) -> dict[s
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     """Wilson 95 % interval of a share, both ends in [0,1]."""
+    from scipy.stats import binomtest  # a second to import, which training need not wait for
+
     interval = binomtest(successes, trials).proportion_ci(confidence_level=0.95, method="wilson")
     return float(interval.low), float(interval.high)
 

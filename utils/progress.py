@@ -14,10 +14,11 @@ from rich.text import Text
 class RunProgress:
     """Progress over ``total`` units. ``update`` moves the bar and its fields, ``note`` prints a line that stays.
 
-    Only the main process shows anything; without a terminal each ``update(..., report=True)`` is a plain line.
+    Without a terminal each ``update(..., report=True)`` is a plain line. ``enabled`` is for the main process alone; a
+    ``transient`` bar vanishes at the end.
     """
 
-    def __init__(self, title: str, total: int, *, done: int = 0, enabled: bool = True) -> None:
+    def __init__(self, title: str, total: int, *, done: int = 0, enabled: bool = True, transient: bool = False) -> None:
         self.title, self.total, self.done, self.enabled = title, total, done, enabled
         self.console = Console(file=sys.stderr, highlight=False)
         self.live = enabled and self.console.is_terminal
@@ -29,6 +30,7 @@ class RunProgress:
             TimeRemainingColumn(),
             _Fields(),
             console=self.console,
+            transient=transient,
         )
 
     def __enter__(self) -> RunProgress:

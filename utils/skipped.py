@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,14 @@ class BadSample(Exception):
     def __init__(self, kind: str, where: str, detail: str) -> None:
         super().__init__(f"{kind}: {where}: {detail}")
         self.skipped = Skipped(kind, where, detail)
+
+
+def count_skipped(batches: Iterable[dict[str, Any]], skips: SkipCounter) -> Iterator[dict[str, Any]]:
+    """The batches of a loader, counted on their way."""
+    for batch in batches:
+        skips.add(batch["skipped"])
+        skips.seen += len(batch["positions"])
+        yield batch
 
 
 class SkipCounter:

@@ -17,6 +17,7 @@ from utils.attacks import attack_seeds, frozen, pgd, uniform_start
 from utils.cli import UserError
 from utils.encoders import ImageEncoder
 from utils.losses import class_logits, cross_entropy
+from utils.progress import RunProgress
 from utils.shard_sources import default_cache_dir, display_url, expand_shards, is_remote, read_text, sibling
 from utils.shards import ShardIndex, index_shards
 
@@ -78,12 +79,21 @@ def open_set(
     with_classes: bool,
     classnames: str | None = None,
     cache_dir: str | None = None,
+    cache_limit_gb: float | None = None,
     allow_pipe_urls: bool = False,
 ) -> LabelledSet:
     """Finds and counts the shards that a flag names, and reads their class names. Raises ``UserError``."""
     urls = expand_shards(patterns, flag=flag, allow_pipe_urls=allow_pipe_urls)
     names, templates = find_classes(urls, classnames, flag, cache_dir) if with_classes else ([], [])
-    return LabelledSet(index_shards(urls, cache_dir=cache_dir, flag=flag), names, templates)
+    with RunProgress(f"counting {flag}", len(urls), transient=True) as progress:
+        index = index_shards(
+            urls,
+            cache_dir=cache_dir,
+            progress=lambda done, _: progress.update(done),
+            cache_limit_gb=cache_limit_gb,
+            flag=flag,
+        )
+    return LabelledSet(index, names, templates)
 
 
 class ClassPrompts(NamedTuple):
@@ -160,10 +170,13 @@ def predictions(
     positions, correct = [], []
     seen = right = 0
     for batch in batches:
-        pixel_values = to_pixel_values(batch["images"], device)
-        labels = batch["labels"].to(device)
+        count = len(batch["positions"])
+        images, labels, places = batch["images"], batch["labels"], batch["positions"]
+        if count == 0:  # a rank that has run out goes on with a black image: under ZeRO-3 all must make equal forwards
+            images, labels, places = images.new_zeros(1, *images.shape[1:]), labels.new_zeros(1), places.new_zeros(1)
+        pixel_values, labels = to_pixel_values(images, device), labels.to(device)
         if eps is not None:
-            start = uniform_start(pixel_values, eps, attack_seeds(seed, 0, batch["positions"].tolist()))
+            start = uniform_start(pixel_values, eps, attack_seeds(seed, 0, places.tolist()))
             with frozen(encoder):
                 delta = pgd(
                     lambda adversarial, labels=labels: cross_entropy(
@@ -178,15 +191,13 @@ def predictions(
             pixel_values = pixel_values + delta
         with torch.no_grad():
             logits = class_logits(encoder(pixel_values), class_embeds, logit_scale)
-        batch_correct = (logits.argmax(dim=-1) == labels).cpu()
+        batch_correct = (logits.argmax(dim=-1) == labels)[:count].cpu()
         positions.append(batch["positions"].cpu())
         correct.append(batch_correct)
         seen += len(batch_correct)
         right += int(batch_correct.sum())
-        if on_batch is not None:
+        if on_batch is not None and seen:
             on_batch(seen, right)
-    if not positions:
-        return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.bool)
     return torch.cat(positions), torch.cat(correct)
 
 

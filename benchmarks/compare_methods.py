@@ -1,0 +1,215 @@
+"""LORE beside FARE from one start model: FARE as published, FARE with as many updates as LORE makes, LORE.
+
+  python benchmarks/compare_methods.py --model runs/small-clip --data data/cifar10 --seeds 0 1 2 --output_dir runs/compare
+
+Starts the real train_lore.py for every method and seed, then evaluate.py on all models, prints a table (mean and standard
+deviation over seeds) and the clean accuracy over the first steps, and writes table.md and curves.png. All methods get the
+same batches, attacks of the same strength, and the same learning rate; what is left free is given to all alike.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from utils.cli import UserError, flag, parse_settings, required, run
+from utils.metrics import MetricsFile
+
+ROOT = Path(__file__).resolve().parents[1]
+START = "start model"
+METHODS = {
+    "FARE (K = 1)": ["--constraint", "none", "--primal_steps", "1"],
+    "FARE (K = 5)": ["--constraint", "none", "--primal_steps", "5"],
+    "LORE (K = 5)": ["--constraint", "embedding", "--primal_steps", "5"],
+}
+LINES = {"FARE (K = 1)": (":", "o"), "FARE (K = 5)": ("--", "s"), "LORE (K = 5)": ("-", "^")}
+
+
+@dataclass
+class Settings:
+    # fmt: off
+    model: str = required("the model that every run starts from", group="what")
+    data: str = required("labelled set with train/ and test/", group="what")
+    seeds: list[int] = flag([0], "one run of each method per seed", group="what", minimum=0)
+    output_dir: str = required("runs, evaluation, table.md and curves.png go here", group="what")
+    eps: float = flag(4.0, "radius of the training attack, in 1/255", group="training", above=0, maximum=255)
+    rho: float = flag(0.1, "LORE's tolerance", group="training", minimum=0)
+    steps: int = flag(60, "training steps", group="training", minimum=1)
+    batch_size: int = flag(64, "images per step", group="training", minimum=1)
+    learning_rate: float = flag(3e-4, "of the encoder, the same for every method", group="training", minimum=0)
+    curve_steps: int = flag(10, "steps between evaluations during training", group="evaluation", minimum=1)
+    curve_num_samples: int = flag(200, "test images of those", group="evaluation", minimum=1)
+    eval_eps: list[float] = flag([2.0, 4.0], "radii of the final PGD evaluation, in 1/255", group="evaluation", above=0, maximum=255)
+    num_samples: int = flag(1000, "test images of the final evaluation", group="evaluation", minimum=1)
+    jobs: int = flag(1, "runs at a time, one thread each where more than one", group="run", minimum=1)
+    # fmt: on
+
+
+def main() -> None:
+    settings = parse_settings(Settings, description=__doc__)
+    started = time.monotonic()
+    output_dir = Path(settings.output_dir)
+    if output_dir.exists() and any(output_dir.iterdir()):
+        raise UserError(f"--output_dir {output_dir}: not empty; give another directory")
+    output_dir.mkdir(parents=True, exist_ok=True)
+
+    runs = {
+        (name, seed): output_dir / f"{name.split()[0].lower()}-{arguments[-1]}-seed{seed}"
+        for seed in settings.seeds
+        for name, arguments in METHODS.items()
+    }
+    in_parallel(settings.jobs, [train_command(settings, *key, run_dir) for key, run_dir in runs.items()])
+    models = [settings.model, *map(str, runs.values())]
+    in_parallel(
+        settings.jobs, [evaluation_command(settings, models[i :: settings.jobs], i) for i in range(settings.jobs)]
+    )
+    values = read_accuracies(output_dir, settings.jobs)
+    histories = {key: MetricsFile(run_dir / "metrics.jsonl").read() for key, run_dir in runs.items()}
+
+    table = accuracy_rows(settings, values, runs)
+    early = early_rows(settings, histories)
+    Console().print(rich_table(f"Accuracy in %, trained at eps {settings.eps:g}/255", table))
+    Console().print(rich_table("Clean accuracy in % after so many steps", early))
+    (output_dir / "table.md").write_text(markdown(table) + "\n" + markdown(early), encoding="utf-8")
+    draw_curves(settings, histories, output_dir / "curves.png")
+    print(
+        f"{output_dir / 'table.md'} and {output_dir / 'curves.png'} written; {time.monotonic() - started:.0f} s in all"
+    )
+
+
+def train_command(settings: Settings, name: str, seed: int, run_dir: Path) -> list[str]:
+    return [
+        *launcher(), "train_lore.py", "--model_name_or_path", settings.model,
+        "--train_shards", f"{settings.data}/train", "--eval_shards", f"{settings.data}/test",
+        "--eval_num_samples", str(settings.curve_num_samples), "--eval_steps", str(settings.curve_steps),
+        "--eps", f"{settings.eps:g}", "--rho", f"{settings.rho:g}", "--max_steps", str(settings.steps),
+        "--per_device_train_batch_size", str(settings.batch_size), "--learning_rate", f"{settings.learning_rate:g}",
+        "--logging_steps", "2", "--checkpoint_steps", "0", "--num_workers", "0", "--report_to", "none",
+        "--seed", str(seed), "--output_dir", str(run_dir), *METHODS[name],
+    ]  # fmt: skip
+
+
+def evaluation_command(settings: Settings, models: Sequence[str], part: int) -> list[str]:
+    return [
+        *launcher(), "evaluate.py", "--model", *models, "--data", settings.data, "--attack", "clean", "pgd",
+        "--eps", *(f"{eps:g}" for eps in settings.eval_eps), "--num_samples", str(settings.num_samples),
+        "--num_workers", "0", "--output_dir", f"{settings.output_dir}/eval-{part}",
+    ]  # fmt: skip
+
+
+def launcher() -> list[str]:
+    return ["accelerate", "launch", "--quiet", "--config_file", "accelerate_configs/cpu.yaml"]
+
+
+def in_parallel(jobs: int, commands: list[list[str]]) -> None:
+    """Runs the commands, ``jobs`` at a time; each is shown as a user would type it."""
+    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
+
+    def start(command: list[str]) -> None:
+        sys.stdout.write(f"\n$ {shlex.join(command)}\n")  # in one piece: another run may be writing too
+        sys.stdout.flush()
+        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:]]
+        status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+        if status:
+            raise UserError(f"{command[6]} ended with status {status}; its own message is above")
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for finished in [pool.submit(start, command) for command in commands]:
+            finished.result()
+
+
+def read_accuracies(output_dir: Path, jobs: int) -> dict[tuple[str, float | None], float]:
+    """(model, eps or None for clean) -> accuracy."""
+    reports = [
+        json.loads((output_dir / f"eval-{part}" / "results.json").read_text(encoding="utf-8")) for part in range(jobs)
+    ]
+    return {(cell["model"], cell["eps"]): cell["value"] for report in reports for cell in report["results"]}
+
+
+def accuracy_rows(settings: Settings, values: dict, runs: dict[tuple[str, int], Path]) -> list[list[str]]:
+    columns = [None, *settings.eval_eps]
+    rows = [["method", *("clean" if eps is None else f"PGD {eps:g}/255" for eps in columns)]]
+    rows.append([START, *(percent([values[settings.model, eps]]) for eps in columns)])
+    for name in METHODS:
+        models = [str(runs[name, seed]) for seed in settings.seeds]
+        rows.append([name, *(percent([values[model, eps] for model in models]) for eps in columns)])
+    return rows
+
+
+def early_rows(settings: Settings, histories: dict[tuple[str, int], list[dict]]) -> list[list[str]]:
+    curves = {key: curve(history, "eval_accuracy_clean") for key, history in histories.items()}
+    steps = sorted(next(iter(curves.values())))[:8]
+    rows = [["method", *map(str, steps)]]
+    for name in METHODS:
+        rows.append([name, *(percent([curves[name, seed][step] for seed in settings.seeds]) for step in steps)])
+    return rows
+
+
+def curve(history: list[dict], key: str) -> dict[int, float]:
+    return {row["step"]: row[key] for row in history if key in row}
+
+
+def percent(values: list[float]) -> str:
+    """Mean, and the standard deviation over seeds where there are several."""
+    mean = f"{100 * statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.1f}"
+
+
+def rich_table(title: str, rows: list[list[str]]) -> Table:
+    table = Table(title=title)
+    for index, heading in enumerate(rows[0]):
+        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
+    for row in rows[1:]:
+        table.add_row(*row)
+    return table
+
+
+def markdown(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n"
+
+
+def draw_curves(settings: Settings, histories: dict[tuple[str, int], list[dict]], path: Path) -> None:
+    """Means over seeds against the step: accuracies, clean distance, multiplier. Readable in black and white."""
+    panels = [
+        ("eval_accuracy_clean", "clean accuracy"),
+        ("eval_accuracy_pgd", f"accuracy under PGD, eps {settings.eps:g}/255"),
+        ("violation_ratio_mean", "clean distance / margin"),
+        ("multiplier_mean", "multiplier of LORE"),
+    ]
+    figure = Figure(figsize=(15, 3.8), layout="constrained")
+    axes = figure.subplots(1, len(panels))
+    for axis, (key, title) in zip(axes, panels):
+        for name, (line, marker) in LINES.items():
+            if key == "multiplier_mean" and not name.startswith("LORE"):
+                continue
+            curves = [curve(histories[name, seed], key) for seed in settings.seeds]
+            steps = sorted(curves[0])
+            means = [statistics.mean(points[step] for points in curves) for step in steps]
+            axis.plot(steps, means, line, color="black", marker=marker, markersize=4,
+                      markevery=max(1, math.ceil(len(steps) / 12)), label=name)  # fmt: skip
+        axis.set(title=title, xlabel="step", ylim=(0, None))
+        axis.grid(alpha=0.3)
+    axes[2].axhline(settings.rho, color="grey", linewidth=1)
+    axes[2].annotate("rho", (settings.steps, settings.rho), xytext=(-16, 3), textcoords="offset points", color="grey")
+    axes[0].legend(frameon=False, loc="lower left")
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    run(main)
