@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from rich.console import Console
 from rich.table import Table
 
 from utils.cli import UserError, flag, parse_settings, required, run
@@ -27,7 +26,7 @@ from utils.encoders import ImageEncoder, check_model, load_clip, make_encoder
 from utils.images import ImageTransform
 from utils.metrics import wilson_interval
 from utils.model_card import versions
-from utils.progress import RunProgress
+from utils.progress import RunProgress, wide_console
 from utils.shards import ShardDataset, eval_loader
 from utils.skipped import SkipCounter, count_skipped
 from utils.zeroshot import ClassPrompts, LabelledSet, class_prompts, open_set, predictions
@@ -238,8 +237,7 @@ def print_table(settings: Settings, accelerator: Accelerator, results: list[dict
             found = [find_result(results, cell) for cell in wanted_cells(settings, accelerator, model, name)]
             figures = ["{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in (r["value"], *r["ci95"]))) for r in found]
             table.add_row(model, name, str(found[0]["n"]), *figures)
-    console = Console()
-    console.print(table, width=None if console.is_terminal else 160)
+    wide_console().print(table)
 
 
 if __name__ == "__main__":

@@ -74,6 +74,7 @@ from utils.metrics import (
 from utils.model_card import model_card
 from utils.optimization import cosine_learning_rate, count_steps, make_optimizer, set_learning_rate
 from utils.progress import RunProgress
+from utils.shard_sources import display_url
 from utils.shards import ShardDataset, eval_loader, train_loader
 from utils.skipped import SkipCounter, count_skipped
 from utils.zeroshot import LabelledSet, class_prompts, open_set, predictions, to_pixel_values
@@ -188,9 +189,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         epochs=settings.epochs,
         max_steps=settings.max_steps,
     )
-    state = {"settings": dataclasses.asdict(settings) | {"global_batch_size": global_batch_size}}
+    known_settings = dataclasses.asdict(settings) | {"global_batch_size": global_batch_size}
+    # Shown and stored without what may be a token in a URL.
+    known_settings |= {name: list(map(display_url, known_settings[name])) for name in ("train_shards", "eval_shards")}
     if resumed:
-        refuse_changed_settings(resumed["settings"], state["settings"], FREE_SETTINGS)
+        refuse_changed_settings(resumed["settings"], known_settings, FREE_SETTINGS)
     check_model(settings.model_name_or_path, "--model_name_or_path")
 
     # The encoder phi and its frozen reference phi0: pixels in [0,1] to un-normalised embeddings.
@@ -341,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             card = model_card(
                 method=method_name(settings),
                 base_model=settings.model_name_or_path,
-                settings=state["settings"],
+                settings=known_settings,
                 evaluations=[row for row in metrics_file.read() if "eval_accuracy_clean" in row],
                 notes=[f"Skipped samples: {line}." for line in all_skips.summary().splitlines()],
             )
@@ -354,9 +357,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     output_dir.mkdir(parents=True, exist_ok=True)
     metrics_file = MetricsFile(output_dir / "metrics.jsonl")
-    if resumed and accelerator.is_main_process:
-        metrics_file.cut_back(first_step)
-    start_tracker(accelerator, settings.report_to, Path(__file__).stem, dataclasses.asdict(settings))
+    if accelerator.is_main_process:
+        metrics_file.cut_back(first_step if resumed else -1)
+    start_tracker(accelerator, settings.report_to, Path(__file__).stem, known_settings)
     image_flops = lore_flops_per_image(
         forward_flops(reference), settings.attack_steps, settings.primal_steps, clean_in_primal, constrained
     )
@@ -485,7 +488,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                     accelerator,
                     output_dir,
                     done,
-                    state=state | {"step": done, "skips": all_skips.state(), "best": best},
+                    state={
+                        "step": done,
+                        "settings": known_settings,
+                        "skips": all_skips.state(),
+                        "best": best,
+                    },
                     extra_state={"multiplier": multiplier.state_dict(), "dual_optimizer": dual_optimizer.state_dict()},
                     write_model=write_model,
                     total_limit=settings.checkpoints_total_limit,

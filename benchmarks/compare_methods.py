@@ -9,6 +9,7 @@ same batches, attacks of the same strength, and the same learning rate; what is 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -23,21 +24,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.cli import UserError, flag, parse_settings, required, run
 from utils.metrics import MetricsFile
+from utils.progress import wide_console
 
 ROOT = Path(__file__).resolve().parents[1]
 START = "start model"
-METHODS = {
-    "FARE (K = 1)": ["--constraint", "none", "--primal_steps", "1"],
-    "FARE (K = 5)": ["--constraint", "none", "--primal_steps", "5"],
-    "LORE (K = 5)": ["--constraint", "embedding", "--primal_steps", "5"],
-}
-LINES = {"FARE (K = 1)": (":", "o"), "FARE (K = 5)": ("--", "s"), "LORE (K = 5)": ("-", "^")}
+LINES = [(":", "o"), ("--", "s"), ("-", "^"), ("-.", "v"), ("-", "D")]  # of the methods in turn
 
 
 @dataclass
@@ -48,7 +44,7 @@ class Settings:
     seeds: list[int] = flag([0], "one run of each method per seed", group="what", minimum=0)
     output_dir: str = required("runs, evaluation, table.md and curves.png go here", group="what")
     eps: float = flag(4.0, "radius of the training attack, in 1/255", group="training", above=0, maximum=255)
-    rho: float = flag(0.1, "LORE's tolerance", group="training", minimum=0)
+    rho: list[float] = flag([0.1], "LORE's tolerance; several are several methods", group="training", minimum=0)
     steps: int = flag(60, "training steps", group="training", minimum=1)
     batch_size: int = flag(64, "images per step", group="training", minimum=1)
     learning_rate: float = flag(3e-4, "of the encoder, the same for every method", group="training", minimum=0)
@@ -64,16 +60,21 @@ def main() -> None:
     settings = parse_settings(Settings, description=__doc__)
     started = time.monotonic()
     output_dir = Path(settings.output_dir)
-    if output_dir.exists() and any(output_dir.iterdir()):
-        raise UserError(f"--output_dir {output_dir}: not empty; give another directory")
-    output_dir.mkdir(parents=True, exist_ok=True)
-
+    claim_directory(settings, output_dir)
+    methods = make_methods(settings)
     runs = {
-        (name, seed): output_dir / f"{name.split()[0].lower()}-{arguments[-1]}-seed{seed}"
+        (name, seed): output_dir / f"{folder}-seed{seed}"
         for seed in settings.seeds
-        for name, arguments in METHODS.items()
+        for name, (folder, _) in methods.items()
     }
-    in_parallel(settings.jobs, [train_command(settings, *key, run_dir) for key, run_dir in runs.items()])
+    in_parallel(
+        settings.jobs,
+        [
+            train_command(settings, seed, run_dir, methods[name][1])
+            for (name, seed), run_dir in runs.items()
+            if not (run_dir / "model.safetensors").exists()
+        ],
+    )
     models = [settings.model, *map(str, runs.values())]
     in_parallel(
         settings.jobs, [evaluation_command(settings, models[i :: settings.jobs], i) for i in range(settings.jobs)]
@@ -81,26 +82,48 @@ def main() -> None:
     values = read_accuracies(output_dir, settings.jobs)
     histories = {key: MetricsFile(run_dir / "metrics.jsonl").read() for key, run_dir in runs.items()}
 
-    table = accuracy_rows(settings, values, runs)
-    early = early_rows(settings, histories)
-    Console().print(rich_table(f"Accuracy in %, trained at eps {settings.eps:g}/255", table))
-    Console().print(rich_table("Clean accuracy in % after so many steps", early))
+    table = accuracy_rows(settings, list(methods), values, runs)
+    early = early_rows(settings, list(methods), histories)
+    title = f"Accuracy in % on {settings.num_samples} test images, trained at eps {settings.eps:g}/255"
+    print_table(title + (", mean ± standard deviation over seeds" if len(settings.seeds) > 1 else ""), table)
+    print_table(f"Clean accuracy in % on {settings.curve_num_samples} test images after so many steps", early)
     (output_dir / "table.md").write_text(markdown(table) + "\n" + markdown(early), encoding="utf-8")
-    draw_curves(settings, histories, output_dir / "curves.png")
+    draw_curves(settings, list(methods), histories, output_dir / "curves.png")
     print(
         f"{output_dir / 'table.md'} and {output_dir / 'curves.png'} written; {time.monotonic() - started:.0f} s in all"
     )
 
 
-def train_command(settings: Settings, name: str, seed: int, run_dir: Path) -> list[str]:
+def make_methods(settings: Settings) -> dict[str, tuple[str, list[str]]]:
+    """Method -> folder name and the flags that make it."""
+    methods = {f"FARE, K = {k}": (f"fare-k{k}", ["--constraint", "none", "--primal_steps", str(k)]) for k in (1, 5)}
+    for rho in settings.rho:
+        flags = ["--constraint", "embedding", "--primal_steps", "5", "--rho", f"{rho:g}"]
+        methods[f"LORE, K = 5, rho {rho:g}"] = (f"lore-rho{rho:g}", flags)
+    return methods
+
+
+def claim_directory(settings: Settings, output_dir: Path) -> None:
+    """Starts, or goes on where an interrupted comparison with the same training settings stopped."""
+    kept = {name: getattr(settings, name) for name in ("model", "data", "eps", "steps", "batch_size", "learning_rate")}
+    note = output_dir / "settings.json"
+    if note.exists() and json.loads(note.read_text(encoding="utf-8")) != kept:
+        raise UserError(f"--output_dir {output_dir}: holds runs with other settings ({note}); give another directory")
+    if output_dir.exists() and any(output_dir.iterdir()) and not note.exists():
+        raise UserError(f"--output_dir {output_dir}: not empty; give another directory")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+
+
+def train_command(settings: Settings, seed: int, run_dir: Path, method: list[str]) -> list[str]:
     return [
         *launcher(), "train_lore.py", "--model_name_or_path", settings.model,
         "--train_shards", f"{settings.data}/train", "--eval_shards", f"{settings.data}/test",
         "--eval_num_samples", str(settings.curve_num_samples), "--eval_steps", str(settings.curve_steps),
-        "--eps", f"{settings.eps:g}", "--rho", f"{settings.rho:g}", "--max_steps", str(settings.steps),
+        "--eps", f"{settings.eps:g}", "--max_steps", str(settings.steps), "--resume_from_checkpoint", "latest",
         "--per_device_train_batch_size", str(settings.batch_size), "--learning_rate", f"{settings.learning_rate:g}",
         "--logging_steps", "2", "--checkpoint_steps", "0", "--num_workers", "0", "--report_to", "none",
-        "--seed", str(seed), "--output_dir", str(run_dir), *METHODS[name],
+        "--seed", str(seed), "--output_dir", str(run_dir), *method,
     ]  # fmt: skip
 
 
@@ -141,22 +164,25 @@ def read_accuracies(output_dir: Path, jobs: int) -> dict[tuple[str, float | None
     return {(cell["model"], cell["eps"]): cell["value"] for report in reports for cell in report["results"]}
 
 
-def accuracy_rows(settings: Settings, values: dict, runs: dict[tuple[str, int], Path]) -> list[list[str]]:
+def accuracy_rows(
+    settings: Settings, methods: list[str], values: dict, runs: dict[tuple[str, int], Path]
+) -> list[list[str]]:
     columns = [None, *settings.eval_eps]
     rows = [["method", *("clean" if eps is None else f"PGD {eps:g}/255" for eps in columns)]]
     rows.append([START, *(percent([values[settings.model, eps]]) for eps in columns)])
-    for name in METHODS:
+    for name in methods:
         models = [str(runs[name, seed]) for seed in settings.seeds]
         rows.append([name, *(percent([values[model, eps] for model in models]) for eps in columns)])
     return rows
 
 
-def early_rows(settings: Settings, histories: dict[tuple[str, int], list[dict]]) -> list[list[str]]:
+def early_rows(settings: Settings, methods: list[str], histories: dict[tuple[str, int], list[dict]]) -> list[list[str]]:
     curves = {key: curve(history, "eval_accuracy_clean") for key, history in histories.items()}
     steps = sorted(next(iter(curves.values())))[:8]
     rows = [["method", *map(str, steps)]]
-    for name in METHODS:
-        rows.append([name, *(percent([curves[name, seed][step] for seed in settings.seeds]) for step in steps)])
+    for name in methods:
+        means = [statistics.mean(curves[name, seed][step] for seed in settings.seeds) for step in steps]
+        rows.append([name, *(percent([mean]) for mean in means)])
     return rows
 
 
@@ -170,13 +196,13 @@ def percent(values: list[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.1f}"
 
 
-def rich_table(title: str, rows: list[list[str]]) -> Table:
-    table = Table(title=title)
+def print_table(title: str, rows: list[list[str]]) -> None:
+    table = Table(title=title, title_justify="left")
     for index, heading in enumerate(rows[0]):
         table.add_column(heading, justify="right" if index else "left", no_wrap=True)
     for row in rows[1:]:
         table.add_row(*row)
-    return table
+    wide_console().print(table)
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -184,7 +210,9 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n"
 
 
-def draw_curves(settings: Settings, histories: dict[tuple[str, int], list[dict]], path: Path) -> None:
+def draw_curves(
+    settings: Settings, methods: list[str], histories: dict[tuple[str, int], list[dict]], path: Path
+) -> None:
     """Means over seeds against the step: accuracies, clean distance, multiplier. Readable in black and white."""
     panels = [
         ("eval_accuracy_clean", "clean accuracy"),
@@ -192,10 +220,10 @@ def draw_curves(settings: Settings, histories: dict[tuple[str, int], list[dict]]
         ("violation_ratio_mean", "clean distance / margin"),
         ("multiplier_mean", "multiplier of LORE"),
     ]
-    figure = Figure(figsize=(15, 3.8), layout="constrained")
+    figure = Figure(figsize=(15, 4), layout="constrained")
     axes = figure.subplots(1, len(panels))
     for axis, (key, title) in zip(axes, panels):
-        for name, (line, marker) in LINES.items():
+        for name, (line, marker) in zip(methods, itertools.cycle(LINES)):
             if key == "multiplier_mean" and not name.startswith("LORE"):
                 continue
             curves = [curve(histories[name, seed], key) for seed in settings.seeds]
@@ -203,11 +231,12 @@ def draw_curves(settings: Settings, histories: dict[tuple[str, int], list[dict]]
             means = [statistics.mean(points[step] for points in curves) for step in steps]
             axis.plot(steps, means, line, color="black", marker=marker, markersize=4,
                       markevery=max(1, math.ceil(len(steps) / 12)), label=name)  # fmt: skip
-        axis.set(title=title, xlabel="step", ylim=(0, None))
+        axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-    axes[2].axhline(settings.rho, color="grey", linewidth=1)
-    axes[2].annotate("rho", (settings.steps, settings.rho), xytext=(-16, 3), textcoords="offset points", color="grey")
-    axes[0].legend(frameon=False, loc="lower left")
+    for rho in settings.rho:
+        axes[2].axhline(rho, color="grey", linewidth=1)
+        axes[2].annotate("rho", (settings.steps, rho), xytext=(-16, 3), textcoords="offset points", color="grey")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods), frameon=False)
     figure.savefig(path, dpi=120)
 
 

@@ -11,7 +11,7 @@ def test_all_methods_are_trained_evaluated_and_tabulated(small_clip, digits, tmp
     lines = table.splitlines()
     assert lines[0] == "| method | clean | PGD 4/255 |"
     assert [line.split(" | ")[0] for line in lines[2:6]] == [
-        "| start model", "| FARE (K = 1)", "| FARE (K = 5)", "| LORE (K = 5)",
+        "| start model", "| FARE, K = 1", "| FARE, K = 5", "| LORE, K = 5, rho 0.1",
     ]  # fmt: skip
     assert all("±" in line for line in lines[3:6])
     assert "| method | 0 | 1 | 2 |" in table

@@ -8,6 +8,8 @@ import zlib
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from PIL import Image, ImageFile
 from transformers import BitImageProcessor, CLIPImageProcessor, SiglipImageProcessor
 
@@ -76,6 +78,10 @@ def encoded(image, format="PNG", **options):
 def test_pixels_equal_those_of_the_image_processor(processor):
     transform = ImageTransform.from_processor(processor)
     for name, data in pictures():
+        transparent = "transparen" in name or name.startswith(("RGBA", "LA"))
+        # transformers 5.17 drops the alpha channel and shows the colour below it; 5.23 lays the image on white, as here.
+        if transparent and Version(transformers.__version__) < Version("5.23"):
+            continue
         expected = processor(Image.open(io.BytesIO(data)), return_tensors="np")["pixel_values"][0]
         pixels = decode(data, transform)
         assert pixels.dtype == torch.uint8

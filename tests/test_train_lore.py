@@ -9,7 +9,7 @@ import torch
 from transformers import CLIPModel, CLIPProcessor
 
 import train_lore
-from tests.conftest import ROOT, run_script, two_processes
+from tests.conftest import ROOT, run_script
 from tests.small_models import photos, save_small_clip, small_encoder
 from utils.cli import UserError
 from utils.encoders import quiet_transformers
@@ -174,8 +174,11 @@ def test_two_processes_equal_one(arguments, tmp_path, monkeypatch, accumulation)
             per_device_train_batch_size=4 // accumulation,
             gradient_accumulation_steps=accumulation,
         ),
-        launcher=two_processes(29511 + accumulation),
-    )
+        launcher=(
+            sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port",
+            str(29511 + accumulation), "--config_file", str(ROOT / "accelerate_configs" / "cpu_2proc.yaml"),
+        ),
+    )  # fmt: skip
     assert_equal_runs(tmp_path / "one", tmp_path / "two")
 
 
@@ -229,7 +232,12 @@ def test_resumed_run_equals_an_uninterrupted_one(arguments, tmp_path, monkeypatc
 
 
 def test_resume_starts_anew_without_a_checkpoint_and_refuses_other_settings(arguments, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text(
+        '{"step": 1, "loss": 0}\n{"st'
+    )  # a run that was killed before its first
     train_lore.main(arguments(resume_from_checkpoint="latest", checkpoint_steps=1))
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]
     with pytest.raises(UserError, match=r"other settings \(rho was 0.1, is 0.2\)"):
         train_lore.main(arguments(resume_from_checkpoint="latest", rho=0.2))
     with pytest.raises(UserError, match=r"global_batch_size was 8, is 16"):
@@ -260,6 +268,17 @@ def test_continuing_from_a_tuned_model_keeps_the_first_reference(arguments, smal
         arguments(model_name_or_path=tmp_path / "tuned", reference_model_name_or_path=small_clip, max_steps=1)
     )
     assert rows(tmp_path / "run")[0]["distance_clean"] > 1
+
+
+def test_a_pipe_is_read_where_allowed_and_its_arguments_are_not_kept(arguments, digits, tmp_path):
+    shard = sorted((digits / "train").glob("*.tar"))[0]
+    url = f"pipe:cat {shard} /dev/null"
+    train_lore.main(arguments(train_shards=url, allow_pipe_urls="true", max_steps=1, checkpoint_steps=1))
+    state = (tmp_path / "run/checkpoints/step-1/trainer_state.json").read_text()
+    card = (tmp_path / "run/README.md").read_text()
+    assert "pipe:cat ..." in state
+    assert "pipe:cat ..." in card
+    assert "/dev/null" not in state + card
 
 
 def test_labels_outside_the_class_list_are_counted_and_stop_the_run(arguments, tmp_path):

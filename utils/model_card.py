@@ -6,7 +6,10 @@ import platform
 import shlex
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
+
+from utils.shard_sources import display_url
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "webdataset", "bitsandbytes")
 
@@ -23,8 +26,8 @@ def versions() -> dict[str, str]:
 
 
 def command_line() -> str:
-    """The command of this process, as one would type it."""
-    return shlex.join(["python", *sys.argv])
+    """The command of this process, as one would type it; URLs without what may be a token."""
+    return shlex.join(["python", *map(display_url, sys.argv)])
 
 
 def model_card(
@@ -34,7 +37,7 @@ def model_card(
     lines = [
         "---",
         "library_name: transformers",
-        f"base_model: {base_model}",
+        *([] if Path(base_model).exists() else [f"base_model: {base_model}"]),
         "pipeline_tag: zero-shot-image-classification",
         "tags: [clip, adversarial-robustness]",
         "---",

@@ -65,6 +65,14 @@ class RunProgress:
         return (time.monotonic() - self.started) / done * (self.total - self.done)
 
 
+def wide_console() -> Console:
+    """Standard output for tables: as wide as the terminal, and wide enough where there is none."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160
+    return console
+
+
 class _Fields(ProgressColumn):
     def render(self, task: Task) -> Text:
         return Text(_join(task.fields.get("fields", {})))
