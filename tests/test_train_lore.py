@@ -1,8 +1,11 @@
 """train_lore.py as users start it, and its invariants: processes, accumulation, the limits of the method, resume."""
 
+import functools
+import http.server
 import json
 import math
 import sys
+import threading
 
 import pytest
 import torch
@@ -268,6 +271,32 @@ def test_continuing_from_a_tuned_model_keeps_the_first_reference(arguments, smal
         arguments(model_name_or_path=tmp_path / "tuned", reference_model_name_or_path=small_clip, max_steps=1)
     )
     assert rows(tmp_path / "run")[0]["distance_clean"] > 1
+
+
+def test_shards_and_class_names_behind_a_url_give_the_same_run(arguments, digits, tmp_path):
+    handler = functools.partial(QuietHandler, directory=str(digits))
+    names = sorted(path.name for path in (digits / "train").glob("*.tar"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        braces = f"train/{{{names[0][:-4]}..{names[-1][:-4]}}}.tar"
+        common = {"eval_num_samples": 20, "objective": "tecoa", "num_workers": 1}
+        train_lore.main(
+            arguments(
+                output_dir=tmp_path / "remote", train_shards=f"{address}/{braces}",
+                eval_shards=f"{address}/test/000000.tar", cache_dir=tmp_path / "near", **common,
+            )
+        )  # fmt: skip
+        server.shutdown()
+    train_lore.main(arguments(output_dir=tmp_path / "local", eval_shards=digits / "test" / "000000.tar", **common))
+    assert embeds(tmp_path / "remote").equal(embeds(tmp_path / "local"))
+    assert rows(tmp_path / "remote")[0] == rows(tmp_path / "local")[0]
+    assert len(list((tmp_path / "near" / "shards").glob("*.tar"))) == len(names) + 1
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
 
 
 def test_a_pipe_is_read_where_allowed_and_its_arguments_are_not_kept(arguments, digits, tmp_path):
