@@ -301,8 +301,11 @@ def make_tokenizer(captions: list[str], vocab_size: int) -> CLIPTokenizer:
     learner.train_from_iterator(
         captions,
         trainers.BpeTrainer(
-            vocab_size=vocab_size - 256 - 2,
+            vocab_size=vocab_size - 2,
             initial_alphabet=byte_symbols,
+            # Ends of words get their ids here, in order; left to the trainer they are numbered in hash order, equally
+            # frequent merges are then tied differently in every process, and no two runs are equal.
+            special_tokens=[symbol + "</w>" for symbol in byte_symbols],
             end_of_word_suffix="</w>",
             show_progress=False,
         ),

@@ -1,6 +1,7 @@
 """Shared pieces of the suite: a small CLIP with random weights, the digits as shards, and a way to start a script."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,18 @@ def run_script(script: str, *arguments: object, status: int = 0, launcher: tuple
     return output
 
 
-def two_processes(port: int) -> tuple[str, ...]:
-    """The launcher of two gloo processes on this machine."""
-    return (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}")
+def two_processes() -> tuple[str, ...]:
+    """torchrun with two processes on this machine."""
+    return (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}")
+
+
+def accelerate_launch(config: Path) -> tuple[str, ...]:
+    """accelerate launch with a config file."""
+    command = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch")
+    return (*command, "--main_process_port", str(free_port()), "--config_file", str(config))
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -73,7 +73,7 @@ def test_finished_cells_are_not_measured_again(arguments, tmp_path, monkeypatch)
 def test_figures_do_not_depend_on_processes_or_batch_size(arguments, tmp_path):
     evaluate.main(arguments(output_dir=tmp_path / "one"))
     evaluate.main(arguments(output_dir=tmp_path / "small", batch_size=7))
-    run_script("evaluate.py", *arguments(output_dir=tmp_path / "two", batch_size=16), launcher=two_processes(29521))
+    run_script("evaluate.py", *arguments(output_dir=tmp_path / "two", batch_size=16), launcher=two_processes())
     one, small, two = ([cell["value"] for cell in results(tmp_path / name)] for name in ("one", "small", "two"))
     assert one == small == two
 

@@ -91,6 +91,18 @@ def test_training_beats_chance_and_is_written_down(trained: Path) -> None:
     assert "--train_data" in (trained / "README.md").read_text()
 
 
+def test_the_same_seed_gives_the_same_model(digits: Path, tmp_path: Path) -> None:
+    """In processes of their own: the trainer of the tokenizer hashes differently in each."""
+    for name in ("one", "two"):
+        run_script(
+            "examples/pretrain_small_clip.py",
+            *("--train_data", digits, "--image_size", 32, *TINY, "--epochs", 1, "--train_num_samples", 64),
+            *("--batch_size", 32, "--output_dir", tmp_path / name),
+        )
+    for file in ("model.safetensors", "tokenizer.json"):
+        assert filecmp.cmp(tmp_path / "one" / file, tmp_path / "two" / file, shallow=False), file
+
+
 def test_saved_model_gives_the_accuracy_it_was_saved_with(
     trained: Path, digits: Path, clip: CLIPModel, processor: CLIPProcessor
 ) -> None:

@@ -4,7 +4,6 @@ import functools
 import http.server
 import json
 import math
-import sys
 import threading
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from transformers import CLIPModel, CLIPProcessor
 
 import train_lore
-from tests.conftest import ROOT, run_script
+from tests.conftest import ROOT, accelerate_launch, run_script
 from tests.small_models import photos, save_small_clip, small_encoder
 from utils.cli import UserError
 from utils.encoders import quiet_transformers
@@ -72,10 +71,7 @@ def test_a_run_from_the_command_line_ends_in_a_model_that_loads(arguments, small
             checkpoint_steps=1, checkpoints_total_limit=2, keep_best="eval_accuracy_clean", report_to="tensorboard",
             num_workers=1,
         ),
-        launcher=(
-            sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file",
-            str(ROOT / "accelerate_configs" / "cpu.yaml"),
-        ),
+        launcher=accelerate_launch(ROOT / "accelerate_configs" / "cpu.yaml"),
     )  # fmt: skip
     run_dir = tmp_path / "run"
     assert "step 0: accuracy" in output
@@ -177,10 +173,7 @@ def test_two_processes_equal_one(arguments, tmp_path, monkeypatch, accumulation)
             per_device_train_batch_size=4 // accumulation,
             gradient_accumulation_steps=accumulation,
         ),
-        launcher=(
-            sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port",
-            str(29511 + accumulation), "--config_file", str(ROOT / "accelerate_configs" / "cpu_2proc.yaml"),
-        ),
+        launcher=accelerate_launch(ROOT / "accelerate_configs" / "cpu_2proc.yaml"),
     )  # fmt: skip
     assert_equal_runs(tmp_path / "one", tmp_path / "two")
 
@@ -334,10 +327,7 @@ def test_zero_on_two_processes_equals_one_process(arguments, digits, tmp_path, m
         *arguments(
             output_dir=tmp_path / "two", per_device_train_batch_size=2, gradient_accumulation_steps=2, **common
         ),
-        launcher=(
-            sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "29541",
-            "--config_file", str(tmp_path / "zero.yaml"),
-        ),
+        launcher=accelerate_launch(tmp_path / "zero.yaml"),
     )  # fmt: skip
     assert_equal_runs(tmp_path / "one", tmp_path / "two")
     assert embeds(tmp_path / "two/checkpoints/step-2/model").equal(embeds(tmp_path / "two"))

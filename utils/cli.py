@@ -30,7 +30,12 @@ SettingsT = TypeVar("SettingsT")
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. The text says what, where, what was expected and what to do, in one line."""
+    """A mistake that the user can mend. The text says what, where, what was expected and what to do, in one line.
+
+    ``every_rank``: all processes raise it alike, so that the first one speaks for all.
+    """
+
+    every_rank = True
 
 
 def flag(
@@ -107,15 +112,14 @@ def required(help: str, *, group: str, many: bool = False) -> Any:
 def run(main: Callable[[], Any]) -> None:
     """Calls ``main`` and turns ``UserError`` into one line on stderr and exit status 2, Ctrl-C into status 130.
 
-    Under several processes rank 0 speaks for all; another rank only speaks when its error is its own
-    (``UserError.every_rank = False``).
+    Under several processes rank 0 speaks for all; another rank speaks where the error is its own.
     """
     script = Path(sys.argv[0]).name
     rank = int(os.environ.get("RANK", "0"))
     try:
         main()
     except UserError as error:
-        if rank == 0 or not getattr(error, "every_rank", True):
+        if rank == 0 or not error.every_rank:
             line = " ".join(str(error).split())
             print(f"{script}: error: {line}", file=sys.stderr, flush=True)
         # The other ranks may be waiting in a collective: leave without waiting for them. The launcher ends them.
