@@ -32,6 +32,7 @@ from utils.skipped import SkipCounter, count_skipped
 from utils.zeroshot import ClassPrompts, LabelledSet, class_prompts, open_set, predictions
 
 SCHEMA_VERSION = 1
+NO_CORRUPTION = {"corruption": None, "severity": None, "sigma": None}
 
 
 @dataclass
@@ -99,9 +100,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if accelerator.is_main_process:
         print_table(settings, accelerator, results)
     accelerator.end_training()
-
-
-NO_CORRUPTION = {"corruption": None, "severity": None, "sigma": None}
 
 
 def open_data(settings: Settings, name: str) -> LabelledSet:
