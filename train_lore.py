@@ -327,10 +327,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 num_workers=0,
                 pin_memory=device.type == "cuda",
             )
+            eval_skips.seen = 0  # every pass is weighed by itself
             counted = count_skipped(loader, eval_skips)
             _, correct = predictions(module, counted, *eval_prompts, device=device, eps=radius, seed=settings.seed)
             accuracies[name] = mean_over_processes(accelerator, correct)
-        eval_skips.merge(gather_objects(accelerator, eval_skips.state())).check()
+            eval_skips.merge(gather_objects(accelerator, eval_skips.state())).check()
         progress.note(
             f"step {step}: accuracy {accuracies['eval_accuracy_clean']:.3f} clean, "
             f"{accuracies['eval_accuracy_pgd']:.3f} under PGD at eps {settings.eps:g}/255"
@@ -503,6 +504,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     progress.note(f"saved {output_dir}")
     for line in all_skips.summary().splitlines():
         progress.note(f"skipped in all: {line}")
+    if eval_set:
+        for line in eval_skips.merge(gather_objects(accelerator, eval_skips.state())).summary().splitlines():
+            progress.note(f"skipped in evaluations: {line}")
     accelerator.end_training()
 
 

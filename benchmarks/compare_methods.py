@@ -79,7 +79,7 @@ def main() -> None:
     in_parallel(
         settings.jobs, [evaluation_command(settings, models[i :: settings.jobs], i) for i in range(settings.jobs)]
     )
-    values = read_accuracies(output_dir, settings.jobs)
+    values = read_accuracies(settings, output_dir)
     histories = {key: MetricsFile(run_dir / "metrics.jsonl").read() for key, run_dir in runs.items()}
 
     table = accuracy_rows(settings, list(methods), values, runs)
@@ -117,7 +117,7 @@ def claim_directory(settings: Settings, output_dir: Path) -> None:
 
 def train_command(settings: Settings, seed: int, run_dir: Path, method: list[str]) -> list[str]:
     return [
-        *launcher(), "train_lore.py", "--model_name_or_path", settings.model,
+        *launcher("train_lore.py"), "--model_name_or_path", settings.model,
         "--train_shards", f"{settings.data}/train", "--eval_shards", f"{settings.data}/test",
         "--eval_num_samples", str(settings.curve_num_samples), "--eval_steps", str(settings.curve_steps),
         "--eps", f"{settings.eps:g}", "--max_steps", str(settings.steps), "--resume_from_checkpoint", "latest",
@@ -129,14 +129,16 @@ def train_command(settings: Settings, seed: int, run_dir: Path, method: list[str
 
 def evaluation_command(settings: Settings, models: Sequence[str], part: int) -> list[str]:
     return [
-        *launcher(), "evaluate.py", "--model", *models, "--data", settings.data, "--attack", "clean", "pgd",
+        *launcher("evaluate.py"), "--model", *models, "--data", settings.data, "--attack", "clean", "pgd",
         "--eps", *(f"{eps:g}" for eps in settings.eval_eps), "--num_samples", str(settings.num_samples),
         "--num_workers", "0", "--output_dir", f"{settings.output_dir}/eval-{part}",
     ]  # fmt: skip
 
 
-def launcher() -> list[str]:
-    return ["accelerate", "launch", "--quiet", "--config_file", "accelerate_configs/cpu.yaml"]
+def launcher(script: str) -> list[str]:
+    """The start of the command, with the project's files as seen from where the user is."""
+    config, script = (os.path.relpath(ROOT / path) for path in ("accelerate_configs/cpu.yaml", script))
+    return ["accelerate", "launch", "--quiet", "--config_file", config, script]
 
 
 def in_parallel(jobs: int, commands: list[list[str]]) -> None:
@@ -147,21 +149,27 @@ def in_parallel(jobs: int, commands: list[list[str]]) -> None:
         sys.stdout.write(f"\n$ {shlex.join(command)}\n")  # in one piece: another run may be writing too
         sys.stdout.flush()
         command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:]]
-        status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+        status = subprocess.run(command, env=environment, check=False).returncode
         if status:
-            raise UserError(f"{command[6]} ended with status {status}; its own message is above")
+            raise UserError(f"{command[7]} ended with status {status}; its own message is above")
 
     with ThreadPoolExecutor(jobs) as pool:
         for finished in [pool.submit(start, command) for command in commands]:
             finished.result()
 
 
-def read_accuracies(output_dir: Path, jobs: int) -> dict[tuple[str, float | None], float]:
-    """(model, eps or None for clean) -> accuracy."""
+def read_accuracies(settings: Settings, output_dir: Path) -> dict[tuple[str, float | None], float]:
+    """(model, eps or None for clean) -> accuracy on the first ``num_samples`` images."""
     reports = [
-        json.loads((output_dir / f"eval-{part}" / "results.json").read_text(encoding="utf-8")) for part in range(jobs)
+        json.loads((output_dir / f"eval-{part}" / "results.json").read_text(encoding="utf-8"))
+        for part in range(settings.jobs)
     ]
-    return {(cell["model"], cell["eps"]): cell["value"] for report in reports for cell in report["results"]}
+    return {
+        (cell["model"], cell["eps"]): cell["value"]
+        for report in reports
+        for cell in report["results"]
+        if cell["settings"]["num_samples"] == settings.num_samples
+    }
 
 
 def accuracy_rows(

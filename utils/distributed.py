@@ -48,9 +48,8 @@ def start_accelerator(
     if report_to == "wandb" and not is_wandb_available():
         raise UserError("--report_to wandb: needs the package wandb; install it or use --report_to none")
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    warnings.filterwarnings(
-        "ignore", message=".*broadcast_buffers.*", category=FutureWarning
-    )  # torch 2.11 has no other
+    # torch 2.13 calls the argument outdated, but accelerate passes no other.
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
     handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns of it, also where it is merely installed
@@ -66,13 +65,10 @@ def start_accelerator(
         log_with=None if report_to == "none" else report_to,
         project_dir=output_dir,
     )
-    if (
-        os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-        and accelerator.distributed_type != DistributedType.DEEPSPEED
-    ):
+    if deepspeed and accelerator.distributed_type != DistributedType.DEEPSPEED:
         raise UserError(
-            f"the accelerate config asks for DeepSpeed but accelerate chose {accelerator.distributed_type.value}: is the "
-            "package deepspeed installed?"
+            f"the accelerate config asks for DeepSpeed but accelerate chose {accelerator.distributed_type.value}; leave "
+            "use_cpu out of the config and ACCELERATE_USE_CPU out of the environment"
         )
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != world_size:
