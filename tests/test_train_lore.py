@@ -303,11 +303,17 @@ def test_a_pipe_is_read_where_allowed_and_its_arguments_are_not_kept(arguments, 
     assert "/dev/null" not in state + card
 
 
-def test_labels_outside_the_class_list_are_counted_and_stop_the_run(arguments, tmp_path):
+def test_labels_outside_the_class_list_are_counted_and_stop_the_run(arguments, digits, tmp_path):
     three = tmp_path / "three.txt"
     three.write_text("zero\none\ntwo\n")
-    with pytest.raises(UserError, match=r"--max_bad_fraction 0.01: .* bad label: .*--classnames|bad label"):
+    with pytest.raises(UserError, match=r"--max_bad_fraction 0.01: .*bad label"):
         train_lore.main(arguments(objective="tecoa", constraint="none", classnames=three, max_steps=8))
+    with pytest.raises(UserError, match=r"--max_bad_fraction 0.01: .*bad label"):
+        train_lore.main(
+            arguments(
+                eval_shards=digits / "test", eval_num_samples=40, classnames=three, output_dir=tmp_path / "evaluated"
+            )
+        )
 
 
 @pytest.mark.slow
