@@ -13,8 +13,10 @@ same bytes.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,10 +53,7 @@ class Settings:
 def main() -> None:
     settings = parse_settings(Settings, description=__doc__)
     output_dir = Path(settings.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir {output_dir}: is a file; give a directory")
-    if output_dir.is_dir() and any(output_dir.iterdir()) and not settings.overwrite:
-        raise UserError(f"--output_dir {output_dir}: not empty; give another directory, or add --overwrite")
+    check_output_dir(output_dir, settings.overwrite)
 
     digits = load_digits()
     indices = np.arange(len(digits.target))
@@ -62,50 +61,72 @@ def main() -> None:
         indices, test_size=TEST_SHARE, stratify=digits.target, random_state=settings.seed, shuffle=True
     )
     for split, chosen in (("train", train), ("test", test)):
-        folder = output_dir / split
-        folder.mkdir(parents=True, exist_ok=True)
-        for outdated in folder.glob("*.tar"):
-            outdated.unlink()
-        sizes = write_split(folder, chosen, digits, settings)
-        (folder / "sizes.json").write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
-        print(f"{folder}: {len(chosen)} images in {len(sizes)} shards")
-    (output_dir / "classnames.txt").write_text("\n".join(CLASSNAMES) + "\n", encoding="utf-8")
-    (output_dir / "zeroshot_classification_templates.txt").write_text("\n".join(TEMPLATES) + "\n", encoding="utf-8")
+        write_shards(output_dir / split, draw_samples(chosen, digits, settings), settings.samples_per_shard)
+    write_lines(output_dir / "classnames.txt", CLASSNAMES)
+    write_lines(output_dir / "zeroshot_classification_templates.txt", TEMPLATES)
 
 
-def write_split(folder: Path, chosen: np.ndarray, digits: object, settings: Settings) -> dict[str, int]:
-    """Writes the shards of one split and returns their sizes."""
+def check_output_dir(output_dir: Path, overwrite: bool) -> None:
+    """Raises ``UserError`` where ``output_dir`` is a file, or holds something and ``overwrite`` is not set."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output_dir {output_dir}: is a file; give a directory")
+    if output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite:
+        raise UserError(f"--output_dir {output_dir}: not empty; give another directory, or add --overwrite")
+
+
+def write_shards(folder: Path, samples: Iterable[dict], samples_per_shard: int) -> dict[str, int]:
+    """Writes ``samples``, dicts of __key__ and {extension: bytes}, as 000000.tar, ... and sizes.json into ``folder``.
+
+    The .tar files of an earlier run go. Returns what is in sizes.json: the number of samples of each shard.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for outdated in folder.glob("*.tar"):
+        outdated.unlink()
     sizes: dict[str, int] = {}
-    for number, first in enumerate(range(0, len(chosen), settings.samples_per_shard)):
-        name = f"{number:06d}.tar"
-        in_shard = chosen[first : first + settings.samples_per_shard]
+    samples = iter(samples)
+    for first in samples:
+        name = f"{len(sizes):06d}.tar"
+        sizes[name] = 0
         # A fixed time and owner: the bytes depend on the samples alone.
         with (
             (folder / name).open("wb") as file,
             webdataset.TarWriter(file, mtime=0, user="root", group="root") as shard,
         ):
-            for index in in_shard:
-                image = draw_digit(digits.images[index], int(index), settings)
-                shard.write(
-                    {
-                        "__key__": f"digit-{index:04d}",
-                        "png": png_bytes(image),
-                        "cls": str(digits.target[index]).encode(),
-                    }
-                )
-        sizes[name] = len(in_shard)
+            for sample in itertools.chain([first], itertools.islice(samples, samples_per_shard - 1)):
+                shard.write(sample)
+                sizes[name] += 1
+    (folder / "sizes.json").write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
+    print(f"{folder}: {sum(sizes.values())} samples in {len(sizes)} shards")
     return sizes
 
 
-def draw_digit(ink: np.ndarray, index: int, settings: Settings) -> Image.Image:
-    """``ink`` (8, 8), 0 ... 16 -> an RGB image: the enlarged share of ink mixes the two colours of ``index``."""
-    size = settings.image_size
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def draw_samples(chosen: np.ndarray, digits: object, settings: Settings) -> Iterator[dict]:
+    """The digits with the numbers ``chosen`` as samples of an image and its class."""
+    for index in map(int, chosen):
+        image = draw_digit(digits.images[index], settings.image_size, *draw_colours(index, settings))
+        yield {
+            "__key__": f"digit-{index:04d}",
+            "png": png_bytes(image),
+            "cls": str(digits.target[index]).encode(),
+        }
+
+
+def draw_colours(index: int, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+    """Background and ink of the digit ``index``, (3,) each, 0 ... 255."""
+    if not settings.colour:
+        return np.zeros(3), np.full(3, 255.0)
+    random = np.random.default_rng([settings.seed, index])
+    return random.uniform(0, 110, 3), random.uniform(145, 255, 3)
+
+
+def draw_digit(ink: np.ndarray, size: int, background: np.ndarray, foreground: np.ndarray) -> Image.Image:
+    """``ink`` (8, 8), 0 ... 16 -> an RGB image of ``size``: the enlarged share of ink mixes the colours, (3,) each."""
     grey = Image.fromarray(np.round(ink * (255 / 16)).astype(np.uint8))
     share = np.asarray(grey.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float64)[..., None] / 255
-    background, foreground = np.zeros(3), np.full(3, 255.0)
-    if settings.colour:
-        random = np.random.default_rng([settings.seed, index])
-        background, foreground = random.uniform(0, 110, 3), random.uniform(145, 255, 3)
     return Image.fromarray(np.round(background + share * (foreground - background)).astype(np.uint8))
 
 

@@ -38,6 +38,7 @@ from utils.optimization import cosine_learning_rate, set_learning_rate
 from utils.progress import RunProgress
 from utils.shards import ShardDataset, ShardIndex, eval_loader
 from utils.skipped import SkipCounter
+from utils.typographic import KINDS, Draws, WordStyle, find_fonts, write_word
 from utils.zeroshot import class_embeddings, open_set, read_templates, to_pixel_values
 
 MAX_TEXT_LENGTH = 77  # tokens, as in the published CLIPs
@@ -88,6 +89,20 @@ class Settings:
     crop_padding: int | None = flag(
         None, "random crops from images padded by this many pixels; default image_size / 8", group="training", minimum=0
     )
+    with_words: bool = flag(False, "also learn to read: pictures of printed class names join every step", group="words")
+    words: str | None = flag(
+        None,
+        "file with the word to print for each class, an empty line for none; default the class names",
+        group="words",
+    )
+    words_per_step: int = flag(64, "pictures of words per step", group="words", minimum=1)
+    fonts: list[str] = flag(
+        ["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"], "fonts of matplotlib, Aileron, or .ttf files", group="words"
+    )
+    word_size_min: float = flag(40.0, "smallest letters, in pixels at an image side of 224", group="words", above=0)
+    word_size_max: float = flag(60.0, "largest letters, in the same unit", group="words", above=0)
+    word_kind: str = flag("label", "look of the words", group="words", choices=KINDS)
+
     flip: bool = flag(True, "mirror images at random; false for digits and letters", group="training")
     seed: int = flag(0, "of weights, order, crops and templates", group="training", minimum=0)
 
@@ -111,6 +126,8 @@ def main() -> None:
     classnames, templates = train.classnames, train.templates
     if settings.templates is not None:
         templates = read_templates(settings.templates)
+    words = read_words(settings.words, classnames)
+    style = WordStyle(find_fonts(settings.fonts), (settings.word_size_min, settings.word_size_max), settings.word_kind)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, if installed, warns when the model is saved
@@ -156,8 +173,11 @@ def main() -> None:
             order = torch.randperm(len(train_images), generator=generator)
             for first in range(0, steps_per_epoch * settings.batch_size, settings.batch_size):
                 index = order[first : first + settings.batch_size]
-                labels = train_labels[index].to(device)
-                pixel_values = to_pixel_values(augment(train_images[index], settings, generator), device)
+                images, labels = augment(train_images[index], settings, generator), train_labels[index]
+                if settings.with_words:
+                    printed, printed_labels = print_words(words, style, settings, step)
+                    images, labels = torch.cat([images, printed]), torch.cat([labels, printed_labels])
+                pixel_values, labels = to_pixel_values(images, device), labels.to(device)
                 classes, targets = draw_classes(labels, len(classnames), settings.captions_per_step, generator)
                 num_templates = min(len(templates), max(1, settings.captions_per_step // len(classes)))
                 drawn = torch.randperm(len(templates), generator=generator)[:num_templates]
@@ -209,6 +229,10 @@ def main() -> None:
 
 def check(settings: Settings) -> None:
     """What can be said before anything is read."""
+    if settings.word_size_min > settings.word_size_max:
+        raise UserError(
+            f"--word_size_min {settings.word_size_min:g}: larger than --word_size_max {settings.word_size_max:g}; swap them"
+        )
     if settings.image_size % settings.patch_size:
         raise UserError(
             f"--patch_size {settings.patch_size}: does not divide --image_size {settings.image_size}; give a divisor"
@@ -232,7 +256,7 @@ def check(settings: Settings) -> None:
         raise UserError(f"--train_data {root}: no such directory; expected a set with classnames.txt and train/*.tar")
     if not any((root / "train").glob("*.tar")):
         raise UserError(f"--train_data {root}: no .tar files in {root / 'train'}; expected the shards of the set there")
-    for name in ("classnames", "templates"):
+    for name in ("classnames", "templates", "words"):
         path = getattr(settings, name)
         if path is not None and not Path(path).is_file():
             raise UserError(f"--{name} {path}: no such file; expected a text file, one entry per line")
@@ -368,6 +392,34 @@ def tokenize_captions(processor: CLIPProcessor, classnames: list[str], templates
     captions = [template.replace("{c}", name) for name in classnames for template in templates]
     tokens = processor.tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
     return tokens["input_ids"].view(len(classnames), len(templates), -1)
+
+
+def read_words(path: str | None, classnames: list[str]) -> list[tuple[int, str]]:
+    """(class, word) of every class that has a word: its name, or what the file says."""
+    if path is None:
+        return list(enumerate(classnames))
+    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").split("\n")]
+    if len(lines) < len(classnames) or any(lines[len(classnames) :]):
+        raise UserError(
+            f"--words {path}: {len(lines)} lines for {len(classnames)} classes; expected one line per class"
+        )
+    words = [(label, word) for label, word in enumerate(lines) if word]
+    if not words:
+        raise UserError(f"--words {path}: holds no words; expected one line per class, empty where none is printed")
+    return words
+
+
+def print_words(words: list[tuple[int, str]], style: WordStyle, settings: Settings, step: int) -> tuple[Tensor, Tensor]:
+    """Pictures of printed words on plain colours: uint8 (n, 3, S, S), and the class that each names (n,)."""
+    images, labels = [], []
+    for number in range(settings.words_per_step):
+        draws = Draws("printed words", settings.seed, step, number)
+        label, word = words[draws.below(len(words))]
+        colour = torch.tensor([draws.below(256) for _ in range(3)], dtype=torch.uint8)
+        background = colour[:, None, None].expand(3, settings.image_size, settings.image_size)
+        images.append(write_word(background, word, style, draws))
+        labels.append(label)
+    return torch.stack(images), torch.tensor(labels)
 
 
 def draw_classes(labels: Tensor, num_classes: int, captions: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

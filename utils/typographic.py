@@ -1,0 +1,212 @@
+"""Typographic attacks: a word written on an image, the same one for the same (seed, epoch, sample key).
+
+Words are drawn last, on the pixels that the encoder sees, so that resizing and cropping never cut them. Everything random
+about an attack comes from one hash of (seed, epoch, key, number): nothing depends on the batch, the process or the
+worker. Fonts come with declared dependencies: DejaVu, STIX and Computer Modern with matplotlib, Aileron inside Pillow.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from utils.cli import UserError, nearest
+
+REFERENCE_SIZE = 224  # letter sizes are given for images of this side and scale with the image
+AILERON = "Aileron"  # Pillow's own scalable font; it has no file
+KINDS = ("outlined", "label")
+PLACES = ("anywhere", "top", "bottom")
+COLOURS = np.array(
+    [(0, 0, 0), (255, 255, 255), (220, 30, 30), (30, 160, 30), (30, 60, 220), (240, 220, 40), (40, 200, 210), (210, 50, 200)],
+    dtype=np.float32,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WordStyle:
+    """How words are written.
+
+    fonts: names or files, see ``find_fonts``. size: smallest and largest letters (the font's em), in pixels on an image
+    of 224; a word that is too wide shrinks until it fits. kind: ``outlined`` letters in one of 8 colours with a thin
+    outline in another, or a ``label``, black on a white sticker. place: which half of the image.
+    """
+
+    fonts: tuple[str, ...] = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono")
+    size: tuple[float, float] = (20.0, 40.0)
+    kind: str = "outlined"
+    place: str = "anywhere"
+
+
+class Draws:
+    """Random whole numbers that depend on the parts of a key alone, the same on every machine and in every version."""
+
+    def __init__(self, *key: object) -> None:
+        self._key, self._block, self._numbers = "/".join(map(str, key)), 0, iter(())
+
+    def below(self, limit: int) -> int:
+        """Uniform in 0 ... limit-1, up to limit / 2^32."""
+        number = next(self._numbers, None)
+        if number is None:
+            digest = hashlib.blake2b(f"{self._block}/{self._key}".encode()).digest()
+            self._block += 1
+            self._numbers = iter(np.frombuffer(digest, dtype="<u4").tolist())
+            number = next(self._numbers)
+        return number * limit >> 32
+
+    def between(self, low: float, high: float) -> float:
+        """Uniform in [low, high) in steps of 1 / 65536 of the range."""
+        return low + (high - low) * self.below(65536) / 65536
+
+
+def fold(name: str) -> str:
+    """What two names must differ in to be different words: case and runs of spaces do not count."""
+    return " ".join(name.split()).casefold()
+
+
+def merge_names(names: Sequence[str]) -> tuple[list[str], list[int]]:
+    """Distinct names in order, and for every name the place of its word among them: ImageNet has two cranes."""
+    places: dict[str, int] = {}
+    distinct: list[str] = []
+    for name in names:
+        if fold(name) not in places:
+            places[fold(name)] = len(distinct)
+            distinct.append(name)
+    return distinct, [places[fold(name)] for name in names]
+
+
+def wrong_words(word: int, num_words: int, count: int, draws: Draws) -> list[int]:
+    """``count`` different words other than ``word``, uniform: an offset is drawn, never a word again and again.
+
+    ValueError where there are not that many others.
+    """
+    if not 0 < count < num_words:
+        raise ValueError(f"{count} wrong words of {num_words}")
+    others = [(word + offset) % num_words for offset in range(1, num_words)]
+    for place in range(count):  # the first ``count`` steps of a Fisher-Yates shuffle
+        other = place + draws.below(len(others) - place)
+        others[place], others[other] = others[other], others[place]
+    return others[:count]
+
+
+def write_word(pixels: Tensor, word: str, style: WordStyle, draws: Draws) -> Tensor:
+    """Writes ``word`` on an image: uint8 (3, H, W) -> a new uint8 (3, H, W). The word is always wholly inside."""
+    height, width = pixels.shape[1:]
+    font = style.fonts[draws.below(len(style.fonts))]
+    scale = min(height, width) / REFERENCE_SIZE
+    size = max(1, round(scale * draws.between(*style.size)))
+    stroke = max(1, round(scale)) if style.kind == "outlined" else 0
+    letters, shape = _fitting_word(break_lines(word), font, size, stroke, style.kind, height, width)
+    box_height, box_width = letters.shape
+    top = _place(style.place, height, box_height, draws)
+    left = draws.below(width - box_width + 1)
+    ink, paper = COLOURS[0], COLOURS[1]
+    if style.kind == "outlined":
+        colour = draws.below(len(COLOURS))
+        other = (colour + 1 + draws.below(len(COLOURS) - 1)) % len(COLOURS)
+        ink, paper = COLOURS[colour], COLOURS[other]
+    image = pixels.permute(1, 2, 0).numpy().copy()
+    patch = image[top : top + box_height, left : left + box_width].astype(np.float32)
+    patch += (paper - patch) * shape[..., None]
+    patch += (ink - patch) * letters[..., None]
+    image[top : top + box_height, left : left + box_width] = np.rint(patch)
+    return torch.from_numpy(image).permute(2, 0, 1).contiguous()
+
+
+def break_lines(name: str) -> str:
+    """Names of two or three words break after the first, longer ones after the second."""
+    words = name.split()
+    first = 1 if len(words) <= 3 else 2
+    return "\n".join(filter(None, (" ".join(words[:first]), " ".join(words[first:]))))
+
+
+def find_fonts(names: Sequence[str], flag: str = "--fonts") -> tuple[str, ...]:
+    """Checks that every font can be opened. A name of ``known_fonts()`` or a .ttf or .otf file; else ``UserError``."""
+    known = known_fonts()
+    for name in names:
+        try:
+            _font(name, 12)
+        except OSError:
+            match = nearest(name, known)
+            hint = f", did you mean {match}?" if match else f"; names: {', '.join(known)}"
+            raise UserError(
+                f"{flag} {name}: neither a font file that opens nor a font that comes with matplotlib or Pillow{hint}"
+            ) from None
+    return tuple(names)
+
+
+def known_fonts() -> list[str]:
+    """Fonts that need no file of the user's."""
+    folder = _matplotlib_fonts()
+    found = sorted(path.stem for path in folder.glob("*.ttf")) if folder else []
+    symbols = ("Siz", "Display", "cmex", "cmmi", "cmsy", "NonUni", "LastResort")
+    return [*(name for name in found if not any(part in name for part in symbols)), AILERON]
+
+
+def _matplotlib_fonts() -> Path | None:
+    spec = importlib.util.find_spec("matplotlib")  # found, not imported: every data worker comes by here
+    return Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" if spec and spec.origin else None
+
+
+@lru_cache(maxsize=1024)
+def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    if name == AILERON:
+        return ImageFont.load_default(size)
+    folder = _matplotlib_fonts()
+    if folder is not None and (folder / f"{name}.ttf").is_file():
+        return ImageFont.truetype(folder / f"{name}.ttf", size, layout_engine=ImageFont.Layout.BASIC)
+    if not Path(name).is_file():  # else FreeType would search the system for a file of this name
+        raise OSError
+    return ImageFont.truetype(name, size, layout_engine=ImageFont.Layout.BASIC)
+
+
+def _fitting_word(
+    text: str, font: str, size: int, stroke: int, kind: str, height: int, width: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The word at ``size`` or, where that is too large for (height, width), at the largest smaller one that fits."""
+    while True:
+        letters, shape = _word(text, font, size, stroke, kind)
+        rows, columns = letters.shape
+        if rows <= height and columns <= width:
+            return letters, shape
+        if size == 1:
+            return letters[:height, :width], shape[:height, :width]
+        size = max(1, min(size - 1, int(size * min(height / rows, width / columns))))
+
+
+@lru_cache(maxsize=4096)
+def _word(text: str, font: str, size: int, stroke: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """Coverage of the letters and of what lies under them (outline or sticker), both (h, w) float32 in [0,1]."""
+    padding = max(1, round(0.2 * size)) if kind == "label" else 0
+    options = {"font": _font(font, size), "align": "center", "spacing": max(1, size // 6)}
+    probe = ImageDraw.Draw(Image.new("L", (1, 1)))
+    left, top, right, bottom = probe.multiline_textbbox((0, 0), text, stroke_width=stroke, **options)
+    # A box that some letters cross by a fraction of a pixel: one more pixel on every side.
+    corner = (1 + padding - left, 1 + padding - top)
+    canvas_size = (int(np.ceil(right - left)) + 2 * padding + 2, int(np.ceil(bottom - top)) + 2 * padding + 2)
+
+    def drawn(outline: int) -> np.ndarray:
+        canvas = Image.new("L", canvas_size)
+        # With a stroke for the letters too: its width moves the second line.
+        ImageDraw.Draw(canvas).multiline_text(
+            corner, text, fill=255, stroke_width=stroke, stroke_fill=outline, **options
+        )
+        return np.asarray(canvas, dtype=np.float32) / 255
+
+    letters = drawn(0)
+    return letters, np.ones_like(letters) if kind == "label" else drawn(255)
+
+
+def _place(place: str, room: int, length: int, draws: Draws) -> int:
+    """The first row of a word of ``length`` rows in an image of ``room`` rows; a tall word leaves its half."""
+    last = room - length
+    low, high = {"anywhere": (0, last), "top": (0, room // 2 - length), "bottom": (min(room // 2, last), last)}[place]
+    return low + draws.below(max(0, high - low) + 1)
