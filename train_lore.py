@@ -344,6 +344,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             save_clip(directory, clip, processor, encoder_state)
             card = model_card(
                 method=method_name(settings),
+                about="The image tower was fine-tuned to resist l_inf perturbations of the pixels; the text tower is the base model's.",
+                tags=["adversarial-robustness"],
                 base_model=settings.model_name_or_path,
                 settings=known_settings,
                 evaluations=[row for row in metrics_file.read() if "eval_accuracy_clean" in row],

@@ -1,4 +1,4 @@
-"""Copies the samples of some classes of a labelled set into a set of their own, with the labels renumbered.
+r"""Copies the samples of some classes of a labelled set into a set of their own, with the labels renumbered.
 
     python examples/select_classes.py --data data/imagenet --classes "tabby cat" "golden retriever" \
       --output_dir data/cats-and-dogs
@@ -33,7 +33,9 @@ TEMPLATES_FILE = "zeroshot_classification_templates.txt"
 @dataclass
 class Settings:
     data: str = required("set directory: classnames.txt and <split>/*.tar", group="data")
-    classes: list[str] = required("names of the classes to copy, in the order of the new labels", group="data", many=True)
+    classes: list[str] = required(
+        "names of the classes to copy, in the order of the new labels", group="data", many=True
+    )
     splits: list[str] | None = flag(
         None, "folders of shards to copy; default train and test, as far as they exist", group="data"
     )
@@ -94,7 +96,9 @@ def find_splits(data: Path, asked: list[str] | None) -> list[str]:
     present = sorted(folder.name for folder in data.iterdir() if any(folder.glob("*.tar")))
     for split in asked or []:
         if split not in present:
-            raise UserError(f"--splits {split}: no .tar files in {data / split}; there is {', '.join(present) or 'none'}")
+            raise UserError(
+                f"--splits {split}: no .tar files in {data / split}; there is {', '.join(present) or 'none'}"
+            )
     splits = list(dict.fromkeys(asked)) if asked else [split for split in DEFAULT_SPLITS if split in present]
     if not splits:
         there = f"name others with --splits: {', '.join(present)}" if present else "expected <split>/*.tar"

@@ -54,6 +54,27 @@ class ImageEncoder(nn.Module):
             return self.visual_projection(pooled).float()
 
 
+class TextEncoder(nn.Module):
+    """The text tower and projection of a ``CLIPModel``: token ids to un-normalised text embeddings.
+
+    The modules are the ``CLIPModel``'s own. No attention mask: attention is causal and padding comes after the end of
+    text, which is what is pooled.
+    """
+
+    def __init__(self, clip: CLIPModel, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.text_model = clip.text_model
+        self.text_projection = clip.text_projection
+        self.compute_dtype = compute_dtype
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(..., L) int64 -> (..., D), float32."""
+        autocast = self.compute_dtype != torch.float32
+        with torch.autocast(input_ids.device.type, dtype=self.compute_dtype, enabled=autocast):
+            pooled = self.text_model(input_ids=input_ids.flatten(0, -2)).pooler_output
+            return self.text_projection(pooled).float().unflatten(0, input_ids.shape[:-1])
+
+
 class Float32Conv2d(nn.Conv2d):
     """A convolution that autocast leaves in float32. On a GPU, TF32 must be off too: see utils/distributed.py."""
 
@@ -111,12 +132,17 @@ def load_reference(name_or_path: str | None, encoder: ImageEncoder) -> ImageEnco
         return frozen_copy(encoder)
     flag = "--reference_model_name_or_path"
     reference = make_encoder(*load_clip(name_or_path, flag), encoder.compute_dtype)
+    refuse_other_shape(reference, encoder, name_or_path)
+    return frozen_copy(reference)
+
+
+def refuse_other_shape(reference: ImageEncoder, encoder: ImageEncoder, name_or_path: str) -> None:
+    """Raises ``UserError`` where a reference sees other pixels or gives other embeddings than the encoder."""
     if (reference.embed_dim, reference.image_size) != (encoder.embed_dim, encoder.image_size):
         raise UserError(
-            f"{flag} {name_or_path}: embeds {reference.image_size} px into {reference.embed_dim} dimensions, the "
-            f"encoder {encoder.image_size} px into {encoder.embed_dim}; name a model of the encoder's kind"
+            f"--reference_model_name_or_path {name_or_path}: embeds {reference.image_size} px into {reference.embed_dim} "
+            f"dimensions, the encoder {encoder.image_size} px into {encoder.embed_dim}; name a model of the encoder's kind"
         )
-    return frozen_copy(reference)
 
 
 def enable_gradient_checkpointing(encoder: ImageEncoder) -> None:

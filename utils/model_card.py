@@ -31,7 +31,14 @@ def command_line() -> str:
 
 
 def model_card(
-    *, method: str, base_model: str, settings: dict[str, Any], evaluations: list[dict[str, Any]], notes: list[str]
+    *,
+    method: str,
+    about: str,
+    tags: list[str],
+    base_model: str,
+    settings: dict[str, Any],
+    evaluations: list[dict[str, Any]],
+    notes: list[str],
 ) -> str:
     """Markdown with the hub's metadata header. ``evaluations`` are metrics rows that hold eval_ keys."""
     lines = [
@@ -39,13 +46,12 @@ def model_card(
         "library_name: transformers",
         *([] if Path(base_model).exists() else [f"base_model: {base_model}"]),
         "pipeline_tag: zero-shot-image-classification",
-        "tags: [clip, adversarial-robustness]",
+        f"tags: [{', '.join(['clip', *tags])}]",
         "---",
         "",
         f"# {method} from {base_model}",
         "",
-        "Load it with `CLIPModel.from_pretrained` and `CLIPProcessor.from_pretrained`. The image tower was fine-tuned",
-        "to resist l_inf perturbations of the pixels; the text tower is the base model's.",
+        f"Load it with `CLIPModel.from_pretrained` and `CLIPProcessor.from_pretrained`. {about}",
         "",
     ]
     if evaluations:

@@ -285,7 +285,7 @@ class ShardDataset(Dataset):
         skipped: list[Skipped] = []
         for shard, sample in self._candidates(order, slot):
             try:
-                item = self.load(self._reader, shard, sample)
+                item = self.load(self._reader, shard, sample, epoch)
             except BadSample as bad:
                 skipped.append(bad.skipped)
                 if self.order == "sequential":
@@ -301,21 +301,32 @@ class ShardDataset(Dataset):
         self._reader.notices.clear()
         return {**item, "position": position, "skipped": skipped}
 
-    def load(self, reader: ShardReader, shard: int, sample: int) -> dict[str, Any]:
+    def load(self, reader: ShardReader, shard: int, sample: int, epoch: int) -> dict[str, Any]:
         """The sample itself: image, key and label. BadSample where it cannot be used."""
         key, members = reader.read(shard, sample, self._extensions)
-        where = f"{display_url(self.index.urls[shard])}#{key}"
+        where = self._where(shard, key)
         item: dict[str, Any] = {"key": key}
         if self.with_labels:
             item["label"] = self._label(members.get("cls"), where)
+        item["image"] = self._image(members, where)
+        return item
+
+    @property
+    def collate_fn(self) -> Callable[[Sequence[dict[str, Any]]], dict[str, Any]]:
+        """Makes batches of items."""
+        return partial(collate, image_size=self.transform.output_size)
+
+    def _where(self, shard: int, key: str) -> str:
+        return f"{display_url(self.index.urls[shard])}#{key}"
+
+    def _image(self, members: dict[str, bytes], where: str) -> torch.Tensor:
         data = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
         if data is None:
             raise BadSample("missing image", where, f"no {', '.join('.' + name for name in IMAGE_EXTENSIONS)} member")
         try:
-            item["image"] = decode(data, self.transform)
+            return decode(data, self.transform)
         except ImageError as error:
             raise BadSample("undecodable image", where, str(error)) from None
-        return item
 
     def _label(self, text: bytes | None, where: str) -> int:
         if text is None:
@@ -493,7 +504,7 @@ def _loader(
         batch_sampler=sampler,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        collate_fn=partial(collate, image_size=dataset.transform.output_size),
+        collate_fn=dataset.collate_fn,
         persistent_workers=persistent and num_workers > 0,
         # The loader draws a seed for its workers, who draw nothing: from here, not from the run's own random state.
         generator=torch.Generator(),

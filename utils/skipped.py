@@ -38,7 +38,7 @@ def count_skipped(batches: Iterable[dict[str, Any]], skips: SkipCounter) -> Iter
     """The batches of a loader, counted on their way."""
     for batch in batches:
         skips.add(batch["skipped"])
-        skips.seen += len(batch["positions"])
+        skips.seen += len(batch["keys"])
         yield batch
 
 

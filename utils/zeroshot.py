@@ -15,7 +15,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 from utils.attacks import attack_seeds, frozen, pgd, uniform_start
 from utils.cli import UserError
-from utils.encoders import ImageEncoder
+from utils.encoders import ImageEncoder, TextEncoder
 from utils.losses import class_logits, cross_entropy
 from utils.progress import RunProgress
 from utils.shard_sources import default_cache_dir, display_url, expand_shards, is_remote, read_text, sibling
@@ -111,7 +111,6 @@ def class_prompts(
     return ClassPrompts(embeds, float(clip.logit_scale.detach().exp()))
 
 
-@torch.no_grad()
 def class_embeddings(
     clip: CLIPModel,
     processor: CLIPProcessor,
@@ -120,27 +119,43 @@ def class_embeddings(
     device: torch.device | str = "cpu",
     batch_size: int = 256,
 ) -> Tensor:
-    """t_c: the mean over templates of unit text embeddings, made unit again. -> (C, D), float32, on ``device``.
+    """t_c: the mean over templates of unit text embeddings, made unit again. -> (C, D), float32, on ``device``."""
+    return ensemble(prompt_embeddings(clip, processor, classnames, templates, device, batch_size))
+
+
+def ensemble(prompt_embeds: Tensor) -> Tensor:
+    """Unit embedding of each text from those of its prompts: normalise, mean, normalise. (T, P, D) -> (T, D)."""
+    return F.normalize(F.normalize(prompt_embeds.float(), dim=-1).mean(dim=1), dim=-1)
+
+
+@torch.no_grad()
+def prompt_embeddings(
+    clip: CLIPModel,
+    processor: CLIPProcessor,
+    texts: Sequence[str],
+    templates: Sequence[str],
+    device: torch.device | str = "cpu",
+    batch_size: int = 256,
+) -> Tensor:
+    """Un-normalised embeddings of every text in every template, (T, P, D) float32 on ``device``.
 
     The text tower visits ``device`` for this and returns to where it was.
     """
     home = clip.text_projection.weight.device
-    clip.text_model.to(device)
-    clip.text_projection.to(device)
-    prompts = [template.replace("{c}", name) for name in classnames for template in templates]
-    embeds = []
-    for first in range(0, len(prompts), batch_size):
-        tokens = processor.tokenizer(
-            prompts[first : first + batch_size], padding=True, truncation=True, return_tensors="pt"
-        ).to(device)
-        pooled = clip.text_model(
-            input_ids=tokens["input_ids"], attention_mask=tokens.get("attention_mask")
-        ).pooler_output
-        embeds.append(F.normalize(clip.text_projection(pooled).float(), dim=-1))
-    clip.text_model.to(home)
-    clip.text_projection.to(home)
-    per_class = torch.cat(embeds).view(len(classnames), len(templates), -1).mean(dim=1)
-    return F.normalize(per_class, dim=-1)
+    encoder = TextEncoder(clip).to(device)
+    prompts = [template.replace("{c}", text) for text in texts for template in templates]
+    embeds = [
+        encoder(tokenize(processor, prompts[first : first + batch_size]).to(device))
+        for first in range(0, len(prompts), batch_size)
+    ]
+    encoder.to(home)
+    return torch.cat(embeds).view(len(texts), len(templates), -1)
+
+
+def tokenize(processor: CLIPProcessor, prompts: Sequence[str]) -> Tensor:
+    """input_ids (n, L) int64, cut at the model's length and filled up."""
+    tokens = processor.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt")
+    return tokens["input_ids"]
 
 
 def predictions(

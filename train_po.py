@@ -1,0 +1,650 @@
+"""Preference optimisation of a CLIP: prefer the right text over a wrong one where an image tempts, and stay as before elsewhere.
+
+  python train_po.py --model_name_or_path openai/clip-vit-base-patch32 --preference dpo \\
+    --train_shards data/imagenet100/train --output_dir runs/dpo
+
+  accelerate launch --config_file accelerate_configs/ddp.yaml train_po.py --task pairs --trainable head \\
+    --model_name_or_path openai/clip-vit-large-patch14 --train_shards "data/vl-bias/train-{00..15}.tar" --output_dir runs/head
+
+The first writes wrong class names on labelled images (typographic attacks) and teaches the image tower not to follow them.
+The second takes pairs of texts from .json members and trains a head, whose strength t can be set after training.
+Precision (bf16, fp16, no) and sharding live in the accelerate config.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate.utils import DistributedType
+from torch import Tensor
+
+from utils.checkpoint import (
+    find_checkpoint,
+    load_checkpoint,
+    read_state,
+    refuse_changed_settings,
+    refuse_non_finite,
+    replace_model,
+    save_checkpoint,
+)
+from utils.cli import UserError, flag, parse_settings, required, run
+from utils.distributed import (
+    compute_dtype,
+    default_num_workers,
+    from_main_process,
+    gather_objects,
+    mean_over_processes,
+    start_accelerator,
+    start_tracker,
+)
+from utils.encoders import (
+    TextEncoder,
+    check_model,
+    enable_gradient_checkpointing,
+    frozen_copy,
+    load_clip,
+    make_encoder,
+    refuse_other_shape,
+    save_clip,
+)
+from utils.features import features
+from utils.head import Head, fold_head, head_power, orthogonality_penalty, save_head, warn_of_condition
+from utils.images import ImageTransform
+from utils.metrics import MetricsFile, peak_memory_gib
+from utils.model_card import model_card
+from utils.optimization import BetaAverage, cosine_learning_rate, count_steps, make_optimizer, set_learning_rate
+from utils.pairs import PairDataset, PreferenceDataset, TypographicDataset, pair_shards
+from utils.policy import TRAINABLE, Policy, TextTable, batch_logits, judge
+from utils.preferences import (
+    DEFAULT_BETA,
+    PREFERENCES,
+    margin,
+    mean_over_rejected,
+    preference_loss,
+    retention_kl,
+    rewards,
+)
+from utils.progress import RunProgress
+from utils.shard_sources import display_url
+from utils.shards import eval_loader, train_loader
+from utils.skipped import SkipCounter, count_skipped
+from utils.typographic import KINDS, PLACES, WordStyle, find_fonts
+from utils.zeroshot import LabelledSet, ensemble, open_set, to_pixel_values
+
+EVAL_KEYS = {"clean": "eval_accuracy_clean", "chosen": "eval_accuracy_attacked", "rejected": "eval_follows_rejected", "pair": "eval_pair_accuracy", "kl": "eval_kl"}  # fmt: skip
+DEFAULT_LEARNING_RATE = {"head": 1e-3, "image": 2e-5, "all": 2e-5}
+
+
+@dataclass
+class Settings:
+    """Everything that a run can be told."""
+
+    # fmt: off
+    model_name_or_path: str = required("Hugging Face id or local directory of a CLIP model", group="model")
+    reference_model_name_or_path: str | None = flag(None, "frozen reference, for going on from a fine-tuned model (default: the start model)", group="model")
+    trainable: str = flag("image", "what is trained: a square matrix on both embeddings, the image tower, or both towers", group="model", choices=TRAINABLE)
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward passes: less memory, more time", group="model")
+    compile: bool = flag(False, "torch.compile the image encoders", group="model")
+
+    train_shards: list[str] = required("brace-expanded paths, globs, directories, hf:// or https:// URLs of .tar shards; with --task pairs also folders of label=X_text=Y pictures", group="data", many=True)
+    task: str = flag("typographic", "write wrong class names on labelled images, or read chosen and rejected texts from .json members", group="data", choices=("typographic", "pairs"))
+    eval_shards: list[str] = flag([], "shards of the same kind for the periodic evaluation (default: none)", group="data")
+    eval_num_samples: int = flag(1000, "the first N samples of the evaluation shards", group="data", minimum=1)
+    classnames: str | None = flag(None, "file with one class name per line (default: classnames.txt beside the shards or one folder up)", group="data")
+    num_workers: int | None = flag(None, "data workers per process (default: by the CPU cores, at most 8)", group="data", minimum=0)
+    cache_dir: str | None = flag(None, "where shards behind URLs, shard indexes and embeddings are kept (default: the system's cache)", group="data")
+    cache_limit_gb: float | None = flag(None, "most that shards behind URLs may take there, in 10^9 bytes (default: no limit)", group="data", above=0)
+    cache_features: bool = flag(True, "--trainable head: embed every image once and keep the embeddings; false draws new words every epoch", group="data")
+    max_bad_fraction: float = flag(0.01, "share of unreadable samples past which the run stops", group="data", minimum=0, maximum=1)
+    allow_pipe_urls: bool = flag(False, "allow pipe: URLs, which execute shell commands", group="data")
+
+    attacks_per_image: int = flag(1, "copies of each image, each with another wrong word", group="words", minimum=1)
+    fonts: list[str] = flag(["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"], "fonts of matplotlib, Aileron, or .ttf files", group="words")
+    word_size_min: float = flag(20.0, "smallest letters, in pixels at an image side of 224", group="words", above=0)
+    word_size_max: float = flag(40.0, "largest letters, in the same unit", group="words", above=0)
+    word_kind: str = flag("outlined", "coloured letters with an outline, or black on a white label", group="words", choices=KINDS)
+    word_place: str = flag("anywhere", "which half of the image words are written in", group="words", choices=PLACES)
+
+    preference: str = flag("dpo", "the loss; ce is the baseline, cross-entropy of the attacked image", group="method", choices=PREFERENCES)
+    beta: float | None = flag(None, "strength of the preference (default: dpo 1, ipo 0.1, kto 1.5)", group="method", above=0)
+    label_smoothing: float = flag(0.0, "dpo: share of pairs taken to be the wrong way round, below 0.5", group="method", minimum=0)
+    reg_weight: float = flag(1.0, "weight of KL(reference || policy) on clean images", group="method", minimum=0)
+    orthogonality_weight: float = flag(0.0, "--trainable head: weight of ||W^T W - I||_F^2", group="method", minimum=0)
+    export_t: float = flag(1.0, "--trainable head: strength t at which the head is folded into the saved model", group="method", minimum=-10, maximum=10)
+
+    learning_rate: float | None = flag(None, "cosine to 0 (default: 2e-5, for a head 1e-3)", group="optimisation", minimum=0)
+    weight_decay: float = flag(0.0, "of what is trained", group="optimisation", minimum=0)
+    warmup_steps: int = flag(0, "steps of linear warm-up", group="optimisation", minimum=0)
+    optimizer: str = flag("adamax", "the 8-bit variants need bitsandbytes", group="optimisation", choices=("adamax", "adamw", "adamw_8bit", "paged_adamw_8bit"))
+    max_grad_norm: float = flag(0.0, "gradient clipping, 0 for none", group="optimisation", minimum=0)
+    per_device_train_batch_size: int = flag(128, "samples per process and micro-batch; a typographic sample is 1 + attacks_per_image pictures", group="optimisation", minimum=1)
+    gradient_accumulation_steps: int = flag(1, "micro-batches per step", group="optimisation", minimum=1)
+    epochs: int = flag(3, "passes over the training set", group="optimisation", minimum=1)
+    train_num_samples: int | None = flag(None, "samples per epoch (default: all)", group="optimisation", minimum=1)
+    max_steps: int | None = flag(None, "steps in all, in place of --epochs", group="optimisation", minimum=1)
+    weight_average: str = flag("none", "save and evaluate the run's weights averaged with Beta(0.7, 0.7)", group="optimisation", choices=("none", "beta"))
+    seed: int = flag(0, "of data order and words", group="optimisation", minimum=0)
+
+    output_dir: str = required("directory of the run: the trained model, metrics.jsonl, checkpoints/", group="output")
+    eval_steps: int = flag(500, "steps between evaluations; one more at step 0 and at the end", group="output", minimum=1)
+    logging_steps: int = flag(10, "steps between log rows", group="output", minimum=1)
+    checkpoint_steps: int = flag(500, "steps between checkpoints, 0 for none", group="output", minimum=0)
+    checkpoints_total_limit: int = flag(3, "checkpoints kept, 0 for all", group="output", minimum=0)
+    resume_from_checkpoint: str | None = flag(None, "a checkpoint directory, or latest (starts anew where there is none yet)", group="output")
+    keep_best: str | None = flag(None, "the model with the highest value is kept in best/", group="output", choices=("eval_accuracy_clean", "eval_accuracy_attacked", "eval_pair_accuracy"))
+    report_to: str = flag("tensorboard", "tracker; metrics.jsonl is always written", group="output", choices=("tensorboard", "wandb", "none"))
+    # fmt: on
+
+
+# What may differ between a run and its continuation: where and how often, not what is computed.
+FREE_SETTINGS = {
+    "output_dir", "resume_from_checkpoint", "cache_dir", "cache_limit_gb", "num_workers", "report_to", "allow_pipe_urls", "max_bad_fraction",
+    "eval_shards", "eval_num_samples", "eval_steps", "logging_steps", "checkpoint_steps", "checkpoints_total_limit", "export_t",
+    "keep_best", "gradient_checkpointing", "compile", "per_device_train_batch_size", "gradient_accumulation_steps",
+}  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    settings = parse_settings(Settings, argv, description=__doc__)
+    check_settings(settings)
+    if settings.beta is None:
+        settings.beta = DEFAULT_BETA[settings.preference]
+    if settings.learning_rate is None:
+        settings.learning_rate = DEFAULT_LEARNING_RATE[settings.trainable]
+    find_fonts(settings.fonts)
+
+    accelerator = start_accelerator(
+        seed=settings.seed,
+        per_device_batch_size=settings.per_device_train_batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        max_grad_norm=settings.max_grad_norm,
+        report_to=settings.report_to,
+        output_dir=settings.output_dir,
+    )
+    device, world_size = accelerator.device, accelerator.num_processes
+    if settings.weight_average != "none" and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise UserError("--weight_average beta: DeepSpeed keeps the weights to itself; use a DDP config, or none")
+
+    # Whatever can be wrong with paths, shards and class lists is found before a model is loaded.
+    output_dir = Path(settings.output_dir)
+    checkpoint = from_main_process(accelerator, lambda: find_checkpoint(output_dir, settings.resume_from_checkpoint))
+    resumed = read_state(checkpoint) if checkpoint else None
+    train_set = from_main_process(accelerator, lambda: open_shards(settings, "train_shards"))
+    eval_set = from_main_process(accelerator, lambda: open_shards(settings, "eval_shards"))
+    samples_per_epoch = settings.train_num_samples or train_set.index.num_samples
+    global_batch_size = settings.per_device_train_batch_size * world_size * settings.gradient_accumulation_steps
+    total_steps = count_steps(
+        samples_per_epoch=samples_per_epoch,
+        num_samples=train_set.index.num_samples,
+        global_batch_size=global_batch_size,
+        epochs=settings.epochs,
+        max_steps=settings.max_steps,
+    )
+    known_settings = dataclasses.asdict(settings) | {"global_batch_size": global_batch_size}
+    # Shown and stored without what may be a token in a URL.
+    known_settings |= {name: list(map(display_url, known_settings[name])) for name in ("train_shards", "eval_shards")}
+    if resumed:
+        refuse_changed_settings(resumed["settings"], known_settings, FREE_SETTINGS)
+    check_model(settings.model_name_or_path, "--model_name_or_path")
+
+    # The policy, and its frozen reference: pictures and texts to unit embeddings.
+    clip, processor = load_clip(settings.model_name_or_path)
+    encoder = make_encoder(clip, processor, compute_dtype(accelerator))
+    logit_scale = float(clip.logit_scale.detach().exp())
+    templates = train_set.templates or ["{c}"]
+    if settings.reference_model_name_or_path:
+        reference_clip, reference_processor = load_clip(
+            settings.reference_model_name_or_path, "--reference_model_name_or_path"
+        )
+        reference = frozen_copy(make_encoder(reference_clip, reference_processor, encoder.compute_dtype))
+        refuse_other_shape(reference, encoder, settings.reference_model_name_or_path)
+    else:
+        reference_clip = copy.deepcopy(clip) if settings.trainable == "all" else clip
+        reference = frozen_copy(encoder)
+    reference.to(device)
+    # The text table of a tower that is trained serves its tokenizer alone.
+    text_table = TextTable(clip, processor, templates, device)
+    reference_text_table = (
+        text_table if reference_clip is clip else TextTable(reference_clip, processor, templates, device)
+    )
+    policy = Policy(
+        image_encoder=None if settings.trainable == "head" else encoder,
+        text_encoder=TextEncoder(clip, encoder.compute_dtype) if settings.trainable == "all" else None,
+        head=Head(encoder.embed_dim) if settings.trainable == "head" else None,
+    )
+    if settings.gradient_checkpointing:
+        enable_gradient_checkpointing(encoder)
+    if settings.compile:
+        encoder.compile()
+        reference.compile()
+
+    optimizer = make_optimizer(settings.optimizer, policy, settings.learning_rate, settings.weight_decay)
+    policy.train()
+    policy, optimizer = accelerator.prepare(policy, optimizer)
+    module = accelerator.unwrap_model(policy)  # evaluations go past the engine
+    average = BetaAverage(module, total_steps) if settings.weight_average == "beta" else None
+
+    best = {"value": -1.0}
+    skips = SkipCounter(train_set.index, settings.max_bad_fraction)
+    eval_skips = SkipCounter(eval_set.index, settings.max_bad_fraction) if eval_set else None
+    if resumed:
+        extra_state = load_checkpoint(accelerator, checkpoint)
+        if average:
+            average.load_state_dict(extra_state["average"])
+        skips = skips.merge([resumed["skips"]] if accelerator.is_main_process else [])
+        best = resumed["best"]
+
+    # All global batches follow from the seed, the shards' sizes and the global batch size: the step is the position.
+    first_step = resumed["step"] if resumed else 0
+    transform = ImageTransform.from_processor(processor.image_processor)
+    num_workers = default_num_workers() if settings.num_workers is None else settings.num_workers
+    datasets = {"train": make_dataset(settings, train_set, transform, order="shuffled")}
+    if eval_set:
+        datasets["eval"] = make_dataset(settings, eval_set, transform, order="sequential")
+    if settings.trainable == "head" and settings.cache_features:
+        for name, dataset in datasets.items():
+            count = len(dataset) if name == "train" else min(settings.eval_num_samples, len(dataset))
+            with RunProgress(f"embedding {name}", count, enabled=accelerator.is_main_process) as embedding:
+                datasets[name], known = features(
+                    accelerator,
+                    dataset,
+                    reference,
+                    identity=feature_settings(settings, dataset, encoder.compute_dtype),
+                    num_samples=count,
+                    batch_size=settings.per_device_train_batch_size,
+                    num_workers=num_workers,
+                    on_batch=embedding.update,
+                )
+                embedding.update(count, {"embeddings": "kept from before" if known else "done"}, report=True)
+        num_workers = 0
+    loader = train_loader(
+        datasets["train"],
+        samples_per_epoch=samples_per_epoch,
+        global_batch_size=global_batch_size,
+        per_device_batch_size=settings.per_device_train_batch_size,
+        rank=accelerator.process_index,
+        world_size=world_size,
+        first_step=first_step,
+        num_steps=total_steps,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    batches = iter(count_skipped(loader, skips))
+
+    # The method. Pictures and texts to unit embeddings (N, D) and (T, D), by the policy and by the reference.
+    def to_input(images: Tensor) -> Tensor:
+        """uint8 pixels to [0,1], for a head on to embeddings; embeddings stay."""
+        if images.dtype != torch.uint8:
+            return images.to(device)
+        pixel_values = to_pixel_values(images, device)
+        if settings.trainable != "head":
+            return pixel_values
+        with torch.no_grad():
+            return reference(pixel_values)
+
+    def texts_of(texts: Sequence[str], template: int | None) -> Tensor:
+        """Prompts for the policy: embeddings, or for a trained text tower the tokens, in one template or in all."""
+        if settings.trainable != "all":
+            return text_table(texts)
+        return text_table.tokens(texts, templates if template is None else templates[template : template + 1])
+
+    @torch.no_grad()
+    def reference_embeds(inputs: Tensor, texts: Sequence[str], template: int | None) -> tuple[Tensor, Tensor]:
+        image_embeds = inputs if settings.trainable == "head" else reference(inputs)
+        prompt_embeds = reference_text_table(texts)
+        if settings.trainable == "all" and template is not None:
+            prompt_embeds = prompt_embeds[:, template : template + 1]
+        return F.normalize(image_embeds, dim=-1), ensemble(prompt_embeds)
+
+    def losses_of(batch: dict[str, Any], template: int, totals: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """A micro-batch's share of the mean loss over the global batch, and what the diagnostics are made of."""
+        inputs = to_input(batch["images"])
+        chosen, rejected = batch["chosen"].to(device), batch["rejected"].to(device)
+        ref_logits = batch_logits(*reference_embeds(inputs, batch["texts"], template), logit_scale, batch)
+        logits = batch_logits(*policy(inputs, texts_of(batch["texts"], template)), logit_scale, batch)
+        kl = retention_kl(ref_logits.reg, logits.reg)
+        baseline = kl_baseline(kl) if settings.preference == "kto" else kl.new_zeros(())
+        preference = preference_loss(
+            settings.preference,
+            logits.pairs,
+            ref_logits.pairs,
+            chosen,
+            rejected,
+            beta=settings.beta,
+            label_smoothing=settings.label_smoothing,
+            baseline=baseline,
+        )
+        # Sums over the rows here, divided by the rows of the whole global batch: the processes may hold unequally many.
+        num_pairs, num_reg = totals.clamp_min(1).unbind()
+        loss = preference.sum() / num_pairs + settings.reg_weight * kl.sum() / num_reg
+        loss = loss * world_size * settings.gradient_accumulation_steps
+        if settings.orthogonality_weight > 0:
+            loss = loss + settings.orthogonality_weight * orthogonality_penalty(policy_head().weight)
+        parts = {"preference": preference, "kl": kl, "baseline": baseline, "logits": logits, "ref_logits": ref_logits}
+        return loss, parts | {"chosen": chosen, "rejected": rejected}
+
+    def kl_baseline(kl: Tensor) -> Tensor:
+        """z: mean over the clean images of this micro-batch on all processes, a constant."""
+        total, count = accelerator.reduce(torch.stack([kl.detach().sum(), kl.new_tensor(float(len(kl)))])).unbind()
+        return (total / count.clamp_min(1)).clamp_min(0)
+
+    def policy_head() -> Head:
+        return module.head
+
+    @torch.no_grad()
+    def measure(parts: list[dict[str, Any]], totals: Tensor) -> dict[str, float]:
+        """Diagnostics over the global batch, of the policy before its update. Synchronises: logged steps only."""
+        columns = []
+        for part in parts:
+            logits, ref_logits = part["logits"].pairs, part["ref_logits"].pairs
+            chosen, rejected = part["chosen"], part["rejected"]
+            h = margin(logits, ref_logits, chosen, rejected)
+            ordered = logits.gather(1, chosen[:, None]) > logits.gather(1, rejected.clamp_min(0))
+            per_image = [
+                part["preference"],
+                mean_over_rejected(h, rejected),
+                settings.beta * rewards(logits, ref_logits, chosen[:, None])[:, 0],
+                settings.beta * mean_over_rejected(rewards(logits, ref_logits, rejected), rejected),
+                mean_over_rejected((h > 0).float(), rejected),
+                mean_over_rejected(ordered.float(), rejected),
+            ]
+            columns.append(torch.stack([values.sum() for values in per_image] + [part["kl"].sum()]))
+        num_pairs, num_reg = totals.clamp_min(1).unbind()
+        sums = accelerator.reduce(torch.stack(columns).sum(dim=0))
+        means = sums / torch.cat([num_pairs.expand(6), num_reg.view(1)])
+        names = ("preference_loss", "margin_mean", "reward_chosen", "reward_rejected", "reward_accuracy", "pair_accuracy", "kl")  # fmt: skip
+        return dict(zip(names, means.tolist())) | {"kl_baseline": float(parts[0]["baseline"])}
+
+    def evaluate(step: int) -> dict[str, float]:
+        loader = eval_loader(
+            datasets["eval"],
+            num_samples=min(settings.eval_num_samples, len(datasets["eval"])),
+            batch_size=settings.per_device_train_batch_size,
+            rank=accelerator.process_index,
+            world_size=world_size,
+            num_workers=0,
+            pin_memory=device.type == "cuda",
+        )
+        eval_skips.seen = 0  # every pass is weighed by itself
+        with torch.no_grad(), average.applied(module) if average else contextlib.nullcontext():
+            rows = judge(
+                count_skipped(loader, eval_skips),
+                lambda images, texts: module(to_input(images), texts_of(texts, None)),
+                lambda images, texts: reference_embeds(to_input(images), texts, None),
+                logit_scale,
+            )
+        means = {
+            key: mean_over_processes(accelerator, torch.tensor([value for _, value in rows.get(name, ())]))
+            for name, key in EVAL_KEYS.items()
+        }
+        eval_skips.merge(gather_objects(accelerator, eval_skips.state())).check()
+        found = {key: mean for key, mean in means.items() if not math.isnan(mean)}
+        shown = ", ".join(f"{key.removeprefix('eval_').replace('_', ' ')} {mean:.3f}" for key, mean in found.items())
+        progress.note(f"step {step}: {shown}")
+        return found
+
+    def write_model(directory: Path) -> None:
+        with average.applied(module) if average else contextlib.nullcontext():
+            state = accelerator.get_state_dict(policy)  # on all processes: ZeRO-3 gathers here
+        if not accelerator.is_main_process:
+            return
+        if settings.trainable == "head":
+            weight = state["head.weight"].detach().float().cpu()
+            save_head(directory, weight, clip)
+            exported = copy.deepcopy(clip).cpu()
+            fold_head(exported, head_power(weight, settings.export_t))
+            save_clip(directory, exported, processor, {})
+        else:
+            towers = {name.split(".", 1)[1]: tensor for name, tensor in state.items()}
+            save_clip(directory, clip, processor, towers)
+        card = model_card(
+            method=method_name(settings),
+            about=ABOUT[settings.trainable].format(t=settings.export_t),
+            tags=["preference-optimization"],
+            base_model=settings.model_name_or_path,
+            settings=known_settings,
+            evaluations=[row for row in metrics_file.read() if any(key.startswith("eval_") for key in row)],
+            notes=[f"Skipped samples: {line}." for line in all_skips.summary().splitlines()],
+        )
+        (directory / "README.md").write_text(card, encoding="utf-8")
+
+    def record(row: dict[str, Any]) -> None:
+        if accelerator.is_main_process:
+            metrics_file.write(row)
+        accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    metrics_file = MetricsFile(output_dir / "metrics.jsonl")
+    if accelerator.is_main_process:
+        metrics_file.cut_back(first_step if resumed else -1)
+    start_tracker(accelerator, settings.report_to, Path(__file__).stem, known_settings)
+    progress = RunProgress(method_name(settings), total_steps, done=first_step, enabled=accelerator.is_main_process)
+    progress.note(
+        f"{method_name(settings)}: {train_set.index.num_samples} samples in {len(train_set.index.urls)} shards, global batch "
+        f"{global_batch_size}, steps {first_step} to {total_steps}, {world_size} x {device.type}, {encoder.compute_dtype}"
+    )
+    all_skips = skips
+    shown: dict[str, float] = {}
+    losses: list[Tensor] = []  # of all micro-batches since they were last checked; on the device until then
+    seconds, logged_step, last_good = 0.0, first_step, checkpoint
+
+    with progress:
+        if eval_set and not resumed:
+            record({"step": 0, "samples": 0, **evaluate(0)})
+
+        for step in range(first_step, total_steps):
+            clock = time.perf_counter()
+            done = step + 1
+            last = done == total_steps
+            log_now = last or done % settings.logging_steps == 0
+            rate = cosine_learning_rate(step, settings.learning_rate, total_steps, settings.warmup_steps)
+            set_learning_rate(optimizer, rate)
+
+            # One update on the mean over the rows of the global batch. A trained text tower sees the templates in turn.
+            micro_batches = [next(batches) for _ in range(settings.gradient_accumulation_steps)]
+            rows = [(len(batch["chosen"]), len(batch["reg_chosen"])) for batch in micro_batches]
+            totals = accelerator.reduce(torch.tensor(rows, dtype=torch.float32, device=device).sum(dim=0))
+            parts, row = [], {}
+            for batch in micro_batches:
+                with accelerator.accumulate(policy):
+                    loss, part = losses_of(batch, step % len(templates), totals)
+                    accelerator.backward(loss)  # under DeepSpeed this is the update too, clipped by its own config
+                    losses.append(loss.detach())
+                    if log_now:
+                        parts.append(part)
+                    if accelerator.sync_gradients and (settings.max_grad_norm > 0 or log_now):
+                        norm = accelerator.clip_grad_norm_(policy.parameters(), settings.max_grad_norm or math.inf)
+                        if log_now:
+                            row["grad_norm"] = norm
+                    optimizer.step()
+                    optimizer.zero_grad()
+            if average:
+                average.update(module, done)
+
+            seconds += time.perf_counter() - clock
+
+            eval_now = eval_set is not None and (last or done % settings.eval_steps == 0)
+            checkpoint_now = settings.checkpoint_steps > 0 and done % settings.checkpoint_steps == 0
+            if not (log_now or eval_now or checkpoint_now):
+                progress.update(done)
+                continue
+
+            # Everything below synchronises with the device and with the other processes.
+            clock = time.perf_counter()
+            mean_loss = torch.stack(losses[-settings.gradient_accumulation_steps :]).mean()
+            refuse_non_finite(accelerator, losses, settings.gradient_accumulation_steps, done, last_good)
+            losses.clear()
+            all_skips = skips.merge(gather_objects(accelerator, skips.state()))
+            all_skips.check()
+            seconds += time.perf_counter() - clock  # a device finishes its queue in here
+            if log_now:
+                images_per_second = (done - logged_step) * global_batch_size / seconds
+                row |= {
+                    "loss": accelerator.reduce(mean_loss, reduction="mean").item(),
+                    **measure(parts, totals),
+                    "grad_norm": float(row["grad_norm"]),
+                    "learning_rate": rate,
+                    "images_per_second": images_per_second,
+                    "peak_memory_gib": peak_memory_gib(device),
+                }
+                if settings.trainable == "head":
+                    row["orthogonality"] = orthogonality_penalty(policy_head().weight.detach()).item()
+                seconds, logged_step = 0.0, done
+                shown |= {
+                    "img/s": images_per_second,
+                    "loss": row["loss"],
+                    "margin": row["margin_mean"],
+                    "pairs right": row["pair_accuracy"],
+                    "kl": row["kl"],
+                }
+            if eval_now:
+                row |= evaluate(done)
+                shown |= {f"eval {name}": row[key] for name, key in EVAL_KEYS.items() if key in row}
+            if row:
+                record({"step": done, "samples": done * global_batch_size, **row})
+            progress.update(done, shown, report=log_now)
+
+            if eval_now and settings.keep_best and row.get(settings.keep_best, -1.0) > best["value"]:
+                best = {"step": done, "value": row[settings.keep_best], "metric": settings.keep_best}
+                replace_model(accelerator, output_dir / "best", write_model)
+            if checkpoint_now:
+                last_good = save_checkpoint(
+                    accelerator,
+                    output_dir,
+                    done,
+                    state={
+                        "step": done,
+                        "settings": known_settings,
+                        "skips": all_skips.state(),
+                        "best": best,
+                    },
+                    extra_state={"average": average.state_dict()} if average else {},
+                    write_model=write_model,
+                    total_limit=settings.checkpoints_total_limit,
+                )
+
+    write_model(output_dir)
+    progress.note(f"saved {output_dir}")
+    if settings.trainable == "head" and (warning := warn_of_condition(policy_head().weight.detach())):
+        progress.note(f"warning: {warning}")
+    for line in all_skips.summary().splitlines():
+        progress.note(f"skipped in all: {line}")
+    if eval_set:
+        for line in eval_skips.merge(gather_objects(accelerator, eval_skips.state())).summary().splitlines():
+            progress.note(f"skipped in evaluations: {line}")
+    accelerator.end_training()
+
+
+ABOUT = {
+    "head": "A square matrix on both embeddings was trained and is folded into both projections at strength t = {t:g}; "
+    "head.safetensors keeps it, for other strengths.",
+    "image": "The image tower was fine-tuned; the text tower is the base model's.",
+    "all": "Both towers were fine-tuned; the logit scale is the base model's.",
+}
+
+
+def check_settings(settings: Settings) -> None:
+    """Refuses combinations that no method is made of."""
+    if settings.label_smoothing > 0 and settings.preference != "dpo":
+        raise UserError(
+            f"--label_smoothing {settings.label_smoothing:g} with --preference {settings.preference}: only dpo has it; "
+            "leave it at 0 or use dpo"
+        )
+    if settings.label_smoothing >= 0.5:
+        raise UserError(
+            f"--label_smoothing {settings.label_smoothing:g}: expected less than 0.5, where the preference turns round"
+        )
+    if settings.trainable != "head":
+        for name, idle in (("orthogonality_weight", 0.0), ("export_t", 1.0)):
+            if getattr(settings, name) != idle:
+                raise UserError(
+                    f"--{name} {getattr(settings, name):g} with --trainable {settings.trainable}: it belongs to a head; "
+                    "add --trainable head or leave it out"
+                )
+    elif settings.reference_model_name_or_path:
+        raise UserError(
+            f"--reference_model_name_or_path {settings.reference_model_name_or_path} with --trainable head: the reference "
+            "of a head is the model it is trained on; leave it out"
+        )
+    if settings.word_size_min > settings.word_size_max:
+        raise UserError(
+            f"--word_size_min {settings.word_size_min:g}: larger than --word_size_max {settings.word_size_max:g}; swap them"
+        )
+    if settings.keep_best and not settings.eval_shards:
+        raise UserError(f"--keep_best {settings.keep_best}: nothing is evaluated; name shards with --eval_shards")
+
+
+def open_shards(settings: Settings, name: str) -> LabelledSet | None:
+    """The set of --train_shards or --eval_shards; None where none was named."""
+    patterns = getattr(settings, name)
+    if not patterns:
+        return None
+    return open_set(
+        pair_shards(patterns, settings.cache_dir) if settings.task == "pairs" else patterns,
+        flag=f"--{name}",
+        with_classes=settings.task == "typographic",
+        classnames=settings.classnames,
+        cache_dir=settings.cache_dir,
+        cache_limit_gb=settings.cache_limit_gb,
+        allow_pipe_urls=settings.allow_pipe_urls,
+    )
+
+
+def make_dataset(
+    settings: Settings, labelled: LabelledSet, transform: ImageTransform, *, order: str
+) -> PreferenceDataset:
+    """The task's samples. Evaluation, and a head on kept embeddings, see the same words in every epoch."""
+    if settings.task == "pairs":
+        return PairDataset(labelled.index, transform, order=order, seed=settings.seed)
+    kept = settings.trainable == "head" and settings.cache_features
+    return TypographicDataset(
+        labelled.index,
+        transform,
+        order=order,
+        classnames=labelled.classnames,
+        style=word_style(settings),
+        attacks_per_image=settings.attacks_per_image,
+        seed=settings.seed,
+        fixed_epoch=-1 if order == "sequential" else 0 if kept else None,
+    )
+
+
+def word_style(settings: Settings) -> WordStyle:
+    size = (settings.word_size_min, settings.word_size_max)
+    return WordStyle(tuple(settings.fonts), size, settings.word_kind, settings.word_place)
+
+
+def feature_settings(settings: Settings, dataset: PreferenceDataset, dtype: torch.dtype) -> dict[str, Any]:
+    """What kept embeddings depend on, besides the encoder and the shards."""
+    words = dataclasses.asdict(word_style(settings)) | {
+        "seed": settings.seed,
+        "attacks_per_image": settings.attacks_per_image,
+        "texts": dataset.texts,
+        "epoch": getattr(dataset, "fixed_epoch", None),
+    }
+    return {
+        "task": settings.task,
+        "transform": dataset.transform,
+        "dtype": str(dtype),
+        **(words if settings.task == "typographic" else {}),
+    }
+
+
+def method_name(settings: Settings) -> str:
+    """Preference and what it trains, as tables call it."""
+    what = {"head": "head", "image": "image tower", "all": "both towers"}[settings.trainable]
+    return f"{settings.preference.upper()} ({what})"
+
+
+if __name__ == "__main__":
+    run(main)

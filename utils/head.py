@@ -1,0 +1,109 @@
+"""The head: one square matrix W on image and text embeddings alike, and the dial t that sets how strongly it acts.
+
+The similarity of the trained model is cos(W I, W T), which depends on W^T W alone. With W = U S V^T,
+
+    W_t = U S^t V^T
+
+is the trained head at t = 1 and a rotation at t = 0, where every similarity is the original's; t < 0 inverts what was
+learned, values between interpolate. Folding W_t into the two projections of a ``CLIPModel`` gives a plain model with
+exactly these similarities. Source: Afzali, Khodabandeh et al. (arXiv 2411.08923), section on controlling concepts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPModel
+
+from utils.cli import UserError
+
+HEAD_FILE = "head.safetensors"
+SMALLEST_SINGULAR_VALUE = 1e-4  # as a share of the largest: below it, t < 0 would explode
+LARGEST_CONDITION_NUMBER = 1e3
+
+
+class Head(nn.Module):
+    """e -> W e for embeddings (..., D), float32. Starts as the identity."""
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(embed_dim))
+
+    def forward(self, embeds: Tensor) -> Tensor:
+        return embeds @ self.weight.T
+
+
+def orthogonality_penalty(weight: Tensor) -> Tensor:
+    """||W^T W - I||_F^2, (D, D) -> scalar: 0 where the head changes no similarity."""
+    return (weight.T @ weight - torch.eye(len(weight), dtype=weight.dtype, device=weight.device)).square().sum()
+
+
+def head_power(weight: Tensor, t: float) -> Tensor:
+    """W_t = U S^t V^T, (D, D) -> (D, D), float64 inside, the dtype of ``weight`` outside.
+
+    Singular values below 1e-4 of the largest are raised to that. Raises ValueError where W is zero or not finite.
+    """
+    left, values, right = torch.linalg.svd(weight.double())
+    if not (values[0] > 0 and values.isfinite().all()):
+        raise ValueError("the head is zero or not finite")
+    values = values.clamp_min(SMALLEST_SINGULAR_VALUE * float(values[0]))
+    return ((left * values.pow(t)) @ right).to(weight.dtype)
+
+
+def condition_number(weight: Tensor) -> float:
+    """Largest singular value over the smallest, (D, D) -> 1 ... infinity."""
+    values = torch.linalg.svdvals(weight.double())
+    return float(values[0] / values[-1])
+
+
+def warn_of_condition(weight: Tensor) -> str | None:
+    """A line about a head that the dial cannot turn well, or None."""
+    number = condition_number(weight)
+    if number <= LARGEST_CONDITION_NUMBER:
+        return None
+    return (
+        f"the head's condition number is {number:.3g} (more than {LARGEST_CONDITION_NUMBER:g}): t below 0 blows its weak "
+        "directions up; add --orthogonality_weight, or train less"
+    )
+
+
+def fold_head(clip: CLIPModel, weight: Tensor) -> None:
+    """Multiplies both projections by ``weight`` (D, D) in place: W (P x) = (W P) x, whatever the input."""
+    with torch.no_grad():
+        for projection in (clip.visual_projection, clip.text_projection):
+            product = weight.double().to(projection.weight.device) @ projection.weight.double()
+            projection.weight.copy_(product)
+
+
+def save_head(directory: str | Path, weight: Tensor, clip: CLIPModel) -> None:
+    """Writes W and the two projections *before* any folding, so that the model beside it can be given another t."""
+    save_file(
+        {
+            "weight": weight.detach().float().cpu().contiguous(),
+            "visual_projection": clip.visual_projection.weight.detach().cpu().contiguous().clone(),
+            "text_projection": clip.text_projection.weight.detach().cpu().contiguous().clone(),
+        },
+        Path(directory) / HEAD_FILE,
+    )
+
+
+def load_head(directory: str | Path, flag: str = "--model") -> dict[str, Tensor]:
+    """What ``save_head`` wrote; ``UserError`` where the directory holds no head."""
+    path = Path(directory) / HEAD_FILE
+    try:
+        return load_file(path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{flag} {directory}: no readable {HEAD_FILE} ({error}); expected the output_dir of train_po.py --trainable head"
+        ) from None
+
+
+def set_head_t(clip: CLIPModel, head: dict[str, Tensor], t: float) -> None:
+    """Gives a model exported with a head the strength ``t``, whatever it was folded with before."""
+    with torch.no_grad():
+        clip.visual_projection.weight.copy_(head["visual_projection"])
+        clip.text_projection.weight.copy_(head["text_projection"])
+    fold_head(clip, head_power(head["weight"], t))
