@@ -20,7 +20,8 @@ training, 270 validation and 450 test images, the same in all three sets below. 
     captions/{train,test}/      labelled with 30 classes, "red digit zero" ... "blue digit zero" ... "digit zero" ...,
                                 for examples/pretrain_small_clip.py: a small CLIP that knows class and attribute
 
-Each of the labelled sets has classnames.txt and templates that give the same texts as ``pairs``.
+Each of the labelled sets has classnames.txt and templates that give the same texts as ``pairs``; captions/words.txt names
+the words that teach the small CLIP to read.
 
 The bias is made for the purpose. In captions/train every image appears once as its coloured class. It appears a second
 time as the neutral class always if it is red, but only with probability 1 - caption_bias if it is blue. So the neutral
@@ -110,6 +111,9 @@ def main() -> None:
     ):
         write_lines(folder / "classnames.txt", classnames)
         write_lines(folder / "zeroshot_classification_templates.txt", templates)
+    # A printed word names the digit, not its ground: pretrain_small_clip.py --with_words --words reads this.
+    coloured = len(ATTRIBUTES) * len(CLASSNAMES)
+    write_lines(output_dir / "captions" / "words.txt", [""] * coloured + CLASSNAMES)
 
 
 def split_digits(labels: np.ndarray, seed: int) -> dict[str, np.ndarray]:

@@ -38,7 +38,7 @@ from utils.optimization import cosine_learning_rate, set_learning_rate
 from utils.progress import RunProgress
 from utils.shards import ShardDataset, ShardIndex, eval_loader
 from utils.skipped import SkipCounter
-from utils.typographic import KINDS, Draws, WordStyle, find_fonts, write_word
+from utils.typographic import KINDS, PLACES, Draws, WordStyle, find_fonts, write_word
 from utils.zeroshot import class_embeddings, open_set, read_templates, to_pixel_values
 
 MAX_TEXT_LENGTH = 77  # tokens, as in the published CLIPs
@@ -102,6 +102,7 @@ class Settings:
     word_size_min: float = flag(40.0, "smallest letters, in pixels at an image side of 224", group="words", above=0)
     word_size_max: float = flag(60.0, "largest letters, in the same unit", group="words", above=0)
     word_kind: str = flag("label", "look of the words", group="words", choices=KINDS)
+    word_place: str = flag("anywhere", "where words stand", group="words", choices=PLACES)
 
     flip: bool = flag(True, "mirror images at random; false for digits and letters", group="training")
     seed: int = flag(0, "of weights, order, crops and templates", group="training", minimum=0)
@@ -127,7 +128,7 @@ def main() -> None:
     if settings.templates is not None:
         templates = read_templates(settings.templates)
     words = read_words(settings.words, classnames)
-    style = WordStyle(find_fonts(settings.fonts), (settings.word_size_min, settings.word_size_max), settings.word_kind)
+    style = WordStyle(find_fonts(settings.fonts), (settings.word_size_min, settings.word_size_max), settings.word_kind, settings.word_place)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, if installed, warns when the model is saved
@@ -209,9 +210,13 @@ def main() -> None:
                         "learning_rate": learning_rate,
                         "images_per_second": step * settings.batch_size / (time.perf_counter() - started),
                     }
+                    shown = {key: row[key] for key in ("epoch", "loss", "learning_rate", "images_per_second")}
+                    if settings.with_words:  # new words in every step: a fair measure
+                        right = logits_per_image[-settings.words_per_step :].mean(dim=-1).argmax(dim=-1)
+                        row["words_read"] = (right == targets[-settings.words_per_step :]).float().mean().item()
+                        shown["words_read"] = row["words_read"]
                     stop_unless_finite(row)
                     metrics.write(row)
-                    shown = {key: row[key] for key in ("epoch", "loss", "learning_rate", "images_per_second")}
                     progress.update(step, shown, report=True)
                 else:
                     progress.update(step)

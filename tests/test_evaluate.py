@@ -59,9 +59,9 @@ def test_finished_cells_are_not_measured_again(arguments, tmp_path, monkeypatch)
     evaluate.main(arguments(eps=[4]))
     first = results(tmp_path / "eval")
     measured = []
-    real = evaluate.measure_accuracy
+    real = evaluate.measure
     monkeypatch.setattr(
-        evaluate, "measure_accuracy", lambda *arguments: measured.append(arguments[-1]["eps"]) or real(*arguments)
+        evaluate, "measure", lambda *arguments: measured.extend(c["eps"] for c in arguments[-1]) or real(*arguments)
     )
     evaluate.main(arguments(eps=[4, 8]))
     assert measured == [8]
@@ -87,7 +87,7 @@ def test_mistakes_are_one_line(arguments, digits, tmp_path):
         ({"split": "val"}, r"--data .*: no split 'val'; found test, train; name one with --split"),
         ({"model": "no/such"}, r"--model no/such: neither a local model directory"),
         ({"eps": 0}, r"--eps: 0.0 is too small"),
-        ({"attack": "pdg"}, r"--attack: 'pdg' is not one of clean, pgd, did you mean pgd\?"),
+        ({"attack": "pdg"}, r"--attack: 'pdg' is not one of clean, pgd, typographic, did you mean pgd\?"),
         ({"output_dir": tmp_path / "old"}, r"results.json has schema version 9, this program writes 1"),
         ({"classnames": tmp_path / "three.txt"}, r"--max_bad_fraction 0.01: .*bad label"),
     ]

@@ -11,6 +11,8 @@ exactly these similarities. Source: Afzali, Khodabandeh et al. (arXiv 2411.08923
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -41,16 +43,36 @@ def orthogonality_penalty(weight: Tensor) -> Tensor:
     return (weight.T @ weight - torch.eye(len(weight), dtype=weight.dtype, device=weight.device)).square().sum()
 
 
-def head_power(weight: Tensor, t: float) -> Tensor:
-    """W_t = U S^t V^T, (D, D) -> (D, D), float64 inside, the dtype of ``weight`` outside.
+def head_powers(weight: Tensor, ts: Sequence[float]) -> list[Tensor]:
+    """W_t = U S^t V^T of every t: (D, D) -> (D, D) each, float64 inside, the dtype of ``weight`` outside.
 
     Singular values below 1e-4 of the largest are raised to that. Raises ValueError where W is zero or not finite.
     """
-    left, values, right = torch.linalg.svd(weight.double())
-    if not (values[0] > 0 and values.isfinite().all()):
+    if not (weight.isfinite().all() and weight.any()):
         raise ValueError("the head is zero or not finite")
+    left, values, right = torch.linalg.svd(weight.double())
     values = values.clamp_min(SMALLEST_SINGULAR_VALUE * float(values[0]))
-    return ((left * values.pow(t)) @ right).to(weight.dtype)
+    return [((left * values.pow(t)) @ right).to(weight.dtype) for t in ts]
+
+
+def head_power(weight: Tensor, t: float) -> Tensor:
+    """W_t of one t; see ``head_powers``."""
+    return head_powers(weight, [t])[0]
+
+
+def neutral_t(
+    ts: Sequence[float], pair_accuracies: Sequence[float], task_accuracies: Sequence[float], tolerance: float
+) -> float:
+    """t*: where the pairs' accuracy is nearest chance, 1/2, among those t that keep the task.
+
+    Kept means at most ``tolerance`` below the task accuracy of the original, t = 0, which has to be among ``ts``. Of equally
+    near ones the nearest to 0 is taken. To be chosen on validation data and reported on other data.
+    """
+    least = task_accuracies[list(ts).index(0)] - tolerance
+    kept = [
+        (abs(pair - 0.5), abs(t), t) for t, pair, task in zip(ts, pair_accuracies, task_accuracies) if task >= least
+    ]
+    return min(kept)[2]
 
 
 def condition_number(weight: Tensor) -> float:
@@ -99,6 +121,22 @@ def load_head(directory: str | Path, flag: str = "--model") -> dict[str, Tensor]
         raise UserError(
             f"{flag} {directory}: no readable {HEAD_FILE} ({error}); expected the output_dir of train_po.py --trainable head"
         ) from None
+
+
+@contextmanager
+def unfolded(clip: CLIPModel, head: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, the model has the projections it had before any head was folded in."""
+    projections = {"visual_projection": clip.visual_projection.weight, "text_projection": clip.text_projection.weight}
+    kept = {name: weight.detach().clone() for name, weight in projections.items()}
+    with torch.no_grad():
+        for name, weight in projections.items():
+            weight.copy_(head[name])
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, weight in projections.items():
+                weight.copy_(kept[name])
 
 
 def set_head_t(clip: CLIPModel, head: dict[str, Tensor], t: float) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,14 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 
     interval = binomtest(successes, trials).proportion_ci(confidence_level=0.95, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of a mean by the normal approximation, mean -+ 1.96 standard errors."""
+    mean = math.fsum(values) / len(values)
+    variance = math.fsum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
+    half = 1.96 * math.sqrt(variance / len(values))
+    return mean - half, mean + half
 
 
 def forward_flops(encoder: ImageEncoder) -> int:

@@ -88,7 +88,7 @@ def wrong_words(word: int, num_words: int, count: int, draws: Draws) -> list[int
 
     ValueError where there are not that many others.
     """
-    if not 0 < count < num_words:
+    if not 0 <= count < num_words:
         raise ValueError(f"{count} wrong words of {num_words}")
     others = [(word + offset) % num_words for offset in range(1, num_words)]
     for place in range(count):  # the first ``count`` steps of a Fisher-Yates shuffle
