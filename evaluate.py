@@ -35,7 +35,7 @@ from utils.fairness import (
     retrieval_fairness,
     worst_group_accuracy_and_gap,
 )
-from utils.head import head_powers, load_head, neutral_t, unfolded
+from utils.head import HEAD_FILE, head_power, head_powers, load_head, neutral_t, unfolded
 from utils.images import ImageTransform
 from utils.metrics import mean_interval, wilson_interval
 from utils.model_card import versions
@@ -51,6 +51,7 @@ SCHEMA_VERSION = 1
 NO_CORRUPTION = {"corruption": None, "severity": None, "sigma": None}
 NEUTRAL = "neutral_t"
 FAIRNESS = ("max_skew", "max_skew_worst_query", "ndkl", "parity_difference", "opportunity_difference", "worst_group_accuracy", "group_gap")  # fmt: skip
+RETRIEVED = 10
 DEFAULT_TS = [round(-0.5 + 0.05 * step, 2) for step in range(36)]  # -0.5 ... 1.25
 
 
@@ -81,6 +82,7 @@ class Settings:
     top_k: int = flag(100, "fairness: K of MaxSkew@K, smaller than the set", group="measure", minimum=1)
     t: list[float] = flag(DEFAULT_TS, "head_t: strengths; 0 and 1 are always among them", group="measure", minimum=-10, maximum=10)
     val_split: str = flag("val", "head_t: folder of the pairs on which the neutral t* is chosen", group="measure")
+    query: list[str] = flag([], "texts whose best images on labelled sets are shown in retrieval_<set>.png, model beside model", group="measure")
     task_tolerance: float = flag(0.02, "head_t: how much task accuracy t* may cost on validation data", group="measure", minimum=0, maximum=1)
 
     output_dir: str = required("results.json is written here", group="run")
@@ -166,6 +168,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if accelerator.is_main_process:
         print_tables(settings, accelerator, sets, results)
+    if settings.query:
+        draw_retrieved(settings, accelerator, sets, results)
     accelerator.end_training()
 
 
@@ -538,6 +542,62 @@ def fairness_figures(similarities: Tensor, labels: Tensor, groups: Tensor, top_k
         "worst_group_accuracy": worst,
         "group_gap": gap,
     }
+
+
+def draw_retrieved(
+    settings: Settings, accelerator: Accelerator, sets: dict[str, EvalSet], results: list[dict[str, Any]]
+) -> None:
+    """The best images of every --query by every model; a model with a head at t = 0, at its t* if known, and at t = 1."""
+    from utils.figures import draw_grid
+
+    for set_name, data in sets.items():
+        if not data.labelled:
+            continue
+        rows = []
+        for name in settings.model:
+            model = load(name, accelerator, "--model")
+            labelled = data.splits[settings.split]
+            dataset = ShardDataset(labelled.index, model.transform, order="sequential")
+            head = load_head(name) if (Path(name) / HEAD_FILE).exists() else None
+            cell = {"model": name, "dataset": set_name, "measure": "retrieval", "attack": "clean", "eps": None}
+            own: list[tuple[int, Any]] = []
+            with unfolded(model.clip, head) if head else torch.no_grad():
+                with reading(settings, accelerator, dataset, cell) as batches:
+                    for batch in batches:
+                        own += zip(batch["positions"].tolist(), embed_images(model, batch["images"]).cpu().numpy())
+                positions = sorted(position for part in gather_objects(accelerator, own) for position, _ in part)
+                images = torch.stack(
+                    [torch.from_numpy(row) for row in merge_rows(accelerator, {"images": own})["images"]]
+                )
+                neutral = next((r["value"] for r in results if (r["model"], r["measure"]) == (name, NEUTRAL)), None)
+                for t in [None] if head is None else sorted({0.0, 1.0} | ({neutral} if neutral is not None else set())):
+                    weight = None if t is None else head_power(head["weight"], t).to(model.device)
+                    with torch.no_grad():
+                        unit, texts = model.embed(["{c}"], weight)(images, settings.query)
+                    label = Path(name).name + ("" if t is None else f"\nt{'*' if t == neutral else ''} = {t:g}")
+                    rows += [(query, label, order) for query, order in zip(settings.query, best_first(texts @ unit.T))]
+        if accelerator.is_main_process:
+            path = Path(settings.output_dir) / f"retrieval_{Path(set_name).name}.png"
+            grid = [
+                (
+                    label,
+                    [
+                        (dataset[0, positions[i], positions[i]]["image"], query if n == 0 else "")
+                        for n, i in enumerate(order)
+                    ],
+                )
+                for query in settings.query
+                for of_query, label, order in rows
+                if of_query == query
+            ]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draw_grid(path, grid)
+            print(f"{path} written")
+
+
+def best_first(similarities: Tensor) -> list[list[int]]:
+    """The places of the most similar images of every query, at most ``RETRIEVED``. (Q, N)."""
+    return similarities.argsort(dim=1, descending=True, stable=True)[:, :RETRIEVED].tolist()
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:

@@ -128,7 +128,12 @@ def main() -> None:
     if settings.templates is not None:
         templates = read_templates(settings.templates)
     words = read_words(settings.words, classnames)
-    style = WordStyle(find_fonts(settings.fonts), (settings.word_size_min, settings.word_size_max), settings.word_kind, settings.word_place)
+    style = WordStyle(
+        find_fonts(settings.fonts),
+        (settings.word_size_min, settings.word_size_max),
+        settings.word_kind,
+        settings.word_place,
+    )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, if installed, warns when the model is saved

@@ -32,6 +32,14 @@ def digits(tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def attribute_digits(tmp_path_factory) -> Path:
+    """Digits on red or blue ground at 32 px: labelled with attributes, as preference pairs, as captions."""
+    directory = tmp_path_factory.mktemp("data") / "attribute-digits"
+    run_script("examples/make_attribute_shards.py", "--output_dir", directory, "--image_size", 32)
+    return directory
+
+
 def run_script(script: str, *arguments: object, status: int = 0, launcher: tuple[str, ...] = (), **env: str) -> str:
     """Runs a script of the project in a process of its own and returns stdout and stderr together."""
     command = [*(launcher or (sys.executable,)), str(ROOT / script), *map(str, arguments)]

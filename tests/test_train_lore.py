@@ -167,7 +167,8 @@ def test_two_processes_equal_one(arguments, tmp_path, monkeypatch, accumulation)
     with_sgd(monkeypatch)
     train_lore.main(arguments(output_dir=tmp_path / "one"))
     run_script(
-        "tests/train_lore_with_sgd.py",
+        "tests/train_with_sgd.py",
+        "train_lore",
         *arguments(
             output_dir=tmp_path / "two",
             per_device_train_batch_size=4 // accumulation,
@@ -329,7 +330,8 @@ def test_zero_on_two_processes_equals_one_process(arguments, digits, tmp_path, m
     with_sgd(monkeypatch)
     train_lore.main(arguments(output_dir=tmp_path / "one", **common))
     run_script(
-        "tests/train_lore_with_sgd.py",
+        "tests/train_with_sgd.py",
+        "train_lore",
         *arguments(
             output_dir=tmp_path / "two", per_device_train_batch_size=2, gradient_accumulation_steps=2, **common
         ),

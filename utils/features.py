@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ from utils.distributed import gather_objects
 from utils.pairs import PreferenceDataset, Row
 from utils.shard_sources import default_cache_dir
 from utils.shards import ShardReader, eval_loader
-from utils.skipped import BadSample
+from utils.skipped import BadSample, Skipped
 from utils.zeroshot import to_pixel_values
 
 
@@ -40,6 +41,7 @@ class FeatureDataset(PreferenceDataset):
         found = self.samples[self._starts[shard] + sample]
         if "skipped" in found:
             raise BadSample(*found["skipped"])
+        reader.notices += [Skipped(*notice) for notice in found["notices"]]
         rows = [
             Row(self.embeds[found["first"] + place], *texts) for place, texts in enumerate(found["rows"])
         ]  # fmt: skip
@@ -116,6 +118,7 @@ def compute_features(
             found: dict[str, Any] = {"position": sample["position"], "key": sample["key"]}
             if "rows" in sample:
                 found["rows"] = [[row.chosen, row.rejected, row.candidates, row.reg] for row in sample["rows"]]
+                found["notices"] = [dataclasses.astuple(record) for record in sample["skipped"]]
                 found["embeds"] = torch.stack([next(embeds) for _ in sample["rows"]]).numpy()
             else:
                 record = sample["skipped"][0]

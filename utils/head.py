@@ -102,6 +102,7 @@ def fold_head(clip: CLIPModel, weight: Tensor) -> None:
 
 def save_head(directory: str | Path, weight: Tensor, clip: CLIPModel) -> None:
     """Writes W and the two projections *before* any folding, so that the model beside it can be given another t."""
+    Path(directory).mkdir(parents=True, exist_ok=True)
     save_file(
         {
             "weight": weight.detach().float().cpu().contiguous(),

@@ -131,13 +131,13 @@ def parse_pair(text: bytes | None, key: str, where: str) -> tuple[Row, int]:
         if named is None:
             raise BadSample("missing pair", where, "no .json member, and not named label=X_text=Y")
         label, written = (
-            NAME_TEMPLATE.replace("{c}", named[part].replace("_", " ").strip()) for part in ("label", "text")
+            NAME_TEMPLATE.replace("{c}", " ".join(named[part].replace("_", " ").split())) for part in ("label", "text")
         )
         fields: Any = {"chosen": label, "rejected": [written]}
     else:
         try:
             fields = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadSample("bad pair", where, f"the .json cannot be read: {error}") from None
     if not isinstance(fields, dict):
         raise BadSample("bad pair", where, 'expected {"chosen": text, "rejected": [text, ...]}')
@@ -149,6 +149,10 @@ def parse_pair(text: bytes | None, key: str, where: str) -> tuple[Row, int]:
             raise BadSample("bad pair", where, f"{name}: expected a list of texts")
     if not isinstance(chosen, str | None) or not isinstance(reg, bool):
         raise BadSample("bad pair", where, "chosen: expected a text; reg: expected true or false")
+    try:
+        "".join([chosen or "", *rejected, *(candidates or [])]).encode()
+    except UnicodeEncodeError:  # no tokenizer takes half a surrogate pair, or a file name that is not UTF-8
+        raise BadSample("bad pair", where, "a text is not valid Unicode") from None
     if candidates is not None and not candidates:
         raise BadSample("bad pair", where, "candidates: the list is empty; leave it out or name the texts")
     if reg and candidates is None:
@@ -241,12 +245,19 @@ def pack_pair_folder(folder: Path, cache_dir: str | None) -> str | None:
     digest = hashlib.blake2b(json.dumps([str(folder.resolve()), listing]).encode(), digest_size=12).hexdigest()
     shard = Path(cache_dir or default_cache_dir()) / "pair_folders" / f"{folder.resolve().name}-{digest}.tar"
     if not shard.exists():
-        shard.parent.mkdir(parents=True, exist_ok=True)
-        aside = shard.with_suffix(f".{os.getpid()}.tmp")
-        with aside.open("wb") as file, webdataset.TarWriter(file, mtime=0) as writer:
-            for path in pictures:
-                # A dot in a name would end the sample's key.
-                key, extension = path.stem.replace(".", " "), path.suffix.lower().lstrip(".")
-                writer.write({"__key__": key, extension: path.read_bytes()})
-        os.replace(aside, shard)
+        aside, last_key = shard.with_suffix(f".{os.getpid()}.tmp"), None
+        try:
+            shard.parent.mkdir(parents=True, exist_ok=True)
+            with aside.open("wb") as file, webdataset.TarWriter(file, mtime=0) as writer:
+                for number, path in enumerate(pictures):
+                    # A dot in a name would end the sample's key; neighbours of one key (.jpg beside .png) would be one.
+                    key, extension = path.stem.replace(".", " "), path.suffix.lower().lstrip(".")
+                    key = f"{number}/{key}" if key == last_key else key
+                    writer.write({"__key__": key, extension: path.read_bytes()})
+                    last_key = key
+            os.replace(aside, shard)
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or shard}: {error.strerror}; the pictures of {folder} are packed into a shard in --cache_dir"
+            ) from None
     return str(shard)

@@ -115,8 +115,8 @@ def write_word(pixels: Tensor, word: str, style: WordStyle, draws: Draws) -> Ten
         ink, paper = COLOURS[colour], COLOURS[other]
     image = pixels.permute(1, 2, 0).numpy().copy()
     patch = image[top : top + box_height, left : left + box_width].astype(np.float32)
-    patch += (paper - patch) * shape[..., None]
-    patch += (ink - patch) * letters[..., None]
+    for paint, coverage in ((paper, shape), (ink, letters)):
+        patch += (paint - patch) * (coverage[..., None] / np.float32(255))
     image[top : top + box_height, left : left + box_width] = np.rint(patch)
     return torch.from_numpy(image).permute(2, 0, 1).contiguous()
 
@@ -177,14 +177,17 @@ def _fitting_word(
         rows, columns = letters.shape
         if rows <= height and columns <= width:
             return letters, shape
-        if size == 1:
-            return letters[:height, :width], shape[:height, :width]
+        if size == 1:  # more letters than the image has columns: squeezed, no word is ever cut
+            room = (min(columns, width), min(rows, height))
+            squeezed = (Image.fromarray(part).resize(room, Image.Resampling.BOX) for part in (letters, shape))
+            return tuple(map(np.asarray, squeezed))
         size = max(1, min(size - 1, int(size * min(height / rows, width / columns))))
 
 
-@lru_cache(maxsize=4096)
+# Few classes fit (10 names, 3 fonts and 21 sizes are 630 words), with many it rarely helps; a word at 224 takes 30 kB.
+@lru_cache(maxsize=1024)
 def _word(text: str, font: str, size: int, stroke: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """Coverage of the letters and of what lies under them (outline or sticker), both (h, w) float32 in [0,1]."""
+    """Coverage of the letters and of what lies under them (outline or sticker), both (h, w) uint8, 255 for all of a pixel."""
     padding = max(1, round(0.2 * size)) if kind == "label" else 0
     options = {"font": _font(font, size), "align": "center", "spacing": max(1, size // 6)}
     probe = ImageDraw.Draw(Image.new("L", (1, 1)))
@@ -199,10 +202,10 @@ def _word(text: str, font: str, size: int, stroke: int, kind: str) -> tuple[np.n
         ImageDraw.Draw(canvas).multiline_text(
             corner, text, fill=255, stroke_width=stroke, stroke_fill=outline, **options
         )
-        return np.asarray(canvas, dtype=np.float32) / 255
+        return np.asarray(canvas)
 
     letters = drawn(0)
-    return letters, np.ones_like(letters) if kind == "label" else drawn(255)
+    return letters, np.broadcast_to(np.uint8(255), letters.shape) if kind == "label" else drawn(255)
 
 
 def _place(place: str, room: int, length: int, draws: Draws) -> int:

@@ -1,0 +1,326 @@
+"""train_po.py as users start it, and its invariants: processes, accumulation, kept embeddings, exported heads, resume."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from transformers import CLIPModel, CLIPProcessor
+
+import train_po
+from tests.conftest import ROOT, accelerate_launch, run_script
+from tests.shard_maker import image_bytes, write_shard
+from tests.small_models import photos, save_small_clip, small_encoder
+from utils.cli import UserError
+from utils.encoders import load_clip, quiet_transformers
+from utils.head import head_power, load_head
+from utils.zeroshot import class_embeddings
+
+KEYS = {
+    "step", "samples", "loss", "preference_loss", "margin_mean", "reward_chosen", "reward_rejected", "reward_accuracy",
+    "pair_accuracy", "kl", "kl_baseline", "grad_norm", "learning_rate", "images_per_second", "peak_memory_gib",
+}  # fmt: skip
+EVAL_KEYS = {"eval_accuracy_clean", "eval_accuracy_attacked", "eval_follows_rejected", "eval_pair_accuracy", "eval_kl"}
+TIMINGS = {"images_per_second", "peak_memory_gib"}
+
+
+@pytest.fixture
+def arguments(small_clip, digits, tmp_path, tmp_path_factory):
+    """The command line of a short run; keyword arguments change it. The cache is shared: indexes are made once."""
+
+    def make(**changes):
+        settings = {
+            "model_name_or_path": small_clip,
+            "train_shards": digits / "train",
+            "output_dir": tmp_path / "run",
+            "cache_dir": tmp_path_factory.getbasetemp() / "po-cache",
+            "per_device_train_batch_size": 8,
+            "train_num_samples": 64,
+            "max_steps": 2,
+            "logging_steps": 1,
+            "learning_rate": 1e-3,
+            "word_size_min": 40,
+            "word_size_max": 60,
+            "num_workers": 0,
+            "report_to": "none",
+        } | changes
+        return [str(word) for name, value in settings.items() for word in (f"--{name}", value) if value is not None]
+
+    return make
+
+
+def rows(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(directory):
+    with quiet_transformers():
+        return CLIPModel.from_pretrained(directory).state_dict()
+
+
+def embeds(directory):
+    with torch.no_grad():
+        return small_encoder(directory)(photos(4))
+
+
+def with_sgd(monkeypatch):
+    monkeypatch.setattr(
+        train_po, "make_optimizer", lambda name, module, rate, decay: torch.optim.SGD(module.parameters(), lr=rate)
+    )
+
+
+def assert_equal_runs(first, second, leave_out=frozenset()):
+    found_weights = weights(second)
+    for name, expected in weights(first).items():
+        error = (found_weights[name] - expected).abs().max().item()
+        assert error <= 1e-6, f"{name}: {error}"
+    for expected, found in zip(rows(first), rows(second), strict=True):
+        for key in (KEYS - TIMINGS - leave_out) & expected.keys():
+            assert found[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-5), key
+
+
+def test_a_run_from_the_command_line_ends_in_a_model_that_loads(arguments, small_clip, digits, tmp_path):
+    output = run_script(
+        "train_po.py",
+        *arguments(
+            max_steps=4, eval_shards=digits / "test", eval_num_samples=40, eval_steps=2, logging_steps=2,
+            checkpoint_steps=1, checkpoints_total_limit=2, keep_best="eval_accuracy_attacked", report_to="tensorboard",
+            num_workers=1,
+        ),
+        launcher=accelerate_launch(ROOT / "accelerate_configs" / "cpu.yaml"),
+    )  # fmt: skip
+    run_dir = tmp_path / "run"
+    assert "step 0: accuracy clean" in output
+    assert "DPO (image tower) 4/4" in output
+    metrics = rows(run_dir)
+    assert [row["step"] for row in metrics] == [0, 2, 4]
+    assert metrics[0].keys() >= EVAL_KEYS
+    assert metrics[0]["eval_kl"] == pytest.approx(0, abs=1e-6)
+    assert all(row.keys() >= KEYS | EVAL_KEYS for row in metrics[1:])
+    assert all(math.isfinite(value) for row in metrics for value in row.values())
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step-3", "step-4"]
+    CLIPProcessor.from_pretrained(run_dir)
+    for name in ("checkpoints/step-4/model", "."):
+        assert (embeds(run_dir / name) - embeds(small_clip)).abs().max() > 1e-3
+    assert (run_dir / "best/model.safetensors").exists()
+    card = (run_dir / "README.md").read_text()
+    assert "# DPO (image tower) from" in card
+    assert "| beta | 1.0 |" in card
+
+
+@pytest.mark.parametrize(
+    ("changes", "first_loss", "trained"),
+    [
+        ({"preference": "dpo", "label_smoothing": 0.1}, math.log(2), "image"),
+        ({"preference": "ipo"}, 25, "image"),
+        ({"preference": "kto", "attacks_per_image": 3}, 0.5, "image"),
+        ({"preference": "ce", "gradient_checkpointing": "true", "optimizer": "adamw"}, None, "image"),
+        ({"preference": "dpo", "max_grad_norm": 0.1, "weight_average": "beta", "word_kind": "label"}, math.log(2), "all"),
+        ({"preference": "kto", "orthogonality_weight": 0.1}, 0.5, "head"),
+        ({"preference": "ipo", "task": "pairs"}, 25, "head"),
+        ({"preference": "dpo", "task": "pairs"}, math.log(2), "all"),
+    ],
+)  # fmt: skip
+def test_every_method_trains_what_it_says(
+    arguments, attribute_digits, small_clip, tmp_path, changes, first_loss, trained
+):
+    shards = attribute_digits / "pairs" / "train" if "task" in changes else attribute_digits / "train"
+    train_po.main(arguments(train_shards=shards, trainable=trained, **changes))
+    metrics = rows(tmp_path / "run")
+    assert [row["step"] for row in metrics] == [1, 2]
+    assert all(row.keys() >= KEYS for row in metrics)
+    if first_loss is not None:  # at the reference, where the KL is zero too
+        assert metrics[0]["loss"] == pytest.approx(first_loss, rel=1e-4)
+        assert metrics[0]["margin_mean"] == pytest.approx(0, abs=1e-4)
+        assert metrics[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert metrics[1]["kl"] > 0
+    before, after = weights(small_clip), weights(tmp_path / "run")
+    changed = {name for name, tensor in after.items() if (tensor - before[name]).abs().max() > 1e-5}
+    towers = {name.split(".")[0] for name in changed}
+    expected = {
+        "head": {"visual_projection", "text_projection"},
+        "image": {"vision_model", "visual_projection"},
+        "all": {"vision_model", "visual_projection", "text_model", "text_projection"},
+    }
+    assert towers == expected[trained]
+
+
+def test_the_margin_grows_and_the_regulariser_holds_the_model(arguments, attribute_digits, tmp_path):
+    """Red or blue: a random encoder sees that too."""
+    shards = attribute_digits / "pairs" / "val"
+    common = {"train_shards": shards, "task": "pairs", "trainable": "head", "learning_rate": 0.02}
+    common |= {"max_steps": 30, "per_device_train_batch_size": 64, "logging_steps": 30}
+    train_po.main(arguments(output_dir=tmp_path / "free", reg_weight=0, **common))
+    train_po.main(arguments(output_dir=tmp_path / "held", reg_weight=100, **common))
+    free, held = rows(tmp_path / "free")[-1], rows(tmp_path / "held")[-1]
+    assert free["margin_mean"] > 0.1
+    assert free["preference_loss"] < math.log(2)
+    assert free["reward_chosen"] > free["reward_rejected"]
+    assert free["reward_accuracy"] > 0.8
+    assert held["kl"] < 0.5 * free["kl"]
+
+
+@pytest.mark.parametrize(
+    ("trainable", "task", "preference"),
+    [("image", "typographic", "dpo"), ("head", "pairs", "dpo"), ("all", "pairs", "ipo")],
+)
+def test_accumulated_micro_batches_equal_one_batch(
+    arguments, attribute_digits, tmp_path, monkeypatch, trainable, task, preference
+):
+    """Pairs are the hard case: micro-batches hold unequally many preferences."""
+    with_sgd(monkeypatch)
+    shards = attribute_digits / ("pairs/train" if task == "pairs" else "train")
+    common = {"train_shards": shards, "trainable": trainable, "task": task, "preference": preference}
+    train_po.main(arguments(output_dir=tmp_path / "one", **common))
+    train_po.main(
+        arguments(output_dir=tmp_path / "four", per_device_train_batch_size=2, gradient_accumulation_steps=4, **common)
+    )
+    assert_equal_runs(tmp_path / "one", tmp_path / "four")
+
+
+@pytest.mark.parametrize(
+    ("trainable", "task", "preference"), [("image", "typographic", "kto"), ("head", "pairs", "kto")]
+)
+def test_two_processes_equal_one(arguments, attribute_digits, tmp_path, monkeypatch, trainable, task, preference):
+    """With KTO, whose z is a mean over all processes, and with embeddings that two processes share the work for."""
+    with_sgd(monkeypatch)
+    shards = attribute_digits / ("pairs/train" if task == "pairs" else "train")
+    common = {"train_shards": shards, "trainable": trainable, "task": task, "preference": preference, "seed": 3}
+    run_script(
+        "tests/train_with_sgd.py",
+        "train_po",
+        *arguments(output_dir=tmp_path / "two", per_device_train_batch_size=4, cache_dir=tmp_path / "own", **common),
+        launcher=accelerate_launch(ROOT / "accelerate_configs" / "cpu_2proc.yaml"),
+    )
+    train_po.main(arguments(output_dir=tmp_path / "one", **common))
+    assert_equal_runs(tmp_path / "one", tmp_path / "two")
+
+
+def test_kept_embeddings_train_the_same_head(arguments, attribute_digits, tmp_path, capfd):
+    """Within the first epoch: later ones draw new words unless the embeddings are kept."""
+    common = {"train_shards": attribute_digits / "val", "trainable": "head", "max_steps": 3, "seed": 11}
+    train_po.main(arguments(output_dir=tmp_path / "made", **common))
+    assert "embeddings done" in capfd.readouterr().err
+    train_po.main(arguments(output_dir=tmp_path / "kept", **common))
+    assert "embeddings kept from before" in capfd.readouterr().err
+    train_po.main(arguments(output_dir=tmp_path / "recomputed", cache_features="false", **common))
+    assert_equal_runs(tmp_path / "made", tmp_path / "kept")
+    made, recomputed = (load_head(tmp_path / name)["weight"] for name in ("made", "recomputed"))
+    torch.testing.assert_close(made, recomputed, rtol=0, atol=1e-4)
+    train_po.main(arguments(output_dir=tmp_path / "other", **common | {"seed": 12}))  # other words: embedded anew
+    assert "embeddings done" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("t", [-0.5, 0.0, 0.5, 1.0])
+def test_export_t_gives_the_similarities_of_the_head(arguments, attribute_digits, small_clip, tmp_path, t):
+    train_po.main(
+        arguments(
+            train_shards=attribute_digits / "pairs/val", task="pairs", trainable="head", learning_rate=0.05, export_t=t
+        )
+    )
+    weight = head_power(load_head(tmp_path / "run")["weight"], t)
+    texts = ["zero", "a red digit"]
+    similarities = []
+    for directory, head in ((small_clip, weight), (tmp_path / "run", torch.eye(len(weight)))):
+        clip, processor = load_clip(str(directory))
+        with torch.no_grad():
+            image_embeds = torch.nn.functional.normalize(embeds(directory) @ head.T, dim=-1)
+            text_embeds = class_embeddings(clip, processor, texts, ["{c}"]) @ head.T
+            similarities.append(image_embeds @ torch.nn.functional.normalize(text_embeds, dim=-1).T)
+    torch.testing.assert_close(similarities[1], similarities[0], rtol=1e-4, atol=2e-6)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("changes", [{"weight_average": "beta"}, {"trainable": "head", "optimizer": "adamw"}])
+def test_resumed_run_equals_an_uninterrupted_one(arguments, digits, tmp_path, monkeypatch, changes):
+    common = {"max_steps": 10, "checkpoint_steps": 4, "train_shards": digits / "test"} | changes
+    train_po.main(arguments(output_dir=tmp_path / "whole", **common))
+    real_rate = train_po.cosine_learning_rate
+
+    def killed_in_step_7(step, *rest):
+        if step == 6:
+            raise Killed
+        return real_rate(step, *rest)
+
+    monkeypatch.setattr(train_po, "cosine_learning_rate", killed_in_step_7)
+    with pytest.raises(Killed):
+        train_po.main(arguments(output_dir=tmp_path / "cut", **common))
+    monkeypatch.setattr(train_po, "cosine_learning_rate", real_rate)
+    train_po.main(arguments(output_dir=tmp_path / "cut", resume_from_checkpoint="latest", **common))
+    for name, expected in weights(tmp_path / "whole").items():
+        torch.testing.assert_close(weights(tmp_path / "cut")[name], expected, rtol=0, atol=0)
+    whole, cut = (
+        [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows(tmp_path / name)]
+        for name in ("whole", "cut")
+    )
+    assert cut == whole
+
+
+def test_going_on_from_a_tuned_model_keeps_the_first_reference(arguments, small_clip, tmp_path):
+    save_small_clip(tmp_path / "tuned", seed=1)
+    for trainable in ("image", "all"):
+        train_po.main(
+            arguments(
+                model_name_or_path=tmp_path / "tuned", reference_model_name_or_path=small_clip, max_steps=1,
+                trainable=trainable, output_dir=tmp_path / trainable,
+            )
+        )  # fmt: skip
+        assert rows(tmp_path / trainable)[0]["kl"] > 0.1
+
+
+def test_unusable_pairs_are_counted_and_stop_the_run(arguments, tmp_path):
+    def pair(number, **fields):
+        return (f"p{number}", {"png": image_bytes(number, (32, 32), "PNG"), "json": json.dumps(fields).encode()})
+
+    good = {"chosen": "a cat", "rejected": ["a dog", "a CAT "]}
+    samples = [pair(number, **good) for number in range(40)]
+    samples += [pair(40, chosen="a cat", rejected=["A  Cat"]), pair(41, chosen="a cat", rejected=["x"], candidates=[])]
+    samples += [pair(42, chosen="a cat", rejected=["x"], candidates=["x", "y"])]
+    shard = write_shard(tmp_path / "pairs.tar", samples)
+    common = {"train_shards": shard, "task": "pairs", "train_num_samples": None, "max_steps": 10}
+    train_po.main(arguments(max_bad_fraction=0.2, **common))
+    card = (tmp_path / "run/README.md").read_text()
+    assert "chosen equals rejected: 1 samples" in card
+    assert "bad pair: 2 samples" in card
+    assert re.search(r"chosen among rejected: \d\d times", card)
+    with pytest.raises(UserError, match=r"--max_bad_fraction 0.01: .*(bad pair|chosen equals rejected)"):
+        train_po.main(arguments(output_dir=tmp_path / "stopped", **common))
+
+
+def test_mistakes_are_one_line(arguments, digits, tmp_path):
+    (tmp_path / "one.txt").write_text("zero\nZero\n ZERO\n")
+    (tmp_path / "none").mkdir()
+    wrong = [
+        ({"label_smoothing": 0.5}, r"--label_smoothing 0.5: expected less than 0.5"),
+        (
+            {"label_smoothing": 0.1, "preference": "ipo"},
+            r"--label_smoothing 0.1 with --preference ipo: only dpo has it",
+        ),
+        (
+            {"label_smoothing": 0.1, "preference": "kto"},
+            r"--label_smoothing 0.1 with --preference kto: only dpo has it",
+        ),
+        ({"fonts": "TimesNewRoman"}, r"--fonts TimesNewRoman: neither a font file that opens nor"),
+        ({"fonts": "DejaVuSan"}, r"did you mean DejaVuSans\?"),
+        ({"classnames": tmp_path / "one.txt"}, r"--train_shards: one class only \(zero\)"),
+        ({"attacks_per_image": 10}, r"--attacks_per_image 10: 10 class names leave 9 wrong words"),
+        ({"export_t": 0.5}, r"--export_t 0.5 with --trainable image: it belongs to a head"),
+        ({"trainable": "head", "reference_model_name_or_path": "x"}, r"with --trainable head: the reference of a head"),
+        ({"preference": "dop"}, r"--preference: 'dop' is not one of dpo, ipo, kto, ce, did you mean dpo\?"),
+        ({"word_size_min": 70}, r"--word_size_min 70: larger than --word_size_max 60"),
+        ({"train_shards": tmp_path / "none", "task": "pairs"}, r"--train_shards .*none"),
+        ({"keep_best": "eval_accuracy_clean"}, r"--keep_best eval_accuracy_clean: nothing is evaluated"),
+    ]
+    for changes, message in wrong:
+        with pytest.raises(UserError, match=message):
+            train_po.main(arguments(**changes))
+
+
+def test_a_mistake_ends_the_script_with_status_2(arguments):
+    output = run_script("train_po.py", *arguments(label_smoothing=0.7), status=2)
+    assert output.strip().count("\n") == 0
+    assert output.startswith("train_po.py: error: --label_smoothing 0.7: expected less than 0.5")
