@@ -12,26 +12,20 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
-import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.cli import UserError, flag, parse_settings, required, run
+from benchmarks.comparison import claim_directory, in_parallel, launcher, markdown, percent, print_table
+from utils.cli import flag, parse_settings, required, run
 from utils.metrics import MetricsFile
-from utils.progress import wide_console
 
-ROOT = Path(__file__).resolve().parents[1]
 START = "start model"
 LINES = [(":", "o"), ("--", "s"), ("-", "^"), ("-.", "v"), ("-", "D")]  # of the methods in turn
 
@@ -60,7 +54,10 @@ def main() -> None:
     settings = parse_settings(Settings, description=__doc__)
     started = time.monotonic()
     output_dir = Path(settings.output_dir)
-    claim_directory(settings, output_dir)
+    claim_directory(
+        output_dir,
+        {name: getattr(settings, name) for name in ("model", "data", "eps", "steps", "batch_size", "learning_rate")},
+    )
     methods = make_methods(settings)
     runs = {
         (name, seed): output_dir / f"{folder}-seed{seed}"
@@ -103,18 +100,6 @@ def make_methods(settings: Settings) -> dict[str, tuple[str, list[str]]]:
     return methods
 
 
-def claim_directory(settings: Settings, output_dir: Path) -> None:
-    """Starts, or goes on where an interrupted comparison with the same training settings stopped."""
-    kept = {name: getattr(settings, name) for name in ("model", "data", "eps", "steps", "batch_size", "learning_rate")}
-    note = output_dir / "settings.json"
-    if note.exists() and json.loads(note.read_text(encoding="utf-8")) != kept:
-        raise UserError(f"--output_dir {output_dir}: holds runs with other settings ({note}); give another directory")
-    if output_dir.exists() and any(output_dir.iterdir()) and not note.exists():
-        raise UserError(f"--output_dir {output_dir}: not empty; give another directory")
-    output_dir.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(kept, indent=1), encoding="utf-8")
-
-
 def train_command(settings: Settings, seed: int, run_dir: Path, method: list[str]) -> list[str]:
     return [
         *launcher("train_lore.py"), "--model_name_or_path", settings.model,
@@ -133,29 +118,6 @@ def evaluation_command(settings: Settings, models: Sequence[str], part: int) -> 
         "--eps", *(f"{eps:g}" for eps in settings.eval_eps), "--num_samples", str(settings.num_samples),
         "--num_workers", "0", "--output_dir", f"{settings.output_dir}/eval-{part}",
     ]  # fmt: skip
-
-
-def launcher(script: str) -> list[str]:
-    """The start of the command, with the project's files as seen from where the user is."""
-    config, script = (os.path.relpath(ROOT / path) for path in ("accelerate_configs/cpu.yaml", script))
-    return ["accelerate", "launch", "--quiet", "--config_file", config, script]
-
-
-def in_parallel(jobs: int, commands: list[list[str]]) -> None:
-    """Runs the commands, ``jobs`` at a time; each is shown as a user would type it."""
-    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
-
-    def start(command: list[str]) -> None:
-        sys.stdout.write(f"\n$ {shlex.join(command)}\n")  # in one piece: another run may be writing too
-        sys.stdout.flush()
-        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:]]
-        status = subprocess.run(command, env=environment, check=False).returncode
-        if status:
-            raise UserError(f"{command[7]} ended with status {status}; its own message is above")
-
-    with ThreadPoolExecutor(jobs) as pool:
-        for finished in [pool.submit(start, command) for command in commands]:
-            finished.result()
 
 
 def read_accuracies(settings: Settings, output_dir: Path) -> dict[tuple[str, float | None], float]:
@@ -196,26 +158,6 @@ def early_rows(settings: Settings, methods: list[str], histories: dict[tuple[str
 
 def curve(history: list[dict], key: str) -> dict[int, float]:
     return {row["step"]: row[key] for row in history if key in row}
-
-
-def percent(values: list[float]) -> str:
-    """Mean, and the standard deviation over seeds where there are several."""
-    mean = f"{100 * statistics.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.1f}"
-
-
-def print_table(title: str, rows: list[list[str]]) -> None:
-    table = Table(title=title, title_justify="left")
-    for index, heading in enumerate(rows[0]):
-        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
-    for row in rows[1:]:
-        table.add_row(*row)
-    wide_console().print(table)
-
-
-def markdown(rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n"
 
 
 def draw_curves(

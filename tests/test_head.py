@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.conftest import run_script
 from tests.small_models import photos
 from utils.cli import UserError
 from utils.encoders import load_clip, make_encoder, save_clip
@@ -112,6 +113,13 @@ def test_an_exported_model_can_be_given_another_t(small_clip, tmp_path):
     set_head_t(exported, head, -0.5)
     expected = head_power(weight, -0.5) @ original["text_projection.weight"]
     torch.testing.assert_close(exported.text_projection.weight, expected)
+
+    run_script(
+        "examples/set_head_t.py", "--model", tmp_path, "--t", -0.5, "--output_dir", tmp_path / "inverted"
+    )  # fmt: skip
+    inverted, _ = load_clip(str(tmp_path / "inverted"))
+    torch.testing.assert_close(inverted.text_projection.weight, expected)
+    assert torch.equal(load_head(tmp_path / "inverted")["weight"], weight)
 
 
 def test_a_directory_without_a_head_is_named(small_clip):

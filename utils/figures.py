@@ -49,4 +49,6 @@ def draw_grid(path: Path, rows: Sequence[tuple[str, Sequence[tuple[Tensor, str]]
         line[0].text(-0.08, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=8, wrap=True)
     if title:
         figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=120)
+    # A picture is about 1.25 inches wide; fewer dots than its pixels would break thin letters.
+    widest = max(image.shape[-1] for _, pictures in rows for image, _ in pictures)
+    figure.savefig(path, dpi=max(120, round(widest / 1.2)))

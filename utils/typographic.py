@@ -184,8 +184,8 @@ def _fitting_word(
         size = max(1, min(size - 1, int(size * min(height / rows, width / columns))))
 
 
-# Few classes fit (10 names, 3 fonts and 21 sizes are 630 words), with many it rarely helps; a word at 224 takes 30 kB.
-@lru_cache(maxsize=1024)
+# Bytes, not floats: 4096 words at 224 pixels take some 60 MB of every data worker, at 448 four times that.
+@lru_cache(maxsize=4096)
 def _word(text: str, font: str, size: int, stroke: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """Coverage of the letters and of what lies under them (outline or sticker), both (h, w) uint8, 255 for all of a pixel."""
     padding = max(1, round(0.2 * size)) if kind == "label" else 0

@@ -1,0 +1,152 @@
+"""Preference optimisation against typographic attacks: CE, DPO, IPO and KTO from one start model, side by side.
+
+  python benchmarks/compare_preferences.py --model runs/reading-clip --data data/cifar10 --seeds 0 1 2 --output_dir runs/preferences
+
+Starts the real train_po.py for every method and seed, then evaluate.py on all models, and prints a table per evaluation set
+(mean and standard deviation over seeds): accuracy on original and on attacked images, how often the written word is
+followed, KL to the start model on original images. Training and evaluation have word settings of their own, so that the
+words of the evaluation can be in fonts, sizes and places that were never trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.comparison import claim_directory, in_parallel, launcher, markdown, percent, print_table
+from utils.cli import flag, parse_settings, required, run
+from utils.preferences import PREFERENCES
+from utils.typographic import KINDS, PLACES
+
+START = "start model"
+FIGURES = [("accuracy", "clean"), ("accuracy", "typographic"), ("follows_word", "typographic"), ("retention", "clean")]
+HEADINGS = ["original", "typographic", "follows the word", "KL to the start, nats"]
+
+
+@dataclass
+class Settings:
+    # fmt: off
+    model: str = required("the model that every run starts from; one that can read", group="what")
+    data: str = required("labelled set whose train/ is trained on", group="what")
+    eval_data: list[str] = flag([], "labelled sets whose test/ is evaluated on (default: --data)", group="what")
+    preferences: list[str] = flag(["ce", "dpo", "ipo", "kto"], "methods", group="what", choices=PREFERENCES)
+    seeds: list[int] = flag([0], "one run of each method per seed", group="what", minimum=0)
+    output_dir: str = required("runs, evaluation and table.md go here", group="what")
+
+    steps: int = flag(150, "training steps", group="training", minimum=1)
+    batch_size: int = flag(64, "images per step, each clean and attacked", group="training", minimum=1)
+    learning_rate: float = flag(3e-4, "the same for every method", group="training", minimum=0)
+    reg_weight: float = flag(1.0, "weight of the KL on clean images, the same for every method but ipo", group="training", minimum=0)
+    ipo_reg_weight: float = flag(10.0, "ipo's: its loss is larger (25 at the start with beta 0.1)", group="training", minimum=0)
+    fonts: list[str] = flag(["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"], "of the words trained on", group="training")
+    word_size_min: float = flag(40.0, "letters, in pixels at an image side of 224", group="training", above=0)
+    word_size_max: float = flag(50.0, "in the same unit", group="training", above=0)
+    word_place: str = flag("bottom", "of the words trained on", group="training", choices=PLACES)
+    word_kind: str = flag("label", "of all words", group="training", choices=KINDS)
+
+    eval_fonts: list[str] = flag(["Aileron", "cmr10", "cmtt10"], "of the words evaluated on", group="evaluation")
+    eval_word_size_min: float = flag(50.0, "letters, in pixels at an image side of 224", group="evaluation", above=0)
+    eval_word_size_max: float = flag(60.0, "in the same unit", group="evaluation", above=0)
+    eval_word_place: str = flag("top", "of the words evaluated on", group="evaluation", choices=PLACES)
+    num_samples: int | None = flag(None, "test images per set (default: all)", group="evaluation", minimum=1)
+    jobs: int = flag(1, "runs at a time, one thread each where more than one", group="run", minimum=1)
+    # fmt: on
+
+
+def main() -> None:
+    settings = parse_settings(Settings, description=__doc__)
+    started = time.monotonic()
+    output_dir = Path(settings.output_dir)
+    kept = ("model", "data", "steps", "batch_size", "learning_rate", "reg_weight", "ipo_reg_weight", "fonts", "word_size_min", "word_size_max", "word_place", "word_kind")  # fmt: skip
+    claim_directory(output_dir, {name: getattr(settings, name) for name in kept})
+    runs = {
+        (preference, seed): output_dir / f"{preference}-seed{seed}"
+        for seed in settings.seeds
+        for preference in settings.preferences
+    }
+    in_parallel(
+        settings.jobs,
+        [
+            train_command(settings, preference, seed, run_dir)
+            for (preference, seed), run_dir in runs.items()
+            if not (run_dir / "model.safetensors").exists()
+        ],
+    )
+    models = [settings.model, *map(str, runs.values())]
+    in_parallel(
+        settings.jobs, [evaluation_command(settings, models[i :: settings.jobs], i) for i in range(settings.jobs)]
+    )
+    values = read_figures(settings, output_dir)
+    tables = []
+    for name in settings.eval_data or [settings.data]:
+        rows = table_rows(settings, name, values, runs)
+        title = f"{name}: accuracy in %, {settings.steps} steps of {settings.batch_size} images"
+        print_table(title + (", mean ± standard deviation over seeds" if len(settings.seeds) > 1 else ""), rows)
+        tables.append(f"{name}\n\n{markdown(rows)}")
+    (output_dir / "table.md").write_text("\n".join(tables), encoding="utf-8")
+    print(f"{output_dir / 'table.md'} written; {time.monotonic() - started:.0f} s in all")
+
+
+def train_command(settings: Settings, preference: str, seed: int, run_dir: Path) -> list[str]:
+    reg_weight = settings.ipo_reg_weight if preference == "ipo" else settings.reg_weight
+    return [
+        *launcher("train_po.py"), "--model_name_or_path", settings.model, "--train_shards", f"{settings.data}/train",
+        "--preference", preference, "--reg_weight", f"{reg_weight:g}", "--max_steps", str(settings.steps),
+        "--per_device_train_batch_size", str(settings.batch_size), "--learning_rate", f"{settings.learning_rate:g}",
+        "--fonts", *settings.fonts, "--word_size_min", f"{settings.word_size_min:g}",
+        "--word_size_max", f"{settings.word_size_max:g}", "--word_place", settings.word_place,
+        "--word_kind", settings.word_kind, "--logging_steps", "25", "--checkpoint_steps", "0", "--num_workers", "0",
+        "--report_to", "none", "--resume_from_checkpoint", "latest", "--seed", str(seed), "--output_dir", str(run_dir),
+    ]  # fmt: skip
+
+
+def evaluation_command(settings: Settings, models: Sequence[str], part: int) -> list[str]:
+    samples = [] if settings.num_samples is None else ["--num_samples", str(settings.num_samples)]
+    return [
+        *launcher("evaluate.py"), "--model", *models, "--data", *(settings.eval_data or [settings.data]),
+        "--measure", "accuracy", "retention", "--attack", "clean", "typographic",
+        "--reference_model_name_or_path", settings.model, "--fonts", *settings.eval_fonts,
+        "--word_size_min", f"{settings.eval_word_size_min:g}", "--word_size_max", f"{settings.eval_word_size_max:g}",
+        "--word_place", settings.eval_word_place, "--word_kind", settings.word_kind, *samples, "--num_workers", "0",
+        "--output_dir", f"{settings.output_dir}/eval-{part}",
+    ]  # fmt: skip
+
+
+def read_figures(settings: Settings, output_dir: Path) -> dict[tuple[str, str, str, str], float]:
+    """(model, set, measure, attack) -> value."""
+    words = {"fonts": settings.eval_fonts, "size": [settings.eval_word_size_min, settings.eval_word_size_max], "place": settings.eval_word_place}  # fmt: skip
+    found = {}
+    for part in range(settings.jobs):
+        report = json.loads((output_dir / f"eval-{part}" / "results.json").read_text(encoding="utf-8"))
+        for cell in report["results"]:
+            asked = cell["settings"]
+            same_words = words.items() <= asked.get("words", words).items()
+            if asked["num_samples"] == settings.num_samples and same_words:
+                found[cell["model"], cell["dataset"], cell["measure"], cell["attack"]] = cell["value"]
+    return found
+
+
+def table_rows(settings: Settings, name: str, values: dict, runs: dict[tuple[str, int], Path]) -> list[list[str]]:
+    rows = [["method", *HEADINGS]]
+    methods = {START: [settings.model]}
+    for preference in settings.preferences:
+        methods[preference.upper()] = [str(runs[preference, seed]) for seed in settings.seeds]
+    for method, models in methods.items():
+        cells = [[values[model, name, *figure] for model in models] for figure in FIGURES]
+        rows.append([method, *map(percent, cells[:3]), nats(cells[3])])
+    return rows
+
+
+def nats(values: list[float]) -> str:
+    mean = f"{statistics.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,85 @@
+"""Draws a contact sheet of typographic attacks: images of a labelled set, clean and with a wrong class name written on them.
+
+    python examples/typographic_sheet.py --data data/imagenet100 --image_size 224 --output sheet.png
+
+Above a clean image stands its class, above the attacked one "true / written". Words are those that train_po.py draws in
+its first epoch with the same seed, word flags and image size. Look at a sheet before a long run: letters under 7 pixels
+cannot be read, and whether words cover what they should not is seen here first.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from utils.cli import UserError, flag, parse_settings, required, run
+from utils.figures import draw_grid
+from utils.images import ImageTransform
+from utils.pairs import TypographicDataset
+from utils.typographic import KINDS, PLACES, WordStyle, find_fonts
+from utils.zeroshot import open_set
+
+IMAGES_PER_ROW = 4
+
+
+@dataclass
+class Settings:
+    # fmt: off
+    data: str = required("set directory: classnames.txt and <split>/*.tar", group="data")
+    split: str = flag("test", "folder of the shards", group="data")
+    num_images: int = flag(24, "images, drawn from the whole split", group="data", minimum=1)
+    image_size: int = flag(64, "side of the images, in pixels", group="data", minimum=8)
+    cache_dir: str | None = flag(None, "where indexes of shards are kept (default: the system's cache)", group="data")
+    fonts: list[str] = flag(["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"], "fonts of matplotlib, Aileron, or .ttf files", group="words")
+    word_size_min: float = flag(20.0, "smallest letters, in pixels at an image side of 224", group="words", above=0)
+    word_size_max: float = flag(40.0, "largest letters, in the same unit", group="words", above=0)
+    word_kind: str = flag("outlined", "coloured letters with an outline, or black on a white label", group="words", choices=KINDS)
+    word_place: str = flag("anywhere", "which half of the image words are written in", group="words", choices=PLACES)
+    seed: int = flag(0, "of the images and the words", group="words", minimum=0)
+    output: str = required("the sheet, a .png", group="output")
+    # fmt: on
+
+
+def main() -> None:
+    settings = parse_settings(Settings, description=__doc__)
+    find_fonts(settings.fonts)
+    size = (settings.word_size_min, settings.word_size_max)
+    if size[0] > size[1]:
+        raise UserError(f"--word_size_min {size[0]:g}: larger than --word_size_max {size[1]:g}; swap them")
+    output = Path(settings.output)
+    if output.suffix.lower() != ".png" or output.is_dir():
+        raise UserError(f"--output {output}: expected the name of a .png file")
+    shards = [str(Path(settings.data) / settings.split)]
+    labelled = open_set(shards, flag="--data", with_classes=True, cache_dir=settings.cache_dir)
+    dataset = TypographicDataset(
+        labelled.index,
+        ImageTransform(settings.image_size, (settings.image_size, settings.image_size)),
+        order="shuffled",
+        classnames=labelled.classnames,
+        style=WordStyle(tuple(settings.fonts), size, settings.word_kind, settings.word_place),
+        seed=settings.seed,
+        flag="--data",
+    )
+    pictures = []
+    for slot in range(min(settings.num_images, len(dataset))):
+        sample = dataset[0, slot, slot]
+        for record in sample["skipped"]:
+            print(f"skipped: {record.kind}: {record.where}: {record.detail}")
+        clean, attacked = sample["rows"]
+        pictures += [(clean.image, clean.chosen), (attacked.image, f"{attacked.chosen} /\n{attacked.rejected[0]}")]
+    step = 2 * IMAGES_PER_ROW
+    rows = [("", pictures[start : start + step]) for start in range(0, len(pictures), step)]
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        draw_grid(
+            output, rows, f"{Path(settings.data).resolve().name}, {settings.split}: clean and attacked (true / written)"
+        )
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror})") from None
+    print(f"{output}: {len(pictures) // 2} images")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,18 @@
+from tests.conftest import run_script
+
+
+def test_all_methods_are_trained_evaluated_and_tabulated(small_clip, digits, tmp_path):
+    output = run_script(
+        "benchmarks/compare_preferences.py", "--model", small_clip, "--data", digits, "--output_dir", tmp_path / "compare",
+        "--preferences", "ipo", "--seeds", 0, 1, "--steps", 2, "--batch_size", 8, "--num_samples", 20, "--jobs", 2,
+    )  # fmt: skip
+    lines = (tmp_path / "compare/table.md").read_text().splitlines()
+    assert lines[:3] == [
+        str(digits),
+        "",
+        "| method | original | typographic | follows the word | KL to the start, nats |",
+    ]
+    assert [line.split(" | ")[0] for line in lines[4:]] == ["| start model", "| IPO"]
+    assert lines[4].endswith("| 0.000 |")
+    assert all(line.count("±") == 4 for line in lines[5:])
+    assert output.count("$ accelerate launch") == 2 + 2
