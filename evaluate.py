@@ -51,6 +51,7 @@ SCHEMA_VERSION = 1
 NO_CORRUPTION = {"corruption": None, "severity": None, "sigma": None}
 NEUTRAL = "neutral_t"
 FAIRNESS = ("max_skew", "max_skew_worst_query", "ndkl", "parity_difference", "opportunity_difference", "worst_group_accuracy", "group_gap")  # fmt: skip
+ACCURACIES = ("accuracy", "follows the word", "chosen text over rejected", "worst-group accuracy")
 RETRIEVED = 10
 DEFAULT_TS = [round(-0.5 + 0.05 * step, 2) for step in range(36)]  # -0.5 ... 1.25
 
@@ -698,12 +699,13 @@ def print_strengths(
         wide_console().print(table)
         name = Path(model).name or Path(model).resolve().name
         path = Path(settings.output_dir) / f"head_t_{name}.png"
-        shown = {
-            title: points
-            for title, points in curves.items()
-            if not title.startswith(("max_skew_worst", "parity", "opp"))
+        accuracies = {title: points for title, points in curves.items() if title.split(",")[0] in ACCURACIES}
+        panels = {
+            "share": accuracies,
+            "fairness": {title: curves[title] for title in curves if title not in accuracies},
         }
-        draw_t_sweep(path, f"Strength of the head, {name}", shown, neutral)
+        panels = {panel: shown for panel, shown in panels.items() if shown}
+        draw_t_sweep(path, f"What the strength of the head changes: {name}", panels, neutral)
         print(f"{path} written")
 
 

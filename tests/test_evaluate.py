@@ -5,7 +5,10 @@ import json
 import pytest
 
 import evaluate
+import train_po
 from tests.conftest import run_script, two_processes
+from tests.shard_maker import image_bytes, write_shard
+from tests.small_models import save_small_clip
 from utils.cli import UserError
 
 
@@ -90,6 +93,145 @@ def test_mistakes_are_one_line(arguments, digits, tmp_path):
         ({"attack": "pdg"}, r"--attack: 'pdg' is not one of clean, pgd, typographic, did you mean pgd\?"),
         ({"output_dir": tmp_path / "old"}, r"results.json has schema version 9, this program writes 1"),
         ({"classnames": tmp_path / "three.txt"}, r"--max_bad_fraction 0.01: .*bad label"),
+    ]
+    for changes, message in wrong:
+        with pytest.raises(UserError, match=message):
+            evaluate.main(arguments(**changes))
+
+
+PAIR_KEYS = ("accuracy", "follows_word")
+
+
+def value(directory, measure, attack="clean", **settings):
+    """The one figure of this kind."""
+    found = [
+        cell
+        for cell in results(directory)
+        if (cell["measure"], cell["attack"]) == (measure, attack) and settings.items() <= cell["settings"].items()
+    ]
+    assert len(found) == 1, found
+    return found[0]["value"]
+
+
+def test_words_and_retention_do_not_depend_on_processes_or_batch_size(arguments, small_clip, tmp_path):
+    save_small_clip(tmp_path / "other", seed=1)
+    common = {
+        "model": [small_clip, tmp_path / "other"], "attack": ["clean", "typographic"], "eps": 4, "measure": ["accuracy", "retention"],
+        "reference_model_name_or_path": small_clip, "word_size_min": 40, "word_size_max": 60,
+    }  # fmt: skip
+    evaluate.main(arguments(output_dir=tmp_path / "one", **common))
+    run_script("evaluate.py", *arguments(output_dir=tmp_path / "two", batch_size=7, **common), launcher=two_processes())
+    one, two = results(tmp_path / "one"), results(tmp_path / "two")
+    assert [(cell["measure"], cell["attack"]) for cell in one[:4]] == [
+        ("accuracy", "clean"), ("accuracy", "typographic"), ("follows_word", "typographic"), ("retention", "clean"),
+    ]  # fmt: skip
+    assert [cell["value"] for cell in two] == pytest.approx([cell["value"] for cell in one], rel=1e-5)
+    assert one[3]["value"] == pytest.approx(0, abs=1e-6)  # to itself
+    assert one[7]["value"] > 0.1
+    assert all(cell["n"] == 50 for cell in one)
+
+
+def test_pairs_in_two_splits_in_one_and_in_a_folder(arguments, small_clip, tmp_path):
+    """The same pictures and texts, three ways to lay them down: the same two-way accuracy."""
+    names = ["cat", "dog", "car", "zebra"]
+    pairs = [(names[number % 4], names[(number + 1 + number // 4) % 4]) for number in range(12)]
+    pairs = [(chosen, rejected) for chosen, rejected in pairs if chosen != rejected]
+    texts = [tuple(f"a photo of a {name}." for name in pair) for pair in pairs]
+    samples = [
+        (f"p{number}", {
+            "png": image_bytes(number, (32, 32), "PNG"),
+            "json": json.dumps({"chosen": chosen, "rejected": [rejected]}).encode(),
+        })
+        for number, (chosen, rejected) in enumerate(texts)
+    ]  # fmt: skip
+    write_shard(tmp_path / "two/attack/0.tar", samples)
+    write_shard(tmp_path / "two/clean/0.tar", samples)
+    write_shard(tmp_path / "one/test/0.tar", samples)
+    (tmp_path / "folder").mkdir()
+    for number, (chosen, rejected) in enumerate(pairs):
+        name = f"label={chosen}_text={rejected}{'_' * (number // 4)}.png"
+        (tmp_path / "folder" / name).write_bytes(image_bytes(number, (32, 32), "PNG"))
+    found = {}
+    for name, attack in (("two", ["clean", "typographic"]), ("one", "typographic"), ("folder", "typographic")):
+        evaluate.main(
+            arguments(data=tmp_path / name, attack=attack, num_samples=100, output_dir=tmp_path / f"eval-{name}")
+        )
+        found[name] = [value(tmp_path / f"eval-{name}", key, "typographic") for key in PAIR_KEYS]
+    assert found["one"] == found["two"] == found["folder"]
+    assert sum(found["one"]) == pytest.approx(1)  # two candidates: the chosen one or the rejected
+    assert value(tmp_path / "eval-two", "accuracy", "clean") == found["two"][0]
+
+
+@pytest.fixture(scope="module")
+def head_run(small_clip, attribute_digits, tmp_path_factory):
+    """A head that was trained to exchange red and blue."""
+    directory = tmp_path_factory.mktemp("runs") / "head"
+    train_po.main(
+        [
+            "--model_name_or_path", str(small_clip), "--train_shards", str(attribute_digits / "pairs/train"), "--task", "pairs",
+            "--trainable", "head", "--max_steps", "150", "--learning_rate", "0.02", "--num_workers", "0", "--report_to", "none",
+            "--per_device_train_batch_size", "64", "--cache_dir", str(directory.parent / "cache"), "--output_dir", str(directory),
+        ]
+    )  # fmt: skip
+    return directory
+
+
+def test_the_dial_from_the_original_to_the_trained_head(
+    arguments, head_run, small_clip, attribute_digits, tmp_path, capsys
+):
+    common = {"num_samples": 200, "top_k": 20, "split": "test"}
+    evaluate.main(
+        arguments(
+            model=head_run, data=[attribute_digits / "pairs", attribute_digits], measure=["head_t", "fairness"],
+            t=[0.0, 0.5, 1.0], query=["a photo of the red digit seven."], **common,
+        )
+    )  # fmt: skip
+    swept = tmp_path / "eval"
+    pairs = str(attribute_digits / "pairs")
+    accuracies = {
+        cell["settings"]["t"]: cell["value"]
+        for cell in results(swept)
+        if cell["dataset"] == pairs and cell["measure"] == "pair_accuracy"
+    }
+    assert accuracies[1.0] > accuracies[0.5] > accuracies[0.0]
+    assert accuracies[1.0] > 0.95  # what was trained
+    neutral = next(cell for cell in results(swept) if cell["measure"] == "neutral_t")
+    assert neutral["value"] in (0.0, 0.5, 1.0)
+    assert neutral["n"] == 100  # the preferences among 200 validation samples
+    printed = capsys.readouterr().out
+    assert f"t* = {neutral['value']:g}" in printed
+    assert (swept / "head_t_head.png").stat().st_size > 10_000
+    assert (swept / f"retrieval_{attribute_digits.name}.png").stat().st_size > 10_000
+
+    # t = 0 measures what the original measures, t = 1 what the exported model measures.
+    for name, model, t in (("original", small_clip, 0.0), ("exported", head_run, 1.0)):
+        evaluate.main(
+            arguments(
+                model=model, data=attribute_digits, measure=["accuracy", "fairness"], attack=["clean", "typographic"],
+                output_dir=tmp_path / name, **common,
+            )
+        )  # fmt: skip
+        by_t = [
+            cell
+            for cell in results(swept)
+            if cell["dataset"] == str(attribute_digits) and cell["settings"].get("t") == t
+        ]
+        for cell in results(tmp_path / name):
+            same = [other for other in by_t if (other["measure"], other["attack"]) == (cell["measure"], cell["attack"])]
+            assert len(same) == 1
+            assert same[0]["value"] == pytest.approx(cell["value"], abs=0.011), cell[
+                "measure"
+            ]  # two of 200 may tip over
+
+
+def test_mistakes_about_measures_are_one_line(arguments, small_clip, digits, attribute_digits, tmp_path):
+    wrong = [
+        ({"measure": "retention"}, "--measure retention: compared with what"),
+        ({"measure": "head_t"}, r"--model .*: no readable head.safetensors"),
+        ({"measure": "fairness"}, r"--max_bad_fraction 0.01: .*missing attribute"),
+        ({"measure": "fairness", "data": attribute_digits, "top_k": 50}, r"--top_k 50: .* holds 50 images; K must be"),
+        ({"attack": "typographic", "fonts": "Times"}, r"--fonts Times: neither"),
+        ({"attack": "typographic", "word_size_min": 80}, r"--word_size_min 80: larger than --word_size_max 40"),
     ]
     for changes, message in wrong:
         with pytest.raises(UserError, match=message):

@@ -77,7 +77,8 @@ def chi_square(counts, expected):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("side", SIDES, ids=lambda side: "x".join(map(str, side)))
 def test_a_word_is_visible_and_inside_and_leaves_the_rest_alone(side, kind):
-    for (font, name), place in zip(itertools.product(known_fonts(), NAMES), itertools.cycle(PLACES)):
+    cases = list(zip(itertools.product(known_fonts(), NAMES), itertools.cycle(PLACES)))
+    for (font, name), place in cases[:: 4 if max(side) > 300 else 1]:
         style = WordStyle((font,), kind=kind, place=place)
         before = noise(side)
         image = before.clone()
@@ -129,9 +130,11 @@ def test_a_word_of_more_letters_than_columns_is_squeezed_not_cut(kind):
     for font in known_fonts():
         image = write_word(plain(255, (32, 32)), TOO_LONG, WordStyle((font,), kind=kind), Draws(font))
         assert changed(image, (32, 32), 255).sum() > 20
-        letters, _ = typographic._fitting_word("." * 60 + "M" * 60, font, 5, 0, kind, 32, 32)
-        quarter = letters.shape[1] // 4
-        assert letters[:, -quarter:].sum() > 1.3 * letters[:, :quarter].sum()  # the last letters are there
+    gap = "M" * 60 + " " * 60 + "M" * 60
+    letters, shape = typographic._fitting_word(gap, "DejaVuSansMono", 5, 0, kind, 32, 32)
+    assert letters.shape == shape.shape
+    inked = (letters > 0).any(axis=0).nonzero()[0]
+    assert 5 < np.diff(inked).max() < 20  # the gap is there, and the letters after it
 
 
 def test_letters_scale_with_the_image():
@@ -148,10 +151,12 @@ def test_sizes_fonts_places_and_colours_are_all_used():
     side, style = (224, 224), WordStyle(("DejaVuSans", "Aileron"))
     images = [write_word(plain(128, side), "dog", style, Draws(0, number)) for number in range(200)]
     boxes = [extent(changed(image, side, 128)) for image in images]
-    seen = {tuple(pixel) for image in images for pixel in image.flatten(1).T.unique(dim=0).tolist()}
-    assert {tuple(colour) for colour in COLOURS.astype(int).tolist()} < seen
+    seen = set()
+    for image, (top, bottom, left, right) in zip(images, boxes):
+        seen |= set(map(tuple, image[:, top:bottom, left:right].flatten(1).T.tolist()))
+    assert set(map(tuple, COLOURS.astype(int).tolist())) < seen
     heights = [bottom - top for top, bottom, _, _ in boxes]
-    assert min(heights) < 20 < 32 < max(heights)
+    assert min(heights) < 0.6 * max(heights)
     for first, last in ((0, 1), (2, 3)):
         assert min(box[first] for box in boxes) < 10
         assert max(box[last] for box in boxes) > 213

@@ -12,26 +12,25 @@ from torch import Tensor
 LINES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "v"), ("-", "D"), ("--", "x")]
 
 
-def draw_t_sweep(path: Path, title: str, curves: Mapping[str, Mapping[float, float]], neutral: float | None) -> None:
-    """Curves of {name: {t: value in [0,1] or beyond}}; t = 0 (the original), 1 (the trained head) and t* are marked."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axis = figure.subplots()
-    for (name, points), (line, marker) in zip(curves.items(), itertools.cycle(LINES)):
-        ts = sorted(points)
-        axis.plot(
-            ts, [points[t] for t in ts], line, color="black", marker=marker, markersize=4, markevery=2, label=name
-        )
-    axis.axhline(0.5, color="grey", linewidth=0.8)
-    marks = {0.0: "t = 0\noriginal", 1.0: "t = 1\ntrained"}
-    if neutral is not None:
-        marks[neutral] = f"t* = {neutral:g}"
-    for t, label in marks.items():
-        axis.axvline(t, color="grey", linewidth=0.8, linestyle=":" if t in (0, 1) else "-")
-        axis.annotate(label, (t, 1.0), xycoords=("data", "axes fraction"), xytext=(3, -3), textcoords="offset points",
-                      va="top", fontsize=8, color="dimgrey")  # fmt: skip
-    axis.set(xlabel="t, strength of the head", ylabel="value", title=title)
-    axis.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+def draw_t_sweep(
+    path: Path, title: str, panels: Mapping[str, Mapping[str, Mapping[float, float]]], neutral: float | None
+) -> None:
+    """A panel for each {title: {name: {t: value}}}; t = 0 (the original), 1 (the trained head) and t* are marked."""
+    figure = Figure(figsize=(6.2 * len(panels), 5), layout="constrained")
+    marks = {0.0: "original", 1.0: "trained"} | ({} if neutral is None else {neutral: f"t* = {neutral:g}"})
+    for axis, (panel, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        for (name, points), (line, marker) in zip(curves.items(), itertools.cycle(LINES)):
+            ts = sorted(points)
+            values = [points[t] for t in ts]
+            axis.plot(ts, values, line, color="black", marker=marker, markersize=4, markevery=2, label=name)
+        for t in marks:
+            axis.axvline(t, color="grey", linewidth=0.8, linestyle=":" if t in (0, 1) else "-")
+        above = axis.secondary_xaxis("top")
+        above.set_xticks(list(marks), list(marks.values()), fontsize=8)
+        axis.set(xlabel="t, strength of the head", ylabel=panel)
+        axis.grid(alpha=0.3)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=120)
 
 
@@ -45,7 +44,7 @@ def draw_grid(path: Path, rows: Sequence[tuple[str, Sequence[tuple[Tensor, str]]
             axis.set_axis_off()
         for axis, (image, caption) in zip(line, pictures):
             axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
-            axis.set_title(caption, fontsize=7, pad=2)
+            axis.set_title(caption, fontsize=8, pad=3, loc="left")
         line[0].text(-0.08, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=8, wrap=True)
     if title:
         figure.suptitle(title, fontsize=10)
