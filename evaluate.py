@@ -120,9 +120,11 @@ class Model:
     def transform(self) -> ImageTransform:
         return ImageTransform.from_processor(self.processor.image_processor)
 
-    def embed(self, templates: Sequence[str], weight: Tensor | None = None) -> Callable:
+    def texts(self, templates: Sequence[str], *, per_prompt: bool = False) -> TextTable:
+        return TextTable(self.clip, self.processor, templates or ["{c}"], self.device, per_prompt=per_prompt)
+
+    def embed(self, table: TextTable, weight: Tensor | None = None) -> Callable:
         """(images, texts) -> unit embeddings, both through a head ``weight`` (D, D) where one is given."""
-        table = TextTable(self.clip, self.processor, templates or ["{c}"], self.device)
 
         def embeds(images: Tensor, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
             image_embeds = images.to(self.device)
@@ -360,8 +362,8 @@ def judged(
     with reading(settings, accelerator, dataset, cell) as batches:
         own = judge(
             batches,
-            model.embed(templates),
-            reference.embed(templates) if reference else None,
+            model.embed(model.texts(templates)),
+            reference.embed(reference.texts(templates)) if reference else None,
             model.logit_scale,
         )
     return merge_rows(accelerator, own)
@@ -461,11 +463,12 @@ def measure_head(
         with reading(settings, accelerator, dataset, job[0]) as batches:
             embedded = [batch | {"images": embed_images(model, batch["images"])} for batch in batches]
         return {
-            t: merge_rows(accelerator, judge(embedded, model.embed(templates, weight), None, model.logit_scale))
+            t: merge_rows(accelerator, judge(embedded, model.embed(table, weight), None, model.logit_scale))
             for t, weight in weights.items()
         }
 
     with unfolded(model.clip, head):
+        table = model.texts(templates, per_prompt=True)
         rows = sweep(preference_dataset(settings, model, data))
         neutral = None
         if not data.labelled:
@@ -522,11 +525,11 @@ def measure_fairness(
             raise UserError(
                 f"--measure fairness: {job[0]['dataset']} knows one attribute only ({names[0]}); expected at least two"
             )
-        figures = {}
+        figures, table = {}, model.texts(labelled.templates, per_prompt=head is not None)
         for t in strengths:
             weight = None if t is None else head_powers(head["weight"], [t])[0].to(model.device)
             with torch.no_grad():
-                unit, texts = model.embed(labelled.templates, weight)(images, labelled.classnames)
+                unit, texts = model.embed(table, weight)(images, labelled.classnames)
             figures[t] = fairness_figures((texts @ unit.T).cpu(), labels, groups, settings.top_k)
     return [(cell, figures[cell["settings"].get("t")][cell["measure"]], None, len(images)) for cell in job]
 
@@ -574,7 +577,7 @@ def draw_retrieved(
                 for t in [None] if head is None else sorted({0.0, 1.0} | ({neutral} if neutral is not None else set())):
                     weight = None if t is None else head_power(head["weight"], t).to(model.device)
                     with torch.no_grad():
-                        unit, texts = model.embed(["{c}"], weight)(images, settings.query)
+                        unit, texts = model.embed(model.texts(["{c}"], per_prompt=True), weight)(images, settings.query)
                     label = Path(name).name + ("" if t is None else f"\nt{'*' if t == neutral else ''} = {t:g}")
                     rows += [(query, label, order) for query, order in zip(settings.query, best_first(texts @ unit.T))]
         if accelerator.is_main_process:

@@ -213,10 +213,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         reference = frozen_copy(encoder)
     reference.to(device)
     # The text table of a tower that is trained serves its tokenizer alone.
-    text_table = TextTable(clip, processor, templates, device)
-    reference_text_table = (
-        text_table if reference_clip is clip else TextTable(reference_clip, processor, templates, device)
-    )
+    per_prompt = settings.trainable != "image"
+    text_table = TextTable(clip, processor, templates, device, per_prompt=per_prompt)
+    reference_text_table = text_table
+    if reference_clip is not clip:
+        reference_text_table = TextTable(reference_clip, processor, templates, device, per_prompt=per_prompt)
     policy = Policy(
         image_encoder=None if settings.trainable == "head" else encoder,
         text_encoder=TextEncoder(clip, encoder.compute_dtype) if settings.trainable == "all" else None,
@@ -499,6 +500,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 }
                 if settings.trainable == "head":
                     row["orthogonality"] = orthogonality_penalty(policy_head().weight.detach()).item()
+                if logged_step == first_step:
+                    note_idle_terms(settings, totals.tolist(), progress)
                 seconds, logged_step = 0.0, done
                 shown |= {
                     "img/s": images_per_second,
@@ -582,6 +585,17 @@ def check_settings(settings: Settings) -> None:
         )
     if settings.keep_best and not settings.eval_shards:
         raise UserError(f"--keep_best {settings.keep_best}: nothing is evaluated; name shards with --eval_shards")
+
+
+def note_idle_terms(settings: Settings, totals: list[float], progress: RunProgress) -> None:
+    """Says which part of the loss had no sample in a whole step: a set of pairs may lack either kind."""
+    num_pairs, num_reg = totals
+    if not num_pairs:
+        progress.note("warning: this step held no preference; samples with reg alone teach nothing new")
+    if not num_reg and settings.reg_weight > 0:
+        progress.note(
+            "warning: this step held no sample with reg: true; nothing holds the model where it was, and z of kto is 0"
+        )
 
 
 def open_shards(settings: Settings, name: str) -> LabelledSet | None:

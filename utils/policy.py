@@ -47,23 +47,37 @@ class Policy(nn.Module):
 
 
 class TextTable:
-    """Embeddings of texts by the frozen text tower, (T, P, D): each text is encoded once, when it is first met."""
+    """Embeddings of texts by the frozen text tower, (T, P, D): each text is encoded once, when it is first met.
+
+    ``per_prompt`` keeps the P prompts of a text apart, for a head that stands between them and their mean; else P = 1 and
+    the mean is kept (``ensemble`` of one unit embedding is that embedding).
+    """
 
     def __init__(
-        self, clip: CLIPModel, processor: CLIPProcessor, templates: Sequence[str], device: torch.device
+        self,
+        clip: CLIPModel,
+        processor: CLIPProcessor,
+        templates: Sequence[str],
+        device: torch.device,
+        *,
+        per_prompt: bool,
     ) -> None:
         self.processor, self.templates, self.device = processor, list(templates), device
-        self._clip = clip
+        self._clip, self._per_prompt = clip, per_prompt
         self._places: dict[str, int] = {}
-        self._embeds = torch.empty(0, len(templates), clip.config.projection_dim, device=device)
+        self._embeds = torch.empty(0, len(templates) if per_prompt else 1, clip.config.projection_dim, device=device)
+        self._last: tuple[list[str], Tensor] = ([], self._embeds)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
+        if list(texts) == self._last[0]:  # the classes of a typographic run, step after step
+            return self._last[1]
         new = [text for text in dict.fromkeys(texts) if text not in self._places]
         if new:
             found = prompt_embeddings(self._clip, self.processor, new, self.templates, self.device)
-            self._embeds = torch.cat([self._embeds, found])
+            self._embeds = torch.cat([self._embeds, found if self._per_prompt else ensemble(found)[:, None]])
             self._places.update({text: len(self._places) + place for place, text in enumerate(new)})
-        return self._embeds[[self._places[text] for text in texts]]
+        self._last = (list(texts), self._embeds[[self._places[text] for text in texts]])
+        return self._last[1]
 
     def tokens(self, texts: Sequence[str], templates: Sequence[str]) -> Tensor:
         """input_ids (T, P, L) of the texts in P templates, for a text tower that is trained."""
