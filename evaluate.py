@@ -526,8 +526,8 @@ def measure_fairness(
                 f"--measure fairness: {job[0]['dataset']} knows one attribute only ({names[0]}); expected at least two"
             )
         figures, table = {}, model.texts(labelled.templates, per_prompt=head is not None)
-        for t in strengths:
-            weight = None if t is None else head_powers(head["weight"], [t])[0].to(model.device)
+        weights = head_powers(head["weight"].to(model.device), strengths) if head else [None]
+        for t, weight in zip(strengths, weights):
             with torch.no_grad():
                 unit, texts = model.embed(table, weight)(images, labelled.classnames)
             figures[t] = fairness_figures((texts @ unit.T).cpu(), labels, groups, settings.top_k)

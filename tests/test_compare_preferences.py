@@ -16,3 +16,12 @@ def test_all_methods_are_trained_evaluated_and_tabulated(small_clip, digits, tmp
     assert lines[4].endswith("| 0.000 |")
     assert all(line.count("±") == 4 for line in lines[5:])
     assert output.count("$ accelerate launch") == 2 + 2
+
+
+def test_kept_embeddings_are_measured(small_clip, digits, tmp_path):
+    output = run_script(
+        "benchmarks/head_features.py", "--model", small_clip, "--data", digits, "--output_dir", tmp_path / "features",
+        "--steps", 20, "--recomputed_steps", 1, "--batch_size", 16,
+    )  # fmt: skip
+    assert "kept against recomputed: " in output
+    assert len((tmp_path / "features/table.md").read_text().splitlines()) == 5

@@ -157,9 +157,9 @@ def parse_pair(text: bytes | None, key: str, where: str) -> tuple[Row, int]:
         raise BadSample("bad pair", where, "candidates: the list is empty; leave it out or name the texts")
     if reg and candidates is None:
         raise BadSample("bad pair", where, "reg without candidates: over which texts shall the model stay as it is?")
-    if not reg and (chosen is None or not rejected):
+    if not reg and not (chosen and rejected):
         raise BadSample("bad pair", where, "needs a chosen and at least one rejected text, or reg with candidates")
-    kept = [item for item in rejected if chosen is None or fold(item) != fold(chosen)]
+    kept = [item for item in dict.fromkeys(rejected) if chosen is None or fold(item) != fold(chosen)]
     if not reg and not kept:
         raise BadSample("chosen equals rejected", where, repr(chosen))
     candidates = list(dict.fromkeys([chosen, *kept] if candidates is None else candidates))
@@ -167,7 +167,7 @@ def parse_pair(text: bytes | None, key: str, where: str) -> tuple[Row, int]:
         if item is not None and item not in candidates:
             raise BadSample("bad pair", where, f"{name} {item!r} is not among the candidates")
     empty = torch.empty(0)
-    return Row(empty, chosen, [] if reg else kept, candidates, reg), 0 if reg else len(rejected) - len(kept)
+    return Row(empty, chosen, [] if reg else kept, candidates, reg), 0 if reg else len(set(rejected)) - len(kept)
 
 
 def collate_rows(

@@ -18,7 +18,8 @@ logger = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Skipped:
     """What was left out. kind: "missing shard", "damaged shard", "outdated sizes.json", "undecodable image",
-    "missing image", "missing label", "bad label". where: the shard, or shard#sample; never holds a token."""
+    "missing image", "missing label", "bad label", "missing pair", "bad pair", "chosen equals rejected", "chosen among
+    rejected" (a notice), "missing attribute", "bad attribute". where: the shard, or shard#sample; never holds a token."""
 
     kind: str
     where: str

@@ -113,12 +113,13 @@ def write_word(pixels: Tensor, word: str, style: WordStyle, draws: Draws) -> Ten
         colour = draws.below(len(COLOURS))
         other = (colour + 1 + draws.below(len(COLOURS) - 1)) % len(COLOURS)
         ink, paper = COLOURS[colour], COLOURS[other]
-    image = pixels.permute(1, 2, 0).numpy().copy()
-    patch = image[top : top + box_height, left : left + box_width].astype(np.float32)
+    image = pixels.clone()
+    box = image.numpy()[:, top : top + box_height, left : left + box_width]
+    patch = box.astype(np.float32)
     for paint, coverage in ((paper, shape), (ink, letters)):
-        patch += (paint - patch) * (coverage[..., None] / np.float32(255))
-    image[top : top + box_height, left : left + box_width] = np.rint(patch)
-    return torch.from_numpy(image).permute(2, 0, 1).contiguous()
+        patch += (paint[:, None, None] - patch) * (coverage / np.float32(255))
+    box[:] = np.rint(patch)
+    return image
 
 
 def break_lines(name: str) -> str:
