@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.comparison import claim_directory, in_parallel, launcher, markdown, percent, print_table
-from utils.cli import flag, parse_settings, required, run
+from utils.cli import UserError, flag, parse_settings, required, run
 from utils.preferences import PREFERENCES
 from utils.typographic import KINDS, PLACES
 
@@ -42,8 +42,9 @@ class Settings:
     steps: int = flag(150, "training steps", group="training", minimum=1)
     batch_size: int = flag(64, "images per step, each clean and attacked", group="training", minimum=1)
     learning_rate: float = flag(3e-4, "the same for every method", group="training", minimum=0)
+    beta: list[float] = flag([], "one for each of --preferences (default: the trainer's own); ce has none, write 1", group="training", above=0)
     reg_weight: float = flag(1.0, "weight of the KL on clean images, the same for every method but ipo", group="training", minimum=0)
-    ipo_reg_weight: float = flag(10.0, "ipo's: its loss is larger (25 at the start with beta 0.1)", group="training", minimum=0)
+    ipo_reg_weight: float = flag(10.0, "ipo's, whose loss grows with 1/beta^2: 25 at the start with beta 0.1", group="training", minimum=0)
     fonts: list[str] = flag(["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"], "of the words trained on", group="training")
     word_size_min: float = flag(40.0, "letters, in pixels at an image side of 224", group="training", above=0)
     word_size_max: float = flag(50.0, "in the same unit", group="training", above=0)
@@ -61,9 +62,13 @@ class Settings:
 
 def main() -> None:
     settings = parse_settings(Settings, description=__doc__)
+    if settings.beta and len(settings.beta) != len(settings.preferences):
+        raise UserError(
+            f"--beta: {len(settings.beta)} values for {len(settings.preferences)} preferences; give one each"
+        )
     started = time.monotonic()
     output_dir = Path(settings.output_dir)
-    kept = ("model", "data", "steps", "batch_size", "learning_rate", "reg_weight", "ipo_reg_weight", "fonts", "word_size_min", "word_size_max", "word_place", "word_kind")  # fmt: skip
+    kept = ("model", "data", "steps", "batch_size", "learning_rate", "beta", "reg_weight", "ipo_reg_weight", "fonts", "word_size_min", "word_size_max", "word_place", "word_kind")  # fmt: skip
     claim_directory(output_dir, {name: getattr(settings, name) for name in kept})
     runs = {
         (preference, seed): output_dir / f"{preference}-seed{seed}"
@@ -95,9 +100,11 @@ def main() -> None:
 
 def train_command(settings: Settings, preference: str, seed: int, run_dir: Path) -> list[str]:
     reg_weight = settings.ipo_reg_weight if preference == "ipo" else settings.reg_weight
+    betas = dict(zip(settings.preferences, settings.beta))
+    beta = ["--beta", f"{betas[preference]:g}"] if preference in betas else []
     return [
         *launcher("train_po.py"), "--model_name_or_path", settings.model, "--train_shards", f"{settings.data}/train",
-        "--preference", preference, "--reg_weight", f"{reg_weight:g}", "--max_steps", str(settings.steps),
+        "--preference", preference, *beta, "--reg_weight", f"{reg_weight:g}", "--max_steps", str(settings.steps),
         "--per_device_train_batch_size", str(settings.batch_size), "--learning_rate", f"{settings.learning_rate:g}",
         "--fonts", *settings.fonts, "--word_size_min", f"{settings.word_size_min:g}",
         "--word_size_max", f"{settings.word_size_max:g}", "--word_place", settings.word_place,

@@ -30,7 +30,7 @@ from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.cli import UserError, flag, parse_settings, required, run
-from utils.encoders import ImageEncoder, make_encoder, quiet_transformers
+from utils.encoders import ImageEncoder, load_clip, make_encoder, quiet_transformers
 from utils.images import ImageTransform
 from utils.metrics import MetricsFile
 from utils.model_card import command_line, versions
@@ -64,6 +64,9 @@ class Settings:
     )
     cache_dir: str | None = flag(None, "where indexes of shards are kept; default the user's cache", group="data")
 
+    start_from: str | None = flag(
+        None, "go on from this model, its sizes and its tokenizer; default random weights", group="model"
+    )
     patch_size: int = flag(8, "side of the patches, in pixels", group="model", minimum=1)
     hidden_size: int = flag(128, "width of the image tower", group="model", minimum=1)
     num_layers: int = flag(4, "layers of the image tower", group="model", minimum=1)
@@ -96,6 +99,13 @@ class Settings:
         group="words",
     )
     words_per_step: int = flag(64, "pictures of words per step", group="words", minimum=1)
+    words_on_images: float = flag(
+        0.0,
+        "share of them that are printed on training images instead of plain colours; the word stays what they show",
+        group="words",
+        minimum=0,
+        maximum=1,
+    )
     fonts: list[str] = flag(
         ["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"], "fonts of matplotlib, Aileron, or .ttf files", group="words"
     )
@@ -147,11 +157,18 @@ def main() -> None:
         test = open_set([str(root / "test")], flag="--train_data", with_classes=False, cache_dir=settings.cache_dir)
         test_images, test_labels = decode(test.index, settings, len(classnames), None, "decoding test")
 
-    processor = make_processor(classnames, templates, settings)
-    clip = make_clip(len(processor.tokenizer), settings).to(device)
+    if settings.start_from is None:
+        processor = make_processor(classnames, templates, settings)
+        clip = make_clip(len(processor.tokenizer), settings).to(device)
+    else:
+        clip, processor = load_clip(settings.start_from, "--start_from")
+        clip.to(device)
+        if (size := clip.config.vision_config.image_size) != settings.image_size:
+            raise UserError(f"--image_size {settings.image_size}: --start_from {settings.start_from} sees {size} px")
     encoder = make_encoder(clip, processor)
     caption_ids = tokenize_captions(processor, classnames, templates).to(device)
-    spread_captions(clip, caption_ids)
+    if settings.start_from is None:
+        spread_captions(clip, caption_ids)
 
     steps_per_epoch = max(1, len(train_images) // settings.batch_size)
     total_steps = settings.epochs * steps_per_epoch
@@ -181,7 +198,7 @@ def main() -> None:
                 index = order[first : first + settings.batch_size]
                 images, labels = augment(train_images[index], settings, generator), train_labels[index]
                 if settings.with_words:
-                    printed, printed_labels = print_words(words, style, settings, step)
+                    printed, printed_labels = print_words(words, train_images, style, settings, step)
                     images, labels = torch.cat([images, printed]), torch.cat([labels, printed_labels])
                 pixel_values, labels = to_pixel_values(images, device), labels.to(device)
                 classes, targets = draw_classes(labels, len(classnames), settings.captions_per_step, generator)
@@ -419,17 +436,26 @@ def read_words(path: str | None, classnames: list[str]) -> list[tuple[int, str]]
     return words
 
 
-def print_words(words: list[tuple[int, str]], style: WordStyle, settings: Settings, step: int) -> tuple[Tensor, Tensor]:
-    """Pictures of printed words on plain colours: uint8 (n, 3, S, S), and the class that each names (n,)."""
-    images, labels = [], []
+def print_words(
+    words: list[tuple[int, str]], images: Tensor, style: WordStyle, settings: Settings, step: int
+) -> tuple[Tensor, Tensor]:
+    """Pictures of printed words: uint8 (n, 3, S, S), and the class that each names (n,).
+
+    On plain colours, and a share of them on ``images`` (N, 3, S, S) of any class: captions of the web name what is written
+    on a picture as well as what it shows, and that is why a CLIP follows written words.
+    """
+    pictures, labels = [], []
     for number in range(settings.words_per_step):
         draws = Draws("printed words", settings.seed, step, number)
         label, word = words[draws.below(len(words))]
-        colour = torch.tensor([draws.below(256) for _ in range(3)], dtype=torch.uint8)
-        background = colour[:, None, None].expand(3, settings.image_size, settings.image_size)
-        images.append(write_word(background, word, style, draws))
+        if draws.between(0, 1) < settings.words_on_images:
+            background = images[draws.below(len(images))]
+        else:
+            colour = torch.tensor([draws.below(256) for _ in range(3)], dtype=torch.uint8)
+            background = colour[:, None, None].expand(3, settings.image_size, settings.image_size).contiguous()
+        pictures.append(write_word(background, word, style, draws))
         labels.append(label)
-    return torch.stack(images), torch.tensor(labels)
+    return torch.stack(pictures), torch.tensor(labels)
 
 
 def draw_classes(labels: Tensor, num_classes: int, captions: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
