@@ -20,6 +20,7 @@ from transformers import AutoProcessor, AutoTokenizer, CLIPModel, CLIPProcessor
 from examples import make_digit_shards, pretrain_small_clip
 from tests.conftest import run_script
 from utils.cli import UserError
+from utils.typographic import WordStyle
 
 TINY = [
     *("--patch_size", 8, "--hidden_size", 64, "--num_layers", 2, "--num_heads", 2),
@@ -205,6 +206,11 @@ def test_a_mistake_ends_the_script_in_one_line(tmp_path: Path) -> None:
         (["--train_data", "bare"], "no classnames.txt"),
         (["--train_data", "empty"], "no .tar files"),
         (["--output_dir", "used"], "--overwrite"),
+        (["--words", "three.txt"], "4 lines for 10 classes"),
+        (["--words", "blank.txt"], "holds no words"),
+        (["--with_words", "--fonts", "Comic"], "--fonts Comic: neither"),
+        (["--word_size_min", 99], "larger than --word_size_max"),
+        (["--start_from", "nowhere"], "--start_from nowhere"),
     ],
 )
 def test_mistakes_are_named(
@@ -212,6 +218,7 @@ def test_mistakes_are_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("three.txt").write_text("zero\none\ntwo\n")
+    Path("blank.txt").write_text("\n" * 10)
     Path("bare").mkdir()
     Path("bare/train").symlink_to(digits / "train")
     Path("empty").mkdir()
@@ -252,3 +259,38 @@ def test_augmented_images_are_crops_of_the_padded_ones() -> None:
             mirrored += not plain
             assert plain or (flip and any(torch.equal(image, crop.flip(-1)) for crop in crops))
         assert (mirrored > 16) == flip
+
+
+def test_printed_words_name_their_class() -> None:
+    """Words on plain colours and on images; class 1 has no word."""
+    images = torch.randint(256, (5, 3, 64, 64), dtype=torch.uint8)
+    style = WordStyle(("DejaVuSans",), (40, 60), "label")
+    settings = pretrain_small_clip.Settings(
+        train_data="", output_dir="", image_size=64, words_per_step=60, words_on_images=0.5
+    )
+    words = [(0, "zero"), (2, "two")]
+    pictures, labels = pretrain_small_clip.print_words(words, images, style, settings, 3)
+    again, _ = pretrain_small_clip.print_words(words, images, style, settings, 3)
+    assert torch.equal(pictures, again)
+    assert set(labels.tolist()) == {0, 2}
+    plain = sum(len(picture.flatten(1).unique(dim=1).T) < 600 for picture in pictures)  # of 4,096 pixels
+    assert 15 < plain < 45
+    assert not torch.equal(pictures, pretrain_small_clip.print_words(words, images, style, settings, 4)[0])
+
+
+def test_reading_is_learnt_beside_the_images_and_training_goes_on(digits: Path, tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("\n".join(["zero", "", "two", *[""] * 7]) + "\n")
+    common = ["--train_data", digits, "--train_num_samples", 64, "--batch_size", 32, "--cache_dir", tmp_path / "cache"]
+    common += ["--with_words", "--words", tmp_path / "words.txt", "--words_per_step", 16, "--logging_steps", 1]
+    call(pretrain_small_clip, *common, *TINY, "--epochs", 1, "--output_dir", tmp_path / "first")
+    call(
+        pretrain_small_clip,
+        *common, "--start_from", tmp_path / "first", "--learning_rate", 1e-9, "--epochs", 1, "--output_dir", tmp_path / "second",
+    )  # fmt: skip
+    for name in ("first", "second"):
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert all(0 <= row["words_read"] <= 1 for row in rows if "loss" in row)
+    first, second = (CLIPModel.from_pretrained(tmp_path / name).state_dict() for name in ("first", "second"))
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-6)
+    assert filecmp.cmp(tmp_path / "first/tokenizer.json", tmp_path / "second/tokenizer.json", shallow=False)

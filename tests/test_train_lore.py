@@ -11,7 +11,7 @@ import torch
 from transformers import CLIPModel, CLIPProcessor
 
 import train_lore
-from tests.conftest import ROOT, accelerate_launch, run_script
+from tests.conftest import ROOT, accelerate_launch, run_script, zero_on_two_cpus
 from tests.small_models import photos, save_small_clip, small_encoder
 from utils.cli import UserError
 from utils.encoders import quiet_transformers
@@ -321,11 +321,6 @@ def test_labels_outside_the_class_list_are_counted_and_stop_the_run(arguments, d
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_on_two_processes_equals_one_process(arguments, digits, tmp_path, monkeypatch, stage):
     """The shipped config, on two CPU processes in float32. The first start compiles DeepSpeed's collectives: minutes."""
-    config = (ROOT / "accelerate_configs" / f"zero{stage}.yaml").read_text()
-    config = config.replace("num_processes: 8", "num_processes: 2").replace(
-        "mixed_precision: bf16", "mixed_precision: 'no'"
-    )
-    (tmp_path / "zero.yaml").write_text(config)
     common = {"eval_shards": digits / "test", "eval_num_samples": 20, "max_grad_norm": 0.5, "checkpoint_steps": 1}
     with_sgd(monkeypatch)
     train_lore.main(arguments(output_dir=tmp_path / "one", **common))
@@ -335,7 +330,7 @@ def test_zero_on_two_processes_equals_one_process(arguments, digits, tmp_path, m
         *arguments(
             output_dir=tmp_path / "two", per_device_train_batch_size=2, gradient_accumulation_steps=2, **common
         ),
-        launcher=accelerate_launch(tmp_path / "zero.yaml"),
+        launcher=accelerate_launch(zero_on_two_cpus(stage, tmp_path)),
     )  # fmt: skip
     assert_equal_runs(tmp_path / "one", tmp_path / "two")
     assert embeds(tmp_path / "two/checkpoints/step-2/model").equal(embeds(tmp_path / "two"))
