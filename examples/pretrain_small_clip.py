@@ -101,7 +101,7 @@ class Settings:
     words_per_step: int = flag(64, "pictures of words per step", group="words", minimum=1)
     words_on_images: float = flag(
         0.0,
-        "share of them that are printed on training images instead of plain colours; the word stays what they show",
+        "share of them printed on training images instead of plain colours; half of these are captioned by the image",
         group="words",
         minimum=0,
         maximum=1,
@@ -198,7 +198,7 @@ def main() -> None:
                 index = order[first : first + settings.batch_size]
                 images, labels = augment(train_images[index], settings, generator), train_labels[index]
                 if settings.with_words:
-                    printed, printed_labels = print_words(words, train_images, style, settings, step)
+                    printed, printed_labels = print_words(words, train_images, train_labels, style, settings, step)
                     images, labels = torch.cat([images, printed]), torch.cat([labels, printed_labels])
                 pixel_values, labels = to_pixel_values(images, device), labels.to(device)
                 classes, targets = draw_classes(labels, len(classnames), settings.captions_per_step, generator)
@@ -233,7 +233,7 @@ def main() -> None:
                         "images_per_second": step * settings.batch_size / (time.perf_counter() - started),
                     }
                     shown = {key: row[key] for key in ("epoch", "loss", "learning_rate", "images_per_second")}
-                    if settings.with_words:  # new words in every step: a fair measure
+                    if settings.with_words:  # new words in every step: a fair measure where they stand on plain colours
                         right = logits_per_image[-settings.words_per_step :].mean(dim=-1).argmax(dim=-1)
                         row["words_read"] = (right == targets[-settings.words_per_step :]).float().mean().item()
                         shown["words_read"] = row["words_read"]
@@ -437,19 +437,23 @@ def read_words(path: str | None, classnames: list[str]) -> list[tuple[int, str]]
 
 
 def print_words(
-    words: list[tuple[int, str]], images: Tensor, style: WordStyle, settings: Settings, step: int
+    words: list[tuple[int, str]], images: Tensor, image_labels: Tensor, style: WordStyle, settings: Settings, step: int
 ) -> tuple[Tensor, Tensor]:
-    """Pictures of printed words: uint8 (n, 3, S, S), and the class that each names (n,).
+    """Pictures of printed words: uint8 (n, 3, S, S), and a class for each (n,).
 
-    On plain colours, and a share of them on ``images`` (N, 3, S, S) of any class: captions of the web name what is written
-    on a picture as well as what it shows, and that is why a CLIP follows written words.
+    On plain colours, and a share of them on ``images`` (N, 3, S, S) of classes ``image_labels`` (N,). A word on plain colour
+    is its class. On an image the caption names the word as often as what the image shows, as captions of the web do: that is
+    why a CLIP follows written words, and why it still knows what they are written on.
     """
     pictures, labels = [], []
     for number in range(settings.words_per_step):
         draws = Draws("printed words", settings.seed, step, number)
         label, word = words[draws.below(len(words))]
         if draws.between(0, 1) < settings.words_on_images:
-            background = images[draws.below(len(images))]
+            image = draws.below(len(images))
+            background = images[image]
+            if draws.below(2):
+                label = int(image_labels[image])
         else:
             colour = torch.tensor([draws.below(256) for _ in range(3)], dtype=torch.uint8)
             background = colour[:, None, None].expand(3, settings.image_size, settings.image_size).contiguous()

@@ -268,14 +268,16 @@ def test_printed_words_name_their_class() -> None:
     settings = pretrain_small_clip.Settings(
         train_data="", output_dir="", image_size=64, words_per_step=60, words_on_images=0.5
     )
-    words = [(0, "zero"), (2, "two")]
-    pictures, labels = pretrain_small_clip.print_words(words, images, style, settings, 3)
-    again, _ = pretrain_small_clip.print_words(words, images, style, settings, 3)
-    assert torch.equal(pictures, again)
-    assert set(labels.tolist()) == {0, 2}
-    plain = sum(len(picture.flatten(1).unique(dim=1).T) < 600 for picture in pictures)  # of 4,096 pixels
-    assert 15 < plain < 45
-    assert not torch.equal(pictures, pretrain_small_clip.print_words(words, images, style, settings, 4)[0])
+    words, image_labels = [(0, "zero"), (2, "two")], torch.full((5,), 7)
+    draw = lambda step: pretrain_small_clip.print_words(words, images, image_labels, style, settings, step)  # noqa: E731
+    pictures, labels = draw(3)
+    assert torch.equal(pictures, draw(3)[0])
+    assert not torch.equal(pictures, draw(4)[0])
+    plain = torch.tensor([len(picture.flatten(1).unique(dim=1).T) < 600 for picture in pictures])  # of 4,096 pixels
+    assert 15 < plain.sum() < 45
+    assert set(labels[plain].tolist()) == {0, 2}
+    assert set(labels[~plain].tolist()) == {0, 2, 7}
+    assert 4 < (labels == 7).sum() < 26  # half of a half of 60
 
 
 def test_reading_is_learnt_beside_the_images_and_training_goes_on(digits: Path, tmp_path: Path) -> None:
