@@ -1,4 +1,4 @@
-# make demo      everything once, on a CPU, without downloads
+# make demo      everything once, on a CPU, without downloads: LORE beside FARE, then preference optimisation
 # make test      the test suite; make test-slow adds what takes minutes
 # make lint      ruff, as continuous integration runs it
 
@@ -7,20 +7,38 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo demo-lore demo-preferences test test-slow lint clean
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	touch $@
 
-demo: $(VENV)/.installed
+demo: demo-lore demo-preferences
+
+demo-lore: $(VENV)/.installed
 	rm -rf runs/demo
 	$(BIN)/python examples/make_digit_shards.py --output_dir runs/demo/digits
 	OMP_NUM_THREADS=1 $(BIN)/python examples/pretrain_small_clip.py --train_data runs/demo/digits --output_dir runs/demo/base \
 	  --hidden_size 64 --flip false --crop_padding 2 --batch_size 32 --epochs 6
 	$(BIN)/python benchmarks/compare_methods.py --model runs/demo/base --data runs/demo/digits --output_dir runs/demo/compare \
 	  --eps 16 --rho 0.1 --steps 40 --curve_steps 5 --eval_eps 4 8 16 --num_samples 360 --jobs 2
+
+# The small CLIP that can read comes with the repository: examples/reading_clip/README.md has the command that makes it.
+WORDS := --word_kind label --word_place bottom --word_size_min 40 --word_size_max 60
+
+demo-preferences: $(VENV)/.installed
+	rm -rf runs/demo/attributes runs/demo/preferences runs/demo/head runs/demo/dial
+	$(BIN)/python examples/make_attribute_shards.py --output_dir runs/demo/attributes
+	$(BIN)/python benchmarks/compare_preferences.py --model examples/reading_clip --data runs/demo/attributes \
+	  --output_dir runs/demo/preferences --preferences ce dpo --beta 1 0.2 --steps 100 $(WORDS) \
+	  --eval_word_place bottom --jobs 2
+	$(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml train_po.py --model_name_or_path examples/reading_clip \
+	  --task pairs --trainable head --train_shards runs/demo/attributes/pairs/train --eval_shards runs/demo/attributes/pairs/val \
+	  --epochs 8 --logging_steps 32 --report_to none --output_dir runs/demo/head
+	$(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml evaluate.py --model runs/demo/head \
+	  --data runs/demo/attributes/pairs runs/demo/attributes --measure head_t fairness $(WORDS) \
+	  --query "a photo of the red digit seven." "a photo of the digit seven." --output_dir runs/demo/dial
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not slow"

@@ -44,7 +44,7 @@ from utils.policy import TextTable, judge
 from utils.progress import RunProgress, wide_console
 from utils.shards import ShardDataset, eval_loader
 from utils.skipped import SkipCounter, count_skipped
-from utils.typographic import KINDS, PLACES, WordStyle, find_fonts
+from utils.typographic import KINDS, PLACES, word_style
 from utils.zeroshot import LabelledSet, class_prompts, ensemble, open_set, predictions, to_pixel_values
 
 SCHEMA_VERSION = 1
@@ -178,11 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def check_settings(settings: Settings) -> None:
     """What can be said before anything is read."""
-    find_fonts(settings.fonts)
-    if settings.word_size_min > settings.word_size_max:
-        raise UserError(
-            f"--word_size_min {settings.word_size_min:g}: larger than --word_size_max {settings.word_size_max:g}; swap them"
-        )
+    word_style(settings)
     if "retention" in settings.measure and not settings.reference_model_name_or_path:
         raise UserError(
             "--measure retention: compared with what? name the original model with --reference_model_name_or_path"
@@ -238,7 +234,7 @@ def wanted_jobs(
     split = settings.split if data.labelled or "attack" not in data.splits else None
     reading = {"split": split, "num_samples": settings.num_samples, "classnames": settings.classnames}
     reading["compute_dtype"] = str(compute_dtype(accelerator)).removeprefix("torch.")
-    words = asdict(word_style(settings)) | {"fonts": settings.fonts, "size": list(word_style(settings).size)}
+    words = json.loads(json.dumps(asdict(word_style(settings))))  # lists, as results.json gives them back
 
     def cell(measure: str, attack: str = "clean", eps: float | None = None, **more: Any) -> dict[str, Any]:
         return common | {"measure": measure, "attack": attack, "eps": eps, "settings": reading | more}
@@ -341,11 +337,6 @@ def preference_dataset(
         fixed_epoch=-1,
         flag="--data",
     )
-
-
-def word_style(settings: Settings) -> WordStyle:
-    size = (settings.word_size_min, settings.word_size_max)
-    return WordStyle(tuple(settings.fonts), size, settings.word_kind, settings.word_place)
 
 
 def judged(

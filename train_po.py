@@ -78,7 +78,7 @@ from utils.progress import RunProgress
 from utils.shard_sources import display_url
 from utils.shards import eval_loader, train_loader
 from utils.skipped import SkipCounter, count_skipped
-from utils.typographic import KINDS, PLACES, WordStyle, find_fonts
+from utils.typographic import KINDS, PLACES, word_style
 from utils.zeroshot import LabelledSet, ensemble, open_set, to_pixel_values
 
 EVAL_KEYS = {"clean": "eval_accuracy_clean", "chosen": "eval_accuracy_attacked", "rejected": "eval_follows_rejected", "pair": "eval_pair_accuracy", "kl": "eval_kl"}  # fmt: skip
@@ -161,7 +161,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings.beta = DEFAULT_BETA[settings.preference]
     if settings.learning_rate is None:
         settings.learning_rate = DEFAULT_LEARNING_RATE[settings.trainable]
-    find_fonts(settings.fonts)
 
     accelerator = start_accelerator(
         seed=settings.seed,
@@ -557,7 +556,8 @@ ABOUT = {
 
 
 def check_settings(settings: Settings) -> None:
-    """Refuses combinations that no method is made of."""
+    """Refuses combinations that no method is made of, and words that cannot be written."""
+    word_style(settings)
     if settings.label_smoothing > 0 and settings.preference != "dpo":
         raise UserError(
             f"--label_smoothing {settings.label_smoothing:g} with --preference {settings.preference}: only dpo has it; "
@@ -578,10 +578,6 @@ def check_settings(settings: Settings) -> None:
         raise UserError(
             f"--reference_model_name_or_path {settings.reference_model_name_or_path} with --trainable head: the reference "
             "of a head is the model it is trained on; leave it out"
-        )
-    if settings.word_size_min > settings.word_size_max:
-        raise UserError(
-            f"--word_size_min {settings.word_size_min:g}: larger than --word_size_max {settings.word_size_max:g}; swap them"
         )
     if settings.keep_best and not settings.eval_shards:
         raise UserError(f"--keep_best {settings.keep_best}: nothing is evaluated; name shards with --eval_shards")
@@ -631,11 +627,6 @@ def make_dataset(
         seed=settings.seed,
         fixed_epoch=-1 if order == "sequential" else 0 if kept else None,
     )
-
-
-def word_style(settings: Settings) -> WordStyle:
-    size = (settings.word_size_min, settings.word_size_max)
-    return WordStyle(tuple(settings.fonts), size, settings.word_kind, settings.word_place)
 
 
 def feature_settings(settings: Settings, dataset: PreferenceDataset, dtype: torch.dtype) -> dict[str, Any]:

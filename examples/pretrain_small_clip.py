@@ -38,7 +38,7 @@ from utils.optimization import cosine_learning_rate, set_learning_rate
 from utils.progress import RunProgress
 from utils.shards import ShardDataset, ShardIndex, eval_loader
 from utils.skipped import SkipCounter
-from utils.typographic import KINDS, PLACES, Draws, WordStyle, find_fonts, write_word
+from utils.typographic import KINDS, PLACES, Draws, WordStyle, word_style, write_word
 from utils.zeroshot import class_embeddings, open_set, read_templates, to_pixel_values
 
 MAX_TEXT_LENGTH = 77  # tokens, as in the published CLIPs
@@ -138,12 +138,7 @@ def main() -> None:
     if settings.templates is not None:
         templates = read_templates(settings.templates)
     words = read_words(settings.words, classnames)
-    style = WordStyle(
-        find_fonts(settings.fonts),
-        (settings.word_size_min, settings.word_size_max),
-        settings.word_kind,
-        settings.word_place,
-    )
+    style = word_style(settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, if installed, warns when the model is saved
@@ -256,10 +251,7 @@ def main() -> None:
 
 def check(settings: Settings) -> None:
     """What can be said before anything is read."""
-    if settings.word_size_min > settings.word_size_max:
-        raise UserError(
-            f"--word_size_min {settings.word_size_min:g}: larger than --word_size_max {settings.word_size_max:g}; swap them"
-        )
+    word_style(settings)
     if settings.image_size % settings.patch_size:
         raise UserError(
             f"--patch_size {settings.patch_size}: does not divide --image_size {settings.image_size}; give a divisor"

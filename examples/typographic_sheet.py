@@ -18,7 +18,7 @@ from utils.cli import UserError, flag, parse_settings, required, run
 from utils.figures import draw_grid
 from utils.images import ImageTransform
 from utils.pairs import TypographicDataset
-from utils.typographic import KINDS, PLACES, WordStyle, find_fonts
+from utils.typographic import KINDS, PLACES, word_style
 from utils.zeroshot import open_set
 
 IMAGES_PER_ROW = 4
@@ -44,10 +44,7 @@ class Settings:
 
 def main() -> None:
     settings = parse_settings(Settings, description=__doc__)
-    find_fonts(settings.fonts)
-    size = (settings.word_size_min, settings.word_size_max)
-    if size[0] > size[1]:
-        raise UserError(f"--word_size_min {size[0]:g}: larger than --word_size_max {size[1]:g}; swap them")
+    style = word_style(settings)
     output = Path(settings.output)
     if output.suffix.lower() != ".png" or output.is_dir():
         raise UserError(f"--output {output}: expected the name of a .png file")
@@ -58,7 +55,7 @@ def main() -> None:
         ImageTransform(settings.image_size, (settings.image_size, settings.image_size)),
         order="shuffled",
         classnames=labelled.classnames,
-        style=WordStyle(tuple(settings.fonts), size, settings.word_kind, settings.word_place),
+        style=style,
         seed=settings.seed,
         flag="--data",
     )

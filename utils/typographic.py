@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -126,6 +127,14 @@ def break_lines(name: str) -> str:
     words = name.split()
     first = 1 if len(words) <= 3 else 2
     return "\n".join(filter(None, (" ".join(words[:first]), " ".join(words[first:]))))
+
+
+def word_style(settings: Any) -> WordStyle:
+    """The style that the flags fonts, word_size_min, word_size_max, word_kind and word_place ask for; or ``UserError``."""
+    smallest, largest = settings.word_size_min, settings.word_size_max
+    if smallest > largest:
+        raise UserError(f"--word_size_min {smallest:g}: larger than --word_size_max {largest:g}; swap them")
+    return WordStyle(find_fonts(settings.fonts), (smallest, largest), settings.word_kind, settings.word_place)
 
 
 def find_fonts(names: Sequence[str], flag: str = "--fonts") -> tuple[str, ...]:
