@@ -2,9 +2,10 @@ import math
 
 import pytest
 import torch
+from scipy.stats import beta
 
 from utils.cli import UserError
-from utils.optimization import cosine_learning_rate, count_steps, make_optimizer, set_learning_rate
+from utils.optimization import BetaAverage, cosine_learning_rate, count_steps, make_optimizer, set_learning_rate
 
 
 def test_the_rate_warms_up_linearly_and_falls_as_torchs_cosine():
@@ -31,7 +32,7 @@ def test_steps_of_a_run():
         count_steps(**sizes | {"global_batch_size": 200}, max_steps=None)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
+@pytest.mark.parametrize("name", ["adamw", "adamax", "adamw_8bit", "paged_adamw_8bit"])
 @pytest.mark.filterwarnings("ignore")
 def test_optimizers_minimise(name):
     torch.manual_seed(0)
@@ -47,3 +48,29 @@ def test_optimizers_minimise(name):
         optimizer.step()
     assert losses[-1] < 0.5 * losses[0]
     assert math.isfinite(losses[-1])
+
+
+def test_the_running_average_is_the_weighted_mean_and_goes_on_after_a_resume():
+    """Against the weighted mean of all the weights that were, with SciPy's density."""
+    module = torch.nn.Linear(3, 2)
+    steps = 7
+    history = [[parameter.detach().clone() for parameter in module.parameters()]]
+    average = BetaAverage(module, steps)
+    for step in range(1, steps + 1):
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        history.append([parameter.detach().clone() for parameter in module.parameters()])
+        if step == 4:
+            state, average = average.state_dict(), BetaAverage(module, steps)
+            average.load_state_dict(state)
+        average.update(module, step)
+    weights = [float(beta.pdf((step + 0.5) / (steps + 1), 0.7, 0.7)) for step in range(steps + 1)]
+    assert weights[0] == pytest.approx(weights[-1])
+    assert weights[0] > weights[4]
+    expected = [sum(w * p for w, p in zip(weights, moments)) / sum(weights) for moments in zip(*history)]
+    with average.applied(module):
+        for parameter, mean in zip(module.parameters(), expected):
+            torch.testing.assert_close(parameter.detach(), mean)
+    for parameter, last in zip(module.parameters(), history[-1]):
+        assert torch.equal(parameter, last)

@@ -301,7 +301,10 @@ def test_going_on_from_a_tuned_model_keeps_the_first_reference(arguments, small_
         assert rows(tmp_path / trainable)[0]["kl"] > 0.1
 
 
-def test_unusable_pairs_are_counted_and_stop_the_run(arguments, tmp_path):
+@pytest.mark.parametrize("trainable", ["image", "head"])
+def test_unusable_pairs_are_counted_and_stop_the_run(arguments, tmp_path, trainable):
+    """With the pictures read in every step, and with embeddings kept from one pass."""
+
     def pair(number, **fields):
         return (f"p{number}", {"png": image_bytes(number, (32, 32), "PNG"), "json": json.dumps(fields).encode()})
 
@@ -310,7 +313,13 @@ def test_unusable_pairs_are_counted_and_stop_the_run(arguments, tmp_path):
     samples += [pair(40, chosen="a cat", rejected=["A  Cat"]), pair(41, chosen="a cat", rejected=["x"], candidates=[])]
     samples += [pair(42, chosen="a cat", rejected=["x"], candidates=["x", "y"])]
     shard = write_shard(tmp_path / "pairs.tar", samples)
-    common = {"train_shards": shard, "task": "pairs", "train_num_samples": None, "max_steps": 10}
+    common = {
+        "train_shards": shard,
+        "task": "pairs",
+        "train_num_samples": None,
+        "max_steps": 10,
+        "trainable": trainable,
+    }
     train_po.main(arguments(max_bad_fraction=0.2, **common))
     card = (tmp_path / "run/README.md").read_text()
     assert "chosen equals rejected: 1 samples" in card
