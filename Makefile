@@ -35,7 +35,7 @@ demo-preferences: $(VENV)/.installed
 	  --eval_word_place bottom --jobs 2
 	$(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml train_po.py --model_name_or_path examples/reading_clip \
 	  --task pairs --trainable head --train_shards runs/demo/attributes/pairs/train --eval_shards runs/demo/attributes/pairs/val \
-	  --epochs 8 --logging_steps 32 --report_to none --output_dir runs/demo/head
+	  --beta 0.05 --learning_rate 1e-2 --epochs 10 --logging_steps 40 --report_to none --output_dir runs/demo/head
 	$(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml evaluate.py --model runs/demo/head \
 	  --data runs/demo/attributes/pairs runs/demo/attributes --measure head_t fairness $(WORDS) \
 	  --query "a photo of the red digit seven." "a photo of the digit seven." --output_dir runs/demo/dial

@@ -53,7 +53,7 @@ NEUTRAL = "neutral_t"
 FAIRNESS = ("max_skew", "max_skew_worst_query", "ndkl", "parity_difference", "opportunity_difference", "worst_group_accuracy", "group_gap")  # fmt: skip
 ACCURACIES = ("accuracy", "follows the word", "chosen text over rejected", "worst-group accuracy")
 RETRIEVED = 10
-DEFAULT_TS = [round(-0.5 + 0.05 * step, 2) for step in range(36)]  # -0.5 ... 1.25
+DEFAULT_TS = [round(-0.5 + 0.025 * step, 3) for step in range(71)]  # -0.5 ... 1.25
 
 
 @dataclass

@@ -22,7 +22,16 @@ def draw_t_sweep(
         for (name, points), (line, marker) in zip(curves.items(), itertools.cycle(LINES)):
             ts = sorted(points)
             values = [points[t] for t in ts]
-            axis.plot(ts, values, line, color="black", marker=marker, markersize=4, markevery=2, label=name)
+            axis.plot(
+                ts,
+                values,
+                line,
+                color="black",
+                marker=marker,
+                markersize=4,
+                markevery=max(1, len(ts) // 18),
+                label=name,
+            )
         for t in marks:
             axis.axvline(t, color="grey", linewidth=0.8, linestyle=":" if t in (0, 1) else "-")
         above = axis.secondary_xaxis("top")
