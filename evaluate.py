@@ -146,6 +146,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for model in settings.model:
         check_model(model, "--model")
     sets = {name: from_main_process(accelerator, lambda name=name: open_data(settings, name)) for name in settings.data}
+    for name, data in sets.items():
+        if not wanted_jobs(settings, accelerator, settings.model[0], name, data):
+            raise UserError(
+                f"--data {name}: preference pairs, for which nothing that was asked for is defined; expected --attack clean "
+                "or typographic, or --measure head_t"
+            )
     results = from_main_process(accelerator, lambda: read_results(results_path))
     reference = None
     if "retention" in settings.measure:
@@ -164,7 +170,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for set_name, job in missing:
             found = measure(settings, accelerator, model, reference, sets[set_name], job)
             results += [
-                cell | NO_CORRUPTION | {"value": value, "ci95": interval, "n": n} for cell, value, interval, n in found
+                cell | NO_CORRUPTION | {"value": value, "ci95": interval, "n": n}
+                for cell, value, interval, n in found
+                if find_result(results, cell) is None  # a job may have been measured in part, at other t
             ]
             if accelerator.is_main_process:
                 write_results(results_path, results)
@@ -274,7 +282,7 @@ def find_result(results: list[dict[str, Any]], cell: dict[str, Any]) -> dict[str
     return next((result for result in results if cell.items() <= result.items()), None)
 
 
-Figure = tuple[dict[str, Any], float, list[float] | None, int]  # a cell, its value, its 95 % interval, n
+Measured = tuple[dict[str, Any], float, list[float] | None, int]  # a cell, its value, its 95 % interval, n
 
 
 def measure(
@@ -284,7 +292,7 @@ def measure(
     reference: Model | None,
     data: EvalSet,
     job: list[dict[str, Any]],
-) -> list[Figure]:
+) -> list[Measured]:
     """The figures of one job, from all processes together."""
     first = job[0]
     strengths = [cell["settings"]["t"] for cell in job if "t" in cell["settings"]]
@@ -310,7 +318,7 @@ def measure(
     return [share(first, rows.get("chosen" if "clean" in data.splits else "clean", []))]
 
 
-def share(cell: dict[str, Any], outcomes: Sequence[bool]) -> Figure:
+def share(cell: dict[str, Any], outcomes: Sequence[bool]) -> Measured:
     """A share of successes with its Wilson interval."""
     if not len(outcomes):
         raise UserError(f"--data {cell['dataset']}: no readable sample for {cell['measure']}, {cell['attack']}")
@@ -444,7 +452,7 @@ def labelled_accuracy(
 
 def measure_head(
     settings: Settings, accelerator: Accelerator, model: Model, data: EvalSet, job: list[dict[str, Any]]
-) -> list[Figure]:
+) -> list[Measured]:
     """Accuracies over the strength of the model's head; the images are embedded once. t* comes from validation pairs."""
     head = load_head(model.name)
     weights = dict(zip(settings.t, head_powers(head["weight"].to(model.device), settings.t)))
@@ -471,7 +479,7 @@ def measure_head(
             }
             neutral = neutral_t(settings.t, val["pair"], val["clean"], settings.task_tolerance)
     names = {"accuracy": "chosen", "follows_word": "rejected", "pair_accuracy": "pair"}
-    found: list[Figure] = []
+    found: list[Measured] = []
     for cell in job:
         if cell["measure"] == NEUTRAL:
             found.append((cell, neutral, None, len(val_rows[0.0]["pair"])))
@@ -491,7 +499,7 @@ def embed_images(model: Model, images: Tensor) -> Tensor:
 
 def measure_fairness(
     settings: Settings, accelerator: Accelerator, model: Model, data: EvalSet, job: list[dict[str, Any]]
-) -> list[Figure]:
+) -> list[Measured]:
     """Retrieval by the class prompts, and classification, between the images' attributes; over t where the job asks."""
     labelled = data.splits[settings.split]
     dataset = AttributeDataset(labelled.index, model.transform, num_classes=len(labelled.classnames))
@@ -564,7 +572,8 @@ def draw_retrieved(
                 images = torch.stack(
                     [torch.from_numpy(row) for row in merge_rows(accelerator, {"images": own})["images"]]
                 )
-                neutral = next((r["value"] for r in results if (r["model"], r["measure"]) == (name, NEUTRAL)), None)
+                known = [r["value"] for r in results if (r["model"], r["measure"]) == (name, NEUTRAL)]
+                neutral = known[-1] if known else None
                 for t in [None] if head is None else sorted({0.0, 1.0} | ({neutral} if neutral is not None else set())):
                     weight = None if t is None else head_power(head["weight"], t).to(model.device)
                     with torch.no_grad():

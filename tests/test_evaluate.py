@@ -195,6 +195,17 @@ def test_the_dial_from_the_original_to_the_trained_head(
     }
     assert accuracies[1.0] > accuracies[0.5] > accuracies[0.0]
     assert accuracies[1.0] > 0.95  # what was trained
+    first = results(swept)
+    evaluate.main(
+        arguments(
+            model=head_run, data=attribute_digits / "pairs", measure="head_t", t=[0.25], **common | {"top_k": 100}
+        )
+    )  # fmt: skip
+    added = results(swept)[len(first) :]
+    assert results(swept)[: len(first)] == first  # kept; t = 0 and 1 are not there twice
+    assert [(cell["measure"], cell["settings"].get("t")) for cell in added] == [
+        ("accuracy", 0.25), ("pair_accuracy", 0.25), ("neutral_t", None),
+    ]  # fmt: skip
     neutral = next(cell for cell in results(swept) if cell["measure"] == "neutral_t")
     assert neutral["value"] in (0.0, 0.5, 1.0)
     assert neutral["n"] == 100  # the preferences among 200 validation samples
@@ -230,6 +241,7 @@ def test_mistakes_about_measures_are_one_line(arguments, small_clip, digits, att
         ({"measure": "head_t"}, r"--model .*: no readable head.safetensors"),
         ({"measure": "fairness"}, r"--max_bad_fraction 0.01: .*missing attribute"),
         ({"measure": "fairness", "data": attribute_digits, "top_k": 50}, r"--top_k 50: .* holds 50 images; K must be"),
+        ({"data": attribute_digits / "pairs", "attack": "pgd"}, r"--data .*pairs: preference pairs, for which nothing"),
         ({"attack": "typographic", "fonts": "Times"}, r"--fonts Times: neither"),
         ({"attack": "typographic", "word_size_min": 80}, r"--word_size_min 80: larger than --word_size_max 40"),
     ]
