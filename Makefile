@@ -31,13 +31,15 @@ demo-preferences: $(VENV)/.installed
 	rm -rf runs/demo/attributes runs/demo/preferences runs/demo/head runs/demo/dial
 	$(BIN)/python examples/make_attribute_shards.py --output_dir runs/demo/attributes
 	$(BIN)/python benchmarks/compare_preferences.py --model examples/reading_clip --data runs/demo/attributes \
-	  --output_dir runs/demo/preferences --preferences ce dpo --beta 1 0.2 --steps 100 $(WORDS) \
+	  --output_dir runs/demo/preferences --preferences ce dpo kto --beta 1 0.5 1.5 --steps 100 $(WORDS) \
 	  --eval_word_place bottom --jobs 2
-	$(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml train_po.py --model_name_or_path examples/reading_clip \
+	$(BIN)/accelerate launch --quiet --num_cpu_threads_per_process 2 --config_file accelerate_configs/cpu.yaml \
+	  train_po.py --model_name_or_path examples/reading_clip \
 	  --task pairs --trainable head --train_shards runs/demo/attributes/pairs/train --eval_shards runs/demo/attributes/pairs/val \
 	  --beta 0.05 --learning_rate 1e-2 --epochs 10 --logging_steps 40 --report_to none --output_dir runs/demo/head
-	$(BIN)/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml evaluate.py --model runs/demo/head \
-	  --data runs/demo/attributes/pairs runs/demo/attributes --measure head_t fairness $(WORDS) \
+	$(BIN)/accelerate launch --quiet --num_cpu_threads_per_process 2 --config_file accelerate_configs/cpu.yaml \
+	  evaluate.py --model runs/demo/head \
+	  --data runs/demo/attributes/pairs runs/demo/attributes --measure head_t fairness --top_k 20 $(WORDS) \
 	  --query "a photo of the red digit seven." "a photo of the digit seven." --output_dir runs/demo/dial
 
 test: $(VENV)/.installed
