@@ -182,39 +182,44 @@ def _fitting_word(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The word at ``size`` or, where that is too large for (height, width), at the largest smaller one that fits."""
     while True:
-        letters, shape = _word(text, font, size, stroke, kind)
-        rows, columns = letters.shape
+        columns, rows = _layout(text, font, size, stroke, kind)[0]
         if rows <= height and columns <= width:
-            return letters, shape
+            return _word(text, font, size, stroke, kind)
         if size == 1:  # more letters than the image has columns: squeezed, no word is ever cut
             room = (min(columns, width), min(rows, height))
-            squeezed = (Image.fromarray(part).resize(room, Image.Resampling.BOX) for part in (letters, shape))
-            return tuple(map(np.asarray, squeezed))
+            parts = _word(text, font, size, stroke, kind)
+            return tuple(np.asarray(Image.fromarray(part).resize(room, Image.Resampling.BOX)) for part in parts)
         size = max(1, min(size - 1, int(size * min(height / rows, width / columns))))
+
+
+@lru_cache(maxsize=16384)
+def _layout(text: str, font: str, size: int, stroke: int, kind: str) -> tuple[tuple[int, int], tuple[float, float]]:
+    """(columns, rows) of the word's box and where in it Pillow has to begin, without drawing."""
+    padding = max(1, round(0.2 * size)) if kind == "label" else 0
+    probe = ImageDraw.Draw(Image.new("L", (1, 1)))
+    box = probe.multiline_textbbox((0, 0), text, stroke_width=stroke, **_options(font, size))
+    left, top, right, bottom = box
+    # Some letters cross their box by a fraction of a pixel: one more pixel on every side.
+    room = (int(np.ceil(right - left)) + 2 * padding + 2, int(np.ceil(bottom - top)) + 2 * padding + 2)
+    return room, (1 + padding - left, 1 + padding - top)
 
 
 # Bytes, not floats: 4096 words at 224 pixels take some 60 MB of every data worker, at 448 four times that.
 @lru_cache(maxsize=4096)
 def _word(text: str, font: str, size: int, stroke: int, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """Coverage of the letters and of what lies under them (outline or sticker), both (h, w) uint8, 255 for all of a pixel."""
-    padding = max(1, round(0.2 * size)) if kind == "label" else 0
-    options = {"font": _font(font, size), "align": "center", "spacing": max(1, size // 6)}
-    probe = ImageDraw.Draw(Image.new("L", (1, 1)))
-    left, top, right, bottom = probe.multiline_textbbox((0, 0), text, stroke_width=stroke, **options)
-    # A box that some letters cross by a fraction of a pixel: one more pixel on every side.
-    corner = (1 + padding - left, 1 + padding - top)
-    canvas_size = (int(np.ceil(right - left)) + 2 * padding + 2, int(np.ceil(bottom - top)) + 2 * padding + 2)
+    room, corner = _layout(text, font, size, stroke, kind)
+    canvas = Image.new("RGB", room)
+    # Both in one go, letters in red and green, the outline in green: a stroke of another width would move the second line.
+    ImageDraw.Draw(canvas).multiline_text(
+        corner, text, fill=(255, 255, 0), stroke_width=stroke, stroke_fill=(0, 255, 0), **_options(font, size)
+    )
+    letters, shape = (np.asarray(canvas.getchannel(channel)) for channel in ("R", "G"))
+    return letters, np.broadcast_to(np.uint8(255), letters.shape) if kind == "label" else shape
 
-    def drawn(outline: int) -> np.ndarray:
-        canvas = Image.new("L", canvas_size)
-        # With a stroke for the letters too: its width moves the second line.
-        ImageDraw.Draw(canvas).multiline_text(
-            corner, text, fill=255, stroke_width=stroke, stroke_fill=outline, **options
-        )
-        return np.asarray(canvas)
 
-    letters = drawn(0)
-    return letters, np.broadcast_to(np.uint8(255), letters.shape) if kind == "label" else drawn(255)
+def _options(font: str, size: int) -> dict[str, Any]:
+    return {"font": _font(font, size), "align": "center", "spacing": max(1, size // 6)}
 
 
 def _place(place: str, room: int, length: int, draws: Draws) -> int:
