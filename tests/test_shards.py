@@ -590,7 +590,7 @@ def test_skips_count_once_are_reported_once_per_kind_and_end_the_run(tmp_path):
     assert [line.split(": ")[1] for line in lines] == ["undecodable image", "outdated sizes.json", "bad label"]
     assert counter.summary().splitlines() == [
         "undecodable image: 2 samples, 0.tar#a and 1 more (broken)",
-        "outdated sizes.json: 0 samples, 0.tar (old)",
+        "outdated sizes.json: noted 1 x, 0.tar (old)",
         "bad label: 1 samples, 0.tar#c (class 7)",
     ]
     with pytest.raises(UserError) as caught:

@@ -324,7 +324,7 @@ def test_unusable_pairs_are_counted_and_stop_the_run(arguments, tmp_path, traina
     card = (tmp_path / "run/README.md").read_text()
     assert "chosen equals rejected: 1 samples" in card
     assert "bad pair: 2 samples" in card
-    assert re.search(r"chosen among rejected: \d\d times", card)
+    assert re.search(r"chosen among rejected: noted \d\d x", card)
     with pytest.raises(UserError, match=r"--max_bad_fraction 0.01: .*(bad pair|chosen equals rejected)"):
         train_po.main(arguments(output_dir=tmp_path / "stopped", **common))
 

@@ -97,7 +97,7 @@ class SkipCounter:
         for kind, records in self._by_kind().items():
             samples = sum(record.samples for record in records)
             more = f" and {len(records) - 1} more" if len(records) > 1 else ""
-            count = f"{samples} samples" if samples else f"{len(records)} times"  # a notice costs no sample
+            count = f"{samples} samples" if samples else f"noted {len(records)} x"  # a notice costs no sample
             lines.append(f"{kind}: {count}, {records[0].where}{more} ({records[0].detail})")
         return "\n".join(lines)
 
