@@ -70,13 +70,16 @@ def with_sgd(monkeypatch):
     )
 
 
-def assert_equal_runs(first, second, leave_out=frozenset()):
+def assert_equal_runs(first, second):
     found_weights = weights(second)
     for name, expected in weights(first).items():
         error = (found_weights[name] - expected).abs().max().item()
         assert error <= 1e-6, f"{name}: {error}"
     for expected, found in zip(rows(first), rows(second), strict=True):
-        for key in (KEYS - TIMINGS - leave_out) & expected.keys():
+        at_reference = (
+            {"reward_accuracy"} if abs(expected.get("margin_mean", 0)) < 1e-4 else set()
+        )  # the sign of rounding
+        for key in (KEYS - TIMINGS - at_reference) & expected.keys():
             assert found[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-5), key
 
 
