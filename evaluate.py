@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not wanted_jobs(settings, accelerator, settings.model[0], name, data):
             raise UserError(
                 f"--data {name}: preference pairs, for which nothing that was asked for is defined; expected --attack clean "
-                "or typographic, or --measure head_t"
+                f"or typographic, or, for pairs in {settings.split}/ and {settings.val_split}/, --measure head_t"
             )
     results = from_main_process(accelerator, lambda: read_results(results_path))
     reference = None
@@ -263,7 +263,7 @@ def wanted_jobs(
         jobs.append([cell("retention", reference=settings.reference_model_name_or_path)])
     if "fairness" in settings.measure and data.labelled:
         jobs.append([cell(figure, top_k=settings.top_k) for figure in FAIRNESS])
-    if "head_t" in settings.measure:
+    if "head_t" in settings.measure and "attack" not in data.splits:  # t* needs validation pairs of its own
         figures = ["accuracy", "follows_word"] if data.labelled else ["pair_accuracy"]
         style = {"words": words} if data.labelled else {"val_split": settings.val_split}
         job = [cell("accuracy", t=t) for t in settings.t]
@@ -692,6 +692,8 @@ def print_strengths(
         for result in swept:
             title = f"{figure_name(result)}, {Path(result['dataset']).name}"
             curves.setdefault(title, {})[result["settings"]["t"]] = result["value"]
+        if not curves:
+            continue
         marks = {0.0: "t = 0"} | ({} if neutral is None else {neutral: f"t* = {neutral:g}"}) | {1.0: "t = 1"}
         table = Table(title=f"The head of {model}")
         table.add_column("figure")

@@ -235,6 +235,20 @@ def test_the_dial_from_the_original_to_the_trained_head(
             ]  # two of 200 may tip over
 
 
+def test_a_set_of_attacks_has_no_dial(arguments, head_run, tmp_path, capsys):
+    """attack/ and clean/ hold no validation pairs: asked for alone a mistake, beside other measures left out."""
+    sample = {"png": image_bytes(0, (32, 32), "PNG"), "json": b'{"chosen": "a cat", "rejected": ["a dog"]}'}
+    for split in ("attack", "clean"):
+        write_shard(tmp_path / "set" / split / "0.tar", [("p0", sample)])
+    common = {"model": head_run, "data": tmp_path / "set", "attack": ["clean", "typographic"]}
+    with pytest.raises(
+        UserError, match=r"--data .*set: preference pairs, .* for pairs in test/ and val/, --measure head_t"
+    ):
+        evaluate.main(arguments(measure="head_t", **common))
+    evaluate.main(arguments(measure=["accuracy", "head_t"], **common))
+    assert len(results(tmp_path / "eval")) == 3
+
+
 def test_mistakes_about_measures_are_one_line(arguments, small_clip, digits, attribute_digits, tmp_path):
     wrong = [
         ({"measure": "retention"}, "--measure retention: compared with what"),
