@@ -6,10 +6,14 @@ All radii here are in units of the pixel range, eps = 4/255 and not 4: the comma
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 PerSampleLoss = Callable[[Tensor], Tensor]  # perturbed pixel_values (B, 3, H, W) in [0,1] -> losses (B,), float32
@@ -80,10 +84,12 @@ def uniform_start(pixel_values: Tensor, eps: float, seeds: Sequence[int]) -> Ten
 
 def attack_seeds(seed: int, step: int, positions: Sequence[int]) -> list[int]:
     """A 63-bit seed for every sample from (run's seed, training step, position in the global batch)."""
-    return [_hash_to_int(f"{seed}/{step}/{position}") for position in positions]
+    return [seed_from(seed, step, position) for position in positions]
 
 
-def _hash_to_int(text: str) -> int:
+def seed_from(*parts: int | float | str) -> int:
+    """A 63-bit seed that depends on all the parts."""
+    text = "/".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -98,3 +104,414 @@ def frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+Logits = Callable[[Tensor], Tensor]  # pixel_values (B, 3, H, W) in [0,1] -> logits (B, C), differentiable
+
+NUM_TARGETS = 9
+
+
+def targeted_loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    """The targeted difference of logits ratio, maximised: (B, C), (B,) int64, (B,) int64 -> (B,), dtype of the logits.
+
+    -(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12) with z sorted downwards: blind to the scale of the logits. With
+    fewer than 4 classes, where it is undefined, the margin z_t - z_y.
+    Source: Croce and Hein 2020 (arXiv 2003.01690), equation 7.
+    """
+    margin = (logits.gather(1, labels[:, None]) - logits.gather(1, targets[:, None]))[:, 0]
+    if logits.shape[1] < 4:
+        return -margin
+    top = logits.topk(4, dim=1).values
+    return -margin / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + 1e-12)
+
+
+def attack_loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy where ``targets`` is -1, the targeted loss elsewhere: (B, C), (B,), (B,) -> (B,). Maximised."""
+    plain = targets < 0
+    if plain.all():
+        return F.cross_entropy(logits, labels, reduction="none")
+    towards = targeted_loss(logits, labels, targets.clamp_min(0))
+    return torch.where(plain, F.cross_entropy(logits, labels, reduction="none"), towards) if plain.any() else towards
+
+
+def sphere_start(pixel_values: Tensor, eps: float, seeds: Sequence[int]) -> Tensor:
+    """x + eps * u / max|u| with u uniform in [-1, 1], clamped to [0,1]; row i is drawn from its own ``seeds[i]``.
+
+    Drawn on the CPU, so that every device starts from the same points. (B, 3, H, W) -> the same.
+    """
+    noise = torch.empty(pixel_values.shape)
+    generator = torch.Generator()
+    for sample, seed in zip(noise, seeds, strict=True):
+        sample.uniform_(-1, 1, generator=generator.manual_seed(seed))
+    noise = (noise / (noise.abs().amax(dim=(1, 2, 3), keepdim=True) + 1e-12)).to(pixel_values)
+    return (pixel_values + eps * noise).clamp(0.0, 1.0)
+
+
+def into_ball(adversarial: Tensor, pixel_values: Tensor, eps: float) -> Tensor:
+    """The nearest allowed image: adversarial clamped to [x - eps, x + eps], then to [0,1]."""
+    return adversarial.clamp(pixel_values - eps, pixel_values + eps).clamp_(0.0, 1.0)
+
+
+@dataclass
+class Runs:
+    """Runs of APGD side by side, a row each; every row is at a step of its own, so that one may leave and another enter.
+
+    Tensors (B, 3, H, W) of images and gradients in the pixels' dtype, and (B,) of numbers.
+    """
+
+    pixel_values: Tensor
+    labels: Tensor  # int64
+    targets: Tensor  # int64, -1: cross-entropy
+    adversarial: Tensor  # where the next forward looks
+    previous: Tensor  # where the one before looked
+    gradient: Tensor  # at ``adversarial``
+    best: Tensor  # of the highest loss so far
+    best_gradient: Tensor
+    best_loss: Tensor
+    best_loss_at_check: Tensor
+    last_loss: Tensor  # float32, zero before the first step: the first check compares with that
+    rises: Tensor  # steps since the last check that raised the loss
+    halved: Tensor  # bool, at the last check; true before the first
+    step: Tensor  # int64, gradient steps made
+    step_size: Tensor  # float32
+
+    @classmethod
+    def begin(cls, pixel_values: Tensor, labels: Tensor, targets: Tensor, start: Tensor, eps: float) -> Runs:
+        zeros = torch.zeros(len(labels), device=labels.device)
+        return cls(
+            pixel_values=pixel_values,
+            labels=labels,
+            targets=targets,
+            adversarial=start,
+            previous=start.clone(),
+            gradient=torch.zeros_like(pixel_values),
+            best=start.clone(),
+            best_gradient=torch.zeros_like(pixel_values),
+            best_loss=zeros.to(pixel_values.dtype),
+            best_loss_at_check=zeros.to(pixel_values.dtype),
+            last_loss=zeros,
+            rises=zeros.clone(),
+            halved=torch.ones_like(labels, dtype=torch.bool),
+            step=torch.zeros_like(labels),
+            step_size=torch.full_like(zeros, 2 * eps),
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def tensors(self) -> list[Tensor]:
+        return [getattr(self, field.name) for field in fields(self)]
+
+    def select(self, rows: Tensor) -> Runs:
+        return Runs(*(tensor[rows] for tensor in self.tensors()))
+
+    def join(self, others: Runs) -> Runs:
+        return Runs(*map(torch.cat, zip(self.tensors(), others.tensors())))
+
+    def replace(self, rows: Tensor, others: Runs) -> None:
+        for tensor, new in zip(self.tensors(), others.tensors()):
+            tensor[rows] = new
+
+    def observe(self, loss: Tensor, gradient: Tensor) -> None:
+        """Takes in what the forward at ``adversarial`` found: (B,) losses and their gradients (B, 3, H, W)."""
+        first = self.step == 0
+        better = first | (loss > self.best_loss)
+        image = better.view(-1, 1, 1, 1)
+        self.gradient = gradient
+        self.best = torch.where(image, self.adversarial, self.best)
+        self.best_gradient = torch.where(image, gradient, self.best_gradient)
+        self.best_loss = torch.where(better, loss, self.best_loss)
+        self.best_loss_at_check = torch.where(first, loss, self.best_loss_at_check)
+        rounded = loss.float()  # the reference keeps the losses of the steps in float32
+        self.rises = self.rises + (~first & (rounded > self.last_loss))
+        self.last_loss = torch.where(first, self.last_loss, rounded)
+
+    def advance(self, eps: float, periods: Tensor) -> None:
+        """One gradient step of every row, after the check of its step size where one is due.
+
+        ``periods``: (num_steps + 1,), the steps since the last check where step i is followed by one, else 0. The step is
+        halved, from the best point on, where at most 3/4 of the steps rose, or where nothing was found since the last check
+        and the step was not halved then.
+        """
+        period = periods[self.step]
+        due = period > 0
+        idle = ~self.halved & (self.best_loss_at_check >= self.best_loss)
+        halve = due & ((self.rises <= 0.75 * period) | idle)
+        self.halved = torch.where(due, halve, self.halved)
+        self.best_loss_at_check = torch.where(due, self.best_loss, self.best_loss_at_check)
+        self.rises = self.rises.masked_fill(due, 0)
+        self.step_size = torch.where(halve, self.step_size / 2, self.step_size)
+        image = halve.view(-1, 1, 1, 1)
+        now = torch.where(image, self.best, self.adversarial)
+        gradient = torch.where(image, self.best_gradient, self.gradient)
+        climbed = into_ball(now + self.step_size.view(-1, 1, 1, 1) * gradient.sign(), self.pixel_values, eps)
+        # 0.75 of the step and 0.25 of the movement before it; the first step has none before it.
+        keep = torch.where(self.step == 0, 1.0, 0.75).to(now).view(-1, 1, 1, 1)
+        moved = now + (climbed - now) * keep + (now - self.previous) * (1 - keep)
+        self.previous, self.adversarial = now, into_ball(moved, self.pixel_values, eps)
+        self.step = self.step + 1
+
+
+def check_periods(num_steps: int) -> Tensor:
+    """Where APGD checks its step size: 0.22 n steps after the start, then every 0.03 n fewer, at least 0.06 n.
+
+    -> (n + 1,) int64: the length of the period that ends at step i, else 0.
+    """
+    periods = torch.zeros(num_steps + 1, dtype=torch.int64)
+    period, shorter, shortest = (max(int(share * num_steps), 1) for share in (0.22, 0.03, 0.06))
+    step = period
+    while step <= num_steps:
+        periods[step] = period
+        period = max(period - shorter, shortest)
+        step += period
+    return periods
+
+
+def loss_and_gradient(logits_fn: Logits, runs: Runs) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (B, C), losses (B,) and the gradient of the losses' sum, at the runs' ``adversarial``. One forward."""
+    adversarial = runs.adversarial.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = logits_fn(adversarial)
+        loss = attack_loss(logits, runs.labels, runs.targets)
+        (gradient,) = torch.autograd.grad(loss.sum(), adversarial)
+    return logits.detach(), loss.detach(), gradient
+
+
+class Attacked(NamedTuple):
+    """What ``apgd`` found, all (B, ...)."""
+
+    delta: Tensor  # of the highest loss
+    loss: Tensor  # there
+    broken: Tensor  # bool: some iterate was classified wrongly
+    broken_delta: Tensor  # the last such iterate; of the start where there is none
+
+
+@torch.no_grad()
+def apgd(
+    logits_fn: Logits,
+    pixel_values: Tensor,
+    labels: Tensor,
+    *,
+    eps: float,
+    start: Tensor,
+    num_steps: int = 100,
+    targets: Tensor | None = None,
+) -> Attacked:
+    """Auto-PGD under an l_inf bound, one run, every image until the last step: the attack as published.
+
+    Gradient ascent with momentum from ``start`` = x + delta; the step begins at 2 eps and is halved where progress stalls.
+
+    Args:
+        logits_fn: x -> logits. Call it inside ``frozen(module)``.
+        pixel_values: x, (B, 3, H, W), in [0,1], float32 or float64. labels: (B,) int64.
+        eps: radius, as a share of the pixel range. start: (B, 3, H, W) in [0,1], inside the ball; ``sphere_start``.
+        targets: (B,) int64, the class of the targeted loss; -1 or None: cross-entropy.
+
+    Source: Croce and Hein 2020 (arXiv 2003.01690), algorithm 1; equal to their code step by step (tests).
+    """
+    targets = torch.full_like(labels, -1) if targets is None else targets
+    runs = Runs.begin(pixel_values.detach(), labels, targets, start.clone(), eps)
+    periods = check_periods(num_steps).to(labels.device)
+    broken, broken_at = torch.zeros_like(labels, dtype=torch.bool), start.clone()
+    for step in range(num_steps + 1):
+        logits, loss, gradient = loss_and_gradient(logits_fn, runs)
+        runs.observe(loss, gradient)
+        wrong = logits.argmax(dim=1) != labels
+        broken = broken | wrong
+        broken_at = torch.where(wrong.view(-1, 1, 1, 1), runs.adversarial, broken_at)
+        if step < num_steps:
+            runs.advance(eps, periods)
+    return Attacked(runs.best - pixel_values, runs.best_loss, broken, broken_at - pixel_values)
+
+
+@dataclass
+class Point:
+    """An image under attack, and its way through the runs."""
+
+    position: int
+    pixel_values: Tensor  # (3, H, W)
+    label: int
+    targets: list[int]  # of the runs in turn: -1 for cross-entropy, then classes, the likeliest first
+    run: int = 0
+    forwards: int = 0
+    zero_gradient: bool = False  # at the start of a targeted run
+
+
+class Outcome(NamedTuple):
+    """How a point ended. ``adversarial``: the image that broke it, or the best try of its last run, (3, H, W)."""
+
+    point: Point
+    broken: bool
+    predicted: int
+    adversarial: Tensor
+
+
+def make_points(
+    positions: Sequence[int], pixel_values: Tensor, labels: Tensor, logits: Tensor, num_targets: int = NUM_TARGETS
+) -> list[Point]:
+    """Points for ``run_apgd`` from correctly classified images and their clean logits (B, C).
+
+    APGD-CE, then APGD-T towards the ``num_targets`` likeliest other classes; fewer where the set has fewer.
+    """
+    likeliest = logits.scatter(1, labels[:, None], float("-inf")).argsort(dim=1, descending=True, stable=True)
+    targets = likeliest[:, : min(num_targets, logits.shape[1] - 1)].tolist()
+    rows = zip(positions, pixel_values, labels.tolist(), targets, strict=True)
+    return [Point(position, x, label, [-1, *classes]) for position, x, label, classes in rows]
+
+
+@torch.no_grad()
+def run_apgd(
+    points: Iterable[Point],
+    logits_fn: Logits,
+    *,
+    eps: float,
+    num_steps: int = 100,
+    batch_size: int,
+    seed: int = 0,
+    judge: Logits | None = None,
+) -> Iterator[Outcome]:
+    """APGD-CE and APGD-T on a stream of points, in full batches: who is broken leaves at once, and the next one enters.
+
+    No forward is made for a point after it is broken; rows of one batch may be in different runs at different steps. What
+    a point meets depends on (seed, its position, run) alone, up to the rounding of other batch shapes.
+
+    Args:
+        points: taken as places get free; ``Point.pixel_values`` on the device of the model.
+        logits_fn: attacked, in whatever precision. Call within ``frozen(module)``.
+        eps: radius, as a share of the pixel range.
+        batch_size: forwards at a time.
+        judge: float32 logits, where ``logits_fn`` is not float32: a point counts as broken, and leaves, once ``judge``
+            agrees; the best try of every run is judged too. Without it ``logits_fn`` itself is the judge.
+
+    Yields:
+        outcomes in the order in which they are decided.
+    """
+    points, runs, owners = iter(points), None, []
+    periods = check_periods(num_steps)
+    while True:
+        fresh = list(itertools.islice(points, batch_size - len(owners)))
+        if fresh:
+            entering = _begin_runs(fresh, eps, seed)
+            runs, owners = entering if runs is None else runs.join(entering), owners + fresh
+        if not owners:
+            return
+        logits, loss, gradient = loss_and_gradient(logits_fn, runs)
+        runs.observe(loss, gradient)
+        targeted_start = (runs.step == 0) & (runs.targets >= 0)
+        flat = targeted_start & (gradient.flatten(1).abs().amax(dim=1) == 0)
+        predicted = logits.argmax(dim=1)
+        ended = runs.step == num_steps
+        if judge is not None:
+            predicted = _judged(judge, runs, predicted, ended, owners)
+        # One synchronisation with the device per forward: who leaves is decided on the host.
+        table = torch.stack([predicted, (predicted != runs.labels).long(), ended.long(), flat.long()]).tolist()
+        free: list[int] = []
+        going_on: list[Point] = []
+        for row, (point, guess, broken, over, zero) in enumerate(zip(owners, *table)):
+            point.forwards += 1
+            point.zero_gradient |= bool(zero)
+            if not broken and not over:
+                continue
+            free.append(row)
+            if broken or point.run + 1 == len(point.targets):
+                yield Outcome(point, bool(broken), guess, (runs.adversarial if broken else runs.best)[row].clone())
+            else:
+                point.run += 1
+                going_on.append(point)
+        if len(free) < len(owners):
+            periods = periods.to(runs.labels.device)
+            runs.advance(eps, periods)
+        going_on += itertools.islice(points, len(free) - len(going_on))
+        if going_on:
+            rows, free = free[: len(going_on)], free[len(going_on) :]
+            runs.replace(torch.tensor(rows, device=runs.labels.device), _begin_runs(going_on, eps, seed))
+            for row, point in zip(rows, going_on):
+                owners[row] = point
+        if free:
+            left = sorted(set(range(len(owners))) - set(free))
+            owners = [owners[row] for row in left]
+            runs = runs.select(torch.tensor(left, dtype=torch.int64, device=runs.labels.device)) if left else None
+
+
+def _begin_runs(points: Sequence[Point], eps: float, seed: int) -> Runs:
+    pixel_values = torch.stack([point.pixel_values for point in points])
+    device = pixel_values.device
+    labels = torch.tensor([point.label for point in points], device=device)
+    targets = torch.tensor([point.targets[point.run] for point in points], device=device)
+    seeds = [seed_from("apgd", seed, point.position, point.run) for point in points]
+    return Runs.begin(pixel_values, labels, targets, sphere_start(pixel_values, eps, seeds), eps)
+
+
+def _judged(judge: Logits, runs: Runs, predicted: Tensor, ended: Tensor, owners: Sequence[Point]) -> Tensor:
+    """``predicted`` as the judge sees it: asked where the attack thinks that it won, and of the best try at a run's end."""
+    won = predicted != runs.labels
+    runs.adversarial = torch.where((ended & ~won).view(-1, 1, 1, 1), runs.best, runs.adversarial)
+    asked = (won | ended).nonzero()[:, 0]
+    predicted = runs.labels.clone()
+    if len(asked):
+        predicted[asked] = judge(runs.adversarial[asked]).argmax(dim=1)
+    for row in asked.tolist():
+        owners[row].forwards += 1
+    return predicted
+
+
+@torch.no_grad()
+def square(
+    logits_fn: Logits,
+    pixel_values: Tensor,
+    labels: Tensor,
+    positions: Sequence[int],
+    *,
+    eps: float,
+    num_queries: int = 5000,
+    batch_size: int,
+    seed: int = 0,
+) -> Tensor:
+    """Square attack: random search on squares by the logits alone, no gradients. -> adversarial images (B, 3, H, W).
+
+    The search is ``pyautoattack``'s. Its random numbers are drawn here: stripes of the start from (seed, position), squares
+    from ``seed``, the same for every image, so that an image's attack does not depend on the images beside it.
+
+    Args:
+        pixel_values: correctly classified, (B, 3, H, W) float32 in [0,1]. labels: (B,) int64.
+        positions: of the images in their set. eps: radius, as a share of the pixel range.
+        num_queries: forwards for an image that holds out. batch_size: forwards at a time.
+
+    Raises ``ImportError`` without the package. Source: Andriushchenko et al. 2020 (arXiv 1912.00049).
+    """
+    from pyautoattack.square import SquareAttack
+
+    class SeededSquareAttack(SquareAttack):
+        generator = torch.Generator().manual_seed(seed_from("square", seed))
+
+        def random_int(self, low: int = 0, high: int = 1, shape: Sequence[int] = (1,)) -> Tensor:
+            return (low + (high - low) * torch.rand(*shape, generator=self.generator)).long().to(self.device)
+
+        def random_choice(self, shape: Sequence[int]) -> Tensor:
+            if len(shape) < 4:  # the colour of a square
+                return (2 * torch.rand(*shape, generator=self.generator) - 1).sign().to(self.device)
+            own = [torch.Generator().manual_seed(seed_from("square", seed, position)) for position in positions]
+            stripes = [2 * torch.rand(*shape[1:], generator=generator) - 1 for generator in own]
+            return torch.stack(stripes).sign().to(self.device)
+
+    def predict(images: Tensor) -> Tensor:
+        parts = [logits_fn(part) for part in images.split(batch_size)]
+        return torch.cat(parts) if len(images) else parts[0]
+
+    attack = SeededSquareAttack(
+        predict, eps=eps, n_queries=num_queries, seed=seed, resc_schedule=False, device=pixel_values.device
+    )
+    attack.init_hyperparam(pixel_values)
+    return attack.attack_single_run(pixel_values, labels)[1]
+
+
+def gaussian_noise(pixel_values: Tensor, sigma: float, seeds: Sequence[int]) -> Tensor:
+    """x + sigma * n with n standard normal, clamped to [0,1]; row i is drawn from its own ``seeds[i]``, on the CPU.
+
+    (B, 3, H, W) float32 in [0,1], sigma as a share of the pixel range -> the same.
+    """
+    noise = torch.empty(pixel_values.shape)
+    generator = torch.Generator()
+    for sample, seed in zip(noise, seeds, strict=True):
+        sample.normal_(generator=generator.manual_seed(seed))
+    return (pixel_values + sigma * noise.to(pixel_values)).clamp(0.0, 1.0)
