@@ -1,59 +1,77 @@
-"""Measures CLIP models on labelled sets and on preference pairs, clean and under attack, and prints tables.
+"""Measures vision encoders, CLIP above all, on labelled sets and on preference pairs, clean and under attack.
 
-  python evaluate.py --model runs/lore4 runs/fare4 openai/clip-vit-base-patch32 \\
-    --data data/cifar10 data/caltech101 --attack clean pgd typographic --eps 1 2 4 --num_samples 1000 --output_dir runs/eval
+  python evaluate.py --model runs/lore4 runs/fare4 openai/clip-vit-base-patch32 --data clip-benchmark/wds_cifar10 data/caltech101 \\
+    --attack clean apgd gaussian_noise typographic --eps 1 2 4 --num_samples 1000 --output_dir runs/eval
 
-A data set is a directory with classnames.txt and <split>/*.tar, or preference pairs: attack/*.tar and clean/*.tar,
-<split>/*.tar, or pictures named label=X_text=Y. Cells that results.json already holds are not measured again. Start it
-with `accelerate launch` to share the images among processes: the figures stay the same.
+Prints tables and leaves report.html, results.json, benchmark.csv and a record of every sample. A data set is a directory or
+a set of the hub with classnames.txt and <split>/*.tar; or preference pairs: attack/*.tar and clean/*.tar, <split>/*.tar, or
+pictures named label=X_text=Y; or the published files of CIFAR-10-C or ImageNet-C. Cells that are finished are not measured
+again. Start it with `accelerate launch` to share the images among processes: the figures stay the same.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from rich.table import Table
-from torch import Tensor
-from torch.utils.data import DataLoader
-from transformers import CLIPModel, CLIPProcessor
 
-from utils.attributes import AttributeDataset
+from utils.classifiers import KnnClassifier, LinearClassifier, fit_linear_probe, read_linear_head, save_linear_head
 from utils.cli import UserError, flag, parse_settings, required, run
-from utils.distributed import compute_dtype, default_num_workers, from_main_process, gather_objects, start_accelerator
-from utils.encoders import ImageEncoder, check_model, load_clip, make_encoder
-from utils.fairness import (
-    demographic_parity_difference,
-    equal_opportunity_difference,
-    retrieval_fairness,
-    worst_group_accuracy_and_gap,
+from utils.corruptions import CORRUPTIONS, KNOWN, SEVERITIES, find_published, require_package
+from utils.distributed import from_main_process, start_accelerator
+from utils.encoders import (
+    SUPPORTED_MODEL_TYPES,
+    VISION_MODEL_TYPES,
+    check_model,
+    load_clip,
+    load_vision_model,
+    make_encoder,
 )
-from utils.head import HEAD_FILE, head_power, head_powers, load_head, neutral_t, unfolded
+from utils.head import HEAD_FILE, load_head
 from utils.images import ImageTransform
-from utils.metrics import mean_interval, wilson_interval
-from utils.model_card import versions
-from utils.pairs import PairDataset, PreferenceDataset, TypographicDataset, pack_pair_folder
-from utils.policy import TextTable, judge
-from utils.progress import RunProgress, wide_console
-from utils.shards import ShardDataset, eval_loader
-from utils.skipped import SkipCounter, count_skipped
+from utils.measures import (
+    EvalSet,
+    Finding,
+    Model,
+    measure_accuracy,
+    measure_fairness,
+    measure_fidelity,
+    measure_head,
+    measure_interpretability,
+    measure_pairs,
+    measure_retention,
+    retrieved,
+    train_features,
+)
+from utils.pairs import pack_pair_folder
+from utils.progress import wide_console
+from utils.results import Cell, Results, cell_name, column_name, figure_name, model_revision
+from utils.shard_sources import hub_set
+from utils.shards import ShardDataset
 from utils.typographic import KINDS, PLACES, word_style
-from utils.zeroshot import LabelledSet, class_prompts, ensemble, open_set, predictions, to_pixel_values
+from utils.zeroshot import (
+    class_prompts,
+    imagenet_prompts,
+    interpretability_templates,
+    open_set,
+    read_classnames,
+    read_templates,
+)
 
-SCHEMA_VERSION = 1
-NO_CORRUPTION = {"corruption": None, "severity": None, "sigma": None}
-NEUTRAL = "neutral_t"
+ATTACKS = ("clean", "pgd", "apgd", "square", "gaussian_noise", "corruptions", "typographic")
+MEASURES = ("accuracy", "interpretability", "fidelity", "retention", "fairness", "head_t")
 FAIRNESS = ("max_skew", "max_skew_worst_query", "ndkl", "parity_difference", "opportunity_difference", "worst_group_accuracy", "group_gap")  # fmt: skip
+FIDELITY = ("fidelity", "fidelity_median", "fidelity_p95", "fidelity_max", "fidelity_cosine")
 ACCURACIES = ("accuracy", "follows the word", "chosen text over rejected", "worst-group accuracy")
-RETRIEVED = 10
 DEFAULT_TS = [round(-0.5 + 0.025 * step, 3) for step in range(71)]  # -0.5 ... 1.25
+DAYS_OF_PATIENCE = 7  # a process whose images are all robust may finish long after the others
 
 
 @dataclass
@@ -61,32 +79,43 @@ class Settings:
     """Everything that an evaluation can be told."""
 
     # fmt: off
-    model: list[str] = required("Hugging Face ids or local directories of CLIP models", group="what", many=True)
-    data: list[str] = required("directories with classnames.txt and <split>/*.tar, or with preference pairs", group="what", many=True)
+    model: list[str] = required("Hugging Face ids or local directories: CLIP, or with --classifier encoders without text (DINOv2, CLIP vision models)", group="what", many=True)
+    data: list[str] = required("directories or sets of the hub with classnames.txt and <split>/*.tar, preference pairs, or published corruptions", group="what", many=True)
     split: str = flag("test", "folder of each data set that is read", group="what")
     num_samples: int | None = flag(None, "the first N samples of each set, shards in numeric order (default: all)", group="what", minimum=1)
-    classnames: str | None = flag(None, "file with one class name per line (default: the set's own)", group="what")
-    measure: list[str] = flag(["accuracy"], "accuracy; retention: KL to the reference; fairness: of retrieval and classes between attributes; head_t: everything over the strength of a head", group="what", choices=("accuracy", "retention", "fairness", "head_t"))
+    classnames: str | None = flag(None, "file with one class name per line, or imagenet for CLIP's own (default: the set's)", group="what")
+    measure: list[str] = flag(["accuracy"], "accuracy; interpretability: cosine to 150 descriptions of the true class; fidelity: distance of embeddings to the reference; retention: KL to the reference; fairness: of retrieval and classes between attributes; head_t: everything over the strength of a head", group="what", choices=MEASURES)
+    classifier: str = flag("zero_shot", "zero_shot: class names by the text tower; linear_head: a file; linear_probe, knn: learnt from --train_split", group="what", choices=("zero_shot", "linear_head", "linear_probe", "knn"))
+    linear_head: str | None = flag(None, "safetensors with weight (C, D) and maybe bias (C,) for --classifier linear_head", group="what")
+    train_split: str = flag("train", "folder from which a linear probe or k-NN learns", group="what")
 
-    attack: list[str] = flag(["clean"], "clean, pgd, typographic", group="attack", choices=("clean", "pgd", "typographic"))
+    attack: list[str] = flag(["clean"], ", ".join(ATTACKS), group="attack", choices=ATTACKS)
     eps: list[float] = flag([4.0], "radii of the l_inf attacks, in 1/255", group="attack", above=0, maximum=255)
+    attack_dtype: str = flag("float32", "precision of the model while gradients are followed; the judgement is always float32", group="attack", choices=("float32", "bfloat16"))
+    apgd_steps: int = flag(100, "steps of each run of APGD", group="attack", minimum=1)
+    apgd_targets: int = flag(9, "APGD-T: so many of the likeliest other classes", group="attack", minimum=1)
+    square_queries: int = flag(5000, "Square: forwards for an image that holds out", group="attack", minimum=1)
     attack_steps: int = flag(10, "PGD steps", group="attack", minimum=1)
     attack_step_size: float | None = flag(None, "PGD step, in 1/255 (default: eps/4)", group="attack", above=0)
-    fonts: list[str] = flag(["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"], "fonts of written words: of matplotlib, Aileron, or .ttf files", group="attack")
-    word_size_min: float = flag(20.0, "smallest letters, in pixels at an image side of 224", group="attack", above=0)
-    word_size_max: float = flag(40.0, "largest letters, in the same unit", group="attack", above=0)
-    word_kind: str = flag("outlined", "coloured letters with an outline, or black on a white label", group="attack", choices=KINDS)
-    word_place: str = flag("anywhere", "which half of the image words are written in", group="attack", choices=PLACES)
-    seed: int = flag(0, "of the random starts and the words", group="attack", minimum=0)
+    sigma: list[float] = flag([8.0, 16.0, 32.0, 64.0], "standard deviations of the Gaussian noise, in 1/255", group="attack", above=0, maximum=255)
+    corruptions: list[str] = flag(list(CORRUPTIONS), "ImageNet-C's", group="attack", choices=KNOWN)
+    severities: list[int] = flag(list(SEVERITIES), "of the corruptions", group="attack", minimum=1, maximum=5)
+    seed: int = flag(0, "of the random starts, the noise and the words", group="attack", minimum=0)
 
-    reference_model_name_or_path: str | None = flag(None, "retention: the model that the others are compared with", group="measure")
+    fonts: list[str] = flag(["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"], "fonts of written words: of matplotlib, Aileron, or .ttf files", group="words")
+    word_size_min: float = flag(20.0, "smallest letters, in pixels at an image side of 224", group="words", above=0)
+    word_size_max: float = flag(40.0, "largest letters, in the same unit", group="words", above=0)
+    word_kind: str = flag("outlined", "coloured letters with an outline, or black on a white label", group="words", choices=KINDS)
+    word_place: str = flag("anywhere", "which half of the image words are written in", group="words", choices=PLACES)
+
+    reference_model_name_or_path: str | None = flag(None, "retention, fidelity: the model that the others are compared with", group="measure")
     top_k: int = flag(100, "fairness: K of MaxSkew@K, smaller than the set", group="measure", minimum=1)
     t: list[float] = flag(DEFAULT_TS, "head_t: strengths; 0 and 1 are always among them", group="measure", minimum=-10, maximum=10)
     val_split: str = flag("val", "head_t: folder of the pairs on which the neutral t* is chosen", group="measure")
     query: list[str] = flag([], "texts whose best images on labelled sets are shown in retrieval_<set>.png, model beside model", group="measure")
     task_tolerance: float = flag(0.02, "head_t: how much task accuracy t* may cost on validation data", group="measure", minimum=0, maximum=1)
 
-    output_dir: str = required("results.json is written here", group="run")
+    output_dir: str = required("report.html, results.json, benchmark.csv, records/ and pictures/ are written here", group="run")
     batch_size: int = flag(128, "images per process and batch", group="run", minimum=1)
     num_workers: int | None = flag(None, "data workers per process (default: by the CPU cores, at most 8)", group="run", minimum=0)
     cache_dir: str | None = flag(None, "where shard indexes are kept (default: the system's cache)", group="run")
@@ -94,173 +123,230 @@ class Settings:
     # fmt: on
 
 
-@dataclass
-class EvalSet:
-    """One of --data. A labelled set has class names and one split; pairs have ``attack`` and ``clean``, or one split."""
-
-    labelled: bool
-    splits: dict[str, LabelledSet]
-
-
-@dataclass
-class Model:
-    """One of --model, on the device."""
-
-    name: str
-    clip: CLIPModel
-    processor: CLIPProcessor
-    encoder: ImageEncoder
-    device: torch.device
-
-    @property
-    def logit_scale(self) -> float:
-        return float(self.clip.logit_scale.detach().exp())
-
-    @property
-    def transform(self) -> ImageTransform:
-        return ImageTransform.from_processor(self.processor.image_processor)
-
-    def texts(self, templates: Sequence[str], *, per_prompt: bool = False) -> TextTable:
-        return TextTable(self.clip, self.processor, templates or ["{c}"], self.device, per_prompt=per_prompt)
-
-    def embed(self, table: TextTable, weight: Tensor | None = None) -> Callable:
-        """(images, texts) -> unit embeddings, both through a head ``weight`` (D, D) where one is given."""
-
-        def embeds(images: Tensor, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-            image_embeds = images.to(self.device)
-            if images.dtype == torch.uint8:
-                image_embeds = self.encoder(to_pixel_values(images, self.device))
-            prompt_embeds = table(texts)
-            if weight is not None:
-                image_embeds, prompt_embeds = image_embeds @ weight.T, prompt_embeds @ weight.T
-            return F.normalize(image_embeds, dim=-1), ensemble(prompt_embeds)
-
-        return embeds
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse_settings(Settings, argv, description=__doc__)
     check_settings(settings)
-    accelerator = start_accelerator(seed=settings.seed)
-    results_path = Path(settings.output_dir) / "results.json"
-    for model in settings.model:
-        check_model(model, "--model")
+    accelerator = start_accelerator(seed=settings.seed, days_of_patience=DAYS_OF_PATIENCE)
     sets = {name: from_main_process(accelerator, lambda name=name: open_data(settings, name)) for name in settings.data}
-    for name, data in sets.items():
-        if not wanted_jobs(settings, accelerator, settings.model[0], name, data):
-            raise UserError(
-                f"--data {name}: preference pairs, for which nothing that was asked for is defined; expected --attack clean "
-                f"or typographic, or, for pairs in {settings.split}/ and {settings.val_split}/, --measure head_t"
-            )
-    results = from_main_process(accelerator, lambda: read_results(results_path))
+    revisions = {
+        name: from_main_process(accelerator, lambda name=name: model_revision(name))
+        for name in dict.fromkeys([*settings.model, settings.reference_model_name_or_path])
+        if name is not None
+    }
+    jobs = {
+        (model, name): wanted_jobs(settings, revisions, model, name, data)
+        for model in settings.model
+        for name, data in sets.items()
+    }
+    for name in sets:
+        if not jobs[settings.model[0], name]:
+            raise nothing_to_measure(settings, name, sets[name])
+    results = from_main_process(accelerator, lambda: Results(settings.output_dir))
     reference = None
-    if "retention" in settings.measure:
-        reference = load(settings.reference_model_name_or_path, accelerator, "--reference_model_name_or_path")
 
     for name in settings.model:
-        missing = [
-            (set_name, job)
-            for set_name, data in sets.items()
-            for job in wanted_jobs(settings, accelerator, name, set_name, data)
-            if any(find_result(results, cell) is None for cell in job)
-        ]
-        if not missing:
+        missing = {
+            set_name: [job for job in jobs[name, set_name] if any(results.find(cell) is None for cell in job)]
+            for set_name in sets
+        }
+        if not any(missing.values()):
             continue
         model = load(name, accelerator, "--model")
-        for set_name, job in missing:
-            found = measure(settings, accelerator, model, reference, sets[set_name], job)
-            results += [
-                cell | NO_CORRUPTION | {"value": value, "ci95": interval, "n": n}
-                for cell, value, interval, n in found
-                if find_result(results, cell) is None  # a job may have been measured in part, at other t
-            ]
-            if accelerator.is_main_process:
-                write_results(results_path, results)
+        if reference is None and {"retention", "fidelity"} & set(settings.measure):
+            reference = load(settings.reference_model_name_or_path, accelerator, "--reference_model_name_or_path")
+        for set_name, set_jobs in missing.items():
+            classifier = None
+            for job in set_jobs:
+                if classifier is None and needs_classifier(sets[set_name], job):
+                    classifier = make_classifier(settings, accelerator, model, sets[set_name], job[0])
+                findings = measure(settings, accelerator, model, reference, classifier, sets[set_name], job)
+                for finding in findings:
+                    if results.find(finding.cell) is None:  # a job may have been measured in part, at other t
+                        results.add(finding.cell, finding.value, finding.interval, finding.n)
+                    if accelerator.is_main_process:
+                        keep(results, finding)
+                if accelerator.is_main_process:
+                    results.write()
 
     if accelerator.is_main_process:
-        print_tables(settings, accelerator, sets, results)
+        print_tables(settings, sets, jobs, results)
     if settings.query:
         draw_retrieved(settings, accelerator, sets, results)
+    if accelerator.is_main_process:
+        from utils.report import write_report
+
+        print(f"{write_report(settings.output_dir)} written")
     accelerator.end_training()
 
 
 def check_settings(settings: Settings) -> None:
     """What can be said before anything is read."""
     word_style(settings)
-    if "retention" in settings.measure and not settings.reference_model_name_or_path:
+    for measure in ("retention", "fidelity"):
+        if measure in settings.measure and not settings.reference_model_name_or_path:
+            raise UserError(
+                f"--measure {measure}: compared with what? name the original model with --reference_model_name_or_path"
+            )
+    for name in settings.model:
+        config = check_model(name, "--model", SUPPORTED_MODEL_TYPES + VISION_MODEL_TYPES)
+        with_text = [measure for measure in settings.measure if measure not in ("accuracy", "fidelity")]
+        with_text += [attack for attack in settings.attack if attack == "typographic"]
+        if config.model_type not in SUPPORTED_MODEL_TYPES and (settings.classifier == "zero_shot" or with_text):
+            what = f"--classifier {settings.classifier}" if settings.classifier == "zero_shot" else with_text[0]
+            raise UserError(
+                f"--model {name}: a {config.model_type} has no text tower, which {what} needs; give it a --linear_head file "
+                "with --classifier linear_head, or learn one with --classifier linear_probe or knn"
+            )
+        if "head_t" in settings.measure:
+            load_head(name)
+    if (settings.classifier == "linear_head") != (settings.linear_head is not None):
         raise UserError(
-            "--measure retention: compared with what? name the original model with --reference_model_name_or_path"
+            f"--classifier {settings.classifier} and --linear_head {settings.linear_head} do not go together; a file needs "
+            "--classifier linear_head and the other way round"
         )
-    if "head_t" in settings.measure:
-        for model in settings.model:
-            load_head(model)
+    followed = [attack for attack in settings.attack if attack in ("pgd", "apgd")]
+    if settings.classifier == "knn" and followed:
+        raise UserError(
+            f"--attack {followed[0]}: nearest neighbours have no gradient worth following, the figure would be too high; use "
+            "--classifier linear_probe, or square"
+        )
+    if "square" in settings.attack:
+        try:
+            import pyautoattack  # noqa: F401
+        except ImportError:
+            raise UserError("--attack square: needs the package pyautoattack; pip install pyautoattack") from None
     settings.t = sorted({*settings.t, 0.0, 1.0})
 
 
 def load(name: str, accelerator: Accelerator, flag: str) -> Model:
+    """A model in float32, whatever precision the accelerate config asks for: figures are judged in float32."""
+    device = accelerator.device
+    if check_model(name, flag, SUPPORTED_MODEL_TYPES + VISION_MODEL_TYPES).model_type in VISION_MODEL_TYPES:
+        encoder, image_processor = load_vision_model(name, flag)
+        return Model(name, encoder.to(device).eval(), ImageTransform.from_processor(image_processor), device)
     clip, processor = load_clip(name, flag)
-    encoder = make_encoder(clip, processor, compute_dtype(accelerator)).to(accelerator.device).eval()
-    return Model(name, clip, processor, encoder, accelerator.device)
+    transform = ImageTransform.from_processor(processor.image_processor)
+    return Model(name, make_encoder(clip, processor).to(device).eval(), transform, device, clip, processor)
 
 
 def open_data(settings: Settings, name: str) -> EvalSet:
     """Finds a set's shards, class names and templates, and counts its samples."""
     folder = Path(name)
     if not folder.is_dir():
-        raise UserError(
-            f"--data {name}: no such directory; expected a data set with classnames.txt and {settings.split}/"
-        )
+        if folder.exists() or name.count("/") < 1 or name.startswith(("/", ".")):
+            raise UserError(
+                f"--data {name}: no such directory; expected a data set with classnames.txt and {settings.split}/, or the "
+                "name of one on the hub, such as clip-benchmark/wds_cifar10"
+            )
+        splits = [settings.split, *([settings.train_split] if settings.classifier in ("linear_probe", "knn") else [])]
+        folder = [hub_set(name, split, settings.cache_dir) for split in splits][-1]  # one folder for all
+    published = find_published(folder)
+    if published is not None:
+        return open_published(settings, name, folder, published)
     options = {"flag": "--data", "cache_dir": settings.cache_dir}
     packed = pack_pair_folder(folder, settings.cache_dir)
     if packed:
         return EvalSet(False, {"attack": open_set([packed], with_classes=False, **options)})
     labelled = settings.classnames is not None or (folder / "classnames.txt").exists()
-    splits = [settings.split]
+    learns = labelled and settings.classifier in ("linear_probe", "knn")
+    splits = {settings.split: "--split"} | ({settings.train_split: "--train_split"} if learns else {})
     if not labelled and (folder / "attack").is_dir():
-        splits = [split for split in ("attack", "clean") if (folder / split).is_dir()]
+        splits = {split: "--split" for split in ("attack", "clean") if (folder / split).is_dir()}
     elif not labelled and "head_t" in settings.measure:
-        splits.append(settings.val_split)
-    for split in splits:
+        splits[settings.val_split] = "--val_split"
+    for split, its_flag in splits.items():
         if not (folder / split).is_dir():
             found = sorted(path.name for path in folder.iterdir() if path.is_dir())
-            flag = "--split" if split == settings.split else "--val_split"
             raise UserError(
-                f"--data {name}: no split {split!r}; found {', '.join(found) or 'no folder'}; name one with {flag}"
+                f"--data {name}: no split {split!r}; found {', '.join(found) or 'no folder'}; name one with {its_flag}"
             )
     if labelled:
         options["classnames"] = settings.classnames
-    return EvalSet(
-        labelled, {split: open_set([str(folder / split)], with_classes=labelled, **options) for split in splits}
+    opened = {split: open_set([str(folder / split)], with_classes=labelled, **options) for split in splits}
+    if not labelled:
+        return EvalSet(False, opened)
+    return EvalSet(True, opened, opened[settings.split].classnames, opened[settings.split].templates)
+
+
+def open_published(settings: Settings, name: str, folder: Path, published: Any) -> EvalSet:
+    """CIFAR-10-C or ImageNet-C files, whose class names have to come from somewhere."""
+    if settings.classnames == "imagenet" or (settings.classnames is None and published.num_classes == 1000):
+        classnames, templates = imagenet_prompts()
+    elif settings.classnames is None and not (folder / "classnames.txt").exists():
+        raise UserError(
+            f"--data {name}: published corruptions of {published.num_classes} classes without names; name a file with one "
+            "class name per line with --classnames, or put classnames.txt there"
+        )
+    else:
+        path = Path(settings.classnames or folder / "classnames.txt")
+        classnames = read_classnames(path)
+        templates = read_templates(path.parent / "zeroshot_classification_templates.txt")
+    if len(classnames) != published.num_classes:
+        raise UserError(
+            f"--data {name}: {published.num_classes} classes in the files, {len(classnames)} names; give the names of these "
+            "classes with --classnames, one per line in the order of the labels"
+        )
+    return EvalSet(True, {}, classnames, templates, published)
+
+
+def nothing_to_measure(settings: Settings, name: str, data: EvalSet) -> UserError:
+    if data.published is not None:
+        return UserError(
+            f"--data {name}: published corruptions (of {', '.join(data.published.corruptions)}), for which only --attack "
+            "corruptions is defined, with --corruptions among these"
+        )
+    return UserError(
+        f"--data {name}: preference pairs, for which nothing that was asked for is defined; expected --attack clean "
+        f"or typographic, or, for pairs in {settings.split}/ and {settings.val_split}/, --measure head_t"
     )
 
 
 def wanted_jobs(
-    settings: Settings, accelerator: Accelerator, model: str, dataset: str, data: EvalSet
-) -> list[list[dict[str, Any]]]:
+    settings: Settings, revisions: dict[str, str], model: str, dataset: str, data: EvalSet
+) -> list[list[Cell]]:
     """The figures asked for, those that come from one pass together. Two equal cells are the same measurement."""
     common = {"model": model, "dataset": dataset, "seed": settings.seed}
     split = settings.split if data.labelled or "attack" not in data.splits else None
-    reading = {"split": split, "num_samples": settings.num_samples, "classnames": settings.classnames}
-    reading["compute_dtype"] = str(compute_dtype(accelerator)).removeprefix("torch.")
+    reading = {"split": split, "num_samples": settings.num_samples, "model_revision": revisions[model]}
+    if data.labelled:
+        reading |= {"prompts": text_hash([*data.classnames, "", *data.templates]), "classifier": settings.classifier}
+        if settings.classifier != "zero_shot":
+            own = {"linear_head": settings.linear_head, "linear_probe": settings.train_split}
+            reading["classifier_revision"] = own.get(settings.classifier, settings.train_split)
     words = json.loads(json.dumps(asdict(word_style(settings))))  # lists, as results.json gives them back
+    gradients = {"loss": "cross-entropy", "attack_dtype": settings.attack_dtype}
+    zero_shot = data.labelled and data.published is None and settings.classifier == "zero_shot"
+    jobs: list[list[Cell]] = []
 
-    def cell(measure: str, attack: str = "clean", eps: float | None = None, **more: Any) -> dict[str, Any]:
-        return common | {"measure": measure, "attack": attack, "eps": eps, "settings": reading | more}
+    def cell(measure: str, attack: str = "clean", **more: Any) -> Cell:
+        where = {name: more.pop(name, None) for name in ("eps", "corruption", "severity", "sigma")}
+        return common | {"measure": measure, "attack": attack} | where | {"settings": reading | more}
 
-    jobs = []
+    if "accuracy" in settings.measure and data.published is not None:
+        if "corruptions" in settings.attack:
+            jobs += [
+                [cell("accuracy", "corruptions", corruption=corruption, severity=severity, files="published")]
+                for corruption in settings.corruptions
+                if corruption in data.published.corruptions
+                for severity in settings.severities
+            ]
+        return jobs
     if "accuracy" in settings.measure:
         if "clean" in settings.attack and (data.labelled or "attack" not in data.splits or "clean" in data.splits):
             jobs.append([cell("accuracy")])
-        if "pgd" in settings.attack and data.labelled:
-            for eps in settings.eps:
-                step_size = settings.attack_step_size or eps / 4
-                attack = {"attack_steps": settings.attack_steps, "attack_step_size": step_size, "loss": "cross-entropy"}
-                jobs.append([cell("accuracy", "pgd", eps, **attack)])
-        if "typographic" in settings.attack:
+        if data.labelled:
+            jobs += [[attacked] for attacked in attacked_cells(settings, data, cell, gradients)]
+        if "typographic" in settings.attack and (zero_shot or not data.labelled):
             style = {"words": words} if data.labelled else {}
             jobs.append([cell(figure, "typographic", **style) for figure in ("accuracy", "follows_word")])
+    compared = {"reference": settings.reference_model_name_or_path}
+    compared["reference_revision"] = revisions.get(settings.reference_model_name_or_path)
+    if "interpretability" in settings.measure and data.labelled:
+        jobs.append([cell("interpretability", descriptions=text_hash(interpretability_templates()))])
+    if "fidelity" in settings.measure and data.labelled:
+        jobs.append([cell(figure, **compared) for figure in FIDELITY])
     if "retention" in settings.measure and data.labelled:
-        jobs.append([cell("retention", reference=settings.reference_model_name_or_path)])
+        jobs.append([cell("retention", **compared)])
     if "fairness" in settings.measure and data.labelled:
         jobs.append([cell(figure, top_k=settings.top_k) for figure in FAIRNESS])
     if "head_t" in settings.measure and "attack" not in data.splits:  # t* needs validation pairs of its own
@@ -270,19 +356,80 @@ def wanted_jobs(
         job += [cell(figure, "typographic", t=t, **style) for figure in figures for t in settings.t]
         if not data.labelled:
             tolerance = settings.task_tolerance
-            job.append(cell(NEUTRAL, "typographic", task_tolerance=tolerance, candidates=settings.t, **style))
+            job.append(cell("neutral_t", "typographic", task_tolerance=tolerance, candidates=settings.t, **style))
         jobs.append(job)
         if "fairness" in settings.measure and data.labelled:
             jobs.append([cell(figure, top_k=settings.top_k, t=t) for t in settings.t for figure in FAIRNESS])
     return jobs
 
 
-def find_result(results: list[dict[str, Any]], cell: dict[str, Any]) -> dict[str, Any] | None:
-    """The finished measurement of this cell, or None."""
-    return next((result for result in results if cell.items() <= result.items()), None)
+def attacked_cells(
+    settings: Settings, data: EvalSet, cell: Callable[..., Cell], gradients: dict[str, Any]
+) -> list[Cell]:
+    """The attacks on labelled images that were asked for, in the order of ``ATTACKS``."""
+    cells = []
+    if "pgd" in settings.attack:
+        for eps in settings.eps:
+            step_size = settings.attack_step_size or eps / 4
+            steps = {"attack_steps": settings.attack_steps, "attack_step_size": step_size}
+            cells.append(cell("accuracy", "pgd", eps=eps, **gradients, **steps))
+    if "apgd" in settings.attack:
+        others = len(data.classnames) - 1
+        if others < 1:
+            raise UserError("--attack apgd: the set has one class only, no image of it can be classified wrongly")
+        runs = {
+            "apgd_steps": settings.apgd_steps,
+            "apgd_targets": min(settings.apgd_targets, others),
+            "targeted_loss": "difference of logits ratio" if others > 2 else "margin, for fewer than 4 classes",
+            "restarts": 1,
+        }
+        cells += [cell("accuracy", "apgd", eps=eps, **gradients, **runs) for eps in settings.eps]
+    if "square" in settings.attack:
+        cells += [cell("accuracy", "square", eps=eps, square_queries=settings.square_queries) for eps in settings.eps]
+    if "gaussian_noise" in settings.attack:
+        cells += [cell("accuracy", "gaussian_noise", sigma=sigma) for sigma in settings.sigma]
+    if "corruptions" in settings.attack:
+        require_package()
+        cells += [
+            cell("accuracy", "corruptions", corruption=corruption, severity=severity, files="made from clean images")
+            for corruption in settings.corruptions
+            for severity in settings.severities
+        ]
+    return cells
 
 
-Measured = tuple[dict[str, Any], float, list[float] | None, int]  # a cell, its value, its 95 % interval, n
+def text_hash(texts: Sequence[str]) -> str:
+    return hashlib.blake2b("\n".join(texts).encode(), digest_size=6).hexdigest()
+
+
+def needs_classifier(data: EvalSet, job: Sequence[Cell]) -> bool:
+    """Accuracy of a labelled set by its classes, other than through texts of each image's own."""
+    cell = job[0]
+    return data.labelled and cell["measure"] == "accuracy" and cell["attack"] != "typographic" and "t" not in cell["settings"]  # fmt: skip
+
+
+def make_classifier(settings: Settings, accelerator: Accelerator, model: Model, data: EvalSet, cell: Cell) -> Callable:
+    """image_embeds (B, D) -> logits (B, C): the set's classes by text, by a file, or learnt from its training images."""
+    num_classes = len(data.classnames)
+    if settings.classifier == "zero_shot":
+        class_embeds, logit_scale = class_prompts(model.clip, model.processor, data, model.device)
+        return LinearClassifier(class_embeds, scale=logit_scale, normalise=True)
+    if settings.classifier == "linear_head":
+        return read_linear_head(settings.linear_head, model.encoder.embed_dim, num_classes).to(model.device)
+    if settings.classifier == "knn":
+        features, labels = train_features(settings, accelerator, model, data, cell)
+        return KnnClassifier(features, labels, num_classes).to(model.device)
+    # A probe is kept, so that it need not be learnt again and can be given as a --linear_head.
+    only = {"model": model.name, "dataset": cell["dataset"], "measure": "probe", "attack": settings.train_split}
+    fixed = ("split", "model_revision", "prompts")
+    learnt = dict.fromkeys(cell) | only | {"settings": {name: cell["settings"][name] for name in fixed}}
+    path = Path(settings.output_dir) / "probes" / f"{cell_name(learnt)}.safetensors"
+    if not from_main_process(accelerator, path.exists):
+        features, labels = train_features(settings, accelerator, model, data, cell)
+        if accelerator.is_main_process:
+            save_linear_head(path, fit_linear_probe(features, labels, num_classes))
+        accelerator.wait_for_everyone()
+    return read_linear_head(path, model.encoder.embed_dim, num_classes).to(model.device)
 
 
 def measure(
@@ -290,308 +437,66 @@ def measure(
     accelerator: Accelerator,
     model: Model,
     reference: Model | None,
+    classifier: Callable | None,
     data: EvalSet,
-    job: list[dict[str, Any]],
-) -> list[Measured]:
+    job: list[Cell],
+) -> list[Finding]:
     """The figures of one job, from all processes together."""
     first = job[0]
-    strengths = [cell["settings"]["t"] for cell in job if "t" in cell["settings"]]
     if first["measure"] in FAIRNESS:
         return measure_fairness(settings, accelerator, model, data, job)
-    if strengths:
+    if any("t" in cell["settings"] for cell in job):
         return measure_head(settings, accelerator, model, data, job)
+    if first["measure"] in FIDELITY:
+        return measure_fidelity(settings, accelerator, model, reference, data, job)
     if first["measure"] == "retention":
-        dataset = preference_dataset(settings, model, data, attacks=0)
-        rows = judged(settings, accelerator, model, data, dataset, first, reference)
-        kl = rows["kl"]
-        return [(first, sum(kl) / len(kl), list(mean_interval(kl)), len(kl))]
-    if data.labelled and first["attack"] != "typographic":
-        correct = labelled_accuracy(settings, accelerator, model, data, first)
-        return [share(first, correct)]
-    if first["attack"] == "typographic":
-        dataset = preference_dataset(settings, model, data, split="attack")
-        rows = judged(settings, accelerator, model, data, dataset, first)
-        return [share(job[0], rows.get("chosen", [])), share(job[1], rows.get("rejected", []))]
-    # The clean half of a pair set is judged by the same texts; in a single split, the rows of the regulariser are.
-    dataset = preference_dataset(settings, model, data, split="clean")
-    rows = judged(settings, accelerator, model, data, dataset, first)
-    return [share(first, rows.get("chosen" if "clean" in data.splits else "clean", []))]
+        return [measure_retention(settings, accelerator, model, reference, data, first)]
+    if first["measure"] == "interpretability":
+        return [measure_interpretability(settings, accelerator, model, data, first)]
+    if needs_classifier(data, job):
+        return [measure_accuracy(settings, accelerator, model, classifier, data, first)]
+    return measure_pairs(settings, accelerator, model, data, job)
 
 
-def share(cell: dict[str, Any], outcomes: Sequence[bool]) -> Measured:
-    """A share of successes with its Wilson interval."""
-    if not len(outcomes):
-        raise UserError(f"--data {cell['dataset']}: no readable sample for {cell['measure']}, {cell['attack']}")
-    successes = int(sum(outcomes))
-    return cell, successes / len(outcomes), list(wilson_interval(successes, len(outcomes))), len(outcomes)
-
-
-def preference_dataset(
-    settings: Settings, model: Model, data: EvalSet, *, split: str | None = None, attacks: int = 1
-) -> PreferenceDataset:
-    """A labelled set with words written on it, or a split of pairs: ``split`` if there is one of this name."""
-    if not data.labelled:
-        chosen = data.splits.get(split) or data.splits[settings.split]
-        return PairDataset(chosen.index, model.transform, order="sequential")
-    labelled = data.splits[settings.split]
-    return TypographicDataset(
-        labelled.index,
-        model.transform,
-        order="sequential",
-        classnames=labelled.classnames,
-        style=word_style(settings),
-        attacks_per_image=attacks,
-        seed=settings.seed,
-        fixed_epoch=-1,
-        flag="--data",
-    )
-
-
-def judged(
-    settings: Settings,
-    accelerator: Accelerator,
-    model: Model,
-    data: EvalSet,
-    dataset: PreferenceDataset,
-    cell: dict[str, Any],
-    reference: Model | None = None,
-) -> dict[str, list]:
-    """``choices`` of the model on every row, in the set's order, from all processes together."""
-    templates = next(iter(data.splits.values())).templates
-    with reading(settings, accelerator, dataset, cell) as batches:
-        own = judge(
-            batches,
-            model.embed(model.texts(templates)),
-            reference.embed(reference.texts(templates)) if reference else None,
-            model.logit_scale,
+def keep(results: Results, finding: Finding) -> None:
+    """What lies beside a figure: records first, so that a figure in results.json always has them."""
+    for text in finding.warnings:
+        results.warn(finding.cell, text)
+    if finding.rows:
+        results.write_records(finding.cell, finding.rows)
+    if finding.pictures:
+        clean, attacked = (
+            torch.stack([torch.from_numpy(one) for one in images])
+            for images in zip(*((one.clean, one.attacked) for one in finding.pictures))
         )
-    return merge_rows(accelerator, own)
+        results.write_pictures(finding.cell, clean, attacked, [one.caption for one in finding.pictures])
 
 
-def merge_rows(accelerator: Accelerator, own: dict[str, list[tuple[int, Any]]]) -> dict[str, list]:
-    """The rows of all processes in the set's order: name -> values."""
-    parts = gather_objects(accelerator, own)
-    names = sorted({name for part in parts for name in part})
-    return {
-        name: [
-            value for _, value in sorted((row for part in parts for row in part.get(name, ())), key=lambda row: row[0])
-        ]
-        for name in names
-    }
-
-
-class reading:
-    """The batches of one pass over a set, with a progress bar; on leaving, what was skipped is weighed.
-
-    ``show(done, fields)`` may be told intermediate figures.
-    """
-
-    def __init__(
-        self, settings: Settings, accelerator: Accelerator, dataset: ShardDataset, cell: dict[str, Any]
-    ) -> None:
-        self.accelerator, self.dataset = accelerator, dataset
-        self.num_samples = min(settings.num_samples or len(dataset), len(dataset))
-        self.skips = SkipCounter(dataset.index, settings.max_bad_fraction)
-        self.loader: DataLoader = eval_loader(
-            dataset,
-            num_samples=self.num_samples,
-            batch_size=settings.batch_size,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            num_workers=default_num_workers() if settings.num_workers is None else settings.num_workers,
-            pin_memory=accelerator.device.type == "cuda",
-        )
-        attack = cell["attack"] if cell["eps"] is None else f"{cell['attack']} eps {cell['eps']:g}"
-        title = f"{cell['model']}  {cell['dataset']}  {cell['measure']}  {attack}"
-        self.progress = RunProgress(title, self.num_samples, enabled=accelerator.is_main_process)
-
-    def __enter__(self) -> reading:
-        self.progress.__enter__()
-        return self
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        seen = 0
-        for batch in count_skipped(self.loader, self.skips):
-            yield batch
-            seen += len(batch["keys"]) * self.accelerator.num_processes
-            self.progress.update(min(self.num_samples, seen))
-
-    def __exit__(self, kind: type | None, *error: object) -> None:
-        if kind is None:
-            self.skips.merge(gather_objects(self.accelerator, self.skips.state())).check()
-            self.progress.update(self.num_samples, report=True)
-        self.progress.__exit__(kind, *error)
-
-
-def labelled_accuracy(
-    settings: Settings, accelerator: Accelerator, model: Model, data: EvalSet, cell: dict[str, Any]
-) -> list[bool]:
-    """Whether each image is classified rightly, clean or under PGD."""
-    labelled = data.splits[settings.split]
-    dataset = ShardDataset(
-        labelled.index,
-        model.transform,
-        order="sequential",
-        with_labels=True,
-        num_classes=len(labelled.classnames),
-    )
-    prompts = class_prompts(model.clip, model.processor, labelled, model.device)
-    with reading(settings, accelerator, dataset, cell) as batches:
-        positions, correct = predictions(
-            model.encoder,
-            batches,
-            *prompts,
-            device=model.device,
-            eps=None if cell["eps"] is None else cell["eps"] / 255,
-            step_size=None if cell["eps"] is None else cell["settings"]["attack_step_size"] / 255,
-            num_steps=settings.attack_steps,
-            seed=settings.seed,
-        )
-    return merge_rows(accelerator, {"correct": list(zip(positions.tolist(), correct.tolist()))})["correct"]
-
-
-def measure_head(
-    settings: Settings, accelerator: Accelerator, model: Model, data: EvalSet, job: list[dict[str, Any]]
-) -> list[Measured]:
-    """Accuracies over the strength of the model's head; the images are embedded once. t* comes from validation pairs."""
-    head = load_head(model.name)
-    weights = dict(zip(settings.t, head_powers(head["weight"].to(model.device), settings.t)))
-    templates = next(iter(data.splits.values())).templates
-
-    def sweep(dataset: PreferenceDataset) -> dict[float, dict[str, list]]:
-        with reading(settings, accelerator, dataset, job[0]) as batches:
-            embedded = [batch | {"images": embed_images(model, batch["images"])} for batch in batches]
-        return {
-            t: merge_rows(accelerator, judge(embedded, model.embed(table, weight), None, model.logit_scale))
-            for t, weight in weights.items()
-        }
-
-    with unfolded(model.clip, head):
-        table = model.texts(templates, per_prompt=True)
-        rows = sweep(preference_dataset(settings, model, data))
-        neutral = None
-        if not data.labelled:
-            val_set = PairDataset(data.splits[settings.val_split].index, model.transform, order="sequential")
-            val_rows = sweep(val_set)
-            val = {
-                name: [sum(val_rows[t][name]) / max(1, len(val_rows[t][name])) for t in settings.t]
-                for name in ("pair", "clean")
-            }
-            neutral = neutral_t(settings.t, val["pair"], val["clean"], settings.task_tolerance)
-    names = {"accuracy": "chosen", "follows_word": "rejected", "pair_accuracy": "pair"}
-    found: list[Measured] = []
-    for cell in job:
-        if cell["measure"] == NEUTRAL:
-            found.append((cell, neutral, None, len(val_rows[0.0]["pair"])))
-        else:
-            name = "clean" if cell["attack"] == "clean" else names[cell["measure"]]
-            found.append(share(cell, rows[cell["settings"]["t"]].get(name, [])))
-    return found
-
-
-@torch.no_grad()
-def embed_images(model: Model, images: Tensor) -> Tensor:
-    """uint8 (N, 3, H, W) -> image_embeds (N, D); no image gives no embedding."""
-    if not len(images):
-        return torch.empty(0, model.encoder.embed_dim, device=model.device)
-    return model.encoder(to_pixel_values(images, model.device))
-
-
-def measure_fairness(
-    settings: Settings, accelerator: Accelerator, model: Model, data: EvalSet, job: list[dict[str, Any]]
-) -> list[Measured]:
-    """Retrieval by the class prompts, and classification, between the images' attributes; over t where the job asks."""
-    labelled = data.splits[settings.split]
-    dataset = AttributeDataset(labelled.index, model.transform, num_classes=len(labelled.classnames))
-    strengths = list(dict.fromkeys(cell["settings"].get("t") for cell in job))
-    head = load_head(model.name) if strengths != [None] else None
-    own: list[tuple[int, tuple]] = []
-    with unfolded(model.clip, head) if head else torch.no_grad():
-        with reading(settings, accelerator, dataset, job[0]) as batches:
-            for batch in batches:
-                embeds = embed_images(model, batch["images"]).cpu().numpy()
-                own += zip(batch["positions"].tolist(), zip(embeds, batch["labels"].tolist(), batch["attributes"]))
-        images, labels, attributes = zip(*merge_rows(accelerator, {"images": own})["images"])
-        images, labels = torch.stack([torch.from_numpy(image) for image in images]), torch.tensor(labels)
-        names = sorted(set(attributes))
-        groups = torch.tensor([names.index(attribute) for attribute in attributes])
-        if settings.top_k >= len(images):
-            raise UserError(
-                f"--top_k {settings.top_k}: {job[0]['dataset']} holds {len(images)} images; K must be smaller than the pool, "
-                "or MaxSkew no longer depends on the model"
-            )
-        if len(names) < 2:
-            raise UserError(
-                f"--measure fairness: {job[0]['dataset']} knows one attribute only ({names[0]}); expected at least two"
-            )
-        figures, table = {}, model.texts(labelled.templates, per_prompt=head is not None)
-        weights = head_powers(head["weight"].to(model.device), strengths) if head else [None]
-        for t, weight in zip(strengths, weights):
-            with torch.no_grad():
-                unit, texts = model.embed(table, weight)(images, labelled.classnames)
-            figures[t] = fairness_figures((texts @ unit.T).cpu(), labels, groups, settings.top_k)
-    return [(cell, figures[cell["settings"].get("t")][cell["measure"]], None, len(images)) for cell in job]
-
-
-def fairness_figures(similarities: Tensor, labels: Tensor, groups: Tensor, top_k: int) -> dict[str, float]:
-    """All of ``FAIRNESS`` from similarities (C, N) of class prompts and images; desired are the pool's own shares."""
-    num_classes, desired = len(similarities), torch.bincount(groups) / len(groups)
-    predicted = similarities.argmax(dim=0)
-    worst, gap = worst_group_accuracy_and_gap(predicted == labels, groups, len(desired))
-    opportunity = equal_opportunity_difference(predicted, labels, groups, num_classes)
-    return retrieval_fairness(similarities, groups, desired, top_k) | {
-        "parity_difference": demographic_parity_difference(predicted, groups, num_classes).mean().item(),
-        "opportunity_difference": opportunity.nanmean().item(),
-        "worst_group_accuracy": worst,
-        "group_gap": gap,
-    }
-
-
-def draw_retrieved(
-    settings: Settings, accelerator: Accelerator, sets: dict[str, EvalSet], results: list[dict[str, Any]]
-) -> None:
+def draw_retrieved(settings: Settings, accelerator: Accelerator, sets: dict[str, EvalSet], results: Results) -> None:
     """The best images of every --query by every model; a model with a head at t = 0, at its t* if known, and at t = 1."""
     from utils.figures import draw_grid
 
     for set_name, data in sets.items():
-        if not data.labelled:
+        if not data.labelled or data.published is not None:
             continue
-        rows = []
+        rows: list[tuple[str, str, list[int]]] = []
         for name in settings.model:
             model = load(name, accelerator, "--model")
-            labelled = data.splits[settings.split]
-            dataset = ShardDataset(labelled.index, model.transform, order="sequential")
             head = load_head(name) if (Path(name) / HEAD_FILE).exists() else None
-            cell = {"model": name, "dataset": set_name, "measure": "retrieval", "attack": "clean", "eps": None}
-            own: list[tuple[int, Any]] = []
-            with unfolded(model.clip, head) if head else torch.no_grad():
-                with reading(settings, accelerator, dataset, cell) as batches:
-                    for batch in batches:
-                        own += zip(batch["positions"].tolist(), embed_images(model, batch["images"]).cpu().numpy())
-                positions = sorted(position for part in gather_objects(accelerator, own) for position, _ in part)
-                images = torch.stack(
-                    [torch.from_numpy(row) for row in merge_rows(accelerator, {"images": own})["images"]]
-                )
-                known = [r["value"] for r in results if (r["model"], r["measure"]) == (name, NEUTRAL)]
-                neutral = known[-1] if known else None
-                for t in [None] if head is None else sorted({0.0, 1.0} | ({neutral} if neutral is not None else set())):
-                    weight = None if t is None else head_power(head["weight"], t).to(model.device)
-                    with torch.no_grad():
-                        unit, texts = model.embed(model.texts(["{c}"], per_prompt=True), weight)(images, settings.query)
-                    label = Path(name).name + ("" if t is None else f"\nt{'*' if t == neutral else ''} = {t:g}")
-                    rows += [(query, label, order) for query, order in zip(settings.query, best_first(texts @ unit.T))]
+            known = [r["value"] for r in results.results if (r["model"], r["measure"]) == (name, "neutral_t")]
+            strengths = [None] if head is None else sorted({0.0, 1.0, *known[-1:]})
+            where = {"eps": None, "corruption": None, "severity": None, "sigma": None}
+            cell = {"model": name, "dataset": set_name, "measure": "retrieval", "attack": "clean"} | where
+            for t, lines in retrieved(settings, accelerator, model, data, cell, head, strengths).items():
+                label = Path(name).name + ("" if t is None else f"\nt{'*' if t in known[-1:] else ''} = {t:g}")
+                rows += [(query, label, line) for query, line in zip(settings.query, lines)]
         if accelerator.is_main_process:
             path = Path(settings.output_dir) / f"retrieval_{Path(set_name).name}.png"
+            dataset = ShardDataset(data.splits[settings.split].index, model.transform, order="sequential")
             grid = [
-                (
-                    label,
-                    [
-                        (dataset[0, positions[i], positions[i]]["image"], query if n == 0 else "")
-                        for n, i in enumerate(order)
-                    ],
-                )
+                (label, [(dataset[0, i, i]["image"], "" if n else query) for n, i in enumerate(line)])
                 for query in settings.query
-                for of_query, label, order in rows
+                for of_query, label, line in rows
                 if of_query == query
             ]
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -599,94 +504,60 @@ def draw_retrieved(
             print(f"{path} written")
 
 
-def best_first(similarities: Tensor) -> list[list[int]]:
-    """The places of the most similar images of every query, at most ``RETRIEVED``. (Q, N)."""
-    return similarities.argsort(dim=1, descending=True, stable=True)[:, :RETRIEVED].tolist()
-
-
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """The results of an earlier call with this output_dir, to go on with."""
-    if not path.exists():
-        return []
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        if report["schema_version"] != SCHEMA_VERSION:
-            raise UserError(
-                f"--output_dir {path.parent}: results.json has schema version {report['schema_version']}, this program "
-                f"writes {SCHEMA_VERSION}; give another directory"
-            )
-        return report["results"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(
-            f"--output_dir {path.parent}: results.json is not a report ({error}); give another directory"
-        ) from None
-
-
-def write_results(path: Path, results: list[dict[str, Any]]) -> None:
-    """Replaces results.json, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    environment = versions() | {"device": device}
-    report = {"schema_version": SCHEMA_VERSION, "environment": environment, "results": results}
-    aside = path.with_suffix(".json.tmp")
-    aside.write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
-    os.replace(aside, path)
-
-
 def print_tables(
-    settings: Settings, accelerator: Accelerator, sets: dict[str, EvalSet], results: list[dict[str, Any]]
+    settings: Settings, sets: dict[str, EvalSet], jobs: dict[tuple[str, str], list[list[Cell]]], results: Results
 ) -> None:
     """Accuracies, one row per model and set; then every other figure in a line; then what the heads' strength does."""
-    asked = [
-        (model, name, job)
-        for model in settings.model
-        for name, data in sets.items()
-        for job in wanted_jobs(settings, accelerator, model, name, data)
-    ]
-    cells = [(model, name, cell) for model, name, job in asked for cell in job]
-    plain = [(model, name, cell) for model, name, cell in cells if "t" not in cell["settings"]]
-    in_columns = [(model, name, cell) for model, name, cell in plain if cell["measure"] in ("accuracy", "follows_word")]
+    cells = [cell for of_set in jobs.values() for job in of_set for cell in job]
+    plain = [cell for cell in cells if "t" not in cell["settings"]]
+    in_columns = [cell for cell in plain if cell["measure"] in ("accuracy", "follows_word")]
     if in_columns:
-        columns = list(dict.fromkeys(column_name(cell) for _, _, cell in in_columns))
-        table = Table(title="Zero-shot accuracy in %, with Wilson 95 % intervals")
-        for title in ("model", "data"):
-            table.add_column(title, overflow="fold")
-        for title in ("n", *columns):
-            table.add_column(title, justify="right")
-        for model in settings.model:
-            for name in sets:
-                found = {
-                    column_name(cell): find_result(results, cell)
-                    for of_model, of_set, cell in in_columns
-                    if (of_model, of_set) == (model, name)
-                }
-                if found:
-                    n = next(iter(found.values()))["n"]
-                    table.add_row(model, name, str(n), *(percent(found.get(column)) for column in columns))
-        wide_console().print(table)
-    others = [entry for entry in plain if entry not in in_columns]
+        print_accuracies(settings, sets, in_columns, results)
+    others = [cell for cell in plain if cell not in in_columns]
     if others:
         table = Table(title="Other figures")
         for title in ("model", "data", "figure", "value"):
             table.add_column(title, overflow="fold", justify="right" if title == "value" else "left")
-        for model, name, cell in others:
-            result = find_result(results, cell)
+        for cell in others:
+            result = results.find(cell)
             interval = "" if result["ci95"] is None else " [{:.4f}, {:.4f}]".format(*result["ci95"])
-            table.add_row(model, name, figure_name(cell), f"{result['value']:.4f}{interval}")
+            table.add_row(cell["model"], cell["dataset"], figure_name(cell), f"{result['value']:.4f}{interval}")
         wide_console().print(table)
     if "head_t" in settings.measure:
         print_strengths(settings, cells, results)
 
 
-def print_strengths(
-    settings: Settings, cells: list[tuple[str, str, dict[str, Any]]], results: list[dict[str, Any]]
-) -> None:
+def print_accuracies(settings: Settings, sets: dict[str, EvalSet], cells: Sequence[Cell], results: Results) -> None:
+    """Corruptions are one column, their mean over kinds and severities: 75 columns are for report.html."""
+
+    def column(cell: Cell) -> str:
+        return column_name(cell) if cell["corruption"] is None else "corruptions, mean"
+
+    columns = list(dict.fromkeys(map(column, cells)))
+    table = Table(title="Accuracy in %, with Wilson 95 % intervals")
+    for title in ("model", "data"):
+        table.add_column(title, overflow="fold")
+    for title in ("n", *columns):
+        table.add_column(title, justify="right")
+    for model in settings.model:
+        for name in sets:
+            found: dict[str, list[dict[str, Any]]] = {}
+            for cell in cells:
+                if (cell["model"], cell["dataset"]) == (model, name):
+                    found.setdefault(column(cell), []).append(results.find(cell))
+            if found:
+                n = next(iter(found.values()))[0]["n"]
+                table.add_row(model, name, str(n), *(percent(found.get(title, [])) for title in columns))
+    wide_console().print(table)
+
+
+def print_strengths(settings: Settings, cells: Sequence[Cell], results: Results) -> None:
     """What every head does at t = 0, t* (where pairs gave one) and t = 1; the curve over all t goes into a picture."""
     from utils.figures import draw_t_sweep
 
     for model in settings.model:
-        found = [find_result(results, cell) for of_model, _, cell in cells if of_model == model]
-        neutral = next((result["value"] for result in found if result["measure"] == NEUTRAL), None)
+        found = [results.find(cell) for cell in cells if cell["model"] == model]
+        neutral = next((result["value"] for result in found if result["measure"] == "neutral_t"), None)
         swept = [result for result in found if "t" in result["settings"]]
         curves: dict[str, dict[float, float]] = {}
         for result in swept:
@@ -714,35 +585,13 @@ def print_strengths(
         print(f"{path} written")
 
 
-def column_name(cell: dict[str, Any]) -> str:
-    if cell["measure"] == "follows_word":
-        return "follows the word"
-    return "clean" if cell["attack"] == "clean" else cell["attack"] + (f" {cell['eps']:g}/255" if cell["eps"] else "")
-
-
-def figure_name(cell: dict[str, Any]) -> str:
-    names = {
-        "retention": "KL to the reference, nats",
-        "max_skew": f"MaxSkew@{cell['settings'].get('top_k')}, mean over classes",
-        "max_skew_worst_query": f"MaxSkew@{cell['settings'].get('top_k')}, worst class",
-        "ndkl": "NDKL",
-        "parity_difference": "demographic parity difference",
-        "opportunity_difference": "equal opportunity difference",
-        "worst_group_accuracy": "worst-group accuracy",
-        "group_gap": "accuracy gap between groups",
-        "follows_word": "follows the word",
-        "pair_accuracy": "chosen text over rejected",
-        NEUTRAL: "neutral t*",
-    }
-    if cell["measure"] == "accuracy":
-        return "accuracy, clean" if cell["attack"] == "clean" else f"accuracy, {cell['attack']}"
-    return names[cell["measure"]]
-
-
-def percent(result: dict[str, Any] | None) -> str:
-    if result is None:
+def percent(found: Sequence[dict[str, Any]]) -> str:
+    """One figure with its interval, or the mean of several, which has none."""
+    if not found:
         return ""
-    return "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in (result["value"], *result["ci95"])))
+    if len(found) > 1:
+        return f"{100 * sum(result['value'] for result in found) / len(found):.1f}"
+    return "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in (found[0]["value"], *found[0]["ci95"])))
 
 
 if __name__ == "__main__":

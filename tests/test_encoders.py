@@ -1,20 +1,37 @@
+import json
+
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPModel, CLIPProcessor
+from transformers import (
+    BitImageProcessorPil,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Dinov2Model,
+)
 
 from tests.small_models import photos, small_encoder
 from utils.attacks import frozen
 from utils.cli import UserError
 from utils.encoders import (
+    SUPPORTED_MODEL_TYPES,
+    VISION_MODEL_TYPES,
     check_model,
     enable_gradient_checkpointing,
     frozen_copy,
     load_clip,
     load_reference,
+    load_vision_model,
     make_encoder,
     save_clip,
 )
+from utils.images import ImageTransform
 
 
 def test_embeddings_are_those_of_the_whole_model(small_clip):
@@ -106,3 +123,138 @@ def test_wrong_models_are_named(small_clip, tmp_path):
     other.embed_dim = 512
     with pytest.raises(UserError, match=r"--reference_model_name_or_path .* into 24 dimensions, the encoder .* 512"):
         load_reference(str(small_clip), other)
+
+
+def save_vision_model(directory, model_class):
+    """A vision model with random weights for 32 px (DINOv2: made for 64 px) and its image processor."""
+    tower = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
+    if issubclass(model_class, (CLIPVisionModel, CLIPVisionModelWithProjection)):
+        config = CLIPVisionConfig(**tower, intermediate_size=64, image_size=32, projection_dim=24)
+        image_processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    else:
+        config = Dinov2Config(**tower, mlp_ratio=2, image_size=64)
+        image_processor = BitImageProcessorPil(
+            size={"shortest_edge": 40},
+            crop_size={"height": 32, "width": 32},
+            image_mean=[0.485, 0.456, 0.406],
+            image_std=[0.229, 0.224, 0.225],
+        )
+    torch.manual_seed(0)
+    model = model_class(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=1.0 / parameter[0].numel() ** 0.5)
+    model.eval().save_pretrained(directory)
+    image_processor.save_pretrained(directory)
+    return model, image_processor
+
+
+VISION_MODELS = (CLIPVisionModelWithProjection, CLIPVisionModel, Dinov2Model)
+
+
+@pytest.mark.parametrize("model_class", VISION_MODELS)
+def test_vision_models_embed_as_transformers_does(model_class, tmp_path):
+    model, image_processor = save_vision_model(tmp_path, model_class)
+    photo = photos(3, size=50)[:, :, :45]
+    pictures = [Image.fromarray((255 * image).byte().permute(1, 2, 0).numpy()) for image in photo]
+    with torch.no_grad():
+        output = model(**image_processor(pictures, return_tensors="pt"))
+    expected = output.image_embeds if model_class is CLIPVisionModelWithProjection else output.pooler_output
+
+    encoder, loaded_processor = load_vision_model(str(tmp_path))
+    transform = ImageTransform.from_processor(loaded_processor)
+    pixel_values = torch.stack([transform(picture) for picture in pictures]).float() / 255
+    with torch.no_grad():
+        found = encoder(pixel_values)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert (encoder.embed_dim, encoder.image_size) == (expected.shape[1], 32)
+    assert not encoder.training
+    assert found.std() > 0.1
+
+    free = pixel_values.requires_grad_(True)
+    with frozen(encoder):
+        (gradient,) = torch.autograd.grad(encoder(free).square().sum(), free)
+    assert gradient.isfinite().all()
+    assert (gradient != 0).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("model_class", VISION_MODELS)
+def test_vision_models_keep_pixels_and_patch_embedding_in_float32(model_class, tmp_path):
+    save_vision_model(tmp_path, model_class)
+    encoder, _ = load_vision_model(str(tmp_path), compute_dtype=torch.bfloat16)
+    seen = {}
+    (patches,) = (module for module in encoder.modules() if isinstance(module, torch.nn.Conv2d))
+    patches.register_forward_hook(lambda m, i, o: seen.update(patches=(i[0].dtype, o.dtype)))
+    next(module for name, module in encoder.named_modules() if name.endswith("mlp.fc1")).register_forward_hook(
+        lambda m, i, o: seen.update(block=o.dtype)
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        embeds = encoder(photos(2))
+    assert seen == {"patches": (torch.float32, torch.float32), "block": torch.bfloat16}
+    assert embeds.dtype == torch.float32
+
+
+def test_processor_files_of_the_hub_load_without_torchvision(tmp_path):
+    save_vision_model(tmp_path / "dinov2", Dinov2Model)
+    save_vision_model(tmp_path / "clip", CLIPVisionModelWithProjection)
+    common = {"do_normalize": True, "do_resize": True, "do_center_crop": True, "resample": 3}
+    common |= {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
+    sizes = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
+    files = {
+        "dinov2": [{"image_processor_type": name} | sizes for name in ("BitImageProcessor", "BitImageProcessorFast")],
+        "clip": [
+            {"feature_extractor_type": "CLIPFeatureExtractor", "size": 36, "crop_size": 32},  # openai's of 2021
+            {"image_processor_type": "CLIPImageProcessor"} | sizes,
+        ],
+    }
+    for folder, configs in files.items():
+        for config in configs:
+            (tmp_path / folder / "preprocessor_config.json").write_text(json.dumps(common | config))
+            encoder, image_processor = load_vision_model(str(tmp_path / folder))
+            assert ImageTransform.from_processor(image_processor) == ImageTransform(36, (32, 32), 3)
+            torch.testing.assert_close(encoder.image_mean.flatten(), torch.tensor([0.5, 0.4, 0.3]))
+            torch.testing.assert_close(encoder.image_std.flatten(), torch.tensor([0.2, 0.3, 0.4]))
+
+
+def test_the_backbone_of_a_classifier_loads(tmp_path):
+    model, _ = save_vision_model(tmp_path, Dinov2ForImageClassification)
+    x = photos(2)
+    encoder, _ = load_vision_model(str(tmp_path))
+    with torch.no_grad():
+        expected = model.dinov2((x - encoder.image_mean) / encoder.image_std).pooler_output
+        torch.testing.assert_close(encoder(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_wrong_vision_models_are_named(small_clip, tmp_path):
+    save_vision_model(tmp_path / "dinov2", Dinov2Model)
+    with pytest.raises(UserError, match=r"model type 'dinov2'; supported: clip$"):
+        check_model(str(tmp_path / "dinov2"), "--model_name_or_path")
+    supported = SUPPORTED_MODEL_TYPES + VISION_MODEL_TYPES
+    assert check_model(str(tmp_path / "dinov2"), "--model", supported).model_type == "dinov2"
+    with pytest.raises(UserError, match=r"^--model .* model type 'clip'; supported: clip_vision_model, dinov2$"):
+        load_vision_model(str(small_clip))
+
+    save_vision_model(tmp_path / "clip", CLIPVisionModel)
+    processor_file = tmp_path / "clip" / "preprocessor_config.json"
+    processor = json.loads(processor_file.read_text())
+    processor_file.write_text(json.dumps(processor | {"crop_size": {"height": 24, "width": 24}}))
+    with pytest.raises(UserError, match=r"its image processor gives 24 px, the model takes 32 px"):
+        load_vision_model(str(tmp_path / "clip"))
+    processor_file.write_text(json.dumps(processor | {"do_center_crop": False}))
+    with pytest.raises(UserError, match=r"its image processor gives no square images"):
+        load_vision_model(str(tmp_path / "clip"))
+    processor_file.unlink()
+    with pytest.raises(UserError, match=r"the model does not load: .*image processor"):
+        load_vision_model(str(tmp_path / "clip"))
+
+
+def test_a_vision_model_that_lacks_weights_is_refused(tmp_path):
+    model, _ = save_vision_model(tmp_path, Dinov2Model)
+    state = model.state_dict()
+    del state["encoder.layer.1.mlp.fc1.weight"], state["layernorm.bias"]
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(
+        UserError, match=r"2 weights of a dinov2 are missing, the first is encoder.layer.1.mlp.fc1.weight"
+    ):
+        load_vision_model(str(tmp_path))

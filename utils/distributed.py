@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -37,8 +38,11 @@ def start_accelerator(
     max_grad_norm: float = 0.0,
     report_to: str = "none",
     output_dir: str | None = None,
+    days_of_patience: float | None = None,
 ) -> Accelerator:
     """The Accelerator for what ``accelerate launch``, ``torchrun`` or plain ``python`` set up; float32 stays float32.
+
+    ``days_of_patience``: how long a process waits for the others in a collective (default: torch's own 10 to 30 minutes).
 
     Raises ``UserError`` where the launcher's processes did not become processes of one group, and for settings that an
     accelerate config cannot ask for here.
@@ -57,8 +61,12 @@ def start_accelerator(
             # Without it a config with several CPU processes runs unsynchronised replicas. With it, or with
             # Accelerator(cpu=True), DeepSpeed is silently turned off.
             os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-        if "RANK" in os.environ:
-            handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    if "RANK" in os.environ:
+        group = {} if torch.cuda.is_available() else {"backend": "gloo"}
+        if days_of_patience is not None:
+            group["timeout"] = timedelta(days=days_of_patience)
+        if group:
+            handlers.append(InitProcessGroupKwargs(**group))
     accelerator = Accelerator(
         gradient_accumulation_steps=gradient_accumulation_steps,
         kwargs_handlers=handlers,

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, CLIPConfig, CLIPModel, CLIPProcessor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+    Dinov2Model,
+    PreTrainedConfig,
+)
 from transformers.utils import logging as transformers_logging
 
 from utils.cli import UserError
+from utils.images import ImageTransform
 
 SUPPORTED_MODEL_TYPES = ("clip",)
+VISION_MODEL_TYPES = ("clip_vision_model", "dinov2")  # without a text tower: evaluated, not trained
 
 
 class ImageEncoder(nn.Module):
@@ -54,6 +67,45 @@ class ImageEncoder(nn.Module):
             return self.visual_projection(pooled).float()
 
 
+class VisionEncoder(nn.Module):
+    """phi of a model without a text tower, with its normalisation inside: DINOv2, or the image half of a CLIP.
+
+    What is embedded is the class token after the final layer norm, through ``visual_projection`` where there is one.
+    Attributes and arithmetic are those of ``ImageEncoder``: pixels, normalisation and patch embedding in float32.
+    """
+
+    def __init__(
+        self,
+        vision_model: nn.Module,
+        visual_projection: nn.Linear | None,
+        image_size: int,
+        image_mean: list[float],
+        image_std: list[float],
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.vision_model = vision_model
+        self.visual_projection = visual_projection
+        self.compute_dtype = compute_dtype
+        self.embed_dim = (
+            vision_model.config.hidden_size if visual_projection is None else visual_projection.out_features
+        )
+        self.image_size = image_size
+        self.register_buffer("image_mean", torch.tensor(image_mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("image_std", torch.tensor(image_std).view(1, 3, 1, 1), persistent=False)
+        for module in vision_model.modules():  # the patch embedding is the only convolution
+            if type(module) is nn.Conv2d:
+                module.__class__ = Float32Conv2d
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(B, 3, H, W) float32 in [0,1] -> image_embeds (B, D), float32, not normalised to unit length."""
+        normalised = (pixel_values - self.image_mean) / self.image_std
+        autocast = self.compute_dtype != torch.float32
+        with torch.autocast(pixel_values.device.type, dtype=self.compute_dtype, enabled=autocast):
+            pooled = self.vision_model(normalised).pooler_output
+            return (pooled if self.visual_projection is None else self.visual_projection(pooled)).float()
+
+
 class TextEncoder(nn.Module):
     """The text tower and projection of a ``CLIPModel``: token ids to un-normalised text embeddings.
 
@@ -83,7 +135,7 @@ class Float32Conv2d(nn.Conv2d):
             return super().forward(pixel_values.float())
 
 
-def check_model(name_or_path: str, flag: str) -> CLIPConfig:
+def check_model(name_or_path: str, flag: str, supported: Sequence[str] = SUPPORTED_MODEL_TYPES) -> PreTrainedConfig:
     """The model's config, read before any weights are: raises ``UserError`` where there is none, or of another type."""
     path = Path(name_or_path)
     if path.exists() and not (path / "config.json").exists():
@@ -96,10 +148,8 @@ def check_model(name_or_path: str, flag: str) -> CLIPConfig:
             f"{flag} {name_or_path}: neither a local model directory nor a model that the Hugging Face hub gave "
             f"({str(error).splitlines()[0][:160]}); check the name, or download it first where there is no internet"
         ) from None
-    if config.model_type not in SUPPORTED_MODEL_TYPES:
-        raise UserError(
-            f"{flag} {name_or_path}: model type {config.model_type!r}; supported: {', '.join(SUPPORTED_MODEL_TYPES)}"
-        )
+    if config.model_type not in supported:
+        raise UserError(f"{flag} {name_or_path}: model type {config.model_type!r}; supported: {', '.join(supported)}")
     return config
 
 
@@ -113,6 +163,65 @@ def load_clip(name_or_path: str, flag: str = "--model_name_or_path") -> tuple[CL
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{flag} {name_or_path}: the model does not load: {str(error).splitlines()[0][:300]}") from None
     return clip, processor
+
+
+def load_vision_model(
+    name_or_path: str, flag: str = "--model", compute_dtype: torch.dtype = torch.float32
+) -> tuple[VisionEncoder, Any]:
+    """The encoder of a model of ``VISION_MODEL_TYPES`` in eval mode, its weights float32, and its image processor.
+
+    A CLIP vision model saved without projection embeds into its hidden size. Raises ``UserError`` for another type of
+    model, for weights that are missing and for images of another size than the model takes.
+    """
+    config = check_model(name_or_path, flag, VISION_MODEL_TYPES)
+    try:
+        with unpartitioned(), quiet_transformers():
+            image_processor = _load_image_processor(name_or_path)
+            if config.model_type == "dinov2":
+                vision_model, missing = _load_pretrained(Dinov2Model, name_or_path)
+                projection = None
+            else:
+                model, missing = _load_pretrained(CLIPVisionModelWithProjection, name_or_path)
+                vision_model, projection = model.vision_model, model.visual_projection
+                if "visual_projection.weight" in missing:
+                    vision_model, missing = _load_pretrained(CLIPVisionModel, name_or_path)
+                    projection = None
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{flag} {name_or_path}: the model does not load: {str(error).splitlines()[0][:300]}") from None
+    missing = sorted(missing - {"embeddings.mask_token"})  # that one is for pre-training
+    if missing:
+        raise UserError(
+            f"{flag} {name_or_path}: {len(missing)} weights of a {config.model_type} are missing, the first is "
+            f"{missing[0]}; expected a directory saved by save_pretrained"
+        )
+    size = ImageTransform.from_processor(image_processor).output_size
+    if size is None or size[0] != size[1]:
+        raise UserError(f"{flag} {name_or_path}: its image processor gives no square images; set its crop_size")
+    # DINOv2 interpolates its position embeddings, CLIP does not.
+    if config.model_type == "clip_vision_model" and size[0] != config.image_size:
+        raise UserError(
+            f"{flag} {name_or_path}: its image processor gives {size[0]} px, the model takes {config.image_size} px; "
+            "correct crop_size in preprocessor_config.json"
+        )
+    mean, std = image_processor.image_mean, image_processor.image_std
+    return VisionEncoder(vision_model, projection, size[0], mean, std, compute_dtype).eval(), image_processor
+
+
+def _load_pretrained(model_class: type, name_or_path: str) -> tuple[Any, set[str]]:
+    """A float32 model and the names of its weights that the file lacks: they are drawn at random."""
+    model, found = model_class.from_pretrained(
+        name_or_path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+    )
+    return model, set(found["missing_keys"])
+
+
+def _load_image_processor(name_or_path: str) -> Any:
+    """The processor that preprocessor_config.json describes, by Pillow: nothing here needs torchvision."""
+    try:
+        return AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False, backend="pil")
+    except ImportError:
+        # Older transformers choose a class only beside torchvision. DINOv2's processor is CLIP's by another name.
+        return CLIPImageProcessorPil.from_pretrained(name_or_path)
 
 
 def make_encoder(clip: CLIPModel, processor: CLIPProcessor, compute_dtype: torch.dtype = torch.float32) -> ImageEncoder:

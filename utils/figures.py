@@ -1,20 +1,64 @@
-"""Pictures for reports: curves over t, rows of retrieved images, sheets of attacked ones. Readable in black and white."""
+"""Pictures for reports: curves over t, rows of retrieved images, sheets of attacked ones, and the panels of report.html.
+
+Readable in black and white: a model has a line style and a marker besides its colour, a bar has a hatch.
+"""
 
 from __future__ import annotations
 
+import io
 import itertools
-from collections.abc import Mapping, Sequence
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 LINES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "v"), ("-", "D"), ("--", "x")]
+# Okabe and Ito's colours, told apart by people with any colour vision; without the yellow, which white swallows.
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#AA4A84", "#444444", "#E69F00", "#56B4E9"]
+HATCHES = ["", "////", "\\\\\\\\", "xxxx", "----", "||||", "++++"]  # lines alone: dots are a quarter of a megabyte
+PANEL_SIZE = (3.9, 2.75)  # inches: at the width of a phone the letters are still 11 px
+
+# Names of models and classes are text, never mathematics; letters stay letters, drawn in the page's own font.
+STYLE = {
+    "text.parse_math": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",
+    "font.size": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#777777",
+    "axes.linewidth": 0.7,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.7,
+    "xtick.color": "#777777",
+    "ytick.color": "#777777",
+    "xtick.labelcolor": "#333333",
+    "ytick.labelcolor": "#333333",
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.5,
+    "hatch.linewidth": 0.7,
+}
+
+Point = tuple[float, float, float | None, float | None]  # x, value, and the ends of its interval where it has one
 
 
-def draw_t_sweep(
-    path: Path, title: str, panels: Mapping[str, Mapping[str, Mapping[float, float]]], neutral: float | None
-) -> None:
+def t_sweep_figure(
+    title: str, panels: Mapping[str, Mapping[str, Mapping[float, float]]], neutral: float | None
+) -> Figure:
     """A panel for each {title: {name: {t: value}}}; t = 0 (the original), 1 (the trained head) and t* are marked."""
     figure = Figure(figsize=(6.2 * len(panels), 5), layout="constrained")
     marks = {0.0: "original", 1.0: "trained"} | ({} if neutral is None else {neutral: f"t* = {neutral:g}"})
@@ -40,7 +84,14 @@ def draw_t_sweep(
         axis.grid(alpha=0.3)
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=120)
+    return figure
+
+
+def draw_t_sweep(
+    path: Path, title: str, panels: Mapping[str, Mapping[str, Mapping[float, float]]], neutral: float | None
+) -> None:
+    """``t_sweep_figure`` into a file."""
+    t_sweep_figure(title, panels, neutral).savefig(path, dpi=120)
 
 
 def draw_grid(path: Path, rows: Sequence[tuple[str, Sequence[tuple[Tensor, str]]]], title: str = "") -> None:
@@ -60,3 +111,265 @@ def draw_grid(path: Path, rows: Sequence[tuple[str, Sequence[tuple[Tensor, str]]
     # A picture is about 1.25 inches wide; fewer dots than its pixels would break thin letters.
     widest = max(image.shape[-1] for _, pictures in rows for image, _ in pictures)
     figure.savefig(path, dpi=max(120, round(widest / 1.2)))
+
+
+def line_style(place: int) -> dict[str, Any]:
+    """Colour, line and marker of the model in this place: 42 different ones."""
+    line, marker = LINES[place % len(LINES)]
+    return {"color": COLORS[place % len(COLORS)], "linestyle": line, "marker": marker}
+
+
+def bar_style(place: int) -> dict[str, Any]:
+    """Colour and hatch of the model in this place."""
+    return {
+        "facecolor": COLORS[place % len(COLORS)],
+        "hatch": HATCHES[place % len(HATCHES)],
+        "edgecolor": "white",
+        "linewidth": 0.5,
+    }
+
+
+@matplotlib.rc_context(STYLE)
+def key_figure(place: int, bar: bool = False) -> Figure:
+    """The sample of a model's line (or bar) that stands in a legend."""
+    figure = Figure(figsize=(0.5, 0.17))
+    if bar:
+        figure.add_artist(Rectangle((0.2, 0), 0.6, 1, transform=figure.transFigure, **bar_style(place)))
+    else:
+        figure.add_artist(Line2D([0.03, 0.5, 0.97], [0.5] * 3, markevery=[1], **line_style(place)))
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def accuracy_curves(curves: Mapping[int, Sequence[Point]], xlabel: str) -> Figure:
+    """Accuracies (fractions) over a strength, with bands: {place of the model: its points}."""
+    figure, axis = _panel(xlabel, "accuracy, %")
+    for place, points in curves.items():
+        xs, values, lows, highs = zip(*sorted(points))
+        style = line_style(place)
+        axis.plot(xs, _percent(values), **style, clip_on=False, zorder=3)
+        if None not in lows:
+            axis.fill_between(xs, _percent(lows), _percent(highs), color=style["color"], alpha=0.14, linewidth=0)
+    strengths = sorted({point[0] for points in curves.values() for point in points})
+    # Ticks where something was measured, but not on top of one another.
+    apart = (strengths[-1] - strengths[0]) / 14
+    ticks = [x for x, before in zip(strengths, [-np.inf, *strengths]) if x - before >= apart]
+    axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axis.set_ylim(0, 100)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def clean_robust_front(points: Mapping[int, tuple[str, Point, Point]], ylabel: str) -> Figure:
+    """Models as points, {place: (label, clean, robust)}, and the step line along those that no other one beats in both.
+
+    Of the two ``Point`` only value and interval count.
+    """
+    figure, axis = _panel("clean accuracy, %", ylabel)
+    for place, (_, clean, robust) in points.items():
+        (x, *across), (y, *along), style = _percent(clean[1:]), _percent(robust[1:]), line_style(place)
+        cross = {"color": style["color"], "linewidth": 0.8, "alpha": 0.55}
+        axis.plot(across, [y, y], **cross)
+        axis.plot([x, x], along, **cross)
+        axis.plot(x, y, **style | {"linestyle": "none", "markersize": 6, "zorder": 3})
+    axis.margins(0.18)
+    axis.autoscale_view()
+    for limits, ticks, locate in (
+        (axis.get_xlim(), axis.set_xticks, axis.set_xlim),
+        (axis.get_ylim(), axis.set_yticks, axis.set_ylim),
+    ):
+        low, high = max(limits[0], -0.06 * (limits[1] - limits[0])), limits[1]
+        located = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low, high)
+        ticks([tick for tick in located if max(low, 0) <= tick <= min(high, 100)])
+        locate(low, high)
+    front = pareto_front([(clean[1], robust[1]) for _, clean, robust in points.values()])
+    xs, ys = _percent([x for x, _ in front]), _percent([y for _, y in front])
+    left, low = axis.get_xlim()[0], axis.get_ylim()[0]
+    steps = [left, *xs, xs[-1]], [ys[0], *ys, low]
+    axis.plot(*steps, drawstyle="steps-pre", color="#777777", linewidth=1.1, zorder=1)
+    _label_points(figure, axis, [(label, 100 * clean[1], 100 * robust[1]) for label, clean, robust in points.values()])
+    return figure
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other point equals or passes in both coordinates, by the first one ascending."""
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(set(points), reverse=True):
+        if not front or y > front[-1][1]:
+            front.append((x, y))
+    return front[::-1]
+
+
+@matplotlib.rc_context(STYLE)
+def severity_bars(bars: Mapping[int, Mapping[int, float]]) -> Figure:
+    """Mean accuracy (a fraction) by severity, model beside model: {place: {severity: value}}; severity 0 is clean."""
+    figure, axis = _panel("severity", "accuracy, %")
+    severities = sorted({severity for values in bars.values() for severity in values})
+    width = 0.8 / len(bars)
+    for n, (place, values) in enumerate(bars.items()):
+        xs = [severities.index(severity) + (n - (len(bars) - 1) / 2) * width for severity in values]
+        axis.bar(xs, _percent(values.values()), width, **bar_style(place))
+    axis.set_xticks(range(len(severities)), [f"{severity}" if severity else "clean" for severity in severities])
+    axis.set_ylim(0, 100)
+    axis.grid(False, axis="x")
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def distributions(values: Mapping[int, Sequence[float]], xlabel: str) -> Figure:
+    """How a figure is distributed over the images, model over model: outlines of histograms with common bins."""
+    figure, axis = _panel(xlabel, "share of images, %")
+    every = np.concatenate([np.asarray(of_model, dtype=float) for of_model in values.values()])
+    low, high = float(every.min()), float(every.max())
+    edges = np.linspace(low, high if high > low else low + 1, 31)
+    for place, of_model in values.items():
+        counts, _ = np.histogram(of_model, edges)
+        shares, style = 100 * counts / len(of_model), line_style(place)
+        style.pop("marker")
+        axis.stairs(shares, edges, fill=True, color=style["color"], alpha=0.12)
+        axis.stairs(shares, edges, linewidth=1.4, **style)
+        top = int(shares.argmax())
+        axis.plot((edges[top] + edges[top + 1]) / 2, shares[top], **line_style(place) | {"linestyle": "none"})
+    axis.set_ylim(bottom=0)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def training_curves(curves: Mapping[int, Sequence[tuple[float, float]]], ylabel: str, share: bool) -> Figure:
+    """What a run logged over its steps: {place: [(step, value), ...]}; a ``share`` is drawn in % from 0 to 100."""
+    figure, axis = _panel("step", ylabel + (", %" if share else ""))
+    for place, points in curves.items():
+        steps, values = zip(*points)
+        marks = max(1, len(points) // 8)
+        axis.plot(steps, _percent(values) if share else values, **line_style(place), markevery=marks, clip_on=not share)
+    if share:
+        axis.set_ylim(0, 100)
+    else:
+        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def t_sweep_panel(curves: Mapping[int, Mapping[float, float]], ylabel: str, neutral: float | None) -> Figure:
+    """One panel of ``t_sweep_figure`` without its legend: {place of the curve: {t: value}}."""
+    figure, axis = _panel("t, strength of the head", ylabel)
+    for place, points in curves.items():
+        ts = sorted(points)
+        axis.plot(ts, [points[t] for t in ts], **line_style(place), markevery=max(1, len(ts) // 12), markersize=3.5)
+    marks = {0.0: "original", 1.0: "trained"} | ({} if neutral is None else {neutral: f"t* = {neutral:g}"})
+    bottom, top = axis.get_ylim()
+    axis.set_ylim(bottom, top + 0.15 * (top - bottom))
+    axis.set_yticks([tick for tick in MaxNLocator(6).tick_values(bottom, top) if bottom <= tick <= top])
+    for t, name in marks.items():
+        star = t not in (0, 1)
+        axis.axvline(t, color="#888888", linewidth=0.8, linestyle="-" if star else ":", zorder=1)
+        # t* often lies close to 0: its name hangs lower.
+        axis.annotate(
+            name,
+            (t, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(2, -11 if star else -1),
+            textcoords="offset points",
+            va="top",
+            fontsize=7,
+            color="#555555",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85},
+        )
+    return figure
+
+
+def inline_svg(figure: Figure, name: str, title: str) -> str:
+    """A figure as an <svg> element for a page that holds many: it scales, says ``title`` (none: decoration), its ids begin with ``name``.
+
+    Always the same characters for the same figure. Only ids that something refers to are kept; styles, metadata and
+    namespaces, which would act on the whole page or point out of it, are not.
+    """
+    file = io.StringIO()
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser has its own fonts
+        figure.savefig(file, format="svg", metadata=dict.fromkeys(["Date", "Creator", "Format", "Type"]))
+    root = ElementTree.fromstring(file.getvalue())
+    reference = re.compile(r"^#(.+)$|^url\(#(.+)\)$|(?<=: )url\(#([^)]+)\)")
+    for parent in list(root.iter()):
+        parent.tag = parent.tag.split("}")[-1]
+        parent.attrib = {key.split("}")[-1]: " ".join(value.split()) for key, value in parent.attrib.items()}
+        for child in list(parent):
+            if child.tag.split("}")[-1] in ("style", "metadata"):
+                parent.remove(child)
+        if not (parent.text or "").strip():
+            parent.text = None
+        parent.tail = None
+    names: dict[str, str] = {}
+    for element in root.iter():
+        for key in ("href", "clip-path", "style"):
+            for groups in reference.findall(element.get(key, "")):
+                names.setdefault(next(filter(None, groups)), f"{name}-{len(names)}")
+    for element in root.iter():
+        identity = element.attrib.pop("id", None)
+        if identity in names:
+            element.set("id", names[identity])
+        for key in ("href", "clip-path", "style"):
+            if key in element.attrib:
+                value = element.get(key)
+                for old, new in names.items():
+                    value = value.replace(f"#{old}", f"#{new}") if value.startswith("#") else value
+                    value = value.replace(f"url(#{old})", f"url(#{new})")
+                element.set(key, re.sub(r"font-family: [^;]*(; |$)", "", value))
+        if element.tag == "text" and element.get("transform", "").startswith("rotate(-0 "):
+            element.attrib.pop("transform")
+    view = root.get("viewBox")
+    root.attrib = {"class": "plot", "viewBox": view}
+    if title:
+        root.attrib |= {"role": "img", "aria-labelledby": f"{name}-title"}
+        heading = ElementTree.Element("title", {"id": f"{name}-title"})
+        heading.text = title
+        root.insert(0, heading)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _panel(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=PANEL_SIZE, layout="constrained")
+    axis = figure.subplots()
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    return figure, axis
+
+
+def _percent(values: Iterable[float | None]) -> list[float]:
+    return [np.nan if value is None else 100 * value for value in values]
+
+
+def _label_points(figure: Figure, axis: Axes, points: Sequence[tuple[str, float, float]]) -> None:
+    """A name beside every point, where it covers the fewest of the other names and points and stays inside."""
+    figure.draw_without_rendering()  # positions are final from here on: names do not take part in the layout
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    frame = axis.get_window_extent(renderer)
+    taken = [axis.transData.transform((x, y)) for _, x, y in points]
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in taken]
+    places = [(x, y, "left" if x > 0 else "right", "bottom" if y > 0 else "top") for y in (5, -5) for x in (5, -5)]
+    places += [
+        (8, 0, "left", "center"),
+        (-8, 0, "right", "center"),
+        (0, 7, "center", "bottom"),
+        (0, -7, "center", "top"),
+    ]
+    places += [(0, 18, "center", "bottom"), (0, -18, "center", "top")]
+    for label, x, y in points:
+        text = axis.annotate(label, (x, y), (0, 0), textcoords="offset points", fontsize=7.5, color="#222222", zorder=4)
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.4})
+        text.set_in_layout(False)
+
+        def cost(place: tuple[float, float, str, str], text: Any = text) -> float:
+            text.set(position=place[:2], ha=place[2], va=place[3])
+            box = text.get_window_extent(renderer)
+            inside = _overlap(box.extents, frame.extents)
+            return sum(_overlap(box.extents, other) for other in taken) + 3 * (box.width * box.height - inside)
+
+        best = min(places, key=cost)
+        cost(best)
+        taken.append(tuple(text.get_window_extent(renderer).padded(3).extents))  # the browser's letters differ a little
+
+
+def _overlap(a: Sequence[float], b: Sequence[float]) -> float:
+    """The area that two boxes (left, bottom, right, top) share."""
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))

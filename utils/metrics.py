@@ -40,6 +40,19 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int, float]:
+    """McNemar's exact test of two models on the same images: (right for the first alone, for the second alone, p).
+
+    p is two-sided under b ~ Binomial(b + c, 1/2), 1 where the two never differ. Source: McNemar 1947.
+    """
+    from scipy.stats import binomtest
+
+    only_first = sum(a and not b for a, b in zip(first, second, strict=True))
+    only_second = sum(b and not a for a, b in zip(first, second, strict=True))
+    differing = only_first + only_second
+    return only_first, only_second, float(binomtest(only_first, differing, 0.5).pvalue) if differing else 1.0
+
+
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """95 % interval of a mean by the normal approximation, mean -+ 1.96 standard errors."""
     mean = math.fsum(values) / len(values)

@@ -230,6 +230,65 @@ def _parse_hub(url: str, flag: str = "") -> tuple[str, str | None, str]:
     return match.group(1), revision, match.group(3) or ""
 
 
+def hub_set(name: str, split: str, cache_dir: str | None = None, flag: str = "--data") -> Path:
+    """Local folder with the texts and one split of a set on the hub, e.g. clip-benchmark/wds_cifar10.
+
+    The repository of ``<org>/<a>/<b>`` is ``<org>/<a>-<b>``, as CLIP_benchmark names its sets. The files come to the
+    hub's own cache, or to ``cache_dir``/hub; what is there is used offline too. Raises ``UserError``.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    org, _, rest = name.strip("/").partition("/")
+    repo = f"{org}/{rest.replace('/', '-')}"
+    if name.startswith("/") or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
+        raise UserError(
+            f"{flag} {name}: no such directory, and no name on the hub; expected a local data set or <org>/<name>"
+        )
+    download = f"hf download {repo} --repo-type dataset --local-dir data/{repo.partition('/')[2]}"
+    once = f"download it once with `{download}` where there is internet and give that folder"
+    try:
+        folder = snapshot_download(
+            repo,
+            repo_type="dataset",
+            allow_patterns=["*.txt", f"{split}/*"],
+            cache_dir=None if cache_dir is None else Path(cache_dir) / "hub",
+        )
+    except GatedRepoError:
+        raise UserError(
+            f"{flag} {name}: {repo} on the hub is gated; accept its terms on its page and log in with `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"{flag} {name}: no such directory, and no data set {repo} on the hub; correct the path or the name, or "
+            "log in with `hf auth login` if it is private"
+        ) from None
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        offline = isinstance(error, OfflineModeIsEnabled) or isinstance(error.__cause__, OfflineModeIsEnabled)
+        unreachable = f"the hub cannot be reached ({one_line(error.__cause__ or error)})"
+        reason = "HF_HUB_OFFLINE is set" if offline else unreachable
+        raise UserError(
+            f"{flag} {name}: no such directory, the cache lacks {repo} or files of its {split}/, and {reason}; {once}"
+        ) from None
+    except Exception as error:  # the hub raises its own errors, httpx's or requests', and OSError
+        raise UserError(
+            f"{flag} {name}: {repo} cannot be downloaded from the hub ({one_line(error)}); {once}"
+        ) from None
+    if not any((Path(folder) / split).glob("*.tar")):
+        # The other splits are known by their nshards.txt, which every set of CLIP_benchmark has.
+        splits = sorted(path.name for path in Path(folder).iterdir() if path.is_dir() and path.name != split)
+        raise UserError(
+            f"{flag} {name}: no split {split!r} with .tar files in {repo} on the hub; "
+            f"found {', '.join(splits) or 'no folder'}; name one with --split"
+        )
+    return Path(folder)
+
+
 def one_line(error: BaseException) -> str:
     """The error's text on one line; URLs lose what may hold a token."""
     text = re.sub(r"https?://[^\s'\")]+", lambda match: display_url(match.group(0)), str(error))

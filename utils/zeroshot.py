@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +24,8 @@ from utils.shard_sources import default_cache_dir, display_url, expand_shards, i
 from utils.shards import ShardIndex, index_shards
 
 DEFAULT_TEMPLATES = ["a photo of a {c}."]
+IMAGENET = "imagenet"  # --classnames imagenet
+PROMPTS = Path(__file__).parent / "prompts"
 
 
 def read_classnames(path: str | Path, cache_dir: str | None = None) -> list[str]:
@@ -47,10 +51,30 @@ def read_templates(path: str | Path, cache_dir: str | None = None) -> list[str]:
     return templates or list(DEFAULT_TEMPLATES)
 
 
+def imagenet_prompts() -> tuple[list[str], list[str]]:
+    """CLIP's names of ImageNet's 1000 classes, in class order, and its 80 templates.
+
+    "missile" and "sunglasses" each name two classes, as in the source, of which one can never be told from the other.
+    Source: OpenAI's CLIP, MIT License, see utils/prompts/LICENCE.md.
+    """
+    prompts = json.loads((PROMPTS / "imagenet.json").read_text(encoding="utf-8"))
+    return prompts["classnames"], prompts["templates"]
+
+
+def interpretability_templates() -> list[str]:
+    """150 everyday captions with ``{c}`` for the class name: the texts of the measure of interpretability."""
+    return (PROMPTS / "interpretability_templates.txt").read_text(encoding="utf-8").splitlines()
+
+
 def find_classes(
     shards: Sequence[str], classnames: str | None, flag: str, cache_dir: str | None = None
 ) -> tuple[list[str], list[str]]:
-    """Class names and templates of a set: ``classnames`` if given, else the file beside its shards or one folder up."""
+    """Class names and templates of a set: ``classnames`` if given, else the file beside its shards or one folder up.
+
+    ``classnames`` "imagenet" stands for ``imagenet_prompts()``, where there is no file of this name.
+    """
+    if classnames == IMAGENET and not os.path.isfile(classnames):
+        return imagenet_prompts()
     shard = shards[0] if is_remote(shards[0]) else os.path.abspath(shards[0])
     folders = (shard, shard.rpartition("/")[0])
     for path in [classnames] if classnames else [sibling(folder, "classnames.txt") for folder in folders]:
@@ -59,7 +83,7 @@ def find_classes(
             return read_classnames(path, cache_dir), read_templates(templates, cache_dir)
     raise UserError(
         f"{flag}: no classnames.txt beside {display_url(shards[0])} or one folder up; put one there (one name per "
-        "line, line number = class) or name one with --classnames"
+        "line, line number = class) or name one with --classnames (--classnames imagenet: CLIP's names of ImageNet)"
     )
 
 
@@ -158,6 +182,70 @@ def tokenize(processor: CLIPProcessor, prompts: Sequence[str]) -> Tensor:
     return tokens["input_ids"]
 
 
+class Classified(NamedTuple):
+    """One batch on its way through a classifier. B images; B may be 0."""
+
+    positions: list[int]  # in the set
+    keys: list[str]
+    labels: Tensor  # (B,) int64
+    pixel_values: Tensor  # (B, 3, H, W) float32 in [0,1]
+    attacked: Tensor  # the same, or what was made of it
+    logits: Tensor  # (B, C), of ``attacked``
+
+
+def classified(
+    logits_fn: Callable[[Tensor], Tensor],
+    batches: Iterable[dict[str, Any]],
+    *,
+    device: torch.device,
+    perturb: Callable[[Tensor, Tensor, Sequence[int]], Tensor] | None = None,
+) -> Iterator[Classified]:
+    """The batches of an evaluation loader, moved to the device, changed by ``perturb`` and classified.
+
+    Args:
+        logits_fn: pixel_values (B, 3, H, W) -> logits (B, C).
+        batches: with ``images`` uint8 (B, 3, H, W), ``labels`` and ``positions`` (B,) int64, ``keys``.
+        perturb: (pixel_values, labels, positions) -> pixel_values; it takes gradients by itself.
+    """
+    for batch in batches:
+        count = len(batch["positions"])
+        images, labels, places = batch["images"], batch["labels"], batch["positions"]
+        if count == 0:  # a rank that has run out goes on with a black image: under ZeRO-3 all must make equal forwards
+            images, labels, places = images.new_zeros(1, *images.shape[1:]), labels.new_zeros(1), places.new_zeros(1)
+        pixel_values, labels = to_pixel_values(images, device), labels.to(device)
+        attacked = pixel_values if perturb is None else perturb(pixel_values, labels, places.tolist())
+        with torch.no_grad():
+            logits = logits_fn(attacked)
+        tensors = (tensor[:count] for tensor in (labels, pixel_values, attacked, logits))
+        yield Classified(batch["positions"].tolist(), list(batch["keys"]), *tensors)
+
+
+def pgd_images(
+    logits_fn: Callable[[Tensor], Tensor],
+    pixel_values: Tensor,
+    labels: Tensor,
+    positions: Sequence[int],
+    *,
+    eps: float,
+    step_size: float,
+    num_steps: int,
+    seed: int,
+) -> Tensor:
+    """Images under PGD on the cross-entropy; the random start of the image at position i depends on (seed, i) alone.
+
+    pixel_values (B, 3, H, W) float32 in [0,1] -> the same; eps, step_size as shares of the pixel range.
+    """
+    delta = pgd(
+        lambda adversarial: cross_entropy(logits_fn(adversarial), labels),
+        pixel_values,
+        eps=eps,
+        step_size=step_size,
+        num_steps=num_steps,
+        start=uniform_start(pixel_values, eps, attack_seeds(seed, 0, positions)),
+    )
+    return pixel_values + delta
+
+
 def predictions(
     encoder: ImageEncoder,
     batches: Iterable[dict[str, Any]],
@@ -166,54 +254,29 @@ def predictions(
     *,
     device: torch.device,
     eps: float | None = None,
-    step_size: float | None = None,
     num_steps: int = 10,
     seed: int = 0,
-    on_batch: Callable[[int, int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Whether each image is classified rightly: clean (``eps`` None) or under PGD on the cross-entropy.
+    """Whether each image is classified rightly: clean (``eps`` None) or under PGD with steps of eps / 4.
 
-    Args:
-        batches: an evaluation loader's, with ``images`` uint8 (B, 3, H, W), ``labels`` and ``positions`` (B,) int64.
-        eps, step_size: as shares of the pixel range; step_size defaults to eps / 4.
-        seed: the random start of the image at position i depends on (seed, i) alone.
-        on_batch: called with (images seen, correct so far) for progress.
+    ``batches`` as in ``classified``; eps as a share of the pixel range.
 
     Returns:
         positions (n,) int64 and correct (n,) bool, on the CPU, of this process's images in the order read.
     """
+
+    def logits_fn(pixel_values: Tensor) -> Tensor:
+        return class_logits(encoder(pixel_values), class_embeds, logit_scale)
+
+    perturb = None
+    if eps is not None:
+        perturb = partial(pgd_images, logits_fn, eps=eps, step_size=eps / 4, num_steps=num_steps, seed=seed)
     positions, correct = [], []
-    seen = right = 0
-    for batch in batches:
-        count = len(batch["positions"])
-        images, labels, places = batch["images"], batch["labels"], batch["positions"]
-        if count == 0:  # a rank that has run out goes on with a black image: under ZeRO-3 all must make equal forwards
-            images, labels, places = images.new_zeros(1, *images.shape[1:]), labels.new_zeros(1), places.new_zeros(1)
-        pixel_values, labels = to_pixel_values(images, device), labels.to(device)
-        if eps is not None:
-            start = uniform_start(pixel_values, eps, attack_seeds(seed, 0, places.tolist()))
-            with frozen(encoder):
-                delta = pgd(
-                    lambda adversarial, labels=labels: cross_entropy(
-                        class_logits(encoder(adversarial), class_embeds, logit_scale), labels
-                    ),
-                    pixel_values,
-                    eps=eps,
-                    step_size=eps / 4 if step_size is None else step_size,
-                    num_steps=num_steps,
-                    start=start,
-                )
-            pixel_values = pixel_values + delta
-        with torch.no_grad():
-            logits = class_logits(encoder(pixel_values), class_embeds, logit_scale)
-        batch_correct = (logits.argmax(dim=-1) == labels)[:count].cpu()
-        positions.append(batch["positions"].cpu())
-        correct.append(batch_correct)
-        seen += len(batch_correct)
-        right += int(batch_correct.sum())
-        if on_batch is not None and seen:
-            on_batch(seen, right)
-    return torch.cat(positions), torch.cat(correct)
+    with frozen(encoder):
+        for batch in classified(logits_fn, batches, device=device, perturb=perturb):
+            positions += batch.positions
+            correct.append((batch.logits.argmax(dim=-1) == batch.labels).cpu())
+    return torch.tensor(positions, dtype=torch.int64), torch.cat(correct)
 
 
 def to_pixel_values(images: Tensor, device: torch.device) -> Tensor:

@@ -1,0 +1,239 @@
+"""What an evaluation leaves: results.json, a record per sample, kept pictures; and what follows from them.
+
+A cell is one figure: a dict with ``CELL`` keys, of which ``settings`` holds everything else that it depends on. Equal cells
+are the same measurement. A result is a cell with ``value``, ``ci95`` and ``n``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import os
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from utils.cli import UserError
+from utils.metrics import mcnemar
+from utils.model_card import versions
+from utils.sanity import sanity_warnings
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+CELL = ("model", "dataset", "measure", "attack", "eps", "seed", "corruption", "severity", "sigma", "settings")
+
+Cell = dict[str, Any]
+Row = dict[str, Any]  # of a sample: position, and what was found; accuracies have label, predicted, correct
+
+
+class Results:
+    """results.json of a directory with its records and pictures, read at the start and written after every cell."""
+
+    def __init__(self, output_dir: str | Path) -> None:
+        self.output_dir = Path(output_dir)
+        self.path = self.output_dir / "results.json"
+        self.results: list[dict[str, Any]] = []
+        self.warnings: list[dict[str, Any]] = []  # {"model", "dataset", "attack", "eps", "text"}
+        if not self.path.exists():
+            return
+        try:
+            report = json.loads(self.path.read_text(encoding="utf-8"))
+            if report["schema_version"] != SCHEMA_VERSION:
+                raise UserError(
+                    f"--output_dir {output_dir}: results.json has schema version {report['schema_version']}, this "
+                    f"program writes {SCHEMA_VERSION}; give another directory"
+                )
+            self.results, self.warnings = report["results"], report.get("warnings", [])
+            self.environment = report["environment"]
+            [cell.keys() for cell in self.results]
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise UserError(
+                f"--output_dir {output_dir}: results.json is not a report ({error}); give another directory"
+            ) from None
+
+    def find(self, cell: Cell) -> dict[str, Any] | None:
+        """The finished measurement of this cell, or None."""
+        return next((result for result in self.results if cell.items() <= result.items()), None)
+
+    def add(self, cell: Cell, value: float, interval: Sequence[float] | None, n: int) -> None:
+        self.results.append(cell | {"value": value, "ci95": None if interval is None else list(interval), "n": n})
+
+    def warn(self, cell: Cell, text: str) -> None:
+        """Keeps what makes a figure doubtful, and says it; once."""
+        warning = {name: cell[name] for name in ("model", "dataset", "attack", "eps")} | {"text": text}
+        if warning not in self.warnings:
+            self.warnings.append(warning)
+            logger.warning(f"{cell['model']}  {cell['dataset']}  {column_name(cell)}: {text}")
+
+    def write(self) -> None:
+        """Replaces results.json, whole or not at all, with what the results say about one another."""
+        for result, text in sanity_warnings(self.results):
+            self.warn(result, text)
+        device = (
+            torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+        )
+        self.environment = versions() | {"device": device}
+        report = {
+            "schema_version": SCHEMA_VERSION,
+            "environment": self.environment,
+            "results": self.results,
+            "comparisons": self.comparisons(),
+            "warnings": self.warnings,
+        }
+        replace_file(self.path, json.dumps(report, indent=1, allow_nan=False).encode())
+
+    def write_records(self, cell: Cell, rows: Sequence[Row]) -> None:
+        """records/<cell>.jsonl, one sample a line, in the set's order."""
+        replace_file(self.records_path(cell), "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def records(self, cell: Cell) -> list[Row]:
+        """Empty where there are none (figures over a whole set, and reports of earlier versions)."""
+        path = self.records_path(cell)
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+    def records_path(self, cell: Cell) -> Path:
+        return self.output_dir / "records" / f"{cell_name(cell)}.jsonl"
+
+    def write_pictures(self, cell: Cell, clean: Tensor, attacked: Tensor, captions: Sequence[dict[str, str]]) -> None:
+        """pictures/<cell>.safetensors: clean and attacked pixel_values (k, 3, H, W) float32 in [0,1].
+
+        ``captions``, k of them: {"label", "predicted_clean", "predicted"}, names of classes.
+        """
+        path = self.pictures_path(cell)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".tmp")
+        tensors = {"clean": clean.float().contiguous(), "attacked": attacked.float().contiguous()}
+        save_file(tensors, aside, metadata={"captions": json.dumps(list(captions))})
+        os.replace(aside, path)
+
+    def pictures(self, cell: Cell) -> tuple[Tensor, Tensor, list[dict[str, str]]] | None:
+        """What ``write_pictures`` was given, or None."""
+        path = self.pictures_path(cell)
+        if not path.exists():
+            return None
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor("clean"), file.get_tensor("attacked"), json.loads(file.metadata()["captions"])
+
+    def pictures_path(self, cell: Cell) -> Path:
+        return self.output_dir / "pictures" / f"{cell_name(cell)}.safetensors"
+
+    def comparisons(self) -> list[dict[str, Any]]:
+        """Every two models on the same images, by McNemar's exact test: cells alike in all but the model.
+
+        [{"models": [a, b], "dataset", "attack", "eps", "sigma", "n", "only_first", "only_second", "p_value"}]: ``only_first``
+        images are right for a alone. Corruptions are left out: 75 tests of one question would prove nothing.
+        """
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for result in self.results:
+            if result["measure"] == "accuracy" and result["corruption"] is None and "t" not in result["settings"]:
+                groups.setdefault(_without_model(result), []).append(result)
+        found = []
+        for group in groups.values():
+            if len(group) < 2:
+                continue
+            correct = [{row["position"]: row["correct"] for row in self.records(result)} for result in group]
+            for (first, a), (second, b) in itertools.combinations(zip(group, correct), 2):
+                common = sorted(a.keys() & b.keys())
+                if not common:
+                    continue
+                only_first, only_second, p_value = mcnemar([a[i] for i in common], [b[i] for i in common])
+                found.append(
+                    {
+                        "models": [first["model"], second["model"]],
+                        **{name: first[name] for name in ("dataset", "attack", "eps", "sigma")},
+                        "n": len(common),
+                        "only_first": only_first,
+                        "only_second": only_second,
+                        "p_value": p_value,
+                    }
+                )
+        return found
+
+
+def model_revision(name_or_path: str) -> str:
+    """What tells a model from another under the same name: a hash of a directory's files, or the hub's commit."""
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        digest = hashlib.blake2b(digest_size=8)
+        for path in sorted(folder.iterdir()):
+            if path.name != "metrics.jsonl" and path.suffix in (".json", ".safetensors", ".txt", ".model"):
+                digest.update(path.name.encode() + b"\0")
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=32)).digest())
+        return digest.hexdigest()
+    from transformers import AutoConfig
+
+    return str(getattr(AutoConfig.from_pretrained(name_or_path), "_commit_hash", None))
+
+
+def cell_name(cell: Cell) -> str:
+    """A file name for a cell: readable, and told apart from all others by a hash of its identity."""
+    identity = {name: cell[name] for name in CELL}
+    digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=6).hexdigest()
+    parts = [Path(cell["model"]).name, Path(cell["dataset"]).name, cell["measure"], cell["attack"]]
+    for name in ("eps", "corruption", "severity", "sigma"):
+        if cell[name] is not None:
+            parts.append(cell[name] if name == "corruption" else f"{name}{cell[name]:g}")
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(parts))[:120] + f"_{digest}"
+
+
+def _without_model(result: dict[str, Any]) -> str:
+    own = ("model_revision", "classifier_revision")
+    settings = {name: value for name, value in result["settings"].items() if name not in own}
+    cell = {name: result[name] for name in CELL if name != "model"} | {"settings": settings}
+    return json.dumps(cell, sort_keys=True)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_bytes(data)
+    os.replace(aside, path)
+
+
+def column_name(cell: Cell) -> str:
+    """The heading of a cell among accuracies: clean, apgd 4/255, gaussian_noise 16/255, follows the word, ..."""
+    if cell["measure"] == "follows_word":
+        return "follows the word"
+    strength = cell["eps"] if cell["sigma"] is None else cell["sigma"]
+    if cell["corruption"] is not None:
+        return f"{cell['corruption']} {cell['severity']}"
+    return cell["attack"] + (f" {strength:g}/255" if strength else "")
+
+
+def figure_name(cell: Cell) -> str:
+    """What a figure says, in words."""
+    top_k = cell["settings"].get("top_k")
+    names = {
+        "retention": "KL to the reference, nats",
+        "max_skew": f"MaxSkew@{top_k}, mean over classes",
+        "max_skew_worst_query": f"MaxSkew@{top_k}, worst class",
+        "ndkl": "NDKL",
+        "parity_difference": "demographic parity difference",
+        "opportunity_difference": "equal opportunity difference",
+        "worst_group_accuracy": "worst-group accuracy",
+        "group_gap": "accuracy gap between groups",
+        "follows_word": "follows the word",
+        "pair_accuracy": "chosen text over rejected",
+        "neutral_t": "neutral t*",
+        "interpretability": "cosine to descriptions of the true class",
+        "fidelity": "relative squared distance to the reference, mean",
+        "fidelity_median": "relative squared distance to the reference, median",
+        "fidelity_p95": "relative squared distance to the reference, 95th percentile",
+        "fidelity_max": "relative squared distance to the reference, largest",
+        "fidelity_cosine": "cosine to the reference, mean",
+    }
+    if cell["measure"] == "accuracy":
+        return "accuracy, clean" if cell["attack"] == "clean" else f"accuracy, {cell['attack']}"
+    return names[cell["measure"]]
