@@ -169,6 +169,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                     results.write()
 
     if accelerator.is_main_process:
+        results.compare()
+        results.write()
         print_tables(settings, sets, jobs, results)
     if settings.query:
         draw_retrieved(settings, accelerator, sets, results)

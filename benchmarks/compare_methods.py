@@ -46,7 +46,7 @@ class Settings:
     curve_num_samples: int = flag(200, "test images of those", group="evaluation", minimum=1)
     eval_eps: list[float] = flag([2.0, 4.0], "radii of the final PGD evaluation, in 1/255", group="evaluation", above=0, maximum=255)
     num_samples: int = flag(1000, "test images of the final evaluation", group="evaluation", minimum=1)
-    jobs: int = flag(1, "runs at a time, one thread each where more than one", group="run", minimum=1)
+    jobs: int = flag(1, "runs at a time, one thread each where more than one; then processes of the evaluation", group="run", minimum=1)
     # fmt: on
 
 
@@ -73,9 +73,7 @@ def main() -> None:
         ],
     )
     models = [settings.model, *map(str, runs.values())]
-    in_parallel(
-        settings.jobs, [evaluation_command(settings, models[i :: settings.jobs], i) for i in range(settings.jobs)]
-    )
+    in_parallel(settings.jobs, [evaluation_command(settings, models)])
     values = read_accuracies(settings, output_dir)
     histories = {key: MetricsFile(run_dir / "metrics.jsonl").read() for key, run_dir in runs.items()}
 
@@ -112,23 +110,19 @@ def train_command(settings: Settings, seed: int, run_dir: Path, method: list[str
     ]  # fmt: skip
 
 
-def evaluation_command(settings: Settings, models: Sequence[str], part: int) -> list[str]:
+def evaluation_command(settings: Settings, models: Sequence[str]) -> list[str]:
     return [
-        *launcher("evaluate.py"), "--model", *models, "--data", settings.data, "--attack", "clean", "pgd",
+        *launcher("evaluate.py", settings.jobs), "--model", *models, "--data", settings.data, "--attack", "clean", "pgd",
         "--eps", *(f"{eps:g}" for eps in settings.eval_eps), "--num_samples", str(settings.num_samples),
-        "--num_workers", "0", "--output_dir", f"{settings.output_dir}/eval-{part}",
+        "--num_workers", "0", "--output_dir", f"{settings.output_dir}/eval",
     ]  # fmt: skip
 
 
 def read_accuracies(settings: Settings, output_dir: Path) -> dict[tuple[str, float | None], float]:
     """(model, eps or None for clean) -> accuracy on the first ``num_samples`` images."""
-    reports = [
-        json.loads((output_dir / f"eval-{part}" / "results.json").read_text(encoding="utf-8"))
-        for part in range(settings.jobs)
-    ]
+    report = json.loads((output_dir / "eval" / "results.json").read_text(encoding="utf-8"))
     return {
         (cell["model"], cell["eps"]): cell["value"]
-        for report in reports
         for cell in report["results"]
         if cell["settings"]["num_samples"] == settings.num_samples
     }

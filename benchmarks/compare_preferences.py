@@ -56,7 +56,7 @@ class Settings:
     eval_word_size_max: float = flag(60.0, "in the same unit", group="evaluation", above=0)
     eval_word_place: str = flag("top", "of the words evaluated on", group="evaluation", choices=PLACES)
     num_samples: int | None = flag(None, "test images per set (default: all)", group="evaluation", minimum=1)
-    jobs: int = flag(1, "runs at a time, one thread each where more than one", group="run", minimum=1)
+    jobs: int = flag(1, "runs at a time, one thread each where more than one; then processes of the evaluation", group="run", minimum=1)
     # fmt: on
 
 
@@ -84,9 +84,7 @@ def main() -> None:
         ],
     )
     models = [settings.model, *map(str, runs.values())]
-    in_parallel(
-        settings.jobs, [evaluation_command(settings, models[i :: settings.jobs], i) for i in range(settings.jobs)]
-    )
+    in_parallel(settings.jobs, [evaluation_command(settings, models)])
     values = read_figures(settings, output_dir)
     tables = []
     for name in settings.eval_data or [settings.data]:
@@ -113,15 +111,15 @@ def train_command(settings: Settings, preference: str, seed: int, run_dir: Path)
     ]  # fmt: skip
 
 
-def evaluation_command(settings: Settings, models: Sequence[str], part: int) -> list[str]:
+def evaluation_command(settings: Settings, models: Sequence[str]) -> list[str]:
     samples = [] if settings.num_samples is None else ["--num_samples", str(settings.num_samples)]
     return [
-        *launcher("evaluate.py"), "--model", *models, "--data", *(settings.eval_data or [settings.data]),
+        *launcher("evaluate.py", settings.jobs), "--model", *models, "--data", *(settings.eval_data or [settings.data]),
         "--measure", "accuracy", "retention", "--attack", "clean", "typographic",
         "--reference_model_name_or_path", settings.model, "--fonts", *settings.eval_fonts,
         "--word_size_min", f"{settings.eval_word_size_min:g}", "--word_size_max", f"{settings.eval_word_size_max:g}",
         "--word_place", settings.eval_word_place, "--word_kind", settings.word_kind, *samples, "--num_workers", "0",
-        "--output_dir", f"{settings.output_dir}/eval-{part}",
+        "--output_dir", f"{settings.output_dir}/eval",
     ]  # fmt: skip
 
 
@@ -129,13 +127,12 @@ def read_figures(settings: Settings, output_dir: Path) -> dict[tuple[str, str, s
     """(model, set, measure, attack) -> value."""
     words = {"fonts": settings.eval_fonts, "size": [settings.eval_word_size_min, settings.eval_word_size_max], "place": settings.eval_word_place}  # fmt: skip
     found = {}
-    for part in range(settings.jobs):
-        report = json.loads((output_dir / f"eval-{part}" / "results.json").read_text(encoding="utf-8"))
-        for cell in report["results"]:
-            asked = cell["settings"]
-            same_words = words.items() <= asked.get("words", words).items()
-            if asked["num_samples"] == settings.num_samples and same_words:
-                found[cell["model"], cell["dataset"], cell["measure"], cell["attack"]] = cell["value"]
+    report = json.loads((output_dir / "eval" / "results.json").read_text(encoding="utf-8"))
+    for cell in report["results"]:
+        asked = cell["settings"]
+        same_words = words.items() <= asked.get("words", words).items()
+        if asked["num_samples"] == settings.num_samples and same_words:
+            found[cell["model"], cell["dataset"], cell["measure"], cell["attack"]] = cell["value"]
     return found
 
 

@@ -32,10 +32,12 @@ def claim_directory(output_dir: Path, kept: dict[str, Any]) -> None:
     note.write_text(json.dumps(kept, indent=1), encoding="utf-8")
 
 
-def launcher(script: str) -> list[str]:
+def launcher(script: str, processes: int = 1) -> list[str]:
     """The start of the command, with the project's files as seen from where the user is."""
-    config, script = (os.path.relpath(ROOT / path) for path in ("accelerate_configs/cpu.yaml", script))
-    return ["accelerate", "launch", "--quiet", "--config_file", config, script]
+    config = "cpu.yaml" if processes == 1 else "cpu_2proc.yaml"
+    config, script = (os.path.relpath(ROOT / path) for path in (f"accelerate_configs/{config}", script))
+    more = ["--num_processes", str(processes)] if processes > 2 else []
+    return ["accelerate", "launch", "--quiet", "--config_file", config, *more, script]
 
 
 def in_parallel(jobs: int, commands: list[list[str]]) -> None:
@@ -48,7 +50,9 @@ def in_parallel(jobs: int, commands: list[list[str]]) -> None:
         command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:]]
         status = subprocess.run(command, env=environment, check=False).returncode
         if status:
-            raise UserError(f"{command[7]} ended with status {status}; its own message is above")
+            raise UserError(
+                f"{next(word for word in command if word.endswith('.py'))} ended with status {status}; its own message is above"
+            )
 
     with ThreadPoolExecutor(jobs) as pool:
         for finished in [pool.submit(start, command) for command in commands]:

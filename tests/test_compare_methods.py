@@ -16,4 +16,5 @@ def test_all_methods_are_trained_evaluated_and_tabulated(small_clip, digits, tmp
     assert all("±" in line for line in lines[3:6])
     assert "| method | 0 | 1 | 2 |" in table
     assert (tmp_path / "compare/curves.png").stat().st_size > 10_000
-    assert output.count("$ accelerate launch") == 2 * 3 + 3
+    assert output.count("$ accelerate launch") == 2 * 3 + 1
+    assert (tmp_path / "compare/eval/report.html").exists()

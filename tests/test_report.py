@@ -13,18 +13,19 @@ import torch
 from PIL import Image
 
 from utils.cli import UserError
-from utils.figures import LINES, clean_robust_front, draw_t_sweep, inline_svg, line_style, pareto_front
+from utils.figures import LINES, bar_style, clean_robust_front, draw_t_sweep, inline_svg, line_style, pareto_front
 from utils.metrics import wilson_interval
 from utils.report import (
     CSV_COLUMNS,
     mark_best,
+    point_names,
     record_figures,
     short_names,
     thinned,
     variants,
     write_report,
 )
-from utils.results import Results, column_name
+from utils.results import Results, cell_name, column_name
 
 ATTACK = "<script>alert(1)</script>"
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -119,6 +120,7 @@ def full(tmp_path_factory) -> Path:
             add_values(results, cell(model, dataset, "fidelity", reference="openai/clip"), draw)
     add_sweep(results, "runs/head", "data/pairs")
     results.warn(cell(models[2], eps=2.0, attack="apgd"), f"zero gradients {ATTACK}")
+    results.compare()
     results.write()
     Image.new("RGB", (20, 10)).save(results.output_dir / "retrieval_cifar10.png")
     write_report(results.output_dir)
@@ -297,6 +299,7 @@ def test_a_figure_appears_where_its_data_exist_and_only_there(tmp_path: Path, ki
         (Path(model) / "metrics.jsonl").write_text('{"step": 1, "multiplier_mean": 0.5}\n{"step": 2, "loss": 1}\n')
     else:
         add_values(results, cell(model, measure=kind), draw)
+    results.compare()
     results.write()
     write_report(results.output_dir)
     others = {"others"} if kind in ("interpretability", "fidelity", "strength") else set()
@@ -310,6 +313,7 @@ def test_a_figure_appears_where_its_data_exist_and_only_there(tmp_path: Path, ki
 def test_one_cell_makes_a_report(tmp_path: Path) -> None:
     results = Results(tmp_path)
     results.add(cell("openai/clip"), 0.5, wilson_interval(1, 2), 2)  # no records, as in earlier versions
+    results.compare()
     results.write()
     assert write_report(tmp_path) == tmp_path / "report.html"
     page = page_of(tmp_path)
@@ -328,6 +332,7 @@ def test_pairs_have_records_without_labels(tmp_path: Path) -> None:
             results.write_records(of_cell, [{"position": n, "correct": one} for n, one in enumerate(right)])
         results.add(words | {"measure": "follows_word"}, 0.5, [0.1, 0.9], 3)
         add_pictures(results, words)
+    results.compare()
     results.write()
     write_report(tmp_path)
     page = page_of(tmp_path)
@@ -379,6 +384,14 @@ def test_names_are_as_short_as_they_can_be_told_apart() -> None:
     assert list(short_names(names).values()) == ["a/best", "b/best", "clip", "best", "runs/lore4/", "runs/lore4"]
 
 
+def test_names_beside_points_keep_what_differs() -> None:
+    assert point_names(["clip", "fare"]) == ["clip", "fare"]
+    long = [f"vit-l14-imagenet-lore4-rho{rho}-network" for rho in ("0.1", "0.02")]
+    assert point_names(long) == ["…rho0.1-network", "…rho0.02-network"]
+    assert point_names(["a" * 40, "b"]) == ["a" * 10 + "…" + "a" * 11, "b"]
+    assert point_names(["clip-of-a-very-long-name"]) == ["clip-of-a-…y-long-name"]
+
+
 def test_equal_cells_with_other_settings_get_columns_of_their_own(tmp_path: Path) -> None:
     results = Results(tmp_path)
     for steps in (10, 50):
@@ -386,6 +399,7 @@ def test_equal_cells_with_other_settings_get_columns_of_their_own(tmp_path: Path
             of_cell = cell("m", attack="pgd", eps=eps, attack_steps=steps, attack_step_size=eps / 4)
             results.add(of_cell, 1 / (steps * eps), [0.0, 0.1], 100)
     assert variants(results.results) == ["attack_steps 10"] * 2 + ["attack_steps 50"] * 2
+    results.compare()
     results.write()
     write_report(tmp_path)
     header = page_of(tmp_path).tables[0][0]
@@ -404,8 +418,8 @@ def test_equal_cells_with_other_settings_get_columns_of_their_own(tmp_path: Path
 )
 def test_bold_is_what_the_test_does_not_tell_from_the_best(p_values: dict, best: list[bool]) -> None:
     cells = [{"result": cell(model) | {"value": value}} for model, value in (("a", 0.9), ("b", 0.8), ("c", 0.1))]
-    test = {"dataset": SETS[0], "attack": "clean", "eps": None, "sigma": None}
-    mark_best(cells, [test | {"models": list(pair), "p_value": p} for pair, p in p_values.items()])
+    names = {one["result"]["model"]: cell_name(one["result"]) for one in cells}
+    mark_best(cells, [{"records": [names[a], names[b]], "p_value": p} for (a, b), p in p_values.items()])
     assert [one.get("best", False) for one in cells] == best
 
 
@@ -423,6 +437,7 @@ def test_long_curves_are_averaged_in_pieces() -> None:
 def test_models_are_told_apart_without_colour() -> None:
     styles = [line_style(place) for place in range(42)]
     assert len({tuple(style.values()) for style in styles}) == 42
+    assert len({tuple(bar_style(place).values()) for place in range(42)}) == 42
     assert len({(style["linestyle"], style["marker"]) for style in styles}) == len(LINES)
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 LINES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "v"), ("-", "D"), ("--", "x")]
 # Okabe and Ito's colours, told apart by people with any colour vision; without the yellow, which white swallows.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#AA4A84", "#444444", "#E69F00", "#56B4E9"]
-HATCHES = ["", "////", "\\\\\\\\", "xxxx", "----", "||||", "++++"]  # lines alone: dots are a quarter of a megabyte
+HATCHES = ["", "////", "\\\\\\\\", "xxxx", "----", "||||"]  # lines alone: dots are a quarter of a megabyte
 PANEL_SIZE = (3.9, 2.75)  # inches: at the width of a phone the letters are still 11 px
 
 # Names of models and classes are text, never mathematics; letters stay letters, drawn in the page's own font.

@@ -11,7 +11,6 @@ import base64
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from torch import Tensor
 from utils import figures
 from utils.cli import UserError
 from utils.metrics import MetricsFile
-from utils.results import Results, column_name, figure_name, replace_file
+from utils.results import Results, cell_name, column_name, figure_name, replace_file
 
 # CLIP_benchmark's columns (`clip_benchmark build`), then what tells our rows apart.
 CSV_COLUMNS = (
@@ -88,7 +87,7 @@ def page_content(results: Results, found: Sequence[Mapping[str, Any]]) -> dict[s
     revisions = {r["model"]: r["settings"].get("model_revision") for r in every}
     plain = [r for r in every if "t" not in r["settings"]]
     names = dict(zip(map(id, plain), variants(plain)))
-    comparisons = results.comparisons()
+    comparisons = results.compared
     sections = [
         robustness_section(plain, names, models, sets),
         front_section(plain, names, models, sets),
@@ -100,7 +99,7 @@ def page_content(results: Results, found: Sequence[Mapping[str, Any]]) -> dict[s
         strength_section(every, models, sets),
     ]
     return {
-        "written": datetime.fromtimestamp(results.path.stat().st_mtime, UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "written": results.written[:16].replace("T", " ") + " UTC",
         "environment": results.environment,
         "models": [
             {"key": key(place, f"model-{place}"), "short": models[name], "full": name, "revision": revisions[name]}
@@ -296,16 +295,11 @@ def mark_best(cells: Sequence[dict[str, Any] | None], comparisons: Sequence[Resu
     best = max(rivals, key=lambda cell: cell["result"]["value"])
     tied = [best]
     for cell in rivals:
-        pair = {best["result"]["model"], cell["result"]["model"]}
-        same = ("dataset", "attack", "eps", "sigma")
-        tests = [
-            test
-            for test in comparisons
-            if set(test["models"]) == pair and all(test[name] == cell["result"][name] for name in same)
-        ]
         if cell is best:
             continue
-        if len(tests) != 1:
+        pair = {cell_name(best["result"]), cell_name(cell["result"])}
+        tests = [test for test in comparisons if set(test["records"]) == pair]
+        if not tests:
             return
         if tests[0]["p_value"] >= 0.05:
             tied.append(cell)
@@ -489,6 +483,7 @@ def front_section(results, names, models, sets):
     """Clean against robust accuracy under the strongest l_inf attack that several models share, and written words."""
     panels = []
     places, labels = list(models), list(models.values())
+    beside = point_names(labels)
     for dataset in sets:
         columns: dict[tuple, dict[int, Result]] = {}
         for r in results:
@@ -502,8 +497,7 @@ def front_section(results, names, models, sets):
                 continue
             title = with_variant(heading(next(iter(of_column.values()))), column[1])
             points = {
-                place: (clipped(labels[place], 22), point(clean_of(r, results), 0), point(r, 0))
-                for place, r in of_column.items()
+                place: (beside[place], point(clean_of(r, results), 0), point(r, 0)) for place, r in of_column.items()
             }
             figure = figures.clean_robust_front(points, f"{column[0]} accuracy, %")
             panels.append((sets[dataset], title, figure, points))
@@ -518,8 +512,14 @@ def front_section(results, names, models, sets):
     )
 
 
-def clipped(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length // 2 - 1] + "…" + text[-length // 2 :]
+def point_names(labels: Sequence[str], length: int = 22) -> list[str]:
+    """Names that fit beside points: of long ones the words that all begin with are left out, then the middle."""
+    if max(map(len, labels)) > length:
+        differ = next((n for n, letters in enumerate(zip(*labels)) if len(set(letters)) > 1), 0)
+        start = 1 + max(labels[0].rfind(separator, 0, differ) for separator in "-_ /")
+        labels = [f"…{label[start:]}" if start > 6 else label for label in labels]
+    half = length // 2
+    return [label if len(label) <= length else f"{label[: half - 1]}…{label[-half:]}" for label in labels]
 
 
 def noise_section(results, names, models, sets):
@@ -605,7 +605,7 @@ def fidelity_section(results, plain, names, models, sets):
 TRAINING = {  # of metrics.jsonl: heading, axis, a share of images?
     "eval_accuracy_clean": ("clean accuracy", "accuracy", True),
     "eval_accuracy_pgd": ("accuracy under PGD, at the run's own eps", "accuracy", True),
-    "eval_accuracy_attacked": ("accuracy under written words", "accuracy", True),
+    "eval_accuracy_attacked": ("accuracy on attacked images", "accuracy", True),
     "multiplier_mean": ("multiplier, mean", "multiplier", False),
     "violation_ratio_median": ("clean distance / margin, median", "ratio", False),
     "violation_ratio_p95": ("clean distance / margin, 95th percentile", "ratio", False),

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ class Results:
         self.output_dir = Path(output_dir)
         self.path = self.output_dir / "results.json"
         self.results: list[dict[str, Any]] = []
-        self.warnings: list[dict[str, Any]] = []  # {"model", "dataset", "attack", "eps", "text"}
+        self.warnings: list[dict[str, Any]] = []  # {"model", "dataset", "attack", "eps", ..., "text"}
+        self.compared: list[dict[str, Any]] = []  # by ``compare``
         if not self.path.exists():
             return
         try:
@@ -53,8 +55,9 @@ class Results:
                     f"--output_dir {output_dir}: results.json has schema version {report['schema_version']}, this "
                     f"program writes {SCHEMA_VERSION}; give another directory"
                 )
-            self.results, self.warnings = report["results"], report.get("warnings", [])
-            self.environment = report["environment"]
+            self.results, self.environment = report["results"], report["environment"]
+            self.warnings, self.compared = report.get("warnings", []), report.get("comparisons", [])
+            self.written = report.get("written", "")
             [cell.keys() for cell in self.results]
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise UserError(
@@ -70,7 +73,8 @@ class Results:
 
     def warn(self, cell: Cell, text: str) -> None:
         """Keeps what makes a figure doubtful, and says it; once."""
-        warning = {name: cell[name] for name in ("model", "dataset", "attack", "eps")} | {"text": text}
+        where = ("model", "dataset", "attack", "eps", "sigma", "corruption", "severity")
+        warning = {name: cell[name] for name in where} | {"text": text}
         if warning not in self.warnings:
             self.warnings.append(warning)
             logger.warning(f"{cell['model']}  {cell['dataset']}  {column_name(cell)}: {text}")
@@ -79,15 +83,18 @@ class Results:
         """Replaces results.json, whole or not at all, with what the results say about one another."""
         for result, text in sanity_warnings(self.results):
             self.warn(result, text)
-        device = (
-            torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-        )
+        threads = torch.get_num_threads()
+        device = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+        if torch.cuda.is_available():
+            device = torch.cuda.get_device_name()
         self.environment = versions() | {"device": device}
+        self.written = datetime.now(UTC).isoformat(timespec="seconds")
         report = {
             "schema_version": SCHEMA_VERSION,
+            "written": self.written,
             "environment": self.environment,
             "results": self.results,
-            "comparisons": self.comparisons(),
+            "comparisons": self.compared,
             "warnings": self.warnings,
         }
         replace_file(self.path, json.dumps(report, indent=1, allow_nan=False).encode())
@@ -127,17 +134,18 @@ class Results:
     def pictures_path(self, cell: Cell) -> Path:
         return self.output_dir / "pictures" / f"{cell_name(cell)}.safetensors"
 
-    def comparisons(self) -> list[dict[str, Any]]:
-        """Every two models on the same images, by McNemar's exact test: cells alike in all but the model.
+    def compare(self) -> None:
+        """Compares every two models on the same images by McNemar's exact test: cells alike in all but the model.
 
-        [{"models": [a, b], "dataset", "attack", "eps", "sigma", "n", "only_first", "only_second", "p_value"}]: ``only_first``
-        images are right for a alone. Corruptions are left out: 75 tests of one question would prove nothing.
+        ``compared`` becomes [{"models": [a, b], "dataset", "attack", "eps", "sigma", "n", "only_first", "only_second",
+        "p_value", "records": [of a, of b]}]; ``only_first`` images are right for a alone. Corruptions are left out: 75 tests
+        of one question would prove nothing.
         """
         groups: dict[str, list[dict[str, Any]]] = {}
         for result in self.results:
             if result["measure"] == "accuracy" and result["corruption"] is None and "t" not in result["settings"]:
                 groups.setdefault(_without_model(result), []).append(result)
-        found = []
+        self.compared = []
         for group in groups.values():
             if len(group) < 2:
                 continue
@@ -147,7 +155,7 @@ class Results:
                 if not common:
                     continue
                 only_first, only_second, p_value = mcnemar([a[i] for i in common], [b[i] for i in common])
-                found.append(
+                self.compared.append(
                     {
                         "models": [first["model"], second["model"]],
                         **{name: first[name] for name in ("dataset", "attack", "eps", "sigma")},
@@ -155,9 +163,9 @@ class Results:
                         "only_first": only_first,
                         "only_second": only_second,
                         "p_value": p_value,
+                        "records": [cell_name(first), cell_name(second)],
                     }
                 )
-        return found
 
 
 def model_revision(name_or_path: str) -> str:

@@ -1,0 +1,181 @@
+"""The same APGD evaluation by this project and by the reference code, side by side: forwards, seconds, robust accuracy.
+
+  python benchmarks/evaluate.py --model runs/small-clip runs/lore4 --data data/cifar10 --eps 2 4 --output_dir runs/bench-evaluate
+
+Both attack the same images from the same starts with APGD-CE and then APGD-T, in one process and in float32: first the
+authors' code (pyautoattack, one restart), then utils/attacks.py. The floor is what the reference's own trajectories
+needed: a clean forward of every image, forwards until a point is first classified wrongly, whole runs for who holds out.
+Prints a table and writes table.md.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
+
+from benchmarks.comparison import markdown, print_table
+from utils.attacks import frozen, make_points, run_apgd, seed_from, sphere_start
+from utils.classifiers import LinearClassifier
+from utils.cli import flag, parse_settings, required, run
+from utils.encoders import load_clip, make_encoder
+from utils.images import ImageTransform
+from utils.shards import ShardDataset, eval_loader
+from utils.zeroshot import class_prompts, open_set, to_pixel_values
+
+
+@dataclass
+class Settings:
+    # fmt: off
+    model: list[str] = required("CLIP models, say one that is robust and one that is not", group="what", many=True)
+    data: str = required("labelled set with test/", group="what")
+    eps: list[float] = flag([2.0, 4.0], "radii, in 1/255", group="what", above=0, maximum=255)
+    num_samples: int = flag(500, "the first N test images", group="what", minimum=1)
+    num_steps: int = flag(100, "steps of each run", group="what", minimum=1)
+    batch_size: int = flag(128, "images per forward, of both", group="what", minimum=1)
+    seed: int = flag(0, "of the starts", group="what", minimum=0)
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device", group="run")
+    output_dir: str = required("table.md is written here", group="run")
+    # fmt: on
+
+
+Logits = Callable[[Tensor], Tensor]
+
+
+class Counted:
+    """A model that counts the images it sees."""
+
+    def __init__(self, logits_fn: Logits) -> None:
+        self.logits_fn, self.rows = logits_fn, 0
+        self.watch: list[Tensor] | None = None
+
+    def __call__(self, pixel_values: Tensor) -> Tensor:
+        self.rows += len(pixel_values)
+        logits = self.logits_fn(pixel_values)
+        if self.watch is not None:
+            self.watch.append(logits.detach().argmax(dim=1))
+        return logits
+
+
+class SeededReference(APGDAttack_targeted):
+    """The reference with this project's starts; notes for the floor when each point of a run was first wrong."""
+
+    def place(self, images: Tensor, seed: int) -> None:
+        self.positions = {image.cpu().numpy().tobytes(): position for position, image in enumerate(images)}
+        self.start_seed, self.needed, self.run = seed, 0, 0
+
+    def attack_single_run(self, x: Tensor, y: Tensor, x_init: Tensor | None = None) -> tuple:
+        positions = [self.positions[image.cpu().numpy().tobytes()] for image in x]
+        run = 0 if self.loss == "ce" else self.run
+        seeds = [seed_from("apgd", self.start_seed, position, run) for position in positions]
+        self.run += 1
+        self.model.watch = []
+        found = super().attack_single_run(x, y, x_init=sphere_start(x, self.eps, seeds))
+        wrong = torch.stack(self.model.watch) != y  # (n_iter + 1, points)
+        self.model.watch = None
+        self.needed += int(torch.where(wrong.any(dim=0), wrong.int().argmax(dim=0) + 1, len(wrong)).sum())
+        return found
+
+    def perturb_ce(self, x: Tensor, y: Tensor) -> Tensor:
+        self.loss, self.run = "ce", 0
+        return APGDAttack.perturb(self, x, y)
+
+    def perturb_targeted(self, x: Tensor, y: Tensor) -> Tensor:
+        self.loss, self.run = "dlr-targeted", 1
+        return APGDAttack_targeted.perturb(self, x, y)
+
+
+def by_reference(model: Counted, images: Tensor, labels: Tensor, eps: float, settings: Settings) -> tuple[Tensor, int]:
+    """Robust mask (N,) and the floor, as AutoAttack's own loop goes: CE over all batches, then T over who is left."""
+    attack = SeededReference(model, n_iter=settings.num_steps, eps=eps, seed=settings.seed, device=images.device)
+    attack.place(images, settings.seed)
+    with torch.no_grad():
+        robust = torch.cat([model(part) for part in images.split(settings.batch_size)]).argmax(dim=1) == labels
+    floor = len(images)
+    for perturb in (attack.perturb_ce, attack.perturb_targeted):
+        for rows in robust.nonzero()[:, 0].split(settings.batch_size):
+            if len(rows):
+                adversarial = perturb(images[rows], labels[rows])
+                with torch.no_grad():
+                    robust[rows] = model(adversarial).argmax(dim=1) == labels[rows]
+    return robust, floor + attack.needed
+
+
+def by_project(model: Counted, images: Tensor, labels: Tensor, eps: float, settings: Settings) -> Tensor:
+    """Robust mask (N,)."""
+    robust = torch.zeros(len(images), dtype=torch.bool)
+
+    def points():
+        for rows in torch.arange(len(images)).split(settings.batch_size):
+            with torch.no_grad():
+                logits = model(images[rows])
+            right = rows[(logits.argmax(dim=1) == labels[rows]).cpu()]
+            yield from make_points(right.tolist(), images[right], labels[right], logits[right - rows[0]])
+
+    for outcome in run_apgd(
+        points(), model, eps=eps, num_steps=settings.num_steps, batch_size=settings.batch_size, seed=settings.seed
+    ):
+        robust[outcome.point.position] = not outcome.broken
+    return robust
+
+
+def main() -> None:
+    settings = parse_settings(Settings, description=__doc__)
+    device = torch.device(settings.device)
+    rows = [
+        [
+            "model", "eps", "robust, reference", "robust, here", "masks differ", "forwards per image: reference", "here",
+            "floor", "here / floor", "forwards saved", "seconds: reference", "here", "times as fast",
+        ]
+    ]  # fmt: skip
+    for name in settings.model:
+        clip, processor = load_clip(name, "--model")
+        encoder = make_encoder(clip, processor).to(device).eval()
+        data = open_set([f"{settings.data}/test"], flag="--data", with_classes=True)
+        class_embeds, logit_scale = class_prompts(clip, processor, data, device)
+        classifier = LinearClassifier(class_embeds, scale=logit_scale, normalise=True)
+        transform = ImageTransform.from_processor(processor.image_processor)
+        dataset = ShardDataset(data.index, transform, order="sequential", with_labels=True)
+        reading = {"num_samples": settings.num_samples, "batch_size": 500, "rank": 0, "world_size": 1, "num_workers": 0}
+        batches = list(eval_loader(dataset, **reading))
+        images = torch.cat([to_pixel_values(batch["images"], device) for batch in batches])
+        labels = torch.cat([batch["labels"] for batch in batches]).to(device)
+        with frozen(encoder):
+            for eps in settings.eps:
+                results, seconds, counts = [], [], []
+                for attack in (by_reference, by_project):
+                    model = Counted(lambda x, encoder=encoder, classifier=classifier: classifier(encoder(x)))
+                    model(images[: settings.batch_size])  # kernels are chosen and caches filled
+                    model.rows = 0
+                    started = time.perf_counter()
+                    results.append(attack(model, images, labels, eps / 255, settings))
+                    if device.type == "cuda":
+                        torch.cuda.synchronize()
+                    seconds.append(time.perf_counter() - started)
+                    counts.append(model.rows)
+                (reference, floor), mine = results[0], results[1]
+                n = len(images)
+                rows.append(
+                    [
+                        Path(name).name, f"{eps:g}/255", f"{100 * reference.float().mean():.1f} %", f"{100 * mine.float().mean():.1f} %",
+                        str(int((reference.cpu() != mine).sum())), f"{counts[0] / n:.1f}", f"{counts[1] / n:.1f}",
+                        f"{floor / n:.1f}", f"{counts[1] / floor:.3f}", f"{counts[0] / counts[1]:.2f} x",
+                        f"{seconds[0]:.1f}", f"{seconds[1]:.1f}", f"{seconds[0] / seconds[1]:.2f} x",
+                    ]
+                )  # fmt: skip
+                print("  ".join(rows[-1]), flush=True)
+    print_table(f"APGD-CE and APGD-T, {settings.num_steps} steps, {settings.num_samples} images", rows)
+    Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
+    (Path(settings.output_dir) / "table.md").write_text(markdown(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,152 @@
+"""results.json, records and what follows from them: comparisons of models, warnings, figures that are told apart."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+from utils.cli import UserError
+from utils.metrics import mcnemar
+from utils.results import Results, cell_name, column_name, model_revision
+from utils.sanity import sanity_warnings
+
+
+def cell(model="runs/a", attack="clean", eps=None, **more):
+    settings = {"split": "test", "num_samples": None, "model_revision": model} | more.pop("settings", {})
+    fixed = {
+        "dataset": "data/set",
+        "measure": "accuracy",
+        "seed": 0,
+        "corruption": None,
+        "severity": None,
+        "sigma": None,
+    }
+    return fixed | {"model": model, "attack": attack, "eps": eps, "settings": settings} | more  # fmt: skip
+
+
+def filled(results, entry, correct):
+    rows = [{"position": i, "correct": right} for i, right in enumerate(correct)]
+    results.add(entry, sum(correct) / len(correct), (0.0, 1.0), len(correct))
+    results.write_records(entry, rows)
+
+
+def test_mcnemar_is_the_exact_binomial_test():
+    first = [True] * 9 + [False] * 2 + [True] * 30 + [False] * 5
+    second = [False] * 9 + [True] * 2 + [True] * 30 + [False] * 5
+    tail = sum(math.comb(11, k) for k in (0, 1, 2)) / 2**11
+    assert mcnemar(first, second) == (9, 2, pytest.approx(2 * tail))
+    assert mcnemar(second, first) == (2, 9, pytest.approx(2 * tail))
+    assert mcnemar(first, first) == (0, 0, 1.0)
+    with pytest.raises(ValueError, match="shorter"):
+        mcnemar(first, second[:-1])
+
+
+def test_models_are_compared_on_the_images_that_both_saw(tmp_path):
+    results = Results(tmp_path)
+    filled(results, cell("a"), [True, True, True, False, True])
+    filled(results, cell("b"), [True, False, False, True, True])
+    filled(results, cell("b", "apgd", 4.0), [False] * 5)  # only b: nothing to compare
+    filled(results, cell("c"), [True, True])  # fewer images
+    filled(results, cell("a", "corruptions", corruption="fog", severity=1), [True] * 5)
+    filled(results, cell("b", "corruptions", corruption="fog", severity=1), [False] * 5)
+    results.compare()
+    results.write()
+    found = json.loads((tmp_path / "results.json").read_text())["comparisons"]
+    assert [comparison["models"] for comparison in found] == [["a", "b"], ["a", "c"], ["b", "c"]]
+    assert (found[0]["n"], found[0]["only_first"], found[0]["only_second"]) == (5, 2, 1)
+    assert found[0]["p_value"] == 1.0
+    assert [comparison["n"] for comparison in found] == [5, 2, 2]
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    results = Results(tmp_path)
+    entry = cell("a", "apgd", 2.0)
+    filled(results, entry, [True, False])
+    pictures = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8), [{"label": "a <b>", "predicted": "c"}] * 2
+    results.write_pictures(entry, *pictures)
+    results.warn(entry, "doubtful")
+    results.warn(entry, "doubtful")
+    results.write()
+    again = Results(tmp_path)
+    assert again.find(entry)["value"] == 0.5
+    assert again.find(entry | {"eps": 3.0}) is None
+    assert again.records(entry) == [{"position": 0, "correct": True}, {"position": 1, "correct": False}]
+    assert again.records(entry | {"eps": 3.0}) == []
+    clean, attacked, captions = again.pictures(entry)
+    assert torch.equal(clean, pictures[0])
+    assert torch.equal(attacked, pictures[1])
+    assert captions == pictures[2]
+    assert [warning["text"] for warning in again.warnings] == ["doubtful"]
+    (tmp_path / "results.json").write_text('{"schema_version": 9, "results": []}')
+    with pytest.raises(UserError, match="schema version 9"):
+        Results(tmp_path)
+
+
+def test_names_of_cells_tell_them_apart_and_can_be_read():
+    cells = [
+        cell(),
+        cell("runs/b"),
+        cell(attack="apgd", eps=2.0),
+        cell(attack="apgd", eps=4.0),
+        cell(attack="gaussian_noise", sigma=8.0),
+        cell(attack="corruptions", corruption="fog", severity=3),
+        cell(seed=1),
+        cell(settings={"split": "val"}),
+    ]
+    names = [cell_name(entry) for entry in cells]
+    assert len(set(names)) == len(names)
+    assert names[2].startswith("a_set_accuracy_apgd_eps2_")
+    assert names[5].startswith("a_set_accuracy_corruptions_fog_severity3_")
+    assert all(len(name) < 200 and "/" not in name for name in names)
+    assert cell_name(cell("x" * 300 + "/" + "y" * 300)) != cell_name(cell("x" * 300 + "/" + "y" * 301))
+    assert [column_name(entry) for entry in cells[2:6]] == [
+        "apgd 2/255", "apgd 4/255", "gaussian_noise 8/255", "fog 3",
+    ]  # fmt: skip
+
+
+def test_a_revision_changes_with_the_weights_alone(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "config.json").write_text("{}")
+    first = model_revision(str(tmp_path))
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    (tmp_path / "README.md").write_text("a card")
+    assert model_revision(str(tmp_path)) == first
+    (tmp_path / "model.safetensors").write_bytes(b"Weights")
+    assert model_revision(str(tmp_path)) != first
+
+
+def accuracy(attack, eps, value, model="a", **settings):
+    return cell(model, attack, eps, settings=settings) | {"value": value, "n": 100}
+
+
+STEPS = {"attack_steps": 10}
+
+
+@pytest.mark.parametrize(
+    ("results", "message"),
+    [
+        ([accuracy("apgd", 2.0, 0.3), accuracy("apgd", 4.0, 0.4)], "rises from 30.0 % at eps 2/255 to 40.0 % at eps 4"),
+        ([accuracy("clean", None, 0.3), accuracy("pgd", 4.0, 0.4, **STEPS)], "rises from 30.0 % at eps 0/255"),
+        ([accuracy("apgd", 4.0, 0.3), accuracy("pgd", 4.0, 0.2, **STEPS)], "PGD with 10 steps only 20.0 %"),
+        ([accuracy("apgd", 4.0, 0.3), accuracy("square", 4.0, 0.29)], "the black-box Square attack leaves 29.0 %"),
+    ],
+)
+def test_signs_of_a_weak_attack_are_named(results, message):
+    for order in itertools.permutations(results):
+        ((_, text),) = sanity_warnings(order)
+        assert message in text
+
+
+def test_sound_results_are_left_in_peace():
+    sound = [
+        accuracy("clean", None, 0.9),
+        accuracy("pgd", 2.0, 0.5, **STEPS),
+        accuracy("apgd", 2.0, 0.4),
+        accuracy("square", 2.0, 0.4 - 0.001),
+        accuracy("apgd", 4.0, 0.4),
+        accuracy("apgd", 8.0, 0.95, model="b"),  # another model
+        accuracy("square", 4.0, 0.3985),
+    ]
+    assert list(sanity_warnings(sound)) == []
