@@ -23,6 +23,7 @@ demo-lore: $(VENV)/.installed
 	  --hidden_size 64 --flip false --crop_padding 2 --batch_size 32 --epochs 6
 	$(BIN)/python benchmarks/compare_methods.py --model runs/demo/base --data runs/demo/digits --output_dir runs/demo/compare \
 	  --eps 16 --rho 0.1 --steps 40 --curve_steps 5 --eval_eps 4 8 16 --num_samples 360 --jobs 2
+	cp runs/demo/compare/eval/report.html runs/demo/report.html
 
 # The small CLIP that can read comes with the repository: examples/reading_clip/README.md has the command that makes it.
 WORDS := --word_kind label --word_place bottom --word_size_min 40 --word_size_max 60

@@ -57,7 +57,6 @@ from utils.shard_sources import hub_set
 from utils.shards import ShardDataset
 from utils.typographic import KINDS, PLACES, word_style
 from utils.zeroshot import (
-    class_prompts,
     imagenet_prompts,
     interpretability_templates,
     open_set,
@@ -189,23 +188,32 @@ def check_settings(settings: Settings) -> None:
             raise UserError(
                 f"--measure {measure}: compared with what? name the original model with --reference_model_name_or_path"
             )
+    by_text = [measure for measure in settings.measure if measure not in ("accuracy", "fidelity")]
+    by_text += [attack for attack in settings.attack if attack == "typographic"]
+    if settings.classifier != "zero_shot" and by_text:
+        raise UserError(
+            f"--classifier {settings.classifier}: {by_text[0]} goes by texts; measure it in a call of its own, without "
+            "--classifier"
+        )
     for name in settings.model:
         config = check_model(name, "--model", SUPPORTED_MODEL_TYPES + VISION_MODEL_TYPES)
-        with_text = [measure for measure in settings.measure if measure not in ("accuracy", "fidelity")]
-        with_text += [attack for attack in settings.attack if attack == "typographic"]
-        if config.model_type not in SUPPORTED_MODEL_TYPES and (settings.classifier == "zero_shot" or with_text):
-            what = f"--classifier {settings.classifier}" if settings.classifier == "zero_shot" else with_text[0]
+        if config.model_type not in SUPPORTED_MODEL_TYPES and settings.classifier == "zero_shot":
             raise UserError(
-                f"--model {name}: a {config.model_type} has no text tower, which {what} needs; give it a --linear_head file "
-                "with --classifier linear_head, or learn one with --classifier linear_probe or knn"
+                f"--model {name}: a {config.model_type} has no text tower, which --classifier zero_shot needs; give it a "
+                "--linear_head file with --classifier linear_head, or learn one with --classifier linear_probe or knn"
             )
         if "head_t" in settings.measure:
             load_head(name)
+    if settings.reference_model_name_or_path is not None:
+        kinds = SUPPORTED_MODEL_TYPES + (() if "retention" in settings.measure else VISION_MODEL_TYPES)
+        check_model(settings.reference_model_name_or_path, "--reference_model_name_or_path", kinds)
     if (settings.classifier == "linear_head") != (settings.linear_head is not None):
         raise UserError(
             f"--classifier {settings.classifier} and --linear_head {settings.linear_head} do not go together; a file needs "
             "--classifier linear_head and the other way round"
         )
+    if settings.linear_head is not None and not Path(settings.linear_head).is_file():
+        raise UserError(f"--linear_head {settings.linear_head}: no such file; expected safetensors with weight (C, D)")
     followed = [attack for attack in settings.attack if attack in ("pgd", "apgd")]
     if settings.classifier == "knn" and followed:
         raise UserError(
@@ -310,14 +318,14 @@ def wanted_jobs(
     common = {"model": model, "dataset": dataset, "seed": settings.seed}
     split = settings.split if data.labelled or "attack" not in data.splits else None
     reading = {"split": split, "num_samples": settings.num_samples, "model_revision": revisions[model]}
+    reading["available"] = {split: opened.index.num_samples for split, opened in data.splits.items()}
     if data.labelled:
         reading |= {"prompts": text_hash([*data.classnames, "", *data.templates]), "classifier": settings.classifier}
-        if settings.classifier != "zero_shot":
-            own = {"linear_head": settings.linear_head, "linear_probe": settings.train_split}
-            reading["classifier_revision"] = own.get(settings.classifier, settings.train_split)
+        if settings.classifier == "linear_head":
+            head = Path(settings.linear_head).read_bytes()
+            reading["classifier_revision"] = hashlib.blake2b(head, digest_size=6).hexdigest()
     words = json.loads(json.dumps(asdict(word_style(settings))))  # lists, as results.json gives them back
     gradients = {"loss": "cross-entropy", "attack_dtype": settings.attack_dtype}
-    zero_shot = data.labelled and data.published is None and settings.classifier == "zero_shot"
     jobs: list[list[Cell]] = []
 
     def cell(measure: str, attack: str = "clean", **more: Any) -> Cell:
@@ -338,7 +346,7 @@ def wanted_jobs(
             jobs.append([cell("accuracy")])
         if data.labelled:
             jobs += [[attacked] for attacked in attacked_cells(settings, data, cell, gradients)]
-        if "typographic" in settings.attack and (zero_shot or not data.labelled):
+        if "typographic" in settings.attack:
             style = {"words": words} if data.labelled else {}
             jobs.append([cell(figure, "typographic", **style) for figure in ("accuracy", "follows_word")])
     compared = {"reference": settings.reference_model_name_or_path}
@@ -414,8 +422,8 @@ def make_classifier(settings: Settings, accelerator: Accelerator, model: Model, 
     """image_embeds (B, D) -> logits (B, C): the set's classes by text, by a file, or learnt from its training images."""
     num_classes = len(data.classnames)
     if settings.classifier == "zero_shot":
-        class_embeds, logit_scale = class_prompts(model.clip, model.processor, data, model.device)
-        return LinearClassifier(class_embeds, scale=logit_scale, normalise=True)
+        class_embeds = model.class_embeds(data.classnames, data.templates)
+        return LinearClassifier(class_embeds, scale=model.logit_scale, normalise=True)
     if settings.classifier == "linear_head":
         return read_linear_head(settings.linear_head, model.encoder.embed_dim, num_classes).to(model.device)
     if settings.classifier == "knn":
@@ -423,7 +431,7 @@ def make_classifier(settings: Settings, accelerator: Accelerator, model: Model, 
         return KnnClassifier(features, labels, num_classes).to(model.device)
     # A probe is kept, so that it need not be learnt again and can be given as a --linear_head.
     only = {"model": model.name, "dataset": cell["dataset"], "measure": "probe", "attack": settings.train_split}
-    fixed = ("split", "model_revision", "prompts")
+    fixed = ("model_revision", "prompts", "available")
     learnt = dict.fromkeys(cell) | only | {"settings": {name: cell["settings"][name] for name in fixed}}
     path = Path(settings.output_dir) / "probes" / f"{cell_name(learnt)}.safetensors"
     if not from_main_process(accelerator, path.exists):

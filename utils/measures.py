@@ -54,6 +54,7 @@ from utils.zeroshot import (
 PICTURES = 6  # kept of every attack
 RETRIEVED = 10  # images of every query
 SQUARE_GROUP = 8  # batches that the Square attack works on together, so that survivors fill batches
+SECONDS_BETWEEN_UPDATES = 0.2  # of the bar
 SECONDS_BETWEEN_LINES = 60  # of progress, where there is no terminal
 
 Logits = Callable[[Tensor], Tensor]
@@ -80,13 +81,23 @@ class Model:
     device: torch.device
     clip: CLIPModel | None = None
     processor: CLIPProcessor | None = None
+    tables: dict[tuple, TextTable] = field(default_factory=dict)  # so that no text is encoded twice
 
     @property
     def logit_scale(self) -> float:
         return float(self.clip.logit_scale.detach().exp())
 
     def texts(self, templates: Sequence[str], *, per_prompt: bool = False) -> TextTable:
-        return TextTable(self.clip, self.processor, templates or ["{c}"], self.device, per_prompt=per_prompt)
+        """The model's texts in these templates. With ``per_prompt`` they are of a model whose head is unfolded."""
+        templates = list(templates) or ["{c}"]
+        key = (*templates, per_prompt)
+        if key not in self.tables:
+            self.tables[key] = TextTable(self.clip, self.processor, templates, self.device, per_prompt=per_prompt)
+        return self.tables[key]
+
+    def class_embeds(self, classnames: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """Unit embeddings of classes, (C, D)."""
+        return ensemble(self.texts(templates)(classnames))
 
     def embed(self, table: TextTable, weight: Tensor | None = None) -> Callable:
         """(images, texts) -> unit embeddings, both through a head ``weight`` (D, D) where one is given."""
@@ -127,7 +138,7 @@ class Finding(NamedTuple):
 class reading:
     """The batches of one pass over a set, with a progress bar; on leaving, what was skipped is weighed.
 
-    The bar counts the samples read, or, with ``decided_alone``, those that ``decided`` is told of.
+    The bar counts the samples read; with ``decided_alone`` whoever decides moves it by ``show``.
     """
 
     def __init__(
@@ -157,7 +168,7 @@ class reading:
         title = "  ".join([cell["model"], cell["dataset"], cell["measure"], cell["attack"], *strength])
         self.progress = RunProgress(title, self.num_samples, enabled=accelerator.is_main_process)
         self.seen = self.judged = self.right = 0
-        self.last_line = time.monotonic()
+        self.last_line = self.last_shown = time.monotonic()
 
     def __enter__(self) -> reading:
         self.progress.__enter__()
@@ -165,30 +176,36 @@ class reading:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in count_skipped(self.loader, self.skips):
-            yield batch
             self.seen += len(batch["keys"])
+            yield batch
             if not self.decided_alone:
-                self._show(self.seen)
+                self.show(self.seen)
 
     def decided(self, count: int, right: int) -> None:
         """``count`` more samples have been judged, ``right`` of them are classified rightly."""
         self.judged += count
         self.right += right
-        if self.decided_alone:
-            self._show(self.judged)
 
-    def _show(self, done: int) -> None:
-        fields = {"accuracy": self.right / self.judged} if self.judged else {}
-        due = time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES
+    def show(self, done: float) -> None:
+        """Moves the bar to ``done`` samples of this process; the accuracy shown can only fall while an attack goes on."""
+        now = time.monotonic()
+        if now - self.last_shown < SECONDS_BETWEEN_UPDATES:
+            return
+        self.last_shown = now
+        due = now - self.last_line > SECONDS_BETWEEN_LINES
         if due:
-            self.last_line = time.monotonic()
-        done = min(self.num_samples, done * self.accelerator.num_processes)
+            self.last_line = now
+        fields = {"accuracy": 1 - (self.judged - self.right) / self.seen} if self.judged else {}
+        done = min(self.num_samples, int(done * self.accelerator.num_processes))
         self.progress.update(done, fields, report=due and done < self.num_samples)
 
     def __exit__(self, kind: type | None, *error: object) -> None:
         if kind is None:
-            self.skips.merge(gather_objects(self.accelerator, self.skips.state())).check()
-            fields = {"accuracy": self.right / self.judged} if self.judged else {}
+            states, judged, right = zip(
+                *gather_objects(self.accelerator, (self.skips.state(), self.judged, self.right))
+            )
+            self.skips.merge(states).check()
+            fields = {"accuracy": sum(right) / sum(judged)} if sum(judged) else {}
             self.progress.update(self.num_samples, fields, report=True)
         self.progress.__exit__(kind, *error)
 
@@ -376,11 +393,13 @@ def apgd_rows(
     pictures: list[Picture] = []
     warnings: list[str] = []
     keys: dict[int, str] = {}
+    under_attack: dict[int, Point] = {}
 
     def add(position: int, label: int, predicted: int, broken_by: str | None, forwards: int, **more: Any) -> None:
         row = {"position": position, "key": keys.pop(position), "label": label, "predicted": predicted}
         row |= {"correct": broken_by is None, "broken_by": broken_by, "forwards": forwards}
         rows.append((position, row | more))
+        under_attack.pop(position, None)
         batches.decided(1, broken_by is None)
 
     def points() -> Iterator[Point]:
@@ -395,18 +414,28 @@ def apgd_rows(
             for i in (~right).nonzero()[:, 0].tolist():
                 add(found.positions[i], int(found.labels[i]), int(predicted[i]), "clean", 1)
             chosen = right.nonzero()[:, 0]
-            yield from make_points(
+            for point in make_points(
                 [found.positions[i] for i in chosen.tolist()],
                 found.pixel_values[chosen],
                 found.labels[chosen],
                 found.logits[chosen],
                 settings.apgd_targets,
-            )
+            ):
+                under_attack[point.position] = point
+                yield point
+
+    attacked = attacked_logits(settings, model, classifier)
+    most = (settings.apgd_steps + 1) * (1 + min(settings.apgd_targets, len(classnames) - 1))
+
+    def watched(pixel_values: Tensor) -> Tensor:
+        # Who holds out counts by the share of its forwards: else the bar would stand still while survivors remain.
+        batches.show(len(rows) + sum(point.forwards for point in under_attack.values()) / most)
+        return attacked(pixel_values)
 
     exact = settings.attack_dtype == "float32"
     for outcome in run_apgd(
         points(),
-        attacked_logits(settings, model, classifier),
+        watched,
         eps=cell["eps"] / 255,
         num_steps=settings.apgd_steps,
         batch_size=settings.batch_size,
@@ -418,8 +447,9 @@ def apgd_rows(
         if outcome.broken:
             broken_by = f"target {point.run}" if point.run else "cross-entropy"
             names = classnames[point.label], classnames[outcome.predicted]
-            pictures.append(picture(point.position, point.pixel_values, outcome.adversarial, *names))
-            pictures = first_pictures([pictures])
+            if len(pictures) < PICTURES or point.position < pictures[-1].position:  # copies to the host are few
+                pictures.append(picture(point.position, point.pixel_values, outcome.adversarial, *names))
+                pictures = first_pictures([pictures])
         more = {"zero_gradient": True} if point.zero_gradient else {}
         add(point.position, point.label, outcome.predicted, broken_by, point.forwards + 1, **more)
     return rows, pictures, warnings
