@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ from utils.pairs import pack_pair_folder
 from utils.progress import wide_console
 from utils.results import Cell, Results, cell_name, column_name, figure_name, model_revision
 from utils.shard_sources import hub_set
-from utils.shards import ShardDataset
+from utils.shards import ShardDataset, ShardIndex
 from utils.typographic import KINDS, PLACES, word_style
 from utils.zeroshot import (
     imagenet_prompts,
@@ -182,6 +183,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def check_settings(settings: Settings) -> None:
     """What can be said before anything is read."""
+    settings.model, settings.data = ([tidy(name) for name in names] for names in (settings.model, settings.data))
+    for name in ("model", "data", "measure", "attack", "eps", "sigma", "corruptions", "severities", "query"):
+        setattr(settings, name, list(dict.fromkeys(getattr(settings, name))))  # what is named twice is measured once
     word_style(settings)
     for measure in ("retention", "fidelity"):
         if measure in settings.measure and not settings.reference_model_name_or_path:
@@ -189,7 +193,7 @@ def check_settings(settings: Settings) -> None:
                 f"--measure {measure}: compared with what? name the original model with --reference_model_name_or_path"
             )
     by_text = [measure for measure in settings.measure if measure not in ("accuracy", "fidelity")]
-    by_text += [attack for attack in settings.attack if attack == "typographic"]
+    by_text += [attack for attack in settings.attack if attack == "typographic"] + ["--query"] * bool(settings.query)
     if settings.classifier != "zero_shot" and by_text:
         raise UserError(
             f"--classifier {settings.classifier}: {by_text[0]} goes by texts; measure it in a call of its own, without "
@@ -226,6 +230,11 @@ def check_settings(settings: Settings) -> None:
         except ImportError:
             raise UserError("--attack square: needs the package pyautoattack; pip install pyautoattack") from None
     settings.t = sorted({*settings.t, 0.0, 1.0})
+
+
+def tidy(name: str) -> str:
+    """One name for a directory, runs/a for ./runs/a/ too, so that it is known again."""
+    return os.path.normpath(name) if Path(name).exists() else name
 
 
 def load(name: str, accelerator: Accelerator, flag: str) -> Model:
@@ -280,6 +289,11 @@ def open_data(settings: Settings, name: str) -> EvalSet:
 
 def open_published(settings: Settings, name: str, folder: Path, published: Any) -> EvalSet:
     """CIFAR-10-C or ImageNet-C files, whose class names have to come from somewhere."""
+    if settings.classifier in ("linear_probe", "knn"):
+        raise UserError(
+            f"--data {name}: published corruptions hold no training images for --classifier {settings.classifier}; learn a "
+            "linear_probe on the clean set and give it by --linear_head"
+        )
     if settings.classnames == "imagenet" or (settings.classnames is None and published.num_classes == 1000):
         classnames, templates = imagenet_prompts()
     elif settings.classnames is None and not (folder / "classnames.txt").exists():
@@ -318,22 +332,24 @@ def wanted_jobs(
     common = {"model": model, "dataset": dataset, "seed": settings.seed}
     split = settings.split if data.labelled or "attack" not in data.splits else None
     reading = {"split": split, "num_samples": settings.num_samples, "model_revision": revisions[model]}
-    reading["available"] = {split: opened.index.num_samples for split, opened in data.splits.items()}
+    reading["shards"] = {split: shards_hash(opened.index) for split, opened in data.splits.items()}
+    classes: dict[str, Any] = {}
     if data.labelled:
-        reading |= {"prompts": text_hash([*data.classnames, "", *data.templates]), "classifier": settings.classifier}
+        classes = {"prompts": text_hash([*data.classnames, "", *data.templates]), "classifier": settings.classifier}
         if settings.classifier == "linear_head":
             head = Path(settings.linear_head).read_bytes()
-            reading["classifier_revision"] = hashlib.blake2b(head, digest_size=6).hexdigest()
+            classes["classifier_revision"] = hashlib.blake2b(head, digest_size=6).hexdigest()
     words = json.loads(json.dumps(asdict(word_style(settings))))  # lists, as results.json gives them back
     gradients = {"loss": "cross-entropy", "attack_dtype": settings.attack_dtype}
     jobs: list[list[Cell]] = []
 
     def cell(measure: str, attack: str = "clean", **more: Any) -> Cell:
         where = {name: more.pop(name, None) for name in ("eps", "corruption", "severity", "sigma")}
-        return common | {"measure": measure, "attack": attack} | where | {"settings": reading | more}
+        own = {} if measure in FIDELITY else classes
+        return common | {"measure": measure, "attack": attack} | where | {"settings": reading | own | more}
 
-    if "accuracy" in settings.measure and data.published is not None:
-        if "corruptions" in settings.attack:
+    if data.published is not None:
+        if "accuracy" in settings.measure and "corruptions" in settings.attack:
             jobs += [
                 [cell("accuracy", "corruptions", corruption=corruption, severity=severity, files="published")]
                 for corruption in settings.corruptions
@@ -412,6 +428,12 @@ def text_hash(texts: Sequence[str]) -> str:
     return hashlib.blake2b("\n".join(texts).encode(), digest_size=6).hexdigest()
 
 
+def shards_hash(index: ShardIndex) -> str:
+    """What tells one content of shards from another without reading them: names, sizes, numbers of samples."""
+    sizes = [os.path.getsize(url) if os.path.exists(url) else None for url in index.urls]
+    return text_hash([f"{Path(url).name} {size} {n}" for url, size, n in zip(index.urls, sizes, index.sizes)])
+
+
 def needs_classifier(data: EvalSet, job: Sequence[Cell]) -> bool:
     """Accuracy of a labelled set by its classes, other than through texts of each image's own."""
     cell = job[0]
@@ -431,7 +453,7 @@ def make_classifier(settings: Settings, accelerator: Accelerator, model: Model, 
         return KnnClassifier(features, labels, num_classes).to(model.device)
     # A probe is kept, so that it need not be learnt again and can be given as a --linear_head.
     only = {"model": model.name, "dataset": cell["dataset"], "measure": "probe", "attack": settings.train_split}
-    fixed = ("model_revision", "prompts", "available")
+    fixed = ("model_revision", "prompts", "shards")
     learnt = dict.fromkeys(cell) | only | {"settings": {name: cell["settings"][name] for name in fixed}}
     path = Path(settings.output_dir) / "probes" / f"{cell_name(learnt)}.safetensors"
     if not from_main_process(accelerator, path.exists):
@@ -439,7 +461,7 @@ def make_classifier(settings: Settings, accelerator: Accelerator, model: Model, 
         if accelerator.is_main_process:
             save_linear_head(path, fit_linear_probe(features, labels, num_classes))
         accelerator.wait_for_everyone()
-    return read_linear_head(path, model.encoder.embed_dim, num_classes).to(model.device)
+    return read_linear_head(path, model.encoder.embed_dim, num_classes, "--output_dir: the probe").to(model.device)
 
 
 def measure(
@@ -531,7 +553,8 @@ def print_tables(
         for cell in others:
             result = results.find(cell)
             interval = "" if result["ci95"] is None else " [{:.4f}, {:.4f}]".format(*result["ci95"])
-            table.add_row(cell["model"], cell["dataset"], figure_name(cell), f"{result['value']:.4f}{interval}")
+            value = "undefined" if result["value"] is None else f"{result['value']:.4f}{interval}"
+            table.add_row(cell["model"], cell["dataset"], figure_name(cell), value)
         wide_console().print(table)
     if "head_t" in settings.measure:
         print_strengths(settings, cells, results)
@@ -568,7 +591,7 @@ def print_strengths(settings: Settings, cells: Sequence[Cell], results: Results)
     for model in settings.model:
         found = [results.find(cell) for cell in cells if cell["model"] == model]
         neutral = next((result["value"] for result in found if result["measure"] == "neutral_t"), None)
-        swept = [result for result in found if "t" in result["settings"]]
+        swept = [result for result in found if "t" in result["settings"] and result["value"] is not None]
         curves: dict[str, dict[float, float]] = {}
         for result in swept:
             title = f"{figure_name(result)}, {Path(result['dataset']).name}"
@@ -581,7 +604,7 @@ def print_strengths(settings: Settings, cells: Sequence[Cell], results: Results)
         for label in marks.values():
             table.add_column(label, justify="right")
         for title, points in curves.items():
-            table.add_row(title, *(f"{points[t]:.3f}" for t in marks))
+            table.add_row(title, *(f"{points[t]:.3f}" if t in points else "undefined" for t in marks))
         wide_console().print(table)
         name = Path(model).name or Path(model).resolve().name
         path = Path(settings.output_dir) / f"head_t_{name}.png"

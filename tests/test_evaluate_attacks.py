@@ -20,6 +20,8 @@ from tests.small_models import save_small_clip
 from utils.attacks import square
 from utils.cli import UserError
 from utils.encoders import ImageEncoder
+from utils.measures import fairness_figures
+from utils.results import Results
 
 READING_CLIP = ROOT / "examples" / "reading_clip"  # classifies digits: robust figures of random weights say little
 
@@ -141,6 +143,17 @@ def test_corruptions_noise_and_embeddings_beside_a_reference(arguments, small_cl
     assert all(c["n"] == 24 and 0 <= c["p_value"] <= 1 for c in report["comparisons"])
     page = (tmp_path / "eval/report.html").read_text()
     assert "impulse" in page
+    # Noise and corruptions are shown on the same image at every strength, beside the clean one.
+    found = Results(tmp_path / "eval")
+    shown = [found.pictures(cell) for cell in found.results if cell["model"] == str(small_clip)]
+    noise, corruptions = (
+        [kept for kept in shown if kept and len(kept[0]) > 1],
+        [kept for kept in shown if kept and len(kept[0]) == 1],
+    )
+    assert (len(noise), len(corruptions)) == (2, 2)  # of corruptions the highest severity
+    assert torch.equal(noise[0][0], noise[1][0])
+    assert all(torch.equal(kept[0][0], noise[0][0][0]) for kept in corruptions)
+    assert all((kept[0] - kept[1]).abs().amax() > 0.02 for kept in [*noise, *corruptions])
     assert (tmp_path / "eval/benchmark.csv").read_text().count("\n") == 1 + 2 * 7
 
 
@@ -187,6 +200,10 @@ def test_published_corruptions_are_read_as_they_are(arguments, tmp_path):
     (folder / "classnames.txt").write_text("cat\ndog\nship\n")
     with pytest.raises(UserError, match=r"published corruptions \(of .*fog.*\), for which only --attack corruptions"):
         evaluate.main(arguments(data=folder, attack="apgd"))
+    with pytest.raises(UserError, match=r"for which only --attack corruptions"):
+        evaluate.main(arguments(data=folder, attack="corruptions", measure="interpretability"))
+    with pytest.raises(UserError, match=r"published corruptions hold no training images for --classifier knn"):
+        evaluate.main(arguments(data=folder, attack="corruptions", classifier="knn"))
     evaluate.main(arguments(data=folder, attack=["clean", "corruptions"]))
     found = results(tmp_path / "eval")
     assert len(found) == 10
@@ -220,6 +237,8 @@ def test_encoders_without_text_are_measured_by_what_is_learnt_on_top(arguments, 
         UserError, match=r"--classifier knn: interpretability goes by texts; measure it in a call of its"
     ):
         evaluate.main(arguments(model=dinov2, classifier="knn", attack="clean", measure="interpretability"))
+    with pytest.raises(UserError, match=r"--classifier knn: --query goes by texts"):
+        evaluate.main(arguments(model=dinov2, classifier="knn", attack="clean", query="a digit"))
     with pytest.raises(UserError, match=r"--reference_model_name_or_path .*: model type 'dinov2'; supported: clip"):
         evaluate.main(arguments(measure="retention", reference_model_name_or_path=dinov2))
     with pytest.raises(UserError, match=r"--reference_model_name_or_path no/such: neither a local model directory"):
@@ -265,6 +284,47 @@ def test_a_model_trained_anew_in_the_same_place_is_measured_anew(arguments, tmp_
     assert first["settings"]["model_revision"] != second["settings"]["model_revision"]
     evaluate.main(arguments(model=tmp_path / "model", attack="clean"))
     assert len(results(tmp_path / "eval")) == 2
+
+
+def test_one_directory_has_one_name_and_what_is_named_twice_is_measured_once(arguments, small_clip, tmp_path):
+    link = os.path.relpath(small_clip)
+    evaluate.main(arguments(model=[f"{link}/", f"./{link}"], attack=["clean", "pgd", "pgd"], eps=[4, 4.0]))
+    assert [(cell["model"], cell["attack"]) for cell in results(tmp_path / "eval")] == [(link, "clean"), (link, "pgd")]
+
+
+def test_references_that_see_other_images_are_refused(arguments, small_clip, tmp_path):
+    save_small_clip(tmp_path / "other")
+    config = json.loads((tmp_path / "other/processor_config.json").read_text())
+    config["image_processor"]["resample"] = 2
+    (tmp_path / "other/processor_config.json").write_text(json.dumps(config))
+    for measure in ("retention", "fidelity"):
+        with pytest.raises(UserError, match=rf"--measure {measure}: .* sees images of \(32, 32\) px, .*in another way"):
+            evaluate.main(
+                arguments(
+                    model=small_clip, attack="clean", measure=measure,
+                    reference_model_name_or_path=tmp_path / "other",
+                )
+            )  # fmt: skip
+
+
+def test_figures_without_a_value_are_said_to_be_undefined(arguments, attribute_digits, tmp_path, monkeypatch, capsys):
+    """No class with images of two groups: the other fairness figures stand."""
+    real = evaluate.measure_fairness
+    monkeypatch.setattr(
+        evaluate,
+        "measure_fairness",
+        lambda *given: [
+            finding._replace(value=None) if finding.cell["measure"] == "opportunity_difference" else finding
+            for finding in real(*given)
+        ],
+    )
+    evaluate.main(arguments(attack="clean", measure="fairness", top_k=5))
+    assert "undefined" in capsys.readouterr().out
+    assert "undefined" in (tmp_path / "eval/report.html").read_text()
+    labels, groups = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1, 1])
+    figures = fairness_figures(torch.rand(2, 4), labels, groups, 2)
+    assert figures["opportunity_difference"] is None
+    assert all(value is not None for name, value in figures.items() if name != "opportunity_difference")
 
 
 def test_a_killed_run_goes_on_with_the_cells_that_are_missing(arguments, tmp_path):

@@ -9,6 +9,7 @@ import torch
 
 from utils.cli import UserError
 from utils.metrics import mcnemar
+from utils.report import write_report
 from utils.results import Results, cell_name, column_name, model_revision
 from utils.sanity import sanity_warnings
 
@@ -148,5 +149,28 @@ def test_sound_results_are_left_in_peace():
         accuracy("apgd", 4.0, 0.4),
         accuracy("apgd", 8.0, 0.95, model="b"),  # another model
         accuracy("square", 4.0, 0.3985),
+        accuracy("clean", None, 0.1, t=-0.5),  # a head turned the other way
+        accuracy("clean", None, 0.1, classifier="knn"),
     ]
     assert list(sanity_warnings(sound)) == []
+
+
+def test_weights_that_a_model_had_before_are_history(tmp_path):
+    results = Results(tmp_path)
+    for revision, right in (("old", 2), ("new", 4)):
+        for model in ("a", "b"):
+            entry = cell(model, settings={"model_revision": f"{model}-{revision}"})
+            filled(results, entry, [i < right for i in range(5)])
+            results.warn(entry, f"of {revision}")
+    results.compare()
+    results.write()
+    again = Results(tmp_path)
+    assert len(again.results) == 4
+    assert [result["value"] for result in again.current()] == [0.8, 0.8]
+    assert [comparison["models"] for comparison in again.compared] == [["a", "b"]]
+    write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "of new" in page
+    assert "of old" not in page
+    assert "a-old" not in page
+    assert (tmp_path / "benchmark.csv").read_text().count("\n") == 3

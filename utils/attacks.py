@@ -9,7 +9,7 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import torch
@@ -127,11 +127,9 @@ def targeted_loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
 
 def attack_loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy where ``targets`` is -1, the targeted loss elsewhere: (B, C), (B,), (B,) -> (B,). Maximised."""
-    plain = targets < 0
-    if plain.all():
-        return F.cross_entropy(logits, labels, reduction="none")
-    towards = targeted_loss(logits, labels, targets.clamp_min(0))
-    return torch.where(plain, F.cross_entropy(logits, labels, reduction="none"), towards) if plain.any() else towards
+    plain = F.cross_entropy(logits, labels, reduction="none")
+    # Both for every row: they cost nothing beside a forward, and asking which is needed would wait for the device.
+    return torch.where(targets < 0, plain, targeted_loss(logits, labels, targets.clamp_min(0)))
 
 
 def sphere_start(pixel_values: Tensor, eps: float, seeds: Sequence[int]) -> Tensor:
@@ -326,24 +324,39 @@ def apgd(
 
 @dataclass
 class Point:
-    """An image under attack, and its way through the runs."""
+    """An image under attack, and its way through the runs: they begin in order, and the first that breaks it counts."""
 
     position: int
     pixel_values: Tensor  # (3, H, W)
     label: int
     targets: list[int]  # of the runs in turn: -1 for cross-entropy, then classes, the likeliest first
-    run: int = 0
-    forwards: int = 0
-    zero_gradient: bool = False  # at the start of a targeted run
+    begun: int = 0  # runs that have begun
+    open: set[int] = field(default_factory=set)  # of them those that go on
+    spent: list[int] = field(default_factory=list)  # forwards of each
+    flat: set[int] = field(default_factory=set)  # targeted runs whose start had no gradient at all
+    broken_by: int | None = None  # the first run that broke it
+    predicted: int = -1
+    adversarial: Tensor | None = None  # what broke it, or the best try of the last run, (3, H, W)
 
+    @property
+    def forwards(self) -> int:
+        """Up to the wrong answer that counts, or of all runs."""
+        return sum(self.spent if self.broken_by is None else self.spent[: self.broken_by + 1])
 
-class Outcome(NamedTuple):
-    """How a point ended. ``adversarial``: the image that broke it, or the best try of its last run, (3, H, W)."""
+    @property
+    def zero_gradient(self) -> bool:
+        return any(self.broken_by is None or run <= self.broken_by for run in self.flat)
 
-    point: Point
-    broken: bool
-    predicted: int
-    adversarial: Tensor
+    @property
+    def decided(self) -> bool:
+        return not self.open and (self.broken_by is not None or self.begun == len(self.targets))
+
+    def begin_run(self) -> tuple[Point, int]:
+        run = self.begun
+        self.begun += 1
+        self.open.add(run)
+        self.spent.append(0)
+        return self, run
 
 
 def make_points(
@@ -356,7 +369,8 @@ def make_points(
     likeliest = logits.scatter(1, labels[:, None], float("-inf")).argsort(dim=1, descending=True, stable=True)
     targets = likeliest[:, : min(num_targets, logits.shape[1] - 1)].tolist()
     rows = zip(positions, pixel_values, labels.tolist(), targets, strict=True)
-    return [Point(position, x, label, [-1, *classes]) for position, x, label, classes in rows]
+    # Copies: a view would keep its whole batch in memory for as long as the point lives.
+    return [Point(position, x.clone(), label, [-1, *classes]) for position, x, label, classes in rows]
 
 
 @torch.no_grad()
@@ -369,11 +383,13 @@ def run_apgd(
     batch_size: int,
     seed: int = 0,
     judge: Logits | None = None,
-) -> Iterator[Outcome]:
+) -> Iterator[Point]:
     """APGD-CE and APGD-T on a stream of points, in full batches: who is broken leaves at once, and the next one enters.
 
-    No forward is made for a point after it is broken; rows of one batch may be in different runs at different steps. What
-    a point meets depends on (seed, its position, run) alone, up to the rounding of other batch shapes.
+    Rows of one batch may be in different runs at different steps. When no new point is left, the free places go to
+    further runs of those that have outlasted the first two: nearly all of them will need every run. Of several runs side
+    by side the first in order decides, so that nothing depends on the batch: what a point meets depends on (seed, its
+    position, run) alone, up to the rounding of other batch shapes.
 
     Args:
         points: taken as places get free; ``Point.pixel_values`` on the device of the model.
@@ -384,75 +400,129 @@ def run_apgd(
             agrees; the best try of every run is judged too. Without it ``logits_fn`` itself is the judge.
 
     Yields:
-        outcomes in the order in which they are decided.
+        the points, in the order in which they are decided.
     """
-    points, runs, owners = iter(points), None, []
+    points, under_attack = iter(points), []
+    runs: Runs | None = None
+    owners: list[tuple[Point, int]] = []  # point and run of every row
+    free: list[int] = []  # rows whose run is over
     periods = check_periods(num_steps)
     while True:
-        fresh = list(itertools.islice(points, batch_size - len(owners)))
-        if fresh:
-            entering = _begin_runs(fresh, eps, seed)
-            runs, owners = entering if runs is None else runs.join(entering), owners + fresh
+        entering = _next_runs(points, under_attack, batch_size - len(owners) + len(free))
+        runs, owners = _exchange(runs, owners, free, entering, eps, seed)
         if not owners:
             return
         logits, loss, gradient = loss_and_gradient(logits_fn, runs)
         runs.observe(loss, gradient)
-        targeted_start = (runs.step == 0) & (runs.targets >= 0)
-        flat = targeted_start & (gradient.flatten(1).abs().amax(dim=1) == 0)
+        flat = (runs.step == 0) & (runs.targets >= 0) & (gradient.flatten(1).abs().amax(dim=1) == 0)
         predicted = logits.argmax(dim=1)
         ended = runs.step == num_steps
         if judge is not None:
             predicted = _judged(judge, runs, predicted, ended, owners)
         # One synchronisation with the device per forward: who leaves is decided on the host.
         table = torch.stack([predicted, (predicted != runs.labels).long(), ended.long(), flat.long()]).tolist()
-        free: list[int] = []
-        going_on: list[Point] = []
-        for row, (point, guess, broken, over, zero) in enumerate(zip(owners, *table)):
-            point.forwards += 1
-            point.zero_gradient |= bool(zero)
-            if not broken and not over:
-                continue
-            free.append(row)
-            if broken or point.run + 1 == len(point.targets):
-                yield Outcome(point, bool(broken), guess, (runs.adversarial if broken else runs.best)[row].clone())
-            else:
-                point.run += 1
-                going_on.append(point)
+        free = []
+        for row, ((point, run), guess, broken, over, zero) in enumerate(zip(owners, *table)):
+            point.spent[run] += 1
+            if zero:
+                point.flat.add(run)
+            if broken and (point.broken_by is None or run < point.broken_by):
+                point.broken_by, point.predicted, point.adversarial = run, guess, runs.adversarial[row].clone()
+            elif over and run + 1 == len(point.targets) and point.broken_by is None:
+                point.predicted, point.adversarial = guess, runs.best[row].clone()
+            if broken or over:
+                free.append(row)
+        # A later run of a point that is broken is not needed; an earlier one may still show that it breaks first.
+        leaving = set(free)
+        free += [
+            row
+            for row, (point, run) in enumerate(owners)
+            if row not in leaving and point.broken_by is not None and run > point.broken_by
+        ]
+        for row in free:
+            point, run = owners[row]
+            point.open.discard(run)
+        decided = [point for point in under_attack if point.decided]
+        if decided:
+            under_attack = [point for point in under_attack if not point.decided]
+            yield from decided
         if len(free) < len(owners):
             periods = periods.to(runs.labels.device)
             runs.advance(eps, periods)
-        going_on += itertools.islice(points, len(free) - len(going_on))
-        if going_on:
-            rows, free = free[: len(going_on)], free[len(going_on) :]
-            runs.replace(torch.tensor(rows, device=runs.labels.device), _begin_runs(going_on, eps, seed))
-            for row, point in zip(rows, going_on):
-                owners[row] = point
-        if free:
-            left = sorted(set(range(len(owners))) - set(free))
-            owners = [owners[row] for row in left]
-            runs = runs.select(torch.tensor(left, dtype=torch.int64, device=runs.labels.device)) if left else None
 
 
-def _begin_runs(points: Sequence[Point], eps: float, seed: int) -> Runs:
-    pixel_values = torch.stack([point.pixel_values for point in points])
+def _next_runs(points: Iterator[Point], under_attack: list[Point], places: int) -> list[tuple[Point, int]]:
+    """The runs that fill free places: of points between two runs, of new points, then of points further runs ahead."""
+    waiting = [point for point in under_attack if not point.open][:places]
+    new = list(itertools.islice(points, places - len(waiting)))
+    under_attack += new
+    entering = [point.begin_run() for point in (*waiting, *new)]
+    while len(entering) < places:
+        ahead = [
+            point
+            for point in under_attack
+            if 1 < point.begun < len(point.targets) and not {0, 1} & point.open and point.broken_by is None
+        ]
+        if not ahead:
+            break
+        entering += [point.begin_run() for point in ahead[: places - len(entering)]]
+    return entering
+
+
+def _exchange(
+    runs: Runs | None,
+    owners: list[tuple[Point, int]],
+    free: list[int],
+    entering: list[tuple[Point, int]],
+    eps: float,
+    seed: int,
+) -> tuple[Runs | None, list[tuple[Point, int]]]:
+    """Puts ``entering`` in the ``free`` rows, or behind the others; rows that stay free are taken out."""
+    if entering:
+        begun = _begin_runs(entering, eps, seed)
+        device, taken = begun.labels.device, min(len(free), len(entering))
+        if taken:
+            runs.replace(torch.tensor(free[:taken], device=device), begun.select(torch.arange(taken, device=device)))
+            for row, owner in zip(free, entering):
+                owners[row] = owner
+        if taken < len(entering):
+            added = begun.select(torch.arange(taken, len(entering), device=device))
+            runs = added if runs is None else runs.join(added)
+            owners = owners + entering[taken:]
+        free = free[taken:]
+    if free:
+        left = sorted(set(range(len(owners))) - set(free))
+        owners = [owners[row] for row in left]
+        runs = runs.select(torch.tensor(left, dtype=torch.int64, device=runs.labels.device)) if left else None
+    return runs, owners
+
+
+def _begin_runs(entering: Sequence[tuple[Point, int]], eps: float, seed: int) -> Runs:
+    pixel_values = torch.stack([point.pixel_values for point, _ in entering])
     device = pixel_values.device
-    labels = torch.tensor([point.label for point in points], device=device)
-    targets = torch.tensor([point.targets[point.run] for point in points], device=device)
-    seeds = [seed_from("apgd", seed, point.position, point.run) for point in points]
+    labels = torch.tensor([point.label for point, _ in entering], device=device)
+    targets = torch.tensor([point.targets[run] for point, run in entering], device=device)
+    seeds = [seed_from("apgd", seed, point.position, run) for point, run in entering]
     return Runs.begin(pixel_values, labels, targets, sphere_start(pixel_values, eps, seeds), eps)
 
 
-def _judged(judge: Logits, runs: Runs, predicted: Tensor, ended: Tensor, owners: Sequence[Point]) -> Tensor:
+def _judged(judge: Logits, runs: Runs, predicted: Tensor, ended: Tensor, owners: Sequence[tuple[Point, int]]) -> Tensor:
     """``predicted`` as the judge sees it: asked where the attack thinks that it won, and of the best try at a run's end."""
-    won = predicted != runs.labels
-    runs.adversarial = torch.where((ended & ~won).view(-1, 1, 1, 1), runs.best, runs.adversarial)
-    asked = (won | ended).nonzero()[:, 0]
-    predicted = runs.labels.clone()
-    if len(asked):
-        predicted[asked] = judge(runs.adversarial[asked]).argmax(dim=1)
-    for row in asked.tolist():
-        owners[row].forwards += 1
-    return predicted
+    found = runs.labels.clone()
+
+    def ask(rows: Tensor) -> None:
+        rows = rows.nonzero()[:, 0]
+        if len(rows):
+            found[rows] = judge(runs.adversarial[rows]).argmax(dim=1)
+        for row in rows.tolist():
+            point, run = owners[row]
+            point.spent[run] += 1
+
+    ask(predicted != runs.labels)
+    last = ended & (found == runs.labels)
+    runs.adversarial = torch.where(last.view(-1, 1, 1, 1), runs.best, runs.adversarial)
+    ask(last)
+    return found
 
 
 @torch.no_grad()
@@ -481,6 +551,10 @@ def square(
     """
     from pyautoattack.square import SquareAttack
 
+    def predict(images: Tensor) -> Tensor:
+        parts = [logits_fn(part) for part in images.split(batch_size)]
+        return torch.cat(parts) if len(images) else parts[0]
+
     class SeededSquareAttack(SquareAttack):
         generator = torch.Generator().manual_seed(seed_from("square", seed))
 
@@ -494,9 +568,13 @@ def square(
             stripes = [2 * torch.rand(*shape[1:], generator=generator) - 1 for generator in own]
             return torch.stack(stripes).sign().to(self.device)
 
-    def predict(images: Tensor) -> Tensor:
-        parts = [logits_fn(part) for part in images.split(batch_size)]
-        return torch.cat(parts) if len(images) else parts[0]
+        def margin_and_loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            """z_y - max of the others, in (0, ...) as long as y is the answer: two equal classes are no success."""
+            logits = predict(x)
+            others = logits.scatter(1, y[:, None], float("-inf")).amax(dim=1)
+            margin = logits.gather(1, y[:, None])[:, 0] - others
+            margin = torch.where(logits.argmax(dim=1) == y, margin.clamp_min(1e-12), margin)
+            return margin, margin.clone()
 
     attack = SeededSquareAttack(
         predict, eps=eps, n_queries=num_queries, seed=seed, resc_schedule=False, device=pixel_values.device

@@ -7,6 +7,7 @@ through them; all sit on the device of their own tensors until ``to(device)``.
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -105,7 +106,9 @@ def save_linear_head(path: str | Path, classifier: LinearClassifier) -> None:
         tensors["bias"] = classifier.bias.float()
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata={"normalise": str(classifier.normalise).lower()})
+    aside = Path(path).with_suffix(".tmp")
+    save_file(tensors, aside, metadata={"normalise": str(classifier.normalise).lower()})
+    os.replace(aside, path)  # whole or not at all
 
 
 def fit_linear_probe(

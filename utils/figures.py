@@ -155,8 +155,15 @@ def accuracy_curves(curves: Mapping[int, Sequence[Point]], xlabel: str) -> Figur
     apart = (strengths[-1] - strengths[0]) / 14
     ticks = [x for x, before in zip(strengths, [-np.inf, *strengths]) if x - before >= apart]
     axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
-    axis.set_ylim(0, 100)
+    axis.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axis.set_ylim(0, _top(value for points in curves.values() for point in points for value in point[1:]))
     return figure
+
+
+def _top(fractions: Iterable[float | None]) -> float:
+    """Where an axis in % ends, so that a set with low accuracies does not lie flat at its bottom."""
+    highest = 100 * max(value for value in fractions if value is not None)
+    return next(top for top in (10, 20, 40, 60, 80, 100, highest) if highest <= top)
 
 
 @matplotlib.rc_context(STYLE)
@@ -210,7 +217,8 @@ def severity_bars(bars: Mapping[int, Mapping[int, float]]) -> Figure:
         xs = [severities.index(severity) + (n - (len(bars) - 1) / 2) * width for severity in values]
         axis.bar(xs, _percent(values.values()), width, **bar_style(place))
     axis.set_xticks(range(len(severities)), [f"{severity}" if severity else "clean" for severity in severities])
-    axis.set_ylim(0, 100)
+    axis.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axis.set_ylim(0, _top(value for values in bars.values() for value in values.values()))
     axis.grid(False, axis="x")
     return figure
 

@@ -7,12 +7,14 @@ on how many they are, nor on the batch size, but for rounding.
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -42,6 +44,7 @@ from utils.shards import ShardDataset, eval_loader
 from utils.skipped import SkipCounter, count_skipped
 from utils.typographic import word_style
 from utils.zeroshot import (
+    Classified,
     LabelledSet,
     classified,
     ensemble,
@@ -58,6 +61,8 @@ SECONDS_BETWEEN_UPDATES = 0.2  # of the bar
 SECONDS_BETWEEN_LINES = 60  # of progress, where there is no terminal
 
 Logits = Callable[[Tensor], Tensor]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -127,12 +132,18 @@ class Finding(NamedTuple):
     """A measured cell with what is kept beside its value."""
 
     cell: Cell
-    value: float
+    value: float | None
     interval: Sequence[float] | None
     n: int
     rows: Sequence[Row] = ()
     pictures: Sequence[Picture] = ()
     warnings: Sequence[str] = ()
+
+
+@cache
+def say_once(line: str) -> None:
+    """Many passes read the same set: what was left out of it is said in the first one alone."""
+    logger.warning(line)
 
 
 class reading:
@@ -153,8 +164,9 @@ class reading:
         decided_alone: bool = False,
     ) -> None:
         self.accelerator, self.dataset, self.decided_alone = accelerator, dataset, decided_alone
+        self.name = cell["dataset"]
         self.num_samples = min(num_samples or settings.num_samples or len(dataset), len(dataset))
-        self.skips = SkipCounter(dataset.index, settings.max_bad_fraction)
+        self.skips = SkipCounter(dataset.index, settings.max_bad_fraction, say_once, self.num_samples)
         self.loader: DataLoader = eval_loader(
             dataset,
             num_samples=self.num_samples,
@@ -204,7 +216,10 @@ class reading:
             states, judged, right = zip(
                 *gather_objects(self.accelerator, (self.skips.state(), self.judged, self.right))
             )
-            self.skips.merge(states).check()
+            skips = self.skips.merge(states)
+            skips.check()
+            if skips.summary():
+                say_once(f"{self.name}: left out: " + "; ".join(skips.summary().splitlines()))
             fields = {"accuracy": sum(right) / sum(judged)} if sum(judged) else {}
             self.progress.update(self.num_samples, fields, report=True)
         self.progress.__exit__(kind, *error)
@@ -220,6 +235,25 @@ def merge_rows(accelerator: Accelerator, own: dict[str, Rows]) -> dict[str, Rows
     return {
         name: sorted((row for part in parts for row in part.get(name, ())), key=lambda row: row[0]) for name in names
     }
+
+
+def merge_arrays(accelerator: Accelerator, cell: Cell, positions: Sequence[int], *parts: Sequence[Any]) -> list[Any]:
+    """Arrays over this process's images to arrays over all images, in the set's order; the positions come first.
+
+    Each of ``parts`` is a list of tensors (B, ...) of batches, or of lists of texts. One object travels, not one an image.
+    """
+    own = [np.asarray(positions, dtype=np.int64)]
+    for batches in parts:
+        tensors = [
+            batch.cpu().numpy() if isinstance(batch, Tensor) else np.asarray(batch, dtype=object) for batch in batches
+        ]
+        own.append(np.concatenate(tensors) if tensors else np.empty(0))
+    gathered = [part for part in gather_objects(accelerator, own) if len(part[0])]
+    if not gathered:
+        raise UserError(f"--data {cell['dataset']}: no readable sample for {cell['measure']}")
+    merged = [np.concatenate(arrays) for arrays in zip(*gathered)]
+    order = merged[0].argsort()
+    return [array[order].tolist() if array.dtype == object else torch.from_numpy(array[order]) for array in merged]
 
 
 def values(rows: Rows) -> list[Any]:
@@ -251,7 +285,8 @@ def measure_accuracy(
     batch_size = settings.batch_size * (SQUARE_GROUP if cell["attack"] == "square" else 1)
 
     def logits_fn(pixel_values: Tensor) -> Tensor:
-        return classifier(model.encoder(pixel_values))
+        parts = pixel_values.split(settings.batch_size)  # Square brings several batches
+        return torch.cat([classifier(model.encoder(part)) for part in parts])
 
     with (
         frozen(model.encoder),
@@ -262,6 +297,8 @@ def measure_accuracy(
         )
     merged = values(merge_rows(accelerator, {"rows": rows}).get("rows", []))
     pictures = first_pictures(gather_objects(accelerator, pictures))
+    if cell["corruption"] is not None:
+        pictures = beside_clean(settings, model, logits_fn, data, pictures)
     flat = sum(row.pop("zero_gradient", False) for row in merged)
     if flat:
         warnings = [
@@ -317,13 +354,11 @@ def batch_rows(
             row = {"position": position, "key": key, "label": label, "predicted": guess, "correct": right}
             rows.append((position, row | {"top5": likeliest}))
         batches.decided(len(correct), sum(correct))
-        if cell["attack"] not in ("clean", "corruptions") and len(pictures) < PICTURES and not all(correct):
-            wrong = (predicted != labels).nonzero()[:, 0]
-            with torch.no_grad():  # which of them the attack turned
-                wrong = wrong[logits_fn(found.pixel_values[wrong]).argmax(dim=1) == labels[wrong]]
-            for i in wrong[: PICTURES - len(pictures)].tolist():
-                names = classnames[labels[i]], classnames[predicted[i]]
-                pictures.append(picture(found.positions[i], found.pixel_values[i], found.attacked[i], *names))
+        strongest = cell["corruption"] is None or cell["severity"] == max(settings.severities)
+        if cell["attack"] != "clean" and strongest and len(pictures) < PICTURES:
+            pictures += kept_pictures(
+                found, logits_fn, classnames, any_answer=cell["attack"] in ("gaussian_noise", "corruptions")
+            )
     return rows, pictures, warnings
 
 
@@ -354,8 +389,7 @@ def perturbed(
         )
     if cell["attack"] == "square":
         with torch.no_grad():
-            right = torch.cat([logits_fn(part).argmax(dim=1) for part in pixel_values.split(settings.batch_size)])
-        rows = (right == labels).nonzero()[:, 0]
+            rows = (logits_fn(pixel_values).argmax(dim=1) == labels).nonzero()[:, 0]
         attacked = pixel_values.clone()
         if len(rows):
             attacked[rows] = square(
@@ -429,11 +463,11 @@ def apgd_rows(
 
     def watched(pixel_values: Tensor) -> Tensor:
         # Who holds out counts by the share of its forwards: else the bar would stand still while survivors remain.
-        batches.show(len(rows) + sum(point.forwards for point in under_attack.values()) / most)
+        batches.show(len(rows) + sum(sum(point.spent) for point in under_attack.values()) / most)
         return attacked(pixel_values)
 
     exact = settings.attack_dtype == "float32"
-    for outcome in run_apgd(
+    for point in run_apgd(
         points(),
         watched,
         eps=cell["eps"] / 255,
@@ -442,22 +476,64 @@ def apgd_rows(
         seed=settings.seed,
         judge=None if exact else logits_fn,
     ):
-        point = outcome.point
         broken_by = None
-        if outcome.broken:
-            broken_by = f"target {point.run}" if point.run else "cross-entropy"
-            names = classnames[point.label], classnames[outcome.predicted]
+        if point.broken_by is not None:
+            broken_by = f"target {point.broken_by}" if point.broken_by else "cross-entropy"
             if len(pictures) < PICTURES or point.position < pictures[-1].position:  # copies to the host are few
-                pictures.append(picture(point.position, point.pixel_values, outcome.adversarial, *names))
+                names = classnames[point.label], classnames[point.label], classnames[point.predicted]
+                pictures.append(picture(point.position, point.pixel_values, point.adversarial, *names))
                 pictures = first_pictures([pictures])
         more = {"zero_gradient": True} if point.zero_gradient else {}
-        add(point.position, point.label, outcome.predicted, broken_by, point.forwards + 1, **more)
+        add(point.position, point.label, point.predicted, broken_by, point.forwards + 1, **more)
     return rows, pictures, warnings
 
 
-def picture(position: int, clean: Tensor, attacked: Tensor, label: str, predicted: str) -> Picture:
-    caption = {"label": label, "predicted_clean": label, "predicted": predicted}
+def kept_pictures(
+    found: Classified, logits_fn: Logits, classnames: Sequence[str], *, any_answer: bool
+) -> list[Picture]:
+    """The first images of a batch whose right answer the attack turned; with ``any_answer`` the first ones as they come.
+
+    Noise is shown on the same images at every strength.
+    """
+    predicted = found.logits.argmax(dim=1)
+    rows = torch.arange(len(predicted), device=predicted.device)
+    rows = rows[:PICTURES] if any_answer else rows[predicted != found.labels]
+    if not len(rows):
+        return []
+    with torch.no_grad():
+        clean = logits_fn(found.pixel_values[rows]).argmax(dim=1)
+    if not any_answer:
+        rows, clean = rows[clean == found.labels[rows]], clean[clean == found.labels[rows]]
+    return [
+        picture(
+            found.positions[row],
+            found.pixel_values[row],
+            found.attacked[row],
+            *(classnames[answer] for answer in (found.labels[row], before, predicted[row])),
+        )
+        for row, before in list(zip(rows.tolist(), clean.tolist()))[:PICTURES]
+    ]
+
+
+def picture(position: int, clean: Tensor, attacked: Tensor, label: str, before: str, after: str) -> Picture:
+    """``before`` and ``after``: the classes predicted for the two."""
+    caption = {"label": label, "predicted_clean": before, "predicted": after}
     return Picture(position, clean.cpu().numpy(), attacked.cpu().numpy(), caption)
+
+
+@torch.no_grad()
+def beside_clean(
+    settings: Any, model: Model, logits_fn: Logits, data: EvalSet, pictures: Sequence[Picture]
+) -> list[Picture]:
+    """One picture of a corruption, beside the image before it was corrupted; none of published files, which lack it."""
+    if data.published is not None or not pictures:
+        return []
+    dataset = labelled_dataset(settings, model, data, {"corruption": None})
+    image = dataset[0, pictures[0].position, pictures[0].position]["image"]
+    pixel_values = to_pixel_values(image[None], model.device)
+    before = data.classnames[int(logits_fn(pixel_values).argmax())]
+    caption = pictures[0].caption | {"predicted_clean": before}
+    return [pictures[0]._replace(clean=pixel_values[0].cpu().numpy(), caption=caption)]
 
 
 def first_pictures(parts: Iterable[Sequence[Picture]]) -> list[Picture]:
@@ -578,9 +654,19 @@ def measure_retention(
     settings: Any, accelerator: Accelerator, model: Model, reference: Model, data: EvalSet, cell: Cell
 ) -> Finding:
     """Mean KL(pi_ref || pi) over the classes, on clean images."""
+    refuse_other_images(model, reference, cell)
     dataset = preference_dataset(settings, model, data, attacks=0)
-    rows = judged(settings, accelerator, model, data, dataset, cell, reference=reference)["kl"]
-    return mean_of(cell, rows)
+    return mean_of(cell, judged(settings, accelerator, model, data, dataset, cell, reference=reference).get("kl", []))
+
+
+def refuse_other_images(model: Model, reference: Model, cell: Cell) -> None:
+    """Two models are compared on the same pixels."""
+    if model.transform != reference.transform:
+        sizes = [one.transform.output_size for one in (model, reference)]
+        raise UserError(
+            f"--measure {cell['measure']}: {model.name} sees images of {sizes[0]} px, {reference.name} of {sizes[1]} px, or "
+            "resized in another way; name the model that it was fine-tuned from"
+        )
 
 
 def mean_of(cell: Cell, rows: Rows) -> Finding:
@@ -628,11 +714,11 @@ def measure_fidelity(
     job: Sequence[Cell],
 ) -> list[Finding]:
     """||phi(x) - phi0(x)||^2 / ||phi0(x)||^2, its mean and quantiles, and the cosine between the two."""
-    shapes = [(one.encoder.embed_dim, one.transform.output_size) for one in (model, reference)]
-    if shapes[0] != shapes[1]:
+    refuse_other_images(model, reference, job[0])
+    if model.encoder.embed_dim != reference.encoder.embed_dim:
         raise UserError(
-            f"--measure fidelity: {model.name} embeds images of {shapes[0][1]} px into {shapes[0][0]} dimensions, "
-            f"{reference.name} of {shapes[1][1]} px into {shapes[1][0]}; name the model that it was fine-tuned from"
+            f"--measure fidelity: {model.name} embeds into {model.encoder.embed_dim} dimensions, {reference.name} into "
+            f"{reference.encoder.embed_dim}; name the model that it was fine-tuned from"
         )
     own: Rows = []
     with reading(settings, accelerator, labelled_dataset(settings, model, data, job[0]), job[0]) as batches:
@@ -667,19 +753,14 @@ def train_features(
     dataset = ShardDataset(
         labelled.index, model.transform, order="sequential", with_labels=True, num_classes=len(data.classnames)
     )
-    own: Rows = []
     cell = cell | {"measure": "features", "attack": settings.train_split}
+    positions, embeds, labels = [], [], []
     with reading(settings, accelerator, dataset, cell, num_samples=len(dataset)) as batches:
         for batch in batches:
-            embeds = embed_images(model, batch["images"]).cpu().numpy()
-            own += zip(batch["positions"].tolist(), zip(embeds, batch["labels"].tolist()))
-    rows = values(merge_rows(accelerator, {"rows": own}).get("rows", []))
-    if not rows:
-        raise UserError(
-            f"--data {cell['dataset']}: no readable sample in {settings.train_split}/ to learn classes from"
-        )
-    features, labels = zip(*rows)
-    return torch.stack([torch.from_numpy(row) for row in features]), torch.tensor(labels)
+            positions += batch["positions"].tolist()
+            embeds.append(embed_images(model, batch["images"]).cpu())
+            labels.append(batch["labels"])
+    return tuple(merge_arrays(accelerator, cell, positions, embeds, labels)[1:])
 
 
 # Heads and fairness
@@ -732,14 +813,15 @@ def measure_fairness(
     dataset = AttributeDataset(labelled.index, model.transform, num_classes=len(labelled.classnames))
     strengths = list(dict.fromkeys(cell["settings"].get("t") for cell in job))
     head = load_head(model.name) if strengths != [None] else None
-    own: Rows = []
+    positions, embeds, labels, attributes = [], [], [], []
     with unfolded(model.clip, head) if head else torch.no_grad():
         with reading(settings, accelerator, dataset, job[0]) as batches:
             for batch in batches:
-                embeds = embed_images(model, batch["images"]).cpu().numpy()
-                own += zip(batch["positions"].tolist(), zip(embeds, batch["labels"].tolist(), batch["attributes"]))
-        images, labels, attributes = zip(*values(merge_rows(accelerator, {"images": own})["images"]))
-        images, labels = torch.stack([torch.from_numpy(image) for image in images]), torch.tensor(labels)
+                positions += batch["positions"].tolist()
+                embeds.append(embed_images(model, batch["images"]).cpu())
+                labels.append(batch["labels"])
+                attributes.append(batch["attributes"])
+        _, images, labels, attributes = merge_arrays(accelerator, job[0], positions, embeds, labels, attributes)
         names = sorted(set(attributes))
         groups = torch.tensor([names.index(attribute) for attribute in attributes])
         if settings.top_k >= len(images):
@@ -768,7 +850,8 @@ def fairness_figures(similarities: Tensor, labels: Tensor, groups: Tensor, top_k
     opportunity = equal_opportunity_difference(predicted, labels, groups, num_classes)
     return retrieval_fairness(similarities, groups, desired, top_k) | {
         "parity_difference": demographic_parity_difference(predicted, groups, num_classes).mean().item(),
-        "opportunity_difference": opportunity.nanmean().item(),
+        # Undefined where no class has images of two groups.
+        "opportunity_difference": None if opportunity.isnan().all() else opportunity.nanmean().item(),
         "worst_group_accuracy": worst,
         "group_gap": gap,
     }
@@ -785,18 +868,17 @@ def retrieved(
 ) -> dict[float | None, list[list[int]]]:
     """t -> positions of the best ``RETRIEVED`` images of every --query; t is None for a model without a head."""
     dataset = ShardDataset(data.splits[settings.split].index, model.transform, order="sequential")
-    own: Rows = []
-    found = {}
+    positions, embeds, found = [], [], {}
     with unfolded(model.clip, head) if head else torch.no_grad():
         with reading(settings, accelerator, dataset, cell) as batches:
             for batch in batches:
-                own += zip(batch["positions"].tolist(), embed_images(model, batch["images"]).cpu().numpy())
-        positions, embeds = zip(*merge_rows(accelerator, {"images": own})["images"])
-        images = torch.stack([torch.from_numpy(row) for row in embeds])
+                positions += batch["positions"].tolist()
+                embeds.append(embed_images(model, batch["images"]).cpu())
+        positions, images = merge_arrays(accelerator, cell, positions, embeds)
         for t in strengths:
             weight = None if t is None else head_power(head["weight"], t).to(model.device)
             with torch.no_grad():
                 unit, texts = model.embed(model.texts(["{c}"], per_prompt=True), weight)(images, settings.query)
             best = (texts @ unit.T).argsort(dim=1, descending=True, stable=True)[:, :RETRIEVED]
-            found[t] = [[positions[i] for i in line] for line in best.tolist()]
+            found[t] = [positions[line].tolist() for line in best]
     return found

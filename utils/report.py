@@ -24,12 +24,14 @@ from utils import figures
 from utils.cli import UserError
 from utils.metrics import MetricsFile
 from utils.results import Results, cell_name, column_name, figure_name, replace_file
+from utils.sanity import READING
 
 # CLIP_benchmark's columns (`clip_benchmark build`), then what tells our rows apart.
 CSV_COLUMNS = (
     *("acc1", "acc5", "mean_per_class_recall", "dataset", "model", "pretrained", "task", "language", "model_fullname"),
-    *("attack", "eps", "sigma", "corruption", "severity", "t", "ci95_low", "ci95_high", "n", "seed"),
+    *("classifier", "attack", "eps", "sigma", "corruption", "severity", "t", "ci95_low", "ci95_high", "n", "seed"),
 )
+TASKS = {"zero_shot": "zeroshot_classification", "linear_head": "linear_probe"}
 ATTACKS = {
     "clean": "The images as they are; the most similar class is the answer.",
     "pgd": "Projected gradient descent: pixels may change by at most eps (the l_inf ball).",
@@ -64,7 +66,7 @@ def write_report(output_dir: str | Path) -> Path:
     results = Results(output_dir)
     if not results.results:
         raise UserError(f"{output_dir}: no results.json with results; expected the --output_dir of evaluate.py")
-    found = [record_figures(results.records(result)) for result in results.results]
+    found = [record_figures(results.records(result)) for result in results.current()]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -74,14 +76,14 @@ def write_report(output_dir: str | Path) -> Path:
     )
     page = environment.get_template("report.html.jinja").render(page_content(results, found))
     path = results.output_dir / "report.html"
-    replace_file(results.output_dir / "benchmark.csv", benchmark_csv(results.results, found).encode())
+    replace_file(results.output_dir / "benchmark.csv", benchmark_csv(results.current(), found).encode())
     replace_file(path, page.encode())
     return path
 
 
 def page_content(results: Results, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Everything that the template shows, in words and finished markup."""
-    every = results.results
+    every = results.current()
     models, sets = short_names(r["model"] for r in every), short_names(r["dataset"] for r in every)
     images = {name: max(r["n"] for r in every if r["dataset"] == name) for name in sets}
     revisions = {r["model"]: r["settings"].get("model_revision") for r in every}
@@ -111,6 +113,7 @@ def page_content(results: Results, found: Sequence[Mapping[str, Any]]) -> dict[s
             {"where": f"{models.get(w['model'], w['model'])}, {sets.get(w['dataset'], w['dataset'])}, {cell_title(w)}"}
             | {"text": w["text"]}
             for w in results.warnings
+            if w["model_revision"] == revisions.get(w["model"])
         ],
         "summary": summary_table(plain, names, comparisons, models, sets),
         "others": other_figures(plain, names, models, sets),
@@ -214,15 +217,15 @@ def key(place: int, name: str, bar: bool = False) -> Markup:
 
 
 def clean_of(result: Result, results: Sequence[Result]) -> Result | None:
-    """The clean accuracy that belongs to an attacked one: same model and set, the same number of images if there is."""
-    clean = [
-        r
-        for r in results
-        if r["measure"] == "accuracy"
-        and r["attack"] == "clean"
-        and (r["model"], r["dataset"]) == (result["model"], result["dataset"])
-    ]
-    return min(clean, key=lambda r: (r["n"] != result["n"], r["seed"] != result["seed"]), default=None)
+    """The clean accuracy that belongs to an attacked one: of the same images by the same classifier; None without one."""
+
+    def read_as(r: Result) -> tuple:
+        return (r["model"], r["dataset"], r["seed"], *(repr(r["settings"].get(name)) for name in READING))
+
+    return next(
+        (r for r in results if (r["measure"], r["attack"]) == ("accuracy", "clean") and read_as(r) == read_as(result)),
+        None,
+    )
 
 
 # Tables
@@ -321,7 +324,8 @@ def other_figures(
             if r["dataset"] == dataset:
                 small = "" if r["ci95"] is None else "[{:.4g}, {:.4g}]".format(*r["ci95"])
                 title = with_variant(figure_name(r), names[id(r)])
-                rows.setdefault(title, {})[r["model"]] = {"value": f"{r['value']:.4g}", "small": small}
+                value = "undefined" if r["value"] is None else f"{r['value']:.4g}"
+                rows.setdefault(title, {})[r["model"]] = {"value": value, "small": small}
         if rows:
             table = [{"name": name, "cells": [row.get(model) for model in columns]} for name, row in rows.items()]
             groups.append({"name": sets[dataset], "rows": table})
@@ -473,7 +477,7 @@ def robustness_section(results, names, models, sets):
     return figure_section(
         "robustness",
         "Accuracy against the size of the perturbation",
-        "Zero-shot accuracy over eps, in 1/255; eps 0 is clean. Bands: Wilson 95 % intervals.",
+        "Accuracy over eps, in 1/255; eps 0 is clean. Bands: Wilson 95 % intervals.",
         panels,
         list(models.values()),
     )
@@ -596,8 +600,11 @@ def fidelity_section(results, plain, names, models, sets):
     panels = []
     for column, xlabel in (("value", "relative squared distance"), ("cosine", "cosine to the reference")):
         for (dataset, variant), values in distribution_panels(results, shown, names, models, column).items():
-            figure = figures.distributions(values, xlabel)
-            panels.append((sets[dataset], with_variant(xlabel, variant), figure, values))
+            same = 0 if column == "value" else 1  # of the reference itself there is nothing to show
+            values = {place: found for place, found in values.items() if max(abs(x - same) for x in found) > 1e-5}
+            if values:
+                figure = figures.distributions(values, xlabel)
+                panels.append((sets[dataset], with_variant(xlabel, variant), figure, values))
     text = "How far clean embeddings have moved: " + MEASURES["fidelity"]
     return figure_section("fidelity", "Fidelity to the reference", text, panels, list(models.values()))
 
@@ -615,13 +622,18 @@ TRAINING = {  # of metrics.jsonl: heading, axis, a share of images?
 
 def training_section(models: Mapping[str, str]):
     logged = {place: MetricsFile(Path(name) / "metrics.jsonl").read() for place, name in enumerate(models)}
+    # A pretraining also logs its clean accuracy; thousands of steps of that would push fine-tuning into a corner.
+    own = set(TRAINING) - {"eval_accuracy_clean"}
+    logged = {
+        place: rows for place, rows in logged.items() if any(own & row.keys() for row in rows if isinstance(row, dict))
+    }
     panels = []
     for column, (title, ylabel, share) in TRAINING.items():
         curves = {}
         for place, rows in logged.items():
             pairs = [(row.get("step"), row.get(column)) for row in rows if isinstance(row, dict)]
             points = [pair for pair in pairs if all(isinstance(value, int | float) for value in pair)]
-            if points:
+            if points and (column != "multiplier_mean" or any(value for _, value in points)):  # FARE has none
                 curves[place] = thinned(points)
         if curves:
             panels.append(("", title, figures.training_curves(curves, ylabel, share), curves))
@@ -646,7 +658,7 @@ def strength_section(results: Sequence[Result], models: Mapping[str, str], sets:
     shares = ("accuracy", "follows_word", "pair_accuracy", "worst_group_accuracy", "group_gap")
     groups = []
     for place, model in enumerate(models):
-        swept = [r for r in results if r["model"] == model and "t" in r["settings"]]
+        swept = [r for r in results if r["model"] == model and "t" in r["settings"] and r["value"] is not None]
         neutral = [r["value"] for r in results if (r["model"], r["measure"]) == (model, "neutral_t")]
         labels = list(dict.fromkeys(figure_name(r) for r in swept))
         panels = []
@@ -865,6 +877,7 @@ def benchmark_csv(results: Sequence[Result], found: Sequence[Mapping[str, Any]])
         if r["measure"] != "accuracy":
             continue
         pretrained = r["settings"].get("model_revision") or ""
+        classifier = r["settings"].get("classifier", "zero_shot")
         low, high = r["ci95"] or (None, None)
         row = {
             name: r[name]
@@ -875,7 +888,8 @@ def benchmark_csv(results: Sequence[Result], found: Sequence[Mapping[str, Any]])
             "acc5": figures_of["acc5"],
             "mean_per_class_recall": figures_of["mean_per_class_recall"],
             "pretrained": pretrained,
-            "task": "zeroshot_classification",
+            "task": TASKS.get(classifier, classifier),
+            "classifier": classifier,
             "language": "en",
             "model_fullname": f"{r['model']} {pretrained}".strip(),
             "t": r["settings"].get("t"),

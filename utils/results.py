@@ -68,20 +68,26 @@ class Results:
         """The finished measurement of this cell, or None."""
         return next((result for result in self.results if cell.items() <= result.items()), None)
 
-    def add(self, cell: Cell, value: float, interval: Sequence[float] | None, n: int) -> None:
+    def add(self, cell: Cell, value: float | None, interval: Sequence[float] | None, n: int) -> None:
         self.results.append(cell | {"value": value, "ci95": None if interval is None else list(interval), "n": n})
+
+    def current(self) -> list[dict[str, Any]]:
+        """The results of every model as it was last measured: those of weights that it had before are history."""
+        last = {result["model"]: result["settings"].get("model_revision") for result in self.results}
+        return [r for r in self.results if r["settings"].get("model_revision") == last[r["model"]]]
 
     def warn(self, cell: Cell, text: str) -> None:
         """Keeps what makes a figure doubtful, and says it; once."""
         where = ("model", "dataset", "attack", "eps", "sigma", "corruption", "severity")
         warning = {name: cell[name] for name in where} | {"text": text}
+        warning["model_revision"] = cell["settings"].get("model_revision")
         if warning not in self.warnings:
             self.warnings.append(warning)
             logger.warning(f"{cell['model']}  {cell['dataset']}  {column_name(cell)}: {text}")
 
     def write(self) -> None:
         """Replaces results.json, whole or not at all, with what the results say about one another."""
-        for result, text in sanity_warnings(self.results):
+        for result, text in sanity_warnings(self.current()):
             self.warn(result, text)
         threads = torch.get_num_threads()
         device = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
@@ -142,7 +148,7 @@ class Results:
         of one question would prove nothing.
         """
         groups: dict[str, list[dict[str, Any]]] = {}
-        for result in self.results:
+        for result in self.current():
             if result["measure"] == "accuracy" and result["corruption"] is None and "t" not in result["settings"]:
                 groups.setdefault(_without_model(result), []).append(result)
         self.compared = []
@@ -174,7 +180,7 @@ def model_revision(name_or_path: str) -> str:
     if folder.is_dir():
         digest = hashlib.blake2b(digest_size=8)
         for path in sorted(folder.iterdir()):
-            if path.name != "metrics.jsonl" and path.suffix in (".json", ".safetensors", ".txt", ".model"):
+            if path.suffix in (".json", ".safetensors", ".bin", ".txt", ".model"):
                 digest.update(path.name.encode() + b"\0")
                 with path.open("rb") as file:
                     digest.update(hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=32)).digest())

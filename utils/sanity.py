@@ -13,6 +13,9 @@ from typing import Any
 
 BLACK_BOX_TOLERANCE = 0.002  # AutoAttack's: so much may Square win over APGD
 
+# Of a result's settings: which images and which classifier; the attack's own may differ.
+READING = ("split", "num_samples", "shards", "model_revision", "prompts", "classifier", "classifier_revision")
+
 Result = dict[str, Any]
 
 
@@ -20,7 +23,8 @@ def sanity_warnings(results: Sequence[Result]) -> Iterator[tuple[Result, str]]:
     """(the doubtful result, what is wrong with it) for all accuracies of labelled sets under l_inf attacks."""
     groups: dict[str, list[Result]] = {}
     for result in results:
-        if result["measure"] == "accuracy" and result["attack"] in ("clean", "pgd", "apgd", "square"):
+        l_inf = result["attack"] in ("clean", "pgd", "apgd", "square")
+        if result["measure"] == "accuracy" and l_inf and "t" not in result["settings"]:
             groups.setdefault(_images(result), []).append(result)
     for group in groups.values():
         by_attack: dict[str, list[Result]] = {}
@@ -31,8 +35,8 @@ def sanity_warnings(results: Sequence[Result]) -> Iterator[tuple[Result, str]]:
 
 
 def _images(result: Result) -> str:
-    """What two results must share to be compared: model, set, and how it was read; the attack's own settings may differ."""
-    reading = {name: result["settings"].get(name) for name in ("split", "num_samples", "model_revision", "prompts")}
+    """What two results must share to be compared."""
+    reading = {name: result["settings"].get(name) for name in READING}
     return json.dumps([result["model"], result["dataset"], result["seed"], reading])
 
 

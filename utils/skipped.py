@@ -49,12 +49,17 @@ class SkipCounter:
     Shards that were lost when the index was made weigh against all samples of the index; samples lost while reading
     weigh against the samples ``seen`` (at least the first 1000, so that one early loss does not end a run). A sample
     counts once, however often its turn comes. ``report`` takes one line (default: a logged warning; None: silence).
+    ``num_samples``: how many of the index are read in all, where that is not every one.
     """
 
     def __init__(
-        self, index: ShardIndex, max_bad_fraction: float, report: Callable[[str], None] | None = logger.warning
+        self,
+        index: ShardIndex,
+        max_bad_fraction: float,
+        report: Callable[[str], None] | None = logger.warning,
+        num_samples: int | None = None,
     ) -> None:
-        self.index, self.max_bad_fraction, self.report = index, max_bad_fraction, report
+        self.index, self.max_bad_fraction, self.report, self.num_samples = index, max_bad_fraction, report, num_samples
         self.seen = 0
         self._records: dict[tuple[str, str], Skipped] = {}
         self._reported: set[str] = set()
@@ -77,7 +82,7 @@ class SkipCounter:
 
     def merge(self, states: Sequence[dict[str, Any]]) -> SkipCounter:
         """A counter for all ranks, from the ``state()`` of each (this one's too). This counter stays as it is."""
-        merged = SkipCounter(self.index, self.max_bad_fraction, report=None)
+        merged = SkipCounter(self.index, self.max_bad_fraction, None, self.num_samples)
         merged.report, merged._reported = self.report, self._reported
         for state in states:
             merged.seen += state["seen"]
@@ -89,7 +94,8 @@ class SkipCounter:
         lost_before = sum(record.samples for record in self.index.skipped)
         lost_reading = sum(record.samples for record in self._records.values())
         available = self.index.num_samples
-        return lost_before / max(1, available + lost_before) + lost_reading / max(1, self.seen, min(available, 1000))
+        wanted = available if self.num_samples is None else min(available, self.num_samples)
+        return lost_before / max(1, available + lost_before) + lost_reading / max(1, self.seen, min(wanted, 1000))
 
     def summary(self) -> str:
         """One line per kind, empty where nothing was skipped."""
