@@ -138,8 +138,8 @@ def main() -> None:
     device = torch.device(settings.device)
     rows = [
         [
-            "model", "eps", "robust, reference", "robust, here", "masks differ", "forwards per image: reference", "here",
-            "floor", "here / floor", "forwards saved", "seconds: reference", "here", "times as fast",
+            "model", "eps", "robust: ref", "here", "differ", "forwards per image: ref", "here", "floor", "here / floor",
+            "fewer", "seconds: ref", "here", "faster",
         ]
     ]  # fmt: skip
     for name in settings.model:
