@@ -55,7 +55,8 @@ from utils.pairs import pack_pair_folder
 from utils.progress import wide_console
 from utils.results import Cell, Results, cell_name, column_name, figure_name, model_revision
 from utils.shard_sources import hub_set
-from utils.shards import ShardDataset, ShardIndex
+from utils.shards import ShardDataset, ShardIndex, ShardReader
+from utils.skipped import BadSample
 from utils.typographic import KINDS, PLACES, word_style
 from utils.zeroshot import (
     imagenet_prompts,
@@ -283,8 +284,25 @@ def open_data(settings: Settings, name: str) -> EvalSet:
         options["classnames"] = settings.classnames
     opened = {split: open_set([str(folder / split)], with_classes=labelled, **options) for split in splits}
     if not labelled:
+        refuse_nameless_classes(name, opened[next(iter(splits))].index)
         return EvalSet(False, opened)
     return EvalSet(True, opened, opened[settings.split].classnames, opened[settings.split].templates)
+
+
+def refuse_nameless_classes(name: str, index: ShardIndex) -> None:
+    """A set without classnames.txt is taken for preference pairs: not one whose samples have labels and no pairs."""
+    reader = ShardReader(index)
+    try:
+        _, members = reader.read(0, 0)
+    except BadSample:
+        return  # said when the set is read
+    finally:
+        reader.close()
+    if "cls" in members and "json" not in members:
+        raise UserError(
+            f"--data {name}: labelled samples without class names; put classnames.txt there (one name per line, line number = "
+            "class), or name a file, or imagenet, with --classnames"
+        )
 
 
 def open_published(settings: Settings, name: str, folder: Path, published: Any) -> EvalSet:

@@ -395,7 +395,7 @@ def test_mistakes_are_one_line_and_leave_nothing(arguments, tmp_path):
     bare = tmp_path / "bare"
     write_shard(bare / "test/0.tar", [("0", {"png": image_bytes(0, (32, 32), "PNG"), "cls": b"0"})])
     wrong = [
-        ({"data": bare, "attack": "apgd"}, r"--data .*bare: preference pairs, for which nothing"),
+        ({"data": bare, "attack": "clean"}, r"--data .*bare: labelled samples without class names; put classnames.txt there"),
         ({"data": bare, "classnames": tmp_path / "none.txt"}, r"none.txt: no such file; expected class names"),
         ({"classnames": tmp_path / "names.txt"}, r"--max_bad_fraction 0.01: .*bad label.*there are 4 classes \(0 ... 3\)"),
         ({"eps": 0}, r"--eps: 0.0 is too small; expected more than 0"),
