@@ -218,7 +218,7 @@ class reading:
             )
             skips = self.skips.merge(states)
             skips.check()
-            if skips.summary():
+            if skips.summary() and self.accelerator.is_main_process:
                 say_once(f"{self.name}: left out: " + "; ".join(skips.summary().splitlines()))
             fields = {"accuracy": sum(right) / sum(judged)} if sum(judged) else {}
             self.progress.update(self.num_samples, fields, report=True)
