@@ -52,6 +52,14 @@ def run_script(script: str, *arguments: object, status: int = 0, launcher: tuple
     return output
 
 
+def flags(settings: dict[str, object]) -> list[str]:
+    """{"eps": [1, 4], "seed": 0} -> ["--eps", "1", "4", "--seed", "0"]."""
+    words = []
+    for name, value in settings.items():
+        words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return words
+
+
 def two_processes() -> tuple[str, ...]:
     """torchrun with two processes on this machine."""
     return (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}")

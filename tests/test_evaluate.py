@@ -6,7 +6,7 @@ import pytest
 
 import evaluate
 import train_po
-from tests.conftest import run_script, two_processes
+from tests.conftest import flags, run_script, two_processes
 from tests.shard_maker import image_bytes, write_shard
 from tests.small_models import save_small_clip
 from utils.cli import UserError
@@ -15,7 +15,7 @@ from utils.cli import UserError
 @pytest.fixture
 def arguments(small_clip, digits, tmp_path):
     def make(**changes):
-        settings = {
+        defaults = {
             "model": small_clip,
             "data": digits,
             "attack": ["clean", "pgd"],
@@ -25,11 +25,8 @@ def arguments(small_clip, digits, tmp_path):
             "num_workers": 0,
             "output_dir": tmp_path / "eval",
             "cache_dir": tmp_path / "cache",
-        } | changes
-        words = []
-        for name, value in settings.items():
-            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-        return words
+        }
+        return flags(defaults | changes)
 
     return make
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
 import evaluate
-from tests.conftest import ROOT, run_script, two_processes
+from tests.conftest import ROOT, flags, run_script, two_processes
 from tests.shard_maker import image_bytes, write_shard
 from tests.small_models import save_small_clip
 from utils.attacks import square
@@ -29,7 +29,7 @@ READING_CLIP = ROOT / "examples" / "reading_clip"  # classifies digits: robust f
 @pytest.fixture
 def arguments(attribute_digits, tmp_path):
     def make(**changes):
-        settings = {
+        defaults = {
             "model": READING_CLIP,
             "data": attribute_digits,
             "attack": "apgd",
@@ -40,11 +40,8 @@ def arguments(attribute_digits, tmp_path):
             "num_workers": 0,
             "output_dir": tmp_path / "eval",
             "cache_dir": tmp_path / "cache",
-        } | changes
-        words = []
-        for name, value in settings.items():
-            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-        return words
+        }
+        return flags(defaults | changes)
 
     return make
 
