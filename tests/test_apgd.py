@@ -107,8 +107,10 @@ def reference_mask(logits, x, labels, eps, num_steps):
     return robust
 
 
-def attacked_points(logits, x, labels, eps, num_steps, batch_size, **more):
+def attacked_points(logits, x, labels, eps, num_steps, batch_size, backwards=False, **more):
     points = make_points(range(len(x)), x, labels, logits(x))
+    for point in points if backwards else ():
+        point.targets = [-1, *reversed(point.targets[1:])]
     ended = list(run_apgd(points, logits, eps=eps, num_steps=num_steps, batch_size=batch_size, **more))
     assert sorted(point.position for point in ended) == list(range(len(x)))
     return sorted(ended, key=lambda point: point.position)
@@ -165,12 +167,14 @@ def test_no_forward_is_made_for_a_broken_point(model):
 
 def test_runs_side_by_side_tell_what_runs_in_turn_tell(model):
     """With places for all runs at once, a point is decided by the same run, at the same step, with the same image."""
-    # Logits so large that the cross-entropy has no gradient in float32: the targeted runs do the work.
+    # Logits so large that the cross-entropy has no gradient in float32, and the likeliest class last: later runs decide,
+    # and some of them are faster than the one before them.
     logits, eps, num_steps = classifier(model, scale=10_000), 3 / 255, 15
-    x, labels = labelled(logits, 16)
-    in_turn = attacked_points(logits, x, labels, eps, num_steps, 1)
-    together = attacked_points(logits, x, labels, eps, num_steps, 400)
-    assert len({point.broken_by for point in in_turn}) >= 4  # several targeted runs, and survivors
+    x, labels = labelled(logits, 24)
+    in_turn, together = (attacked_points(logits, x, labels, eps, num_steps, size, backwards=True) for size in (1, 400))
+    assert len({point.broken_by for point in in_turn}) >= 4
+    overtaken = [p for p in together if p.broken_by is not None and p.spent[-1] < p.spent[p.broken_by]]
+    assert any(p.broken_by + 1 < len(p.spent) for p in overtaken)  # a later run was the first to break it
     for one, other in zip(in_turn, together):
         assert (one.broken_by, one.forwards, one.predicted) == (other.broken_by, other.forwards, other.predicted)
         # A step's sign may flip where a gradient is nearly zero.
