@@ -525,7 +525,9 @@ def keep(results: Results, finding: Finding) -> None:
 def draw_retrieved(settings: Settings, accelerator: Accelerator, sets: dict[str, EvalSet], results: Results) -> None:
     """The best images of every --query by every model; a model with a head at t = 0, at its t* if known, and at t = 1."""
     from utils.figures import draw_grid
+    from utils.report import short_names
 
+    short = short_names(sets)
     for set_name, data in sets.items():
         if not data.labelled or data.published is not None:
             continue
@@ -541,7 +543,7 @@ def draw_retrieved(settings: Settings, accelerator: Accelerator, sets: dict[str,
                 label = Path(name).name + ("" if t is None else f"\nt{'*' if t in known[-1:] else ''} = {t:g}")
                 rows += [(query, label, line) for query, line in zip(settings.query, lines)]
         if accelerator.is_main_process:
-            path = Path(settings.output_dir) / f"retrieval_{Path(set_name).name}.png"
+            path = Path(settings.output_dir) / f"retrieval_{short[set_name].replace('/', '-')}.png"
             dataset = ShardDataset(data.splits[settings.split].index, model.transform, order="sequential")
             grid = [
                 (label, [(dataset[0, i, i]["image"], "" if n else query) for n, i in enumerate(line)])
@@ -605,7 +607,9 @@ def print_accuracies(settings: Settings, sets: dict[str, EvalSet], cells: Sequen
 def print_strengths(settings: Settings, cells: Sequence[Cell], results: Results) -> None:
     """What every head does at t = 0, t* (where pairs gave one) and t = 1; the curve over all t goes into a picture."""
     from utils.figures import draw_t_sweep
+    from utils.report import short_names
 
+    short = short_names(settings.model)
     for model in settings.model:
         found = [results.find(cell) for cell in cells if cell["model"] == model]
         neutral = next((result["value"] for result in found if result["measure"] == "neutral_t"), None)
@@ -624,7 +628,7 @@ def print_strengths(settings: Settings, cells: Sequence[Cell], results: Results)
         for title, points in curves.items():
             table.add_row(title, *(f"{points[t]:.3f}" if t in points else "undefined" for t in marks))
         wide_console().print(table)
-        name = Path(model).name or Path(model).resolve().name
+        name = (short[model] if Path(model).name else Path(model).resolve().name).replace("/", "-")
         path = Path(settings.output_dir) / f"head_t_{name}.png"
         accuracies = {title: points for title, points in curves.items() if title.split(",")[0] in ACCURACIES}
         panels = {
