@@ -72,6 +72,7 @@ FAIRNESS = ("max_skew", "max_skew_worst_query", "ndkl", "parity_difference", "op
 FIDELITY = ("fidelity", "fidelity_median", "fidelity_p95", "fidelity_max", "fidelity_cosine")
 ACCURACIES = ("accuracy", "follows the word", "chosen text over rejected", "worst-group accuracy")
 DEFAULT_TS = [round(-0.5 + 0.025 * step, 3) for step in range(71)]  # -0.5 ... 1.25
+MANY_ATTACKS = 6  # more than that are lines of the table, not columns
 DAYS_OF_PATIENCE = 7  # a process whose images are all robust may finish long after the others
 
 
@@ -581,26 +582,33 @@ def print_tables(
 
 
 def print_accuracies(settings: Settings, sets: dict[str, EvalSet], cells: Sequence[Cell], results: Results) -> None:
-    """Corruptions are one column, their mean over kinds and severities: 75 columns are for report.html."""
+    """A row per model and set; with many attacks a row per set and attack, so that no figure is broken.
 
-    def column(cell: Cell) -> str:
+    Corruptions are one figure, their mean over kinds and severities: 75 are for report.html.
+    """
+
+    def attack(cell: Cell) -> str:
         return column_name(cell) if cell["corruption"] is None else "corruptions, mean"
 
-    columns = list(dict.fromkeys(map(column, cells)))
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for cell in cells:
+        found.setdefault((cell["model"], cell["dataset"], attack(cell)), []).append(results.find(cell))
+    attacks = list(dict.fromkeys(name for _, _, name in found))
+    by_model = len(attacks) <= max(MANY_ATTACKS, len(settings.model))
     table = Table(title="Accuracy in %, with Wilson 95 % intervals")
-    for title in ("model", "data"):
+    for title in ("model", "data") if by_model else ("data", "attack"):
         table.add_column(title, overflow="fold")
-    for title in ("n", *columns):
-        table.add_column(title, justify="right")
-    for model in settings.model:
-        for name in sets:
-            found: dict[str, list[dict[str, Any]]] = {}
-            for cell in cells:
-                if (cell["model"], cell["dataset"]) == (model, name):
-                    found.setdefault(column(cell), []).append(results.find(cell))
-            if found:
-                n = next(iter(found.values()))[0]["n"]
-                table.add_row(model, name, str(n), *(percent(found.get(title, [])) for title in columns))
+    table.add_column("n", justify="right")
+    for title in attacks if by_model else settings.model:
+        table.add_column(title, justify="right", overflow="fold")
+    rows = [(name, title, [(model, name, title) for model in settings.model]) for name in sets for title in attacks]
+    if by_model:
+        rows = [(model, name, [(model, name, title) for title in attacks]) for model in settings.model for name in sets]
+    for first, second, keys in rows:
+        shown = [found.get(key, []) for key in keys]
+        if any(shown):
+            n = next(of_key[0]["n"] for of_key in shown if of_key)
+            table.add_row(first, second, str(n), *map(percent, shown))
     wide_console().print(table)
 
 

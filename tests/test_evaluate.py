@@ -1,6 +1,7 @@
 """evaluate.py: the report's format, equal figures for any number of processes and batch size, cells measured once."""
 
 import json
+import re
 
 import pytest
 
@@ -53,6 +54,16 @@ def test_report_follows_its_schema(arguments, small_clip, digits, tmp_path, caps
     assert clean >= weak >= strong
     printed = capsys.readouterr().out
     assert f"{100 * clean:.1f} [" in printed
+
+
+def test_many_attacks_are_lines_of_the_table_so_that_no_figure_is_broken(arguments, tmp_path, capsys):
+    evaluate.main(arguments(attack=["clean", "gaussian_noise"], sigma=[4, 8, 12, 16, 24, 32, 64], num_samples=8))
+    printed = capsys.readouterr().out
+    for cell in results(tmp_path / "eval"):
+        title = "clean" if cell["sigma"] is None else f"gaussian_noise {cell['sigma']:g}/255"
+        (line,) = [line for line in printed.splitlines() if f" {title} " in line]
+        low, high = cell["ci95"]
+        assert f" 8 │ {100 * cell['value']:.1f} [{100 * low:.1f}, {100 * high:.1f}] " in re.sub(" +", " ", line)
 
 
 def test_finished_cells_are_not_measured_again(arguments, tmp_path, monkeypatch):

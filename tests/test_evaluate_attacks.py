@@ -17,7 +17,6 @@ import evaluate
 from tests.conftest import ROOT, flags, run_script, two_processes
 from tests.shard_maker import image_bytes, write_shard
 from tests.small_models import save_small_clip
-from utils.attacks import square
 from utils.cli import UserError
 from utils.encoders import ImageEncoder
 from utils.measures import fairness_figures
@@ -426,4 +425,3 @@ def test_without_the_package_square_says_what_to_install(arguments, monkeypatch)
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
     with pytest.raises(UserError, match="--attack square: needs the package pyautoattack"):
         evaluate.main(arguments(attack="square"))
-    assert callable(square)

@@ -13,7 +13,6 @@ The strengths were chosen for 224 px. At 32 px the same numbers are harsher than
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from utils.attacks import seed_from
 from utils.cli import UserError
 from utils.images import ImageError, ImageTransform, decode
 from utils.shard_sources import one_line
@@ -114,8 +114,7 @@ def corrupt(image: Tensor, name: str, severity: int, seed: int) -> Tensor:
 
 def corruption_seed(seed: int, corruption: str, severity: int, shard: int, sample: int) -> int:
     """A 32-bit seed for one image, whoever reads it and in whichever batch."""
-    text = f"{seed}/{corruption}/{severity}/{shard}/{sample}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big")
+    return seed_from(seed, corruption, severity, shard, sample) % 2**32  # what numpy takes
 
 
 def warm_up(name: str, severity: int) -> None:

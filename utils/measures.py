@@ -279,7 +279,6 @@ def measure_accuracy(
 
     ``classifier`` maps image_embeds (B, D) to logits (B, C). The figure is always judged in float32.
     """
-    classnames = data.classnames
     dataset = labelled_dataset(settings, model, data, cell)
     apgd = cell["attack"] == "apgd"
     batch_size = settings.batch_size * (SQUARE_GROUP if cell["attack"] == "square" else 1)
@@ -293,7 +292,7 @@ def measure_accuracy(
         reading(settings, accelerator, dataset, cell, batch_size=batch_size, decided_alone=apgd) as batches,
     ):
         rows, pictures, warnings = (apgd_rows if apgd else batch_rows)(
-            settings, model, classifier, logits_fn, batches, cell, classnames
+            settings, batches, cell, data.classnames, logits_fn, attacked_logits(settings, model, classifier)
         )
     merged = values(merge_rows(accelerator, {"rows": rows}).get("rows", []))
     pictures = first_pictures(gather_objects(accelerator, pictures))
@@ -327,20 +326,14 @@ def labelled_dataset(settings: Any, model: Model, data: EvalSet, cell: Cell) -> 
 
 
 def batch_rows(
-    settings: Any,
-    model: Model,
-    classifier: Callable,
-    logits_fn: Logits,
-    batches: reading,
-    cell: Cell,
-    classnames: Sequence[str],
+    settings: Any, batches: reading, cell: Cell, classnames: Sequence[str], logits_fn: Logits, attacked_fn: Logits
 ) -> tuple[Rows, list[Picture], list[str]]:
     """Rows of a pass in which every image is changed once and judged once, or not changed at all."""
     rows: Rows = []
     pictures: list[Picture] = []
     warnings: list[str] = []
-    changed = partial(perturbed, settings, model, classifier, logits_fn, cell)
-    for found in classified(logits_fn, batches, device=model.device, perturb=changed):
+    changed = partial(perturbed, settings, cell, logits_fn, attacked_fn)
+    for found in classified(logits_fn, batches, device=batches.accelerator.device, perturb=changed):
         if not len(found.labels):
             continue
         if not rows:
@@ -364,21 +357,23 @@ def batch_rows(
 
 def perturbed(
     settings: Any,
-    model: Model,
-    classifier: Callable,
-    logits_fn: Logits,
     cell: Cell,
+    logits_fn: Logits,
+    attacked_fn: Logits,
     pixel_values: Tensor,
     labels: Tensor,
     positions: Sequence[int],
 ) -> Tensor:
-    """The images of one batch under the cell's attack (APGD works on a stream, not on batches)."""
+    """The images of one batch under the cell's attack (APGD works on a stream, not on batches).
+
+    Gradients are followed through ``attacked_fn``, answers come from ``logits_fn``.
+    """
     if cell["attack"] == "gaussian_noise":
         seeds = attack_seeds(settings.seed, f"noise {cell['sigma']:g}", positions)
         return gaussian_noise(pixel_values, cell["sigma"] / 255, seeds)
     if cell["attack"] == "pgd":
         return pgd_images(
-            attacked_logits(settings, model, classifier),
+            attacked_fn,
             pixel_values,
             labels,
             positions,
@@ -414,13 +409,7 @@ def attacked_logits(settings: Any, model: Model, classifier: Callable) -> Logits
 
 
 def apgd_rows(
-    settings: Any,
-    model: Model,
-    classifier: Callable,
-    logits_fn: Logits,
-    batches: reading,
-    cell: Cell,
-    classnames: Sequence[str],
+    settings: Any, batches: reading, cell: Cell, classnames: Sequence[str], logits_fn: Logits, attacked_fn: Logits
 ) -> tuple[Rows, list[Picture], list[str]]:
     """Rows of APGD-CE and APGD-T: images stream in as places get free, and leave as soon as they are broken."""
     rows: Rows = []
@@ -437,7 +426,7 @@ def apgd_rows(
         batches.decided(1, broken_by is None)
 
     def points() -> Iterator[Point]:
-        for found in classified(logits_fn, batches, device=model.device):
+        for found in classified(logits_fn, batches, device=batches.accelerator.device):
             if not len(found.labels):
                 continue
             if not rows and not keys:
@@ -458,13 +447,12 @@ def apgd_rows(
                 under_attack[point.position] = point
                 yield point
 
-    attacked = attacked_logits(settings, model, classifier)
     most = (settings.apgd_steps + 1) * (1 + min(settings.apgd_targets, len(classnames) - 1))
 
     def watched(pixel_values: Tensor) -> Tensor:
         # Who holds out counts by the share of its forwards: else the bar would stand still while survivors remain.
         batches.show(len(rows) + sum(sum(point.spent) for point in under_attack.values()) / most)
-        return attacked(pixel_values)
+        return attacked_fn(pixel_values)
 
     exact = settings.attack_dtype == "float32"
     for point in run_apgd(

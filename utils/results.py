@@ -46,6 +46,8 @@ class Results:
         self.results: list[dict[str, Any]] = []
         self.warnings: list[dict[str, Any]] = []  # {"model", "dataset", "attack", "eps", ..., "text"}
         self.compared: list[dict[str, Any]] = []  # by ``compare``
+        self.environment: dict[str, str] = {}
+        self.written = ""
         if not self.path.exists():
             return
         try:
