@@ -31,47 +31,14 @@ VISION_MODEL_TYPES = ("clip_vision_model", "dinov2")  # without a text tower: ev
 
 
 class ImageEncoder(nn.Module):
-    """phi: the image tower and projection of a ``CLIPModel``, with CLIP's normalisation inside.
+    """phi: an image tower and its projection, if it has one, with the normalisation of pixels inside.
 
-    The modules are the ``CLIPModel``'s own, not copies: training this trains the model it was made from. Pixels,
-    normalisation and the patch embedding stay in float32, the transformer blocks run under autocast in
+    Of a ``CLIPModel`` (``make_encoder``), of the image half of one, or of DINOv2, whose class token after the final layer
+    norm is the embedding. The modules are the model's own, not copies: training this trains the model it was made from.
+    Pixels, normalisation and the patch embedding stay in float32, the transformer blocks run under autocast in
     ``compute_dtype``: a normalised pixel near 2 would be rounded to steps of 1/64 by bfloat16, and an attack with
     steps of 1/1020 would vanish in that. Autocast is entered here, not by the training engine, so that the attack, the
     reference and the trained encoder all see the same arithmetic, wrapped or not.
-    """
-
-    def __init__(
-        self,
-        clip: CLIPModel,
-        image_mean: list[float],
-        image_std: list[float],
-        compute_dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__()
-        self.vision_model = clip.vision_model
-        self.visual_projection = clip.visual_projection
-        self.compute_dtype = compute_dtype
-        self.embed_dim = clip.config.projection_dim
-        self.image_size = clip.config.vision_config.image_size
-        self.register_buffer("image_mean", torch.tensor(image_mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("image_std", torch.tensor(image_std).view(1, 3, 1, 1), persistent=False)
-        # Only the class changes: same parameters, same names in every state dict.
-        self.vision_model.embeddings.patch_embedding.__class__ = Float32Conv2d
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """(B, 3, H, W) float32 in [0,1] -> image_embeds (B, D), float32, not normalised to unit length."""
-        normalised = (pixel_values - self.image_mean) / self.image_std
-        autocast = self.compute_dtype != torch.float32
-        with torch.autocast(pixel_values.device.type, dtype=self.compute_dtype, enabled=autocast):
-            pooled = self.vision_model(normalised).pooler_output
-            return self.visual_projection(pooled).float()
-
-
-class VisionEncoder(nn.Module):
-    """phi of a model without a text tower, with its normalisation inside: DINOv2, or the image half of a CLIP.
-
-    What is embedded is the class token after the final layer norm, through ``visual_projection`` where there is one.
-    Attributes and arithmetic are those of ``ImageEncoder``: pixels, normalisation and patch embedding in float32.
     """
 
     def __init__(
@@ -93,7 +60,8 @@ class VisionEncoder(nn.Module):
         self.image_size = image_size
         self.register_buffer("image_mean", torch.tensor(image_mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(image_std).view(1, 3, 1, 1), persistent=False)
-        for module in vision_model.modules():  # the patch embedding is the only convolution
+        # Only the class changes: same parameters, same names in every state dict. It is the only convolution.
+        for module in vision_model.modules():
             if type(module) is nn.Conv2d:
                 module.__class__ = Float32Conv2d
 
@@ -167,7 +135,7 @@ def load_clip(name_or_path: str, flag: str = "--model_name_or_path") -> tuple[CL
 
 def load_vision_model(
     name_or_path: str, flag: str = "--model", compute_dtype: torch.dtype = torch.float32
-) -> tuple[VisionEncoder, Any]:
+) -> tuple[ImageEncoder, Any]:
     """The encoder of a model of ``VISION_MODEL_TYPES`` in eval mode, its weights float32, and its image processor.
 
     A CLIP vision model saved without projection embeds into its hidden size. Raises ``UserError`` for another type of
@@ -204,7 +172,7 @@ def load_vision_model(
             "correct crop_size in preprocessor_config.json"
         )
     mean, std = image_processor.image_mean, image_processor.image_std
-    return VisionEncoder(vision_model, projection, size[0], mean, std, compute_dtype).eval(), image_processor
+    return ImageEncoder(vision_model, projection, size[0], mean, std, compute_dtype).eval(), image_processor
 
 
 def _load_pretrained(model_class: type, name_or_path: str) -> tuple[Any, set[str]]:
@@ -227,7 +195,14 @@ def _load_image_processor(name_or_path: str) -> Any:
 def make_encoder(clip: CLIPModel, processor: CLIPProcessor, compute_dtype: torch.dtype = torch.float32) -> ImageEncoder:
     """The image encoder inside ``clip``, normalising as its processor says."""
     image_processor = processor.image_processor
-    return ImageEncoder(clip, image_processor.image_mean, image_processor.image_std, compute_dtype)
+    return ImageEncoder(
+        clip.vision_model,
+        clip.visual_projection,
+        clip.config.vision_config.image_size,
+        image_processor.image_mean,
+        image_processor.image_std,
+        compute_dtype,
+    )
 
 
 def frozen_copy(encoder: ImageEncoder) -> ImageEncoder:
