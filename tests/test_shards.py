@@ -687,7 +687,7 @@ def test_a_server_that_always_breaks_costs_its_shard(tmp_path, server):
     make_shards(server.folder / "set", [5])
     server.broken["/set/0.tar"] = 100
     with pytest.raises(UnavailableShard, match=r"connection broke after \d+ of \d+ bytes, 4 attempts"):
-        ShardCache(tmp_path / "cache").path(f"{server.url}/set/0.tar")
+        copy_of(ShardCache(tmp_path / "cache"), f"{server.url}/set/0.tar")
     assert server.requests["/set/0.tar"] == 4
     assert list((tmp_path / "cache" / "shards").iterdir()) == []
 
@@ -737,8 +737,13 @@ def test_pipes_run_only_when_allowed(tmp_path):
     assert [data[0, slot, slot]["key"] for slot in range(6)] == [key for key, _ in labelled_samples(0, 6)]
 
 
+def copy_of(cache, url):
+    with cache.local(url) as path:
+        return path
+
+
 def fetch(url, cache_dir, results):
-    results.put(ShardCache(cache_dir).path(url))
+    results.put(copy_of(ShardCache(cache_dir), url))
 
 
 def test_several_processes_fetch_a_shard_once(tmp_path, server):
@@ -764,19 +769,32 @@ def test_the_cache_stays_within_its_limit_and_forgets_the_least_recently_used(tm
     size = (server.folder / "set" / "0.tar").stat().st_size
     cache = ShardCache(tmp_path / "cache", limit_gb=3.5 * size / 1e9)
     for number, url in enumerate(urls):
-        path = cache.path(url)
+        path = copy_of(cache, url)
         os.utime(path, (1000 + number, os.stat(path).st_mtime))
         kept = list(cache.shard_dir.iterdir())
         assert sum(file.stat().st_size for file in kept) <= cache.limit_bytes
         assert Path(path) in kept
     assert {int(file.stat().st_atime) for file in kept} == {1003, 1004, 1005}
-    ShardCache(cache.cache_dir, 3.5 * size / 1e9).path(urls[3])  # used again
-    cache.path(urls[0])
+    copy_of(ShardCache(cache.cache_dir, 3.5 * size / 1e9), urls[3])  # used again
+    copy_of(cache, urls[0])
     assert server.requests["/set/3.tar"] == 1
-    cache.path(urls[3])
+    copy_of(cache, urls[3])
     assert server.requests["/set/3.tar"] == 1
-    cache.path(urls[4])
+    copy_of(cache, urls[4])
     assert server.requests["/set/4.tar"] == 2
+
+
+def test_a_copy_that_is_being_opened_is_not_evicted(tmp_path, server):
+    make_shards(server.folder / "set", [5] * 3)
+    urls = [f"{server.url}/set/{number}.tar" for number in range(3)]
+    cache, other = (ShardCache(tmp_path / "cache", limit_gb=1e-9) for _ in range(2))
+    with cache.local(urls[0]) as path:
+        assert Path(copy_of(other, urls[1])).exists()  # above the limit, but the only one that could go is this one
+        assert Path(path).exists()
+        with other.local(urls[0], wait=False) as held_elsewhere:
+            assert held_elsewhere is None
+    last = copy_of(other, urls[2])
+    assert list(cache.shard_dir.iterdir()) == [Path(last)]
 
 
 def test_reading_goes_on_when_the_cache_is_too_small(tmp_path, server):

@@ -298,10 +298,10 @@ def one_line(error: BaseException) -> str:
 class ShardCache:
     """Local copies of remote shards, at most ``limit_gb`` (10^9 bytes) of them; least recently used go first.
 
-    A copy appears whole or not at all (temporary file, fsync, rename); a lock per shard lets any number of processes
-    ask at once and fetch once. A file that is evicted while somebody reads it stays readable through the open
-    descriptor. The limit should hold the shards of two shuffle blocks, up to 4 * 64; below that they are fetched again
-    and again.
+    A copy appears whole or not at all (temporary file, fsync, rename). A lock per shard lets any number of processes ask
+    at once and fetch once, and keeps a copy in place until it has been opened; evicted afterwards it stays readable
+    through the open descriptor. The limit should hold the shards of two shuffle blocks, up to 4 * 64; below that they
+    are fetched again and again.
     """
 
     def __init__(self, cache_dir: str | os.PathLike, limit_gb: float | None = None) -> None:
@@ -310,25 +310,25 @@ class ShardCache:
         self.shard_dir, self.lock_dir = self.cache_dir / "shards", self.cache_dir / "locks"
         self._touched: dict[str, float] = {}
 
-    def path(self, url: str, *, wait: bool = True) -> str | None:
-        """Local path of the shard, fetched where needed. A local path is returned as it is.
+    @contextlib.contextmanager
+    def local(self, url: str, *, wait: bool = True) -> Iterator[str | None]:
+        """Local path of the shard, fetched where needed; nobody evicts it within the block. A local path stays as it is.
 
-        With ``wait=False`` None where another process is fetching it. UnavailableShard where it cannot be had.
+        With ``wait=False`` None where somebody else is fetching or opening it. UnavailableShard where it cannot be had.
         """
         if not is_remote(url):
-            return url
+            yield url
+            return
         target = self.shard_dir / f"{digest(url)}-{file_name(url)}"
-        if not target.exists():
-            self.shard_dir.mkdir(parents=True, exist_ok=True)
-            self.lock_dir.mkdir(parents=True, exist_ok=True)
-            with _locked(self.lock_dir / f"{digest(url)}.lock", wait) as held:
-                if not held:
-                    return None
-                if not target.exists():
-                    self._fetch(url, target)
-                    self._evict(target)
-        self.touch(str(target))
-        return str(target)
+        self.shard_dir.mkdir(parents=True, exist_ok=True)
+        self.lock_dir.mkdir(parents=True, exist_ok=True)
+        with _locked(self._lock_of(target), wait) as held:
+            if held and not target.exists():
+                self._fetch(url, target)
+                self._evict()
+            if held:
+                self.touch(str(target))
+            yield str(target) if held else None
 
     def touch(self, path: str) -> None:
         """Marks the copy as in use, at most once a minute. The access time carries that: the index goes by mtime."""
@@ -348,7 +348,8 @@ class ShardCache:
         finally:
             part.unlink(missing_ok=True)
 
-    def _evict(self, keep: Path) -> None:
+    def _evict(self) -> None:
+        """Deletes the least recently used copies above the limit, but none whose lock somebody holds."""
         if self.limit_bytes is None:
             return
         with _locked(self.lock_dir / "evict.lock", wait=True):
@@ -362,9 +363,13 @@ class ShardCache:
             for _, size, copy in sorted(copies):
                 if total <= self.limit_bytes:
                     break
-                if copy != keep:
-                    copy.unlink(missing_ok=True)
-                    total -= size
+                with _locked(self._lock_of(copy), wait=False) as held:
+                    if held:
+                        copy.unlink(missing_ok=True)
+                        total -= size
+
+    def _lock_of(self, copy: Path) -> Path:
+        return self.lock_dir / f"{copy.name.partition('-')[0]}.lock"
 
 
 @contextlib.contextmanager

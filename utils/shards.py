@@ -102,8 +102,8 @@ def index_shards(
             if promised is not None and (is_remote(url) or os.path.isfile(url)):
                 readable = promised
             else:
-                path = cache.path(url)
-                found = tar_index(path, cache_dir, url if is_remote(url) else None)
+                with cache.local(url) as path:
+                    found = tar_index(path, cache_dir, url if is_remote(url) else None)
                 readable = len(found)
                 if found.damage:
                     kind, detail = "damaged shard", found.damage
@@ -212,16 +212,9 @@ class ShardReader:
         return opened
 
     def _open_shard(self, url: str) -> tuple[int, str, TarIndex]:
-        for attempt in range(3):
-            path = self.cache.path(url)
-            try:
-                index = tar_index(path, self.index.cache_dir, url if is_remote(url) else None)
-                return os.open(path, os.O_RDONLY | os.O_CLOEXEC), path, index
-            except FileNotFoundError:
-                # Another process may evict the copy before this one has opened it.
-                if not is_remote(url) or attempt == 2:
-                    raise
-        raise AssertionError("unreachable")
+        with self.cache.local(url) as path:
+            index = tar_index(path, self.index.cache_dir, url if is_remote(url) else None)
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC), path, index
 
 
 def _pread(descriptor: int, size: int, offset: int) -> bytes:
@@ -423,7 +416,8 @@ class _Prefetcher:
             if shard in self._failed:
                 continue
             try:
-                self._cache.path(self._urls[shard], wait=False)
+                with self._cache.local(self._urls[shard], wait=False):
+                    pass
             except Exception:  # the reader meets the same error when it needs the shard, and reports it
                 self._failed.add(shard)
 
