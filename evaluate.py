@@ -23,6 +23,7 @@ import torch
 from accelerate import Accelerator
 from rich.table import Table
 
+from utils.checkpoint import take_output_dir
 from utils.classifiers import KnnClassifier, LinearClassifier, fit_linear_probe, read_linear_head, save_linear_head
 from utils.cli import UserError, flag, parse_settings, required, run
 from utils.corruptions import CORRUPTIONS, KNOWN, SEVERITIES, find_published, require_package
@@ -129,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = parse_settings(Settings, argv, description=__doc__)
     check_settings(settings)
     accelerator = start_accelerator(seed=settings.seed, days_of_patience=DAYS_OF_PATIENCE)
+    from_main_process(accelerator, lambda: take_output_dir(settings.output_dir))
     sets = {name: from_main_process(accelerator, lambda name=name: open_data(settings, name)) for name in settings.data}
     revisions = {
         name: from_main_process(accelerator, lambda name=name: model_revision(name))

@@ -116,7 +116,9 @@ def test_runs_killed_at_random_moments_end_equal(arguments, tmp_path):
         killed = killed_run(command(name), moment)
         left = sorted(path.name for path in (tmp_path / name).glob("checkpoints/*"))
         run_script("train_lore.py", *arguments(tmp_path / name, **common))
-        equal = difference(tmp_path / "whole", tmp_path / name) == 0 and rows(tmp_path / name) == rows(tmp_path / "whole")
+        equal = difference(tmp_path / "whole", tmp_path / name) == 0 and rows(tmp_path / name) == rows(
+            tmp_path / "whole"
+        )
         hidden = [path.name for path in (tmp_path / name).rglob(".*") if path.name != ".lock"]
         return name, moment, killed, left, equal, hidden
 

@@ -14,6 +14,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import utils.checkpoint
 from utils.cli import run
 from utils.interruption import REQUEUE
 
@@ -41,6 +42,7 @@ def train(trainer, arguments, sgd=False, stop_in_step=None):
         return stopped.code
     finally:
         module.make_optimizer, module.cosine_learning_rate = make_optimizer, learning_rate
+        utils.checkpoint._LOCKS.clear()  # they would last as long as this process
     return 0
 
 

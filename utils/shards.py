@@ -484,11 +484,11 @@ def train_batches(
                 if place >= done:  # a step that was cut short is begun again
                     yield batch
                     delivered, deaths = delivered + 1, 0
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:
+            if not num_workers or not _worker_died(error):
                 raise
             deaths += 1
-            reason = str(error).splitlines()[0]
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             if deaths > WORKER_DEATHS:
                 raise ShardError(
                     f"--num_workers {num_workers}: data workers die again and again ({reason}); if memory runs out, use "
@@ -507,6 +507,14 @@ def _said_when_slow(seconds: float) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def _worker_died(error: Exception) -> bool:
+    """Whether a worker is gone, and not merely what it was doing failed: that comes as "Caught ... in DataLoader worker"."""
+    if "Caught " in str(error):
+        return False
+    # Its batches may be under way already, as handles that only the living worker could give out.
+    return "DataLoader worker" in str(error) or isinstance(error, (ConnectionError, EOFError, FileNotFoundError))
 
 
 def _calm_worker(worker: int) -> None:
