@@ -94,12 +94,15 @@ def task_cpus(slurm: dict[str, str] | os._Environ, local_world_size: int) -> int
 def master(env: dict[str, str] | os._Environ) -> dict[str, str]:
     """Where the ranks meet: the first host of the step, a port that follows from job and step, so that no two share one.
 
-    Raises ``UserError`` where the host's name has no address.
+    Raises ``UserError`` where SLURM does not name the host or the name has no address.
     """
     address = env.get("MASTER_ADDR")
     if address is None:
         command = ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]]
-        address = subprocess.run(command, check=True, text=True, capture_output=True).stdout.split()[0]
+        try:
+            address = subprocess.run(command, check=True, text=True, capture_output=True).stdout.split()[0]
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise UserError(f"{' '.join(command)}: {error}; set MASTER_ADDR to the host of rank 0") from None
     try:
         socket.getaddrinfo(address, None)
     except OSError:

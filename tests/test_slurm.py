@@ -13,8 +13,10 @@ import pytest
 
 import evaluate
 import train_lore
+from slurm import rank as slurm_rank
 from slurm.rank import master, parse_command, task_cpus, tasks_per_node
 from tests.conftest import ROOT, accelerate_launch, free_port, run_script
+from utils import interruption
 from utils.cli import UserError, parse_settings
 from utils.distributed import default_num_workers
 
@@ -158,9 +160,12 @@ def test_without_slurm_the_line_says_what_to_use(monkeypatch):
     assert "accelerate launch" in output
 
 
-def test_a_master_without_an_address_is_named():
+def test_a_master_without_an_address_and_a_node_without_scontrol_are_told(monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.invalid"):
         master({"MASTER_ADDR": "nowhere.invalid"})
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="scontrol show hostnames n1: .* set MASTER_ADDR"):
+        master({"SLURM_STEP_NODELIST": "n1"})
 
 
 def test_jobs_and_steps_meet_at_ports_of_their_own():
@@ -285,6 +290,12 @@ def test_prefetch_refuses_to_fill_a_cache_that_no_compute_node_sees(submit, tmp_
     call = (tmp_path / "calls").read_text()
     assert "--cache_dir shared --train_shards https://example.org/a.tar" in call
     assert call.rstrip().endswith("--prefetch true")
+
+
+def test_trainers_ranks_and_jobs_mean_the_same_status_and_signals():
+    # rank.py cannot import them: it catches the signals before it imports torch.
+    assert (slurm_rank.REQUEUE, slurm_rank.SIGNALS) == (interruption.REQUEUE, interruption.SIGNALS)
+    assert f"\nrequeue_status={interruption.REQUEUE}\n" in (ROOT / "slurm/requeue.sh").read_text()
 
 
 def test_scripts_are_whole_bash():
