@@ -164,7 +164,7 @@ def test_a_master_without_an_address_and_a_node_without_scontrol_are_told(monkey
     with pytest.raises(UserError, match=r"nowhere\.invalid"):
         master({"MASTER_ADDR": "nowhere.invalid"})
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="scontrol show hostnames n1: .* set MASTER_ADDR"):
+    with pytest.raises(UserError, match=r"scontrol show hostnames n1: .* set MASTER_ADDR"):
         master({"SLURM_STEP_NODELIST": "n1"})
 
 
