@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import utils.checkpoint
 from utils.cli import run
-from utils.interruption import REQUEUE
+from utils.interruption import REQUEUE, SIGNALS
 
 
 def train(trainer, arguments, sgd=False, stop_in_step=None):
@@ -43,6 +43,8 @@ def train(trainer, arguments, sgd=False, stop_in_step=None):
     finally:
         module.make_optimizer, module.cosine_learning_rate = make_optimizer, learning_rate
         utils.checkpoint._LOCKS.clear()  # they would last as long as this process
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
     return 0
 
 

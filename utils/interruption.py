@@ -27,9 +27,11 @@ class StopRequest:
         self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        # A launcher signals the slower processes when the first one has left: they keep their exit status.
+        leaving = isinstance(error, SystemExit) and error.code == REQUEUE
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if leaving else handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
