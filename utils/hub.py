@@ -105,8 +105,8 @@ def model_folder(
                 f"{flag} {name_or_path}: neither a local model directory nor a model that the hub gives out "
                 f"({one_line(error)}); check the name, or log in with `hf auth login` if it is private or gated"
             ) from None
-        folder = _cached_model(name_or_path, flag, f"the hub cannot be reached ({one_line(error)})")
-        logger.warning("%s: the hub cannot be reached (%s); taken from %s", name_or_path, one_line(error), folder)
+        folder = _cached_model(name_or_path, flag, f"the download failed ({one_line(error)})")
+        logger.warning("%s: nothing comes from the hub (%s); taken from %s", name_or_path, one_line(error), folder)
         check_model(str(folder), flag, supported)
         return folder
 
