@@ -137,7 +137,10 @@ def _cached_model(name: str, flag: str, reason: str = "") -> Path:
             if all((folder / file).exists() for file in files):
                 return folder
     reason = reason or ("HF_HUB_OFFLINE is set" if hub_offline() else "this node's first process did not bring it")
-    raise UserError(f"{flag} {name}: {reason} and the cache lacks {lacking}; {BRING_IT}")
+    raise UserError(
+        f"{flag} {name}: neither a local model directory nor a model in the cache, which lacks {lacking} of it, and {reason}; "
+        f"check the path, or {BRING_IT}"
+    )
 
 
 def on_this_node(accelerator: Accelerator, index: ShardIndex, folders: Sequence[str | Path], flag: str) -> None:
