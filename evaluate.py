@@ -24,6 +24,7 @@ import torch
 from accelerate import Accelerator
 from rich.table import Table
 
+from utils.checkpoint import take_output_dir
 from utils.classifiers import KnnClassifier, LinearClassifier, fit_linear_probe, read_linear_head, save_linear_head
 from utils.cli import UserError, flag, parse_settings, required, run
 from utils.corruptions import CORRUPTIONS, KNOWN, SEVERITIES, find_published, require_package
@@ -135,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if settings.prefetch:
         return prefetch(settings)
     accelerator = start_accelerator(seed=settings.seed, days_of_patience=DAYS_OF_PATIENCE)
+    from_main_process(accelerator, lambda: take_output_dir(settings.output_dir))
     on_every_node(accelerator, lambda: check_models(settings))
     sets = {name: open_everywhere(settings, accelerator, name) for name in settings.data}
     revisions = {

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,11 +29,13 @@ from utils.attacks import attack_seeds, frozen, pgd, uniform_start
 from utils.checkpoint import (
     find_checkpoint,
     load_checkpoint,
+    publish_model,
     read_state,
     refuse_changed_settings,
     refuse_non_finite,
     replace_model,
     save_checkpoint,
+    take_output_dir,
 )
 from utils.cli import UserError, flag, parse_settings, required, run
 from utils.distributed import (
@@ -41,7 +44,9 @@ from utils.distributed import (
     default_num_workers,
     from_main_process,
     gather_objects,
+    gathered,
     mean_over_processes,
+    shard_frozen,
     start_accelerator,
     start_tracker,
 )
@@ -54,6 +59,7 @@ from utils.encoders import (
 )
 from utils.hub import everywhere, fetch_model, on_this_node
 from utils.images import ImageTransform
+from utils.interruption import REQUEUE, StopRequest
 from utils.lagrangian import (
     Multiplier,
     dual_lagrangian,
@@ -72,12 +78,19 @@ from utils.metrics import (
     violation_statistics,
 )
 from utils.model_card import model_card
-from utils.optimization import cosine_learning_rate, count_steps, make_optimizer, set_learning_rate
+from utils.optimization import (
+    cosine_learning_rate,
+    count_steps,
+    load_optimizer_state,
+    make_optimizer,
+    set_learning_rate,
+)
 from utils.prefetch import prefetch_training
 from utils.progress import RunProgress
 from utils.shard_sources import default_cache_dir, display_url
-from utils.shards import ShardDataset, eval_loader, train_loader
+from utils.shards import ShardDataset, eval_loader, train_batches
 from utils.skipped import SkipCounter, count_skipped
+from utils.training_state import load_parameters
 from utils.zeroshot import LabelledSet, class_prompts, open_set, predictions, to_pixel_values
 
 
@@ -89,6 +102,7 @@ class Settings:
     model_name_or_path: str = required("Hugging Face id or local directory of a CLIP model", group="model")
     reference_model_name_or_path: str | None = flag(None, "frozen reference, for going on from a fine-tuned model (default: the start model)", group="model")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward passes: less memory, more time", group="model")
+    shard_reference: bool = flag(False, "shard the frozen reference over the processes too (DeepSpeed): for encoders too large to copy", group="model")
     compile: bool = flag(False, "torch.compile the encoders", group="model")
 
     train_shards: list[str] = required("brace-expanded paths, globs, directories, hf:// or https:// URLs of .tar shards", group="data", many=True)
@@ -114,6 +128,7 @@ class Settings:
     attack_steps: int = flag(10, "PGD steps", group="attack", minimum=1)
     attack_step_size: float | None = flag(None, "PGD step, in 1/255 (default: eps/4)", group="attack", above=0)
     attack_momentum: float = flag(0.0, "momentum of the gradient's sign (FARE's recipe: 0.9)", group="attack", minimum=0)
+    gather_for_attack: bool = flag(True, "ZeRO-3: keep the parameters whole during an attack, in place of gathering them in every forward and backward", group="attack")
 
     learning_rate: float = flag(1e-5, "of the encoder (AdamW), cosine to 0", group="optimisation", minimum=0)
     dual_learning_rate: float = flag(5e-4, "of the multiplier (AdamW), same schedule", group="optimisation", minimum=0)
@@ -143,7 +158,7 @@ class Settings:
 FREE_SETTINGS = {
     "output_dir", "resume_from_checkpoint", "cache_dir", "cache_limit_gb", "num_workers", "report_to", "allow_pipe_urls", "max_bad_fraction",
     "eval_shards", "eval_num_samples", "eval_steps", "logging_steps", "checkpoint_steps", "checkpoints_total_limit",
-    "keep_best", "gradient_checkpointing", "compile", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "keep_best", "gradient_checkpointing", "compile", "shard_reference", "gather_for_attack", "per_device_train_batch_size", "gradient_accumulation_steps",
     "prefetch",
 }  # fmt: skip
 
@@ -185,8 +200,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Whatever can be wrong with paths, shards and class lists is found before a model is loaded.
     output_dir = Path(settings.output_dir)
+    from_main_process(accelerator, lambda: take_output_dir(output_dir))
     checkpoint = from_main_process(accelerator, lambda: find_checkpoint(output_dir, settings.resume_from_checkpoint))
-    resumed = read_state(checkpoint) if checkpoint else None
+    resumed = from_main_process(accelerator, lambda: read_state(checkpoint)) if checkpoint else None
     train_set = from_main_process(accelerator, lambda: open_shards(settings, "train_shards", needs_labels))
     eval_set = from_main_process(accelerator, lambda: open_shards(settings, "eval_shards", True))
     for opened, its_flag in ((train_set, "--train_shards"), (eval_set, "--eval_shards")):
@@ -216,6 +232,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if reference_model is not None:
         reference_model = fetch_model(accelerator, reference_model, "--reference_model_name_or_path")
     reference = everywhere(accelerator, lambda: load_reference(reference_model, encoder)).to(device)
+    image_flops = lore_flops_per_image(
+        forward_flops(reference), settings.attack_steps, settings.primal_steps, clean_in_primal, constrained
+    )
+    if settings.shard_reference:
+        reference = shard_frozen(accelerator, reference)
     train_prompts = class_prompts(clip, processor, train_set, device) if needs_labels else None
     eval_prompts = class_prompts(clip, processor, eval_set, device) if eval_set else None
     if settings.gradient_checkpointing:
@@ -231,6 +252,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         multiplier.parameters(), lr=settings.dual_learning_rate, weight_decay=0.0, maximize=True
     )
     encoder.train()
+    if resumed:
+        load_parameters(encoder, checkpoint)
     encoder, optimizer = accelerator.prepare(encoder, optimizer)
     module = accelerator.unwrap_model(encoder)  # attacks and evaluations go past the engine: see utils/distributed.py
 
@@ -238,35 +261,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     skips = SkipCounter(train_set.index, settings.max_bad_fraction)
     eval_skips = SkipCounter(eval_set.index, settings.max_bad_fraction) if eval_set else None
     if resumed:
-        extra_state = load_checkpoint(accelerator, checkpoint)
+        extra_state = load_checkpoint(accelerator, encoder, optimizer, checkpoint, resumed)
         multiplier.load_state_dict(extra_state["multiplier"])
-        dual_optimizer.load_state_dict(extra_state["dual_optimizer"])
+        load_optimizer_state(dual_optimizer, extra_state.get("dual_optimizer", {}))
         skips = skips.merge([resumed["skips"]] if accelerator.is_main_process else [])
         best = resumed["best"]
 
     # All global batches follow from the seed, the shards' sizes and the global batch size: the step is the position.
     first_step = resumed["step"] if resumed else 0
     transform = ImageTransform.from_processor(processor.image_processor)
-    loader = train_loader(
-        ShardDataset(
-            train_set.index,
-            transform,
-            order="shuffled",
-            seed=settings.seed,
-            with_labels=needs_labels,
-            num_classes=len(train_set.classnames),
+    batches = count_skipped(
+        train_batches(
+            ShardDataset(
+                train_set.index,
+                transform,
+                order="shuffled",
+                seed=settings.seed,
+                with_labels=needs_labels,
+                num_classes=len(train_set.classnames),
+            ),
+            samples_per_epoch=samples_per_epoch,
+            global_batch_size=global_batch_size,
+            per_device_batch_size=settings.per_device_train_batch_size,
+            rank=accelerator.process_index,
+            world_size=world_size,
+            first_step=first_step,
+            num_steps=total_steps,
+            num_workers=default_num_workers() if settings.num_workers is None else settings.num_workers,
+            pin_memory=device.type == "cuda",
         ),
-        samples_per_epoch=samples_per_epoch,
-        global_batch_size=global_batch_size,
-        per_device_batch_size=settings.per_device_train_batch_size,
-        rank=accelerator.process_index,
-        world_size=world_size,
-        first_step=first_step,
-        num_steps=total_steps,
-        num_workers=default_num_workers() if settings.num_workers is None else settings.num_workers,
-        pin_memory=device.type == "cuda",
+        skips,
     )
-    batches = iter(count_skipped(loader, skips))
 
     # The method: what attacks maximise and updates minimise, what the constraint measures, and its margin; (B,) each.
     def objective(image_embeds: Tensor, batch: MicroBatch) -> Tensor:
@@ -374,14 +399,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             metrics_file.write(row)
         accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
 
-    output_dir.mkdir(parents=True, exist_ok=True)
     metrics_file = MetricsFile(output_dir / "metrics.jsonl")
     if accelerator.is_main_process:
         metrics_file.cut_back(first_step if resumed else -1)
     start_tracker(accelerator, settings.report_to, Path(__file__).stem, known_settings, first_step=first_step)
-    image_flops = lore_flops_per_image(
-        forward_flops(reference), settings.attack_steps, settings.primal_steps, clean_in_primal, constrained
-    )
     progress = RunProgress(method_name(settings), total_steps, done=first_step, enabled=accelerator.is_main_process)
     progress.note(
         f"{method_name(settings)}: {train_set.index.num_samples} images in {len(train_set.index.urls)} shards, global batch "
@@ -392,7 +413,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     losses: list[Tensor] = []  # of all updates since they were last checked; on the device until then
     seconds, logged_step, last_good = 0.0, first_step, checkpoint
 
-    with progress:
+    with progress, StopRequest(accelerator) as stop:
         if eval_set and not resumed:
             record({"step": 0, "samples": 0, **evaluate(0)})
 
@@ -418,7 +439,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     ref_image_embeds = reference(pixel_values)
                     batch = MicroBatch(pixel_values, labels, ref_image_embeds, margin(ref_image_embeds))
                 seeds = attack_seeds(settings.seed, step, loaded["positions"].tolist())
-                with frozen(module):
+                with frozen(module), gathered(module, settings.gather_for_attack):
                     batch.delta = pgd(
                         lambda adversarial, batch=batch: objective(module(adversarial), batch),
                         pixel_values,
@@ -459,8 +480,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
             seconds += time.perf_counter() - clock
 
+            told_to_stop = stop.agreed()
             eval_now = eval_set is not None and (last or done % settings.eval_steps == 0)
             checkpoint_now = settings.checkpoint_steps > 0 and done % settings.checkpoint_steps == 0
+            checkpoint_now = checkpoint_now or (told_to_stop is not None and not last)
             if not (log_now or eval_now or checkpoint_now):
                 progress.update(done)
                 continue
@@ -507,18 +530,30 @@ def main(argv: Sequence[str] | None = None) -> None:
                     accelerator,
                     output_dir,
                     done,
+                    model=encoder,
+                    optimizer=optimizer,
                     state={
                         "step": done,
                         "settings": known_settings,
                         "skips": all_skips.state(),
                         "best": best,
                     },
-                    extra_state={"multiplier": multiplier.state_dict(), "dual_optimizer": dual_optimizer.state_dict()},
+                    extra_state={
+                        "multiplier": multiplier.state_dict(),
+                        "dual_optimizer": dual_optimizer.state_dict()["state"],
+                    },
                     write_model=write_model,
                     total_limit=settings.checkpoints_total_limit,
                 )
+            if told_to_stop and not last:
+                progress.note(
+                    f"{told_to_stop.name} after step {done}: saved {last_good}; --resume_from_checkpoint latest goes on "
+                    f"(exit status {REQUEUE})"
+                )
+                accelerator.end_training()
+                sys.exit(REQUEUE)
 
-    write_model(output_dir)
+    publish_model(accelerator, output_dir, write_model)
     progress.note(f"saved {output_dir}")
     for line in all_skips.summary().splitlines():
         progress.note(f"skipped in all: {line}")

@@ -17,6 +17,7 @@ import contextlib
 import copy
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,11 +32,13 @@ from torch import Tensor
 from utils.checkpoint import (
     find_checkpoint,
     load_checkpoint,
+    publish_model,
     read_state,
     refuse_changed_settings,
     refuse_non_finite,
     replace_model,
     save_checkpoint,
+    take_output_dir,
 )
 from utils.cli import UserError, flag, parse_settings, required, run
 from utils.distributed import (
@@ -44,6 +47,7 @@ from utils.distributed import (
     from_main_process,
     gather_objects,
     mean_over_processes,
+    shard_frozen,
     start_accelerator,
     start_tracker,
 )
@@ -60,6 +64,7 @@ from utils.features import features
 from utils.head import Head, fold_head, head_power, orthogonality_penalty, save_head, warn_of_condition
 from utils.hub import everywhere, fetch_model, on_every_node, on_this_node
 from utils.images import ImageTransform
+from utils.interruption import REQUEUE, StopRequest
 from utils.metrics import MetricsFile, peak_memory_gib
 from utils.model_card import model_card
 from utils.optimization import BetaAverage, cosine_learning_rate, count_steps, make_optimizer, set_learning_rate
@@ -77,8 +82,9 @@ from utils.preferences import (
 from utils.prefetch import prefetch_training
 from utils.progress import RunProgress
 from utils.shard_sources import default_cache_dir, display_url
-from utils.shards import eval_loader, train_loader
+from utils.shards import eval_loader, train_batches
 from utils.skipped import SkipCounter, count_skipped
+from utils.training_state import load_parameters
 from utils.typographic import KINDS, PLACES, word_style
 from utils.zeroshot import LabelledSet, ensemble, open_set, to_pixel_values
 
@@ -95,6 +101,7 @@ class Settings:
     reference_model_name_or_path: str | None = flag(None, "frozen reference, for going on from a fine-tuned model (default: the start model)", group="model")
     trainable: str = flag("image", "what is trained: a square matrix on both embeddings, the image tower, or both towers", group="model", choices=TRAINABLE)
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward passes: less memory, more time", group="model")
+    shard_reference: bool = flag(False, "shard the frozen reference over the processes too (DeepSpeed): for encoders too large to copy", group="model")
     compile: bool = flag(False, "torch.compile the image encoders", group="model")
 
     train_shards: list[str] = required("brace-expanded paths, globs, directories, hf:// or https:// URLs of .tar shards; with --task pairs also folders of label=X_text=Y pictures", group="data", many=True)
@@ -152,7 +159,7 @@ class Settings:
 FREE_SETTINGS = {
     "output_dir", "resume_from_checkpoint", "cache_dir", "cache_limit_gb", "num_workers", "report_to", "allow_pipe_urls", "max_bad_fraction",
     "eval_shards", "eval_num_samples", "eval_steps", "logging_steps", "checkpoint_steps", "checkpoints_total_limit", "export_t",
-    "keep_best", "gradient_checkpointing", "compile", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "keep_best", "gradient_checkpointing", "compile", "shard_reference", "per_device_train_batch_size", "gradient_accumulation_steps",
     "prefetch",
 }  # fmt: skip
 
@@ -185,8 +192,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Whatever can be wrong with paths, shards and class lists is found before a model is loaded.
     output_dir = Path(settings.output_dir)
+    from_main_process(accelerator, lambda: take_output_dir(output_dir))
     checkpoint = from_main_process(accelerator, lambda: find_checkpoint(output_dir, settings.resume_from_checkpoint))
-    resumed = read_state(checkpoint) if checkpoint else None
+    resumed = from_main_process(accelerator, lambda: read_state(checkpoint)) if checkpoint else None
     if settings.task == "pairs":  # folders of pictures become shards in the cache of every node
         pictures = [*settings.train_shards, *settings.eval_shards]
         on_every_node(accelerator, lambda: pair_shards(pictures, settings.cache_dir))
@@ -229,6 +237,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         reference_clip = copy.deepcopy(clip) if settings.trainable == "all" else clip
         reference = frozen_copy(encoder)
     reference.to(device)
+    if settings.shard_reference:
+        reference = shard_frozen(accelerator, reference)
     # The text table of a tower that is trained serves its tokenizer alone.
     per_prompt = settings.trainable != "image"
     text_table = TextTable(clip, processor, templates, device, per_prompt=per_prompt)
@@ -248,6 +258,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     optimizer = make_optimizer(settings.optimizer, policy, settings.learning_rate, settings.weight_decay)
     policy.train()
+    if resumed:
+        load_parameters(policy, checkpoint)
     policy, optimizer = accelerator.prepare(policy, optimizer)
     module = accelerator.unwrap_model(policy)  # evaluations go past the engine
     average = BetaAverage(module, total_steps) if settings.weight_average == "beta" else None
@@ -256,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     skips = SkipCounter(train_set.index, settings.max_bad_fraction)
     eval_skips = SkipCounter(eval_set.index, settings.max_bad_fraction) if eval_set else None
     if resumed:
-        extra_state = load_checkpoint(accelerator, checkpoint)
+        extra_state = load_checkpoint(accelerator, policy, optimizer, checkpoint, resumed)
         if average:
             average.load_state_dict(extra_state["average"])
         skips = skips.merge([resumed["skips"]] if accelerator.is_main_process else [])
@@ -285,19 +297,21 @@ def main(argv: Sequence[str] | None = None) -> None:
                 )
                 embedding.update(count, {"embeddings": "kept from before" if known else "done"}, report=True)
         num_workers = 0
-    loader = train_loader(
-        datasets["train"],
-        samples_per_epoch=samples_per_epoch,
-        global_batch_size=global_batch_size,
-        per_device_batch_size=settings.per_device_train_batch_size,
-        rank=accelerator.process_index,
-        world_size=world_size,
-        first_step=first_step,
-        num_steps=total_steps,
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
+    batches = count_skipped(
+        train_batches(
+            datasets["train"],
+            samples_per_epoch=samples_per_epoch,
+            global_batch_size=global_batch_size,
+            per_device_batch_size=settings.per_device_train_batch_size,
+            rank=accelerator.process_index,
+            world_size=world_size,
+            first_step=first_step,
+            num_steps=total_steps,
+            num_workers=num_workers,
+            pin_memory=device.type == "cuda",
+        ),
+        skips,
     )
-    batches = iter(count_skipped(loader, skips))
 
     # The method. Pictures and texts to unit embeddings (N, D) and (T, D), by the policy and by the reference.
     def to_input(images: Tensor) -> Tensor:
@@ -347,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         loss = preference.sum() / num_pairs + settings.reg_weight * kl.sum() / num_reg
         loss = loss * world_size * settings.gradient_accumulation_steps
         if settings.orthogonality_weight > 0:
-            loss = loss + settings.orthogonality_weight * orthogonality_penalty(policy_head().weight)
+            loss = loss + settings.orthogonality_weight * orthogonality_penalty(head_weight())
         parts = {"preference": preference, "kl": kl, "baseline": baseline, "logits": logits, "ref_logits": ref_logits}
         return loss, parts | {"chosen": chosen, "rejected": rejected}
 
@@ -356,8 +370,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         total, count = accelerator.reduce(torch.stack([kl.detach().sum(), kl.new_tensor(float(len(kl)))])).unbind()
         return (total / count.clamp_min(1)).clamp_min(0)
 
-    def policy_head() -> Head:
-        return module.head
+    def head_weight() -> Tensor:
+        """W (D, D), as W^T = the head of the identity: under ZeRO-3 the parameter itself is empty outside a forward."""
+        return module.head(torch.eye(encoder.embed_dim, device=device)).T
 
     @torch.no_grad()
     def measure(parts: list[dict[str, Any]], totals: Tensor) -> dict[str, float]:
@@ -441,7 +456,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             metrics_file.write(row)
         accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
 
-    output_dir.mkdir(parents=True, exist_ok=True)
     metrics_file = MetricsFile(output_dir / "metrics.jsonl")
     if accelerator.is_main_process:
         metrics_file.cut_back(first_step if resumed else -1)
@@ -456,7 +470,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     losses: list[Tensor] = []  # of all micro-batches since they were last checked; on the device until then
     seconds, logged_step, last_good = 0.0, first_step, checkpoint
 
-    with progress:
+    with progress, StopRequest(accelerator) as stop:
         if eval_set and not resumed:
             record({"step": 0, "samples": 0, **evaluate(0)})
 
@@ -491,8 +505,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
             seconds += time.perf_counter() - clock
 
+            told_to_stop = stop.agreed()
             eval_now = eval_set is not None and (last or done % settings.eval_steps == 0)
             checkpoint_now = settings.checkpoint_steps > 0 and done % settings.checkpoint_steps == 0
+            checkpoint_now = checkpoint_now or (told_to_stop is not None and not last)
             if not (log_now or eval_now or checkpoint_now):
                 progress.update(done)
                 continue
@@ -516,7 +532,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                     "peak_memory_gib": peak_memory_gib(device),
                 }
                 if settings.trainable == "head":
-                    row["orthogonality"] = orthogonality_penalty(policy_head().weight.detach()).item()
+                    with torch.no_grad():
+                        row["orthogonality"] = orthogonality_penalty(head_weight()).item()
                 if logged_step == first_step:
                     note_idle_terms(settings, totals.tolist(), progress)
                 seconds, logged_step = 0.0, done
@@ -542,6 +559,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                     accelerator,
                     output_dir,
                     done,
+                    model=policy,
+                    optimizer=optimizer,
                     state={
                         "step": done,
                         "settings": known_settings,
@@ -552,10 +571,17 @@ def main(argv: Sequence[str] | None = None) -> None:
                     write_model=write_model,
                     total_limit=settings.checkpoints_total_limit,
                 )
+            if told_to_stop and not last:
+                progress.note(
+                    f"{told_to_stop.name} after step {done}: saved {last_good}; --resume_from_checkpoint latest goes on "
+                    f"(exit status {REQUEUE})"
+                )
+                accelerator.end_training()
+                sys.exit(REQUEUE)
 
-    write_model(output_dir)
+    publish_model(accelerator, output_dir, write_model)
     progress.note(f"saved {output_dir}")
-    if settings.trainable == "head" and (warning := warn_of_condition(policy_head().weight.detach())):
+    if settings.trainable == "head" and (warning := warn_of_condition(head_weight().detach())):
         progress.note(f"warning: {warning}")
     for line in all_skips.summary().splitlines():
         progress.note(f"skipped in all: {line}")

@@ -158,7 +158,7 @@ def test_what_is_missing_offline_is_one_line_that_names_the_prefetch(hub, server
         with pytest.raises(UserError, match=f"^{message}--prefetch true where there is internet") as caught:
             script.main(words)
         assert "\n" not in str(caught.value)
-        assert not (tmp_path / "run").exists()
+        assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
 def test_an_unreachable_hub_is_as_good_as_offline(hub, server, tmp_path, caplog, monkeypatch):

@@ -16,7 +16,7 @@ from utils.cli import UserError
 from utils.images import ImageTransform
 from utils.pairs import PairDataset, Row, TypographicDataset, collate_rows, pack_pair_folder, pair_shards, parse_pair
 from utils.shard_sources import expand_shards
-from utils.shards import ShardDataset, eval_loader, index_shards, train_loader
+from utils.shards import ShardDataset, eval_loader, index_shards, train_batches
 from utils.skipped import BadSample, SkipCounter, count_skipped
 from utils.typographic import WordStyle
 
@@ -91,7 +91,7 @@ def test_attacks_depend_on_seed_epoch_and_key_alone(shards, tmp_path):
     for num_workers, batch_size, world_size in ((2, 12, 1), (0, 2, 2), (0, 12, 1)):
         found = {}
         for rank in range(world_size):
-            loader = train_loader(
+            loader = train_batches(
                 dataset,
                 samples_per_epoch=13,
                 global_batch_size=12,

@@ -31,7 +31,7 @@ from utils.cli import UserError
 from utils.data_order import EpochOrder
 from utils.images import ImageTransform, decode
 from utils.shard_sources import ShardCache, ShardError, UnavailableShard, display_url, expand_shards, read_text, sibling
-from utils.shards import ShardDataset, ShardReader, collate, eval_loader, index_shards, train_loader
+from utils.shards import ShardDataset, ShardReader, collate, eval_loader, index_shards, train_batches
 from utils.skipped import SkipCounter, Skipped
 from utils.tar_index import scan_tar
 
@@ -65,7 +65,7 @@ def training_batches(
     per_device = per_device or global_batch_size // world_size
     accumulation = global_batch_size // world_size // per_device
     for rank in range(world_size):
-        loader = train_loader(
+        micro = list(train_batches(
             data,
             samples_per_epoch=len(data),
             global_batch_size=global_batch_size,
@@ -75,8 +75,7 @@ def training_batches(
             first_step=first_step,
             num_steps=num_steps,
             num_workers=num_workers,
-        )
-        micro = list(loader)
+        ))  # fmt: skip
         assert len(micro) == (num_steps - first_step) * accumulation  # unequal numbers would hang the collectives
         for number, batch in enumerate(micro):
             whole = batches.setdefault(first_step + number // accumulation, {})
@@ -422,22 +421,6 @@ def test_a_data_set_in_use_can_be_sent_to_another_process(tmp_path):
         data, batch_sampler=[[(0, 3, 3)]], num_workers=1, collate_fn=collate, multiprocessing_context="spawn"
     )
     assert torch.equal(next(iter(loader))["images"][0], item["image"])
-
-
-def test_train_loader_refuses_what_the_shards_cannot_give(tmp_path):
-    data = dataset(make_shards(tmp_path / "set", [10]), tmp_path)
-    common = {
-        "per_device_batch_size": 12,
-        "rank": 0,
-        "world_size": 1,
-        "first_step": 0,
-        "num_steps": 1,
-        "num_workers": 0,
-    }
-    with pytest.raises(UserError, match="10 samples are fewer than one global batch of 12"):
-        train_loader(data, samples_per_epoch=10, global_batch_size=12, **common)
-    with pytest.raises(UserError, match="--train_num_samples: 11 asked for, the shards hold 10"):
-        train_loader(data, samples_per_epoch=11, global_batch_size=12, **common)
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input

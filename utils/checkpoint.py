@@ -1,23 +1,46 @@
-"""Checkpoints: whole or absent, found by step, pruned; and the rule for starting in a directory that is not empty."""
+"""Checkpoints: whole or absent, verified, found by step, pruned; and who may write into an output directory.
+
+    checkpoints/step-<n>/
+      trainer_state.json    step, settings, what was skipped, and size and SHA-256 of every other file
+      parameters.safetensors, optimizer.<key>.safetensors    see utils/training_state.py
+      extra.safetensors     what is not prepared by accelerate: the multiplier and its optimizer, a running average
+      model/                what from_pretrained loads
+
+Nothing here is ever unpickled.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
+import hashlib
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
+from utils import training_state
 from utils.cli import UserError
+from utils.distributed import gather_objects
+
+logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
-EXTRA_FILE = "extra_state.pt"
+EXTRA_FILE = "extra.safetensors"
+LOCK_FILE = ".lock"
+FORMAT = 2  # of a checkpoint; another one is refused
 
 
 def save_checkpoint(
@@ -25,6 +48,8 @@ def save_checkpoint(
     output_dir: str | Path,
     step: int,
     *,
+    model: nn.Module,
+    optimizer: Any,
     state: dict[str, Any],
     extra_state: dict[str, Any],
     write_model: Callable[[Path], None],
@@ -32,54 +57,188 @@ def save_checkpoint(
 ) -> Path:
     """Writes checkpoints/step-<n>/ aside, syncs it to the disk and renames it, so that it appears whole or not at all.
 
-    Call on all processes. ``state`` is JSON (step, settings, ...), ``extra_state`` holds state dicts of what is not
-    prepared by accelerate (the multiplier and its optimizer), ``write_model(directory)`` writes a directory that
-    ``from_pretrained`` loads; it is called on all processes, which may have to gather the weights first. Afterwards the
-    oldest checkpoints beyond ``total_limit`` are deleted (0: none).
+    Call on all processes. ``model`` and ``optimizer`` are the prepared ones, ``state`` is JSON (step, settings, ...),
+    ``extra_state`` holds state dicts of what is not prepared (the multiplier and its optimizer), ``write_model(directory)``
+    writes a directory that ``from_pretrained`` loads; it is called on all processes, which may have to gather the weights
+    first. Afterwards the oldest checkpoints beyond ``total_limit`` are deleted (0: none). Where it cannot be written,
+    nothing of it stays, the earlier ones do, and ``UserError`` is raised on all processes.
     """
     checkpoints = Path(output_dir) / "checkpoints"
     final = checkpoints / f"step-{step}"
     aside = checkpoints / f".step-{step}.incomplete"
-    if accelerator.is_main_process:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(aside))
-    write_model(aside / "model")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        torch.save(extra_state, aside / EXTRA_FILE)
-        (aside / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-        replace_directory(aside, final)
-        _prune(checkpoints, total_limit)
-    accelerator.wait_for_everyone()
+    writing = Writing(accelerator, f"checkpoint of step {step}", aside, last_checkpoint_name(checkpoints))
+    with writing.attempt():
+        if accelerator.is_main_process:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+    writing.agree()
+
+    def write(name: str, tensors: training_state.Tensors) -> None:
+        with writing.attempt():
+            save_file(tensors, aside / f"{name}.safetensors")
+
+    numbers = training_state.collect(accelerator, model, optimizer, write)
+    with writing.attempt():
+        write_model(aside / "model")
+    merged: dict[str, Any] = {}
+    for part in gather_objects(accelerator, numbers):
+        merged |= part
+    writing.agree()
+    with writing.attempt():
+        if accelerator.is_main_process:
+            tensors, extra_numbers = training_state.flatten(extra_state)
+            save_file(tensors, aside / EXTRA_FILE)
+            scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
+            whole = state | {"format": FORMAT, "optimizer_numbers": merged, "extra_numbers": extra_numbers}
+            whole["scaler"] = scaler  # of fp16's gradients
+            whole["files"] = describe_files(aside)
+            (aside / STATE_FILE).write_text(json.dumps(whole, indent=1), encoding="utf-8")
+            replace_directory(aside, final)
+            prune(checkpoints, total_limit)
+    writing.agree()
     return final
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The JSON state of a checkpoint. Raises ``UserError`` where there is none."""
+class Writing:
+    """An attempt to write on the main process, or on each, that ends as the same one line on all.
+
+    The first failure inside an ``attempt()`` is kept while the processes go on side by side through the collectives in
+    between; ``agree()`` raises it on all of them and takes away what was written so far.
+    """
+
+    def __init__(self, accelerator: Accelerator, what: str, aside: Path, last_good: str | None) -> None:
+        self.accelerator, self.what, self.aside, self.last_good = accelerator, what, aside, last_good
+        self.failure: str | None = None
+
+    @contextlib.contextmanager
+    def attempt(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            self.failure = self.failure or str(error)
+        except (OSError, SafetensorError) as error:
+            self.failure = self.failure or self._line(error)
+
+    def agree(self) -> None:
+        failure = next((found for found in gather_objects(self.accelerator, self.failure) if found), None)
+        if failure is None:
+            return
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self.aside, ignore_errors=True)
+        raise UserError(failure)
+
+    def _line(self, error: Exception) -> str:
+        reason = getattr(error, "strerror", None) or str(error)
+        kept = f"the last one is {self.last_good}" if self.last_good else "there is none yet"
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+        advice = "make room" if full else "mend that"
+        return (
+            f"--output_dir: the {self.what} cannot be written ({reason}); {kept}; {advice}, then go on with "
+            "--resume_from_checkpoint latest"
+        )
+
+
+def describe_files(folder: Path) -> dict[str, list[Any]]:
+    """{relative path: [bytes, SHA-256]} of all files below ``folder``."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            found[path.relative_to(folder).as_posix()] = [path.stat().st_size, _sha256(path)]
+    return found
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, in a few words; None where every file is as it was written."""
     try:
-        return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        if state.get("format") != FORMAT:
+            return f"written in format {state.get('format', 1)}, this version reads {FORMAT}"
+        for name, (size, digest) in state["files"].items():
+            path = checkpoint / name
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes, was written with {size}"
+            if _sha256(path) != digest:
+                return f"{name} is not what was written"
+        step = state["step"]
+        if not isinstance(step, int) or not {"settings", "skips", "best", "optimizer_numbers"} <= state.keys():
+            return f"{STATE_FILE} lacks entries"
+    except OSError as error:
+        return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return f"{STATE_FILE} is not what was written"
+    return None
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The JSON state of a whole checkpoint. Raises ``UserError`` where it is damaged or none."""
+    if wrong := damage(checkpoint):
         raise UserError(
-            f"--resume_from_checkpoint {checkpoint}: not a whole checkpoint ({error}); expected a directory "
-            f"checkpoints/step-<n> with {STATE_FILE} in it"
+            f"--resume_from_checkpoint {checkpoint}: not a whole checkpoint ({wrong}); expected a directory "
+            "checkpoints/step-<n> as a run wrote it; name another one, or latest"
+        )
+    return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+
+
+def load_checkpoint(
+    accelerator: Accelerator, model: nn.Module, optimizer: Any, checkpoint: Path, state: dict[str, Any]
+) -> dict[str, Any]:
+    """Restores the prepared ``optimizer``; returns ``extra_state``, its tensors on the CPU, its lists as dictionaries.
+
+    Call on all processes, with the ``state`` from ``read_state``. The parameters come before ``prepare``: ``load_parameters``.
+    """
+    training_state.load_optimizer(accelerator, model, optimizer, checkpoint, state["optimizer_numbers"])
+    if accelerator.scaler is not None and state["scaler"] is not None:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    return training_state.unflatten(load_file(checkpoint / EXTRA_FILE) | state["extra_numbers"])
+
+
+_LOCKS: list[IO[str]] = []  # open for as long as the process lives, and so do their locks
+
+
+def take_output_dir(output_dir: str | Path) -> None:
+    """Makes the directory and locks it for this process, until the process ends, however it ends.
+
+    Call on the main process. What a killed run left half-written is taken away. Raises ``UserError`` where the directory
+    cannot be written, or where another run holds the lock.
+    """
+    output_dir = Path(output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output_dir {output_dir}: is a file; give a directory")
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(output_dir / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(
+            f"--output_dir {output_dir}: cannot be written ({error.strerror}); name a directory that can"
         ) from None
-
-
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> dict[str, Any]:
-    """Restores what ``save_state`` saved into the prepared objects; returns ``extra_state``. Unpickles no code."""
-    accelerator.load_state(str(checkpoint))
-    return torch.load(checkpoint / EXTRA_FILE, map_location="cpu", weights_only=True)
+    try:
+        # A record lock, not flock: data workers do not inherit it, and it dies with this process alone.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.seek(0)
+        holder = lock.read().strip()
+        lock.close()
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise UserError(
+                f"--output_dir {output_dir}: cannot be locked ({error.strerror}); name a directory on a file system "
+                "with locks"
+            ) from None
+        raise UserError(
+            f"--output_dir {output_dir}: another run is writing there ({holder}); wait for it, stop it, or give another "
+            "directory"
+        ) from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    _LOCKS.append(lock)
+    _clear_leftovers(output_dir)
 
 
 def find_checkpoint(output_dir: str | Path, resume: str | None) -> Path | None:
     """The checkpoint to go on from, or None for a fresh start; refuses a used output_dir without ``resume``."""
     output_dir = Path(output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir {output_dir}: is a file; give a directory")
     if resume is None:
-        if output_dir.is_dir() and any(output_dir.iterdir()):
+        if any(path.name != LOCK_FILE for path in output_dir.iterdir()):
             raise UserError(
                 f"--output_dir {output_dir}: not empty; give another directory, or go on with its last checkpoint by "
                 "--resume_from_checkpoint latest"
@@ -95,22 +254,35 @@ def find_checkpoint(output_dir: str | Path, resume: str | None) -> Path | None:
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
-    """The whole checkpoint with the highest step, or None."""
-    steps = _checkpoint_steps(Path(output_dir) / "checkpoints")
-    return steps[max(steps)] if steps else None
+    """The whole checkpoint with the highest step, or None. Damaged ones are passed over with a word."""
+    for _, path in sorted(_checkpoint_steps(Path(output_dir) / "checkpoints").items(), reverse=True):
+        wrong = damage(path)
+        if wrong is None:
+            return path
+        logger.warning("%s is damaged and passed over: %s", path, wrong)
+    return None
+
+
+def last_checkpoint_name(checkpoints: Path) -> str | None:
+    """Path of the newest checkpoint, unread, for messages."""
+    steps = _checkpoint_steps(checkpoints)
+    return str(steps[max(steps)]) if steps else None
 
 
 def replace_directory(aside: Path, final: Path) -> None:
-    """Syncs every file of ``aside`` to the disk and gives it the name ``final``, in place of what had it."""
+    """Syncs every file of ``aside`` to the disk and gives it the name ``final``, in place of what had it.
+
+    Killed between the two renames it leaves the old one as ``.<name>.replaced``, which ``take_output_dir`` puts back.
+    """
     for path in sorted(aside.rglob("*"), reverse=True):
         _fsync(path)
     _fsync(aside)
     if final.exists():
-        outdated = final.with_name(f".{final.name}.outdated")
-        shutil.rmtree(outdated, ignore_errors=True)
-        os.rename(final, outdated)
+        replaced = final.with_name(f".{final.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(final, replaced)
         os.rename(aside, final)
-        shutil.rmtree(outdated, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
     else:
         os.rename(aside, final)
     _fsync(final.parent)
@@ -118,14 +290,39 @@ def replace_directory(aside: Path, final: Path) -> None:
 
 def replace_model(accelerator: Accelerator, directory: Path, write_model: Callable[[Path], None]) -> None:
     """Puts the present model in place of the one in ``directory``, whole or not at all. Call on all processes."""
-    aside = directory.with_name(f".{directory.name}.incomplete")
-    if accelerator.is_main_process:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    write_model(aside)
-    if accelerator.is_main_process:
+    _write_model_aside(accelerator, directory.with_name(f".{directory.name}.incomplete"), write_model, lambda aside: (
         replace_directory(aside, directory)
+    ))  # fmt: skip
+
+
+def publish_model(accelerator: Accelerator, output_dir: Path, write_model: Callable[[Path], None]) -> None:
+    """Puts the final model's files into ``output_dir``, none of them half-written. Call on all processes."""
+
+    def move(aside: Path) -> None:
+        for path in aside.iterdir():
+            _fsync(path)
+        for path in aside.iterdir():
+            os.replace(path, output_dir / path.name)
+        aside.rmdir()
+        _fsync(output_dir)
+
+    _write_model_aside(accelerator, output_dir / ".model.incomplete", write_model, move)
+
+
+def _write_model_aside(
+    accelerator: Accelerator, aside: Path, write_model: Callable[[Path], None], put: Callable[[Path], None]
+) -> None:
+    writing = Writing(accelerator, "model", aside, last_checkpoint_name(aside.parent / "checkpoints"))
+    with writing.attempt():
+        if accelerator.is_main_process:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+    writing.agree()
+    with writing.attempt():
+        write_model(aside)
+        if accelerator.is_main_process:
+            put(aside)
+    writing.agree()
 
 
 def refuse_changed_settings(before: dict[str, Any], now: dict[str, Any], free: set[str]) -> None:
@@ -168,11 +365,30 @@ def _checkpoint_steps(checkpoints: Path) -> dict[int, Path]:
     return found
 
 
-def _prune(checkpoints: Path, total_limit: int) -> None:
+def prune(checkpoints: Path, total_limit: int) -> None:
+    """Deletes the oldest checkpoints beyond ``total_limit`` (0: none). Killed meanwhile it leaves no half one behind."""
     steps = _checkpoint_steps(checkpoints)
-    if total_limit > 0:
-        for step in sorted(steps)[:-total_limit]:
-            shutil.rmtree(steps[step])
+    for step in sorted(steps)[:-total_limit] if total_limit > 0 else ():
+        outdated = checkpoints / f".step-{step}.outdated"
+        os.rename(steps[step], outdated)
+        shutil.rmtree(outdated, ignore_errors=True)
+
+
+def _clear_leftovers(output_dir: Path) -> None:
+    """Takes away what a killed run was writing or deleting; what it was replacing is put back."""
+    for folder in (output_dir, output_dir / "checkpoints"):
+        for path in folder.glob(".*.replaced"):
+            final = folder / path.name[1:].removesuffix(".replaced")
+            if not final.exists():
+                os.rename(path, final)
+        for ending in ("replaced", "outdated", "incomplete"):
+            for path in folder.glob(f".*.{ending}"):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fsync(path: Path) -> None:

@@ -17,6 +17,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import sys
 import types
 import typing
@@ -109,10 +110,19 @@ def required(help: str, *, group: str, many: bool = False) -> Any:
     return field
 
 
+# How gloo, NCCL and the rendezvous store say that a partner is gone.
+_PARTNER_LOST = re.compile(
+    r"connection (was )?(closed|reset)|closed by peer|broken pipe|socket closed|timed out waiting|socket timeout|"
+    r"pair closure|ncclRemoteError|NCCL watchdog|recvValue failed|failed to recv",
+    re.IGNORECASE,
+)
+
+
 def run(main: Callable[[], Any]) -> None:
     """Calls ``main`` and turns ``UserError`` into one line on stderr and exit status 2, Ctrl-C into status 130.
 
-    Under several processes rank 0 speaks for all; another rank speaks where the error is its own.
+    Under several processes rank 0 speaks for all; another rank speaks where the error is its own. A process whose partner
+    has died says so in one line and ends with status 1.
     """
     script = Path(sys.argv[0]).name
     rank = int(os.environ.get("RANK", "0"))
@@ -126,6 +136,17 @@ def run(main: Callable[[], Any]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(2)
+    except RuntimeError as error:
+        if "RANK" not in os.environ or not _PARTNER_LOST.search(str(error)):
+            raise
+        reason = " ".join(str(error).split())[:160]
+        print(
+            f"{script}: rank {rank}: another process of the run has ended or does not answer ({reason}); its own message "
+            "is above or in the log of its node; go on with --resume_from_checkpoint latest",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr, flush=True)
         os._exit(130)

@@ -12,6 +12,8 @@ import logging
 import os
 import secrets
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -99,11 +101,15 @@ def start_accelerator(
 
 def _configure_deepspeed(accelerator: Accelerator, batch_size: int, accumulation: int, max_grad_norm: float) -> None:
     """One meaning of every flag with and without DeepSpeed: settings of the command line go into its config."""
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    # With a json the precision stands there; accelerate then forbids it in the yaml.
+    for precision in ("bf16", "fp16"):
+        if str(config.get(precision, {}).get("enabled")).lower() == "true":
+            os.environ["ACCELERATE_MIXED_PRECISION"] = precision
     if compute_dtype(accelerator) == torch.float16:
         raise UserError(
             "mixed_precision: fp16 is not supported with DeepSpeed here; use bf16 or no in the accelerate config"
         )
-    config = accelerator.state.deepspeed_plugin.deepspeed_config
     config["train_micro_batch_size_per_gpu"] = batch_size
     config["gradient_accumulation_steps"] = accumulation
     config["gradient_clipping"] = max_grad_norm
@@ -184,6 +190,49 @@ def from_main_process(accelerator: Accelerator, make: Any) -> Any:
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0]
+
+
+@contextmanager
+def gathered(module: nn.Module, enabled: bool = True) -> Iterator[None]:
+    """Under ZeRO-3 the parameters of ``module`` are whole inside, gathered once; elsewhere nothing happens.
+
+    Without it each forward and each backward gathers every layer again: for an attack of n steps 2 n times. It costs the
+    memory of the whole parameters. All processes have to enter and leave together; parameters are not to be changed inside.
+    """
+    sharded = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")] if enabled else []
+    if not sharded:
+        yield
+        return
+    import deepspeed
+
+    held = "held by gathered()"
+    with deepspeed.zero.GatheredParameters(sharded):
+        # DeepSpeed's hooks would shard a layer again after its forward; they leave alone what is in use.
+        for parameter in sharded:
+            parameter.ds_active_sub_modules.add(held)
+        try:
+            yield
+        finally:
+            for parameter in sharded:
+                parameter.ds_active_sub_modules.discard(held)
+
+
+def shard_frozen(accelerator: Accelerator, module: nn.Module) -> nn.Module:
+    """``module``, whose parameters are not trained, sharded over the processes by ZeRO-3: an engine to call like it.
+
+    Raises ``UserError`` without DeepSpeed. All processes have to call the engine equally often.
+    """
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise UserError(
+            "--shard_reference true: needs DeepSpeed; use a config like accelerate_configs/zero3.yaml, or leave it out"
+        )
+    import deepspeed
+
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "bf16": {"enabled": False}}
+    engine, *_ = deepspeed.initialize(model=module, config=config)
+    engine.eval()
+    return engine
 
 
 def default_num_workers() -> int:

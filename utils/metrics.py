@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from utils.cli import UserError
 from utils.encoders import ImageEncoder
 
 
@@ -106,8 +107,14 @@ class MetricsFile:
         self.path = Path(path)
 
     def write(self, row: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, allow_nan=False) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: step {row['step']} cannot be logged ({error.strerror}); mend that, then go on with "
+                "--resume_from_checkpoint latest"
+            ) from None
 
     def read(self) -> list[dict[str, Any]]:
         if not self.path.exists():

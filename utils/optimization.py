@@ -91,7 +91,7 @@ class BetaAverage:
         return {"weights": self.weights, "total": self.total}
 
     def load_state_dict(self, state: dict) -> None:
-        self.weights = [new.to(old.device) for new, old in zip(state["weights"], self.weights, strict=True)]
+        self.weights = [state["weights"][place].to(old.device) for place, old in enumerate(self.weights)]
         self.total = state["total"]
 
     def _weight(self, step: int) -> float:
@@ -103,6 +103,11 @@ def _copy(weights: list[Tensor], module: nn.Module) -> None:
     with torch.no_grad():
         for parameter, weight in zip(module.parameters(), weights, strict=True):
             parameter.copy_(weight)
+
+
+def load_optimizer_state(optimizer: Optimizer, state: dict) -> None:
+    """Puts back ``optimizer.state_dict()["state"]``, tensors by the parameter's place; the hyperparameters stay."""
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:

@@ -3,7 +3,7 @@
     urls = expand_shards(["data/imagenet/train-{000000..001281}.tar"])
     index = index_shards(urls)
     dataset = ShardDataset(index, transform, order="shuffled", seed=0)
-    loader = train_loader(dataset, ...)
+    batches = train_batches(dataset, ...)
 
 Samples are read by offset, in the order of ``utils/data_order.py``, so nothing but what a step needs is read, at the
 start as after a resume. What cannot be read becomes a ``Skipped`` record that travels with the batch to a
@@ -12,12 +12,15 @@ start as after a resume. What cannot be read becomes a ``Skipped`` record that t
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
+import signal
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -53,6 +56,8 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 # Open files per worker: 64 runs are read side by side, each from one or two shards.
 OPEN_SHARDS = 256
 REPLACEMENTS_TRIED = 100
+SLOW_BATCH = 60.0  # seconds after which waiting for data is said
+WORKER_DEATHS = 3  # in a row, without a batch in between
 
 
 @dataclass
@@ -456,7 +461,7 @@ def collate(samples: Sequence[dict[str, Any]], *, image_size: tuple[int, int] | 
     return batch
 
 
-def train_loader(
+def train_batches(
     dataset: ShardDataset,
     *,
     samples_per_epoch: int,
@@ -468,19 +473,68 @@ def train_loader(
     num_steps: int,
     num_workers: int,
     pin_memory: bool = False,
-) -> DataLoader:
-    """One pass over the micro-batches of this rank from ``first_step`` up to ``num_steps``, across epochs."""
-    if samples_per_epoch > len(dataset):
-        raise UserError(f"--train_num_samples: {samples_per_epoch} asked for, the shards hold {len(dataset)}; lower it")
-    if samples_per_epoch < global_batch_size:
-        raise UserError(
-            f"--train_shards: {samples_per_epoch} samples are fewer than one global batch of {global_batch_size}; "
-            "lower --per_device_train_batch_size or --gradient_accumulation_steps, or give more shards"
+) -> Iterator[dict[str, Any]]:
+    """The micro-batches of this rank from ``first_step`` up to ``num_steps``, across epochs.
+
+    Data workers that are killed (memory ran out, somebody's signal) are replaced and the same batches go on: the order is
+    known, so that nothing is lost or read twice. ShardError where that helps no more. Says when a batch is long in coming.
+    """
+    micro_batches = global_batch_size // (per_device_batch_size * world_size)
+    delivered, deaths = 0, 0
+    while True:
+        steps, done = divmod(delivered, micro_batches)
+        sampler = TrainBatchSampler(
+            samples_per_epoch, global_batch_size, per_device_batch_size, rank, world_size, first_step + steps, num_steps
         )
-    sampler = TrainBatchSampler(
-        samples_per_epoch, global_batch_size, per_device_batch_size, rank, world_size, first_step, num_steps
-    )
-    return _loader(dataset, sampler, num_workers, pin_memory, persistent=False)
+        batches = iter(_loader(dataset, sampler, num_workers, pin_memory, persistent=False))
+        # torch would raise a worker's death wherever the main thread is; without its handler it shows at the next batch.
+        if num_workers:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        try:
+            for place in itertools.count():
+                with _said_when_slow(SLOW_BATCH):
+                    batch = next(batches, None)
+                if batch is None:
+                    return
+                if place >= done:  # a step that was cut short is begun again
+                    yield batch
+                    delivered, deaths = delivered + 1, 0
+        except (RuntimeError, OSError, EOFError) as error:
+            if not num_workers or not _worker_died(error):
+                raise
+            deaths += 1
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if deaths > WORKER_DEATHS:
+                raise ShardError(
+                    f"--num_workers {num_workers}: data workers die again and again ({reason}); if memory runs out, use "
+                    "fewer, then go on with --resume_from_checkpoint latest"
+                ) from None
+            logger.warning("a data worker has died (%s); new ones go on with the same batches", reason)
+
+
+@contextmanager
+def _said_when_slow(seconds: float) -> Iterator[None]:
+    text = "waiting for data since %.0f s: the disk, the network or the decoding is slow; the run goes on when it comes"
+    timer = threading.Timer(seconds, logger.warning, (text, seconds))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _worker_died(error: Exception) -> bool:
+    """Whether a worker is gone, and not merely what it was doing failed: that comes as "Caught ... in DataLoader worker"."""
+    if "Caught " in str(error):
+        return False
+    # Its batches may be under way already, as handles that only the living worker could give out.
+    return "DataLoader worker" in str(error) or isinstance(error, (ConnectionError, EOFError, FileNotFoundError))
+
+
+def _calm_worker(worker: int) -> None:
+    """Signals that ask the run to stop are for the process that trains."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def eval_loader(
@@ -515,6 +569,7 @@ def _loader(
         pin_memory=pin_memory,
         collate_fn=dataset.collate_fn,
         persistent_workers=persistent and num_workers > 0,
+        worker_init_fn=_calm_worker,
         # The loader draws a seed for its workers, who draw nothing: from here, not from the run's own random state.
         generator=torch.Generator(),
     )

@@ -1,0 +1,339 @@
+"""What goes wrong in long runs, done to real ones: each ends in one clear line, or goes on to the same end. Nothing is lost.
+
+docs/reliability.md has the table of what is done here and how it ends.
+"""
+
+import errno
+import logging
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import CLIPConfig, CLIPModel
+
+import train_lore
+import train_po
+import utils.checkpoint
+import utils.shards
+from tests.conftest import ROOT, free_port, run_script, two_processes
+from tests.shard_maker import ShardServer
+from tests.small_models import save_small_clip
+from utils.checkpoint import damage, last_checkpoint
+from utils.cli import UserError
+
+
+@pytest.fixture
+def arguments(small_clip, digits, tmp_path):
+    """The command line of a LORE run of six steps; keyword arguments change it."""
+
+    def make(**changes):
+        settings = {
+            "model_name_or_path": small_clip, "train_shards": digits / "train", "output_dir": tmp_path / "run",
+            "cache_dir": tmp_path / "cache", "max_steps": 6, "per_device_train_batch_size": 8, "checkpoint_steps": 2,
+            "logging_steps": 1, "attack_steps": 2, "primal_steps": 2, "eps": 8, "learning_rate": 1e-3, "num_workers": 0,
+            "report_to": "none",
+        } | changes  # fmt: skip
+        return [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+
+    return make
+
+
+@pytest.fixture
+def in_step(monkeypatch):
+    """``in_step(trainer, {3: action})`` calls ``action()`` when step 3 begins."""
+
+    def arrange(trainer, actions):
+        learning_rate, left = trainer.cosine_learning_rate, dict(actions)
+
+        def hook(step, *rest):
+            if step + 1 in left:
+                left.pop(step + 1)()
+            return learning_rate(step, *rest)
+
+        monkeypatch.setattr(trainer, "cosine_learning_rate", hook)
+
+    return arrange
+
+
+def weights(run_dir):
+    return load_file(run_dir / "model.safetensors")
+
+
+def assert_equal(one, two):
+    found = weights(two)
+    assert all(found[name].equal(tensor) for name, tensor in weights(one).items())
+
+
+def checkpoints(run_dir):
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------ data
+
+
+def test_a_killed_data_worker_is_replaced_and_nothing_changes(arguments, tmp_path, in_step, caplog):
+    train_lore.main(arguments(output_dir=tmp_path / "whole", max_steps=12))
+
+    def kill_one():
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    in_step(train_lore, {2: kill_one, 5: kill_one})
+    train_lore.main(arguments(num_workers=2, max_steps=12))
+    assert_equal(tmp_path / "whole", tmp_path / "run")
+    assert "a data worker has died" in caplog.text
+
+
+def test_data_workers_that_always_die_end_the_run(arguments, monkeypatch):
+    def dies(self, reference):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(utils.shards.ShardDataset, "__getitem__", dies)
+    monkeypatch.setattr(utils.shards, "WORKER_DEATHS", 1)
+    with pytest.raises(UserError, match=r"--num_workers 1: data workers die again and again .*use fewer"):
+        train_lore.main(arguments(num_workers=1))
+
+
+@pytest.mark.parametrize("fault", ["vanishes", "is cut"])
+def test_a_shard_lost_in_the_middle_of_an_epoch(arguments, digits, tmp_path, in_step, capfd, fault):
+    """Counted, and replaced by other samples; past --max_bad_fraction the run ends with the list."""
+    shards = shutil.copytree(digits / "train", tmp_path / "shards")
+    lost = sorted(shards.glob("*.tar"))[0]
+    before = shutil.copy(lost, tmp_path / "before.tar")
+
+    def break_it():
+        lost.unlink() if fault == "vanishes" else os.truncate(lost, lost.stat().st_size // 2)
+
+    in_step(train_lore, {2: break_it})
+    # Files stay open: only a limit on them makes a vanished one be asked for again.
+    utils.shards.OPEN_SHARDS, limit = 1, utils.shards.OPEN_SHARDS
+    try:
+        common = {"train_shards": shards, "max_steps": 20, "checkpoint_steps": 5}
+        train_lore.main(arguments(max_bad_fraction=1, **common))
+        assert "skipped in all: " in capfd.readouterr().err
+        shutil.copy(before, lost)
+        in_step(train_lore, {2: break_it})
+        with pytest.raises(UserError, match=r"--max_bad_fraction 0.01: .*(missing|damaged) shard.*000000.tar"):
+            train_lore.main(arguments(output_dir=tmp_path / "stopped", **common))
+    finally:
+        utils.shards.OPEN_SHARDS = limit
+
+
+def test_a_slow_shard_is_waited_for_with_a_word(arguments, digits, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(utils.shards, "SLOW_BATCH", 0.3)
+    train_lore.main(arguments(output_dir=tmp_path / "near", train_shards=digits / "train" / "000000.tar"))
+    assert "waiting for data" not in caplog.text
+    with ShardServer(digits / "train") as server:
+        server.delay = 1.0
+        (tmp_path / "far").mkdir()
+        train_lore.main(
+            arguments(output_dir=tmp_path / "slow", train_shards=f"{server.url}/000000.tar", cache_dir=tmp_path / "far")
+        )
+        index_then_read = caplog.text
+        shutil.rmtree(tmp_path / "far/shards")  # known, but not here any more: fetched while the run waits
+        train_lore.main(
+            arguments(
+                output_dir=tmp_path / "again", train_shards=f"{server.url}/000000.tar", cache_dir=tmp_path / "far"
+            )
+        )
+    assert "waiting for data since" in caplog.text.removeprefix(index_then_read)
+    assert_equal(tmp_path / "near", tmp_path / "slow")
+    assert_equal(tmp_path / "near", tmp_path / "again")
+
+
+def test_more_processes_than_shards(arguments, digits, tmp_path):
+    one = digits / "train" / "000000.tar"
+    train_lore.main(arguments(output_dir=tmp_path / "one", train_shards=one, max_steps=2))
+    run_script(
+        "train_lore.py",
+        *arguments(train_shards=one, max_steps=2, per_device_train_batch_size=4, num_workers=2),
+        launcher=two_processes(),
+    )
+    first, second = weights(tmp_path / "one"), weights(tmp_path / "run")
+    assert max((second[name] - tensor).abs().max() for name, tensor in first.items()) < 5e-3  # AdamW on rounding
+
+
+# ------------------------------------------------------------------------------------------------- processes
+
+
+def test_a_killed_process_ends_the_others_with_a_line(arguments, tmp_path):
+    """Started as srun does, without a launcher that would clean up."""
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, str(ROOT / "train_lore.py"), *arguments(max_steps=500, per_device_train_batch_size=4)]
+    processes = [
+        subprocess.Popen(
+            command,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | group | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    for line in processes[0].stderr:
+        if line.startswith("LORE 3/"):
+            break
+    processes[1].kill()
+    killed = time.monotonic()
+    rest = processes[0].stderr.read()
+    assert processes[0].wait(timeout=60) == 1
+    assert time.monotonic() - killed < 30
+    (said,) = [
+        line for line in rest.splitlines() if "error" in line or "another process" in line or "Traceback" in line
+    ]
+    assert "rank 0: another process of the run has ended or does not answer" in said
+    assert "--resume_from_checkpoint latest" in said
+    assert damage(last_checkpoint(tmp_path / "run")) is None
+
+
+def test_one_directory_is_for_one_run_and_a_killed_run_leaves_it(arguments, tmp_path):
+    command = [sys.executable, str(ROOT / "train_lore.py"), *arguments(max_steps=500, num_workers=1)]
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    for line in first.stderr:
+        if line.startswith("LORE 3/"):
+            break
+    again = arguments(resume_from_checkpoint="latest", max_steps=500)
+    output = run_script("train_lore.py", *again, status=2)
+    assert f"another run is writing there (process {first.pid} on " in output
+    assert output.strip().count("\n") == 0
+    output = run_script("evaluate.py", "--model", again[1], "--data", "x", "--output_dir", tmp_path / "run", status=2)
+    assert "another run is writing there" in output
+    first.kill()
+    first.wait()  # its data worker may live on for seconds
+    with pytest.raises(UserError, match="other settings"):
+        train_lore.main([*again, "--rho", "0.2"])
+
+
+# ------------------------------------------------------------------------------------------------------ disk
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(arguments, tmp_path, monkeypatch):
+    """Injected at every place where a checkpoint is written; the run that goes on ends like one that met no fault."""
+    train_lore.main(arguments(output_dir=tmp_path / "whole"))
+    real, calls = utils.checkpoint.save_file, []
+    train_lore.main(arguments(output_dir=tmp_path / "counted", max_steps=2))
+    monkeypatch.setattr(utils.checkpoint, "save_file", lambda *words: (calls.append(1), real(*words)))
+    train_lore.main(arguments(output_dir=tmp_path / "counted again", max_steps=2))
+    files = len(calls)
+    assert files >= 4
+    for full_at in range(files + 1, 2 * files + 1):
+        written = []
+
+        def save(tensors, path, written=written, full_at=full_at):
+            written.append(1)
+            if len(written) == full_at:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            real(tensors, path)
+
+        monkeypatch.setattr(utils.checkpoint, "save_file", save)
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        message = r"the checkpoint of step 4 cannot be written \(No space left on device\); the last one is .*step-2; make room"
+        with pytest.raises(UserError, match=message):
+            train_lore.main(arguments())
+        assert checkpoints(tmp_path / "run") == ["step-2"]
+    monkeypatch.setattr(utils.checkpoint, "save_file", real)
+    train_lore.main(arguments(resume_from_checkpoint="latest"))
+    assert_equal(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_disk_that_is_really_full(arguments, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        output = run_script("train_lore.py", *arguments(output_dir=disk / "run", checkpoints_total_limit=0), status=2)
+        assert "cannot be written" in output
+        assert "No space left on device" in output
+        assert "Traceback" not in output
+        assert damage(last_checkpoint(disk / "run")) is None
+        assert not list((disk / "run/checkpoints").glob(".*"))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_damaged_checkpoints_are_passed_over_with_a_word(arguments, tmp_path, caplog):
+    train_lore.main(arguments(checkpoint_steps=1, checkpoints_total_limit=0))
+    whole = shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    kept = tmp_path / "run/checkpoints"
+
+    def flip(path):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+
+    flip(kept / "step-6/optimizer.exp_avg.safetensors")
+    os.truncate(kept / "step-5/model/model.safetensors", 100)
+    (kept / "step-4/extra.safetensors").unlink()
+    (kept / "step-3/trainer_state.json").write_text('{"step": 3, "files')
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(UserError, match=r"step-6: not a whole checkpoint \(optimizer"),
+    ):
+        train_lore.main(arguments(resume_from_checkpoint=kept / "step-6"))
+    (tmp_path / "run/model.safetensors").unlink()
+    train_lore.main(arguments(resume_from_checkpoint="latest", checkpoint_steps=0))
+    for step, word in ((6, "is not what was written"), (5, "has 100 bytes"), (4, "No such file"), (3, "not what was")):
+        assert any(f"step-{step} is damaged and passed over" in line and word in line for line in caplog.messages)
+    assert_equal(whole, tmp_path / "run")
+
+
+def test_leftovers_of_a_killed_run_go_and_what_was_being_replaced_comes_back(arguments, tmp_path):
+    train_lore.main(arguments(max_steps=2))
+    run = tmp_path / "run"
+    os.rename(run / "checkpoints/step-2", run / "checkpoints/.step-2.replaced")  # killed between two renames
+    for name in (".step-4.incomplete", ".step-1.outdated"):
+        shutil.copytree(run / "checkpoints/.step-2.replaced", run / "checkpoints" / name)
+    with pytest.raises(UserError, match="max_steps was 2, is 6"):
+        train_lore.main(arguments(resume_from_checkpoint="latest"))
+    assert checkpoints(run) == ["step-2"]
+    assert damage(run / "checkpoints/step-2") is None
+
+
+def test_an_output_dir_that_cannot_be_written_is_one_line_before_a_model_is_loaded(arguments, tmp_path):
+    (tmp_path / "file").write_text("")
+    output = run_script("train_lore.py", *arguments(output_dir=tmp_path / "file/run", model_name_or_path="x"), status=2)
+    assert output.count("\n") == 1
+    assert "file/run: cannot be written (Not a directory); name a directory that can" in output
+
+
+# --------------------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("trainer", [train_lore, train_po])
+def test_not_a_number_in_a_batch_stops_the_run_and_keeps_the_last_checkpoint(arguments, tmp_path, monkeypatch, trainer):
+    real, calls = trainer.to_pixel_values, []
+
+    def poisoned(images, device):
+        calls.append(1)
+        pixel_values = real(images, device)
+        return pixel_values * math.nan if len(calls) == 4 else pixel_values
+
+    monkeypatch.setattr(trainer, "to_pixel_values", poisoned)
+    words = arguments(logging_steps=6)
+    if trainer is train_po:
+        unknown = {"--attack_steps", "--primal_steps", "--eps"}
+        pairs = zip(words[::2], words[1::2])
+        words = [word for name, value in pairs if name not in unknown for word in (name, value)]
+    with pytest.raises(UserError, match=r"step 4: the loss is nan; the last good checkpoint is .*step-2; "):
+        trainer.main(words)
+    assert checkpoints(tmp_path / "run") == ["step-2"]
+    assert not (tmp_path / "run/model.safetensors").exists()
+    found = load_file(tmp_path / "run/checkpoints/step-2/parameters.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in found.values())
+
+
+def test_a_reference_that_does_not_match(arguments, tmp_path):
+    save_small_clip(tmp_path / "other")
+    config = CLIPConfig.from_pretrained(tmp_path / "other")
+    config.projection_dim = 16
+    CLIPModel(config).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match=r"other: embeds 32 px into 16 dimensions, the encoder 32 px into 24"):
+        train_lore.main(arguments(reference_model_name_or_path=tmp_path / "other", max_steps=1))

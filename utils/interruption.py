@@ -1,0 +1,43 @@
+"""Being told to stop: SIGTERM and SIGUSR1 end a run after the step that is under way, with nothing lost."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+import torch
+from accelerate import Accelerator
+
+REQUEUE = 85  # exit status of a run that was told to stop and can go on: start it again with the same command
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Whether one of SIGNALS has reached any process of the run. The handlers are in place inside the ``with`` block.
+
+    Schedulers differ in whom they signal: one process, all of them, or those of one node. A single one is enough.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.signal: signal.Signals | None = None  # that reached this process
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number)
+
+    def agreed(self) -> signal.Signals | None:
+        """The signal, the same on all processes, or None. A collective that waits for the device: call it once a step."""
+        number = 0 if self.signal is None else int(self.signal)
+        if self.accelerator.num_processes > 1:
+            flags = self.accelerator.gather(torch.tensor([number], device=self.accelerator.device))
+            number = int(flags.max())
+        return signal.Signals(number) if number else None
