@@ -16,6 +16,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from utils.encoders import (
     make_encoder,
 )
 from utils.head import HEAD_FILE, load_head
+from utils.hub import everywhere, fetch_model, folder_on_every_node, on_every_node, on_this_node
 from utils.images import ImageTransform
 from utils.measures import (
     EvalSet,
@@ -53,9 +55,10 @@ from utils.measures import (
     train_features,
 )
 from utils.pairs import pack_pair_folder
+from utils.prefetch import prefetch_models, say_where
 from utils.progress import wide_console
 from utils.results import Cell, Results, cell_name, column_name, figure_name, model_revision
-from utils.shard_sources import hub_set
+from utils.shard_sources import default_cache_dir, hub_set
 from utils.shards import ShardDataset, ShardIndex, ShardReader
 from utils.skipped import BadSample
 from utils.typographic import KINDS, PLACES, word_style
@@ -121,17 +124,21 @@ class Settings:
     output_dir: str = required("report.html, results.json, benchmark.csv, records/ and pictures/ are written here", group="run")
     batch_size: int = flag(128, "images per process and batch", group="run", minimum=1)
     num_workers: int | None = flag(None, "data workers per process (default: by the CPU cores, at most 8)", group="run", minimum=0)
-    cache_dir: str | None = flag(None, "where shard indexes are kept (default: the system's cache)", group="run")
+    cache_dir: str | None = flag(None, "where shard indexes are kept, and sets of the hub in its hub/ (default: the system's cache, the hub's own)", group="run")
     max_bad_fraction: float = flag(0.01, "share of unreadable samples past which the evaluation stops", group="run", minimum=0, maximum=1)
+    prefetch: bool = flag(False, "bring everything that the evaluation needs into the caches, which nodes without internet have to share, and stop; see docs/offline.md", group="run")
     # fmt: on
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse_settings(Settings, argv, description=__doc__)
     check_settings(settings)
+    if settings.prefetch:
+        return prefetch(settings)
     accelerator = start_accelerator(seed=settings.seed, days_of_patience=DAYS_OF_PATIENCE)
     from_main_process(accelerator, lambda: take_output_dir(settings.output_dir))
-    sets = {name: from_main_process(accelerator, lambda name=name: open_data(settings, name)) for name in settings.data}
+    on_every_node(accelerator, lambda: check_models(settings))
+    sets = {name: open_everywhere(settings, accelerator, name) for name in settings.data}
     revisions = {
         name: from_main_process(accelerator, lambda name=name: model_revision(name))
         for name in dict.fromkeys([*settings.model, settings.reference_model_name_or_path])
@@ -203,18 +210,6 @@ def check_settings(settings: Settings) -> None:
             f"--classifier {settings.classifier}: {by_text[0]} goes by texts; measure it in a call of its own, without "
             "--classifier"
         )
-    for name in settings.model:
-        config = check_model(name, "--model", SUPPORTED_MODEL_TYPES + VISION_MODEL_TYPES)
-        if config.model_type not in SUPPORTED_MODEL_TYPES and settings.classifier == "zero_shot":
-            raise UserError(
-                f"--model {name}: a {config.model_type} has no text tower, which --classifier zero_shot needs; give it a "
-                "--linear_head file with --classifier linear_head, or learn one with --classifier linear_probe or knn"
-            )
-        if "head_t" in settings.measure:
-            load_head(name)
-    if settings.reference_model_name_or_path is not None:
-        kinds = SUPPORTED_MODEL_TYPES + (() if "retention" in settings.measure else VISION_MODEL_TYPES)
-        check_model(settings.reference_model_name_or_path, "--reference_model_name_or_path", kinds)
     if (settings.classifier == "linear_head") != (settings.linear_head is not None):
         raise UserError(
             f"--classifier {settings.classifier} and --linear_head {settings.linear_head} do not go together; a file needs "
@@ -236,6 +231,44 @@ def check_settings(settings: Settings) -> None:
     settings.t = sorted({*settings.t, 0.0, 1.0})
 
 
+def named_models(settings: Settings) -> list[tuple[str, str, tuple[str, ...]]]:
+    """(flag, name, types that will do) of every model."""
+    models = [("--model", name, SUPPORTED_MODEL_TYPES + VISION_MODEL_TYPES) for name in settings.model]
+    if settings.reference_model_name_or_path is not None:
+        kinds = SUPPORTED_MODEL_TYPES + (() if "retention" in settings.measure else VISION_MODEL_TYPES)
+        models.append(("--reference_model_name_or_path", settings.reference_model_name_or_path, kinds))
+    return models
+
+
+def check_models(settings: Settings) -> None:
+    """What can be said of the models by their configs, before any weights are read or downloaded."""
+    for its_flag, name, kinds in named_models(settings):
+        config = check_model(name, its_flag, kinds)
+        if its_flag != "--model":
+            continue
+        if config.model_type not in SUPPORTED_MODEL_TYPES and settings.classifier == "zero_shot":
+            raise UserError(
+                f"--model {name}: a {config.model_type} has no text tower, which --classifier zero_shot needs; give it a "
+                "--linear_head file with --classifier linear_head, or learn one with --classifier linear_probe or knn"
+            )
+        if "head_t" in settings.measure:
+            load_head(name)
+
+
+def prefetch(settings: Settings) -> None:
+    """Brings models and sets, and says where they are. Under a launcher the first process works alone, the others leave."""
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
+    check_models(settings)
+    lines = []
+    for name in settings.data:
+        folder = data_folder(settings, name)
+        opened = open_data(settings, name, folder)
+        samples = ", ".join(f"{part.index.num_samples} samples in {split}" for split, part in opened.splits.items())
+        lines.append(f"{name}: {samples or 'published corruptions'}, in {folder.resolve()}")
+    say_where(prefetch_models(named_models(settings)) + lines, settings.cache_dir)
+
+
 def tidy(name: str) -> str:
     """One name for a directory, runs/a for ./runs/a/ too, so that it is known again."""
     return os.path.normpath(name) if Path(name).exists() else name
@@ -243,26 +276,43 @@ def tidy(name: str) -> str:
 
 def load(name: str, accelerator: Accelerator, flag: str) -> Model:
     """A model in float32, whatever precision the accelerate config asks for: figures are judged in float32."""
-    device = accelerator.device
-    if check_model(name, flag, SUPPORTED_MODEL_TYPES + VISION_MODEL_TYPES).model_type in VISION_MODEL_TYPES:
-        encoder, image_processor = load_vision_model(name, flag)
+    device, kinds = accelerator.device, SUPPORTED_MODEL_TYPES + VISION_MODEL_TYPES
+    folder = fetch_model(accelerator, name, flag, kinds)
+    if check_model(folder, flag, kinds).model_type in VISION_MODEL_TYPES:
+        encoder, image_processor = everywhere(accelerator, lambda: load_vision_model(folder, flag))
         return Model(name, encoder.to(device).eval(), ImageTransform.from_processor(image_processor), device)
-    clip, processor = load_clip(name, flag)
+    clip, processor = everywhere(accelerator, lambda: load_clip(folder, flag))
     transform = ImageTransform.from_processor(processor.image_processor)
     return Model(name, make_encoder(clip, processor).to(device).eval(), transform, device, clip, processor)
 
 
-def open_data(settings: Settings, name: str) -> EvalSet:
-    """Finds a set's shards, class names and templates, and counts its samples."""
+def data_folder(settings: Settings, name: str, local_files_only: bool = False) -> Path:
+    """The directory of a set; one of the hub is brought first, unless ``local_files_only``."""
     folder = Path(name)
-    if not folder.is_dir():
-        if folder.exists() or name.count("/") < 1 or name.startswith(("/", ".")):
-            raise UserError(
-                f"--data {name}: no such directory; expected a data set with classnames.txt and {settings.split}/, or the "
-                "name of one on the hub, such as clip-benchmark/wds_cifar10"
-            )
-        splits = [settings.split, *([settings.train_split] if settings.classifier in ("linear_probe", "knn") else [])]
-        folder = [hub_set(name, split, settings.cache_dir) for split in splits][-1]  # one folder for all
+    if folder.is_dir():
+        return folder
+    if folder.exists() or name.count("/") < 1 or name.startswith(("/", ".")):
+        raise UserError(
+            f"--data {name}: no such directory; expected a data set with classnames.txt and {settings.split}/, or the "
+            "name of one on the hub, such as clip-benchmark/wds_cifar10"
+        )
+    splits = [settings.split, *([settings.train_split] if settings.classifier in ("linear_probe", "knn") else [])]
+    found = [hub_set(name, split, settings.cache_dir, local_files_only=local_files_only) for split in splits]
+    return found[-1]  # one folder for all
+
+
+def open_everywhere(settings: Settings, accelerator: Accelerator, name: str) -> EvalSet:
+    """A set opened by the main process, its files brought to every node, with the paths that they have on this one."""
+    folder = folder_on_every_node(accelerator, partial(data_folder, settings, name), f"--data {name}")
+    on_every_node(accelerator, lambda: pack_pair_folder(folder, settings.cache_dir))
+    data = from_main_process(accelerator, lambda: open_data(settings, name, folder))
+    for opened in data.splits.values():
+        on_this_node(accelerator, opened.index, [folder, settings.cache_dir or default_cache_dir()], "--data")
+    return data
+
+
+def open_data(settings: Settings, name: str, folder: Path) -> EvalSet:
+    """Finds a set's shards, class names and templates, and counts its samples."""
     published = find_published(folder)
     if published is not None:
         return open_published(settings, name, folder, published)

@@ -51,13 +51,13 @@ from utils.distributed import (
     start_tracker,
 )
 from utils.encoders import (
-    check_model,
     enable_gradient_checkpointing,
     load_clip,
     load_reference,
     make_encoder,
     save_clip,
 )
+from utils.hub import everywhere, fetch_model, on_this_node
 from utils.images import ImageTransform
 from utils.interruption import REQUEUE, StopRequest
 from utils.lagrangian import (
@@ -85,8 +85,9 @@ from utils.optimization import (
     make_optimizer,
     set_learning_rate,
 )
+from utils.prefetch import prefetch_training
 from utils.progress import RunProgress
-from utils.shard_sources import display_url
+from utils.shard_sources import default_cache_dir, display_url
 from utils.shards import ShardDataset, eval_loader, train_batches
 from utils.skipped import SkipCounter, count_skipped
 from utils.training_state import load_parameters
@@ -113,6 +114,7 @@ class Settings:
     cache_limit_gb: float | None = flag(None, "most that shards behind URLs may take there, in 10^9 bytes (default: no limit)", group="data", above=0)
     max_bad_fraction: float = flag(0.01, "share of unreadable samples past which the run stops", group="data", minimum=0, maximum=1)
     allow_pipe_urls: bool = flag(False, "allow pipe: URLs, which execute shell commands", group="data")
+    prefetch: bool = flag(False, "bring everything that the run needs into the caches and stop: for nodes without internet; shards go to --cache_dir, which those nodes have to share, see docs/offline.md", group="data")
 
     objective: str = flag("embedding", "what the attack maximises: squared embedding distance, or cross-entropy with the labels", group="method", choices=("embedding", "tecoa"))
     constraint: str = flag("embedding", "what holds clean images in place", group="method", choices=("embedding", "kl", "none"))
@@ -157,6 +159,7 @@ FREE_SETTINGS = {
     "output_dir", "resume_from_checkpoint", "cache_dir", "cache_limit_gb", "num_workers", "report_to", "allow_pipe_urls", "max_bad_fraction",
     "eval_shards", "eval_num_samples", "eval_steps", "logging_steps", "checkpoint_steps", "checkpoints_total_limit",
     "keep_best", "gradient_checkpointing", "compile", "shard_reference", "gather_for_attack", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "prefetch",
 }  # fmt: skip
 
 
@@ -177,6 +180,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     needs_labels = settings.objective == "tecoa" or settings.constraint == "kl"
     constrained = settings.constraint != "none"
     clean_in_primal = constrained or settings.clean_weight > 0
+    if settings.prefetch:
+        sets = [shard_options(settings, "train_shards", needs_labels), shard_options(settings, "eval_shards", True)]
+        models = [
+            (f"--{name}", getattr(settings, name)) for name in ("model_name_or_path", "reference_model_name_or_path")
+        ]
+        return prefetch_training(models, sets, cache_dir=settings.cache_dir, cache_limit_gb=settings.cache_limit_gb)
     eps, step_size = settings.eps / 255, (settings.attack_step_size or settings.eps / 4) / 255
 
     accelerator = start_accelerator(
@@ -196,6 +205,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     resumed = from_main_process(accelerator, lambda: read_state(checkpoint)) if checkpoint else None
     train_set = from_main_process(accelerator, lambda: open_shards(settings, "train_shards", needs_labels))
     eval_set = from_main_process(accelerator, lambda: open_shards(settings, "eval_shards", True))
+    for opened, its_flag in ((train_set, "--train_shards"), (eval_set, "--eval_shards")):
+        if opened:
+            on_this_node(accelerator, opened.index, [settings.cache_dir or default_cache_dir()], its_flag)
     samples_per_epoch = settings.train_num_samples or train_set.index.num_samples
     global_batch_size = settings.per_device_train_batch_size * world_size * settings.gradient_accumulation_steps
     total_steps = count_steps(
@@ -210,12 +222,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     known_settings |= {name: list(map(display_url, known_settings[name])) for name in ("train_shards", "eval_shards")}
     if resumed:
         refuse_changed_settings(resumed["settings"], known_settings, FREE_SETTINGS)
-    check_model(settings.model_name_or_path, "--model_name_or_path")
+    # Model files come by the first process of every node; the others find them.
+    model = fetch_model(accelerator, settings.model_name_or_path, "--model_name_or_path")
 
     # The encoder phi and its frozen reference phi0: pixels in [0,1] to un-normalised embeddings.
-    clip, processor = load_clip(settings.model_name_or_path)
+    clip, processor = everywhere(accelerator, lambda: load_clip(model))
     encoder = make_encoder(clip, processor, compute_dtype(accelerator))
-    reference = load_reference(settings.reference_model_name_or_path, encoder).to(device)
+    reference_model = settings.reference_model_name_or_path
+    if reference_model is not None:
+        reference_model = fetch_model(accelerator, reference_model, "--reference_model_name_or_path")
+    reference = everywhere(accelerator, lambda: load_reference(reference_model, encoder)).to(device)
     image_flops = lore_flops_per_image(
         forward_flops(reference), settings.attack_steps, settings.primal_steps, clean_in_primal, constrained
     )
@@ -386,7 +402,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     metrics_file = MetricsFile(output_dir / "metrics.jsonl")
     if accelerator.is_main_process:
         metrics_file.cut_back(first_step if resumed else -1)
-    start_tracker(accelerator, settings.report_to, Path(__file__).stem, known_settings)
+    start_tracker(accelerator, settings.report_to, Path(__file__).stem, known_settings, first_step=first_step)
     progress = RunProgress(method_name(settings), total_steps, done=first_step, enabled=accelerator.is_main_process)
     progress.note(
         f"{method_name(settings)}: {train_set.index.num_samples} images in {len(train_set.index.urls)} shards, global batch "
@@ -562,17 +578,21 @@ def check_settings(settings: Settings) -> None:
 
 def open_shards(settings: Settings, name: str, with_classes: bool) -> LabelledSet | None:
     """The set of --train_shards or --eval_shards; None where none was named."""
-    if not getattr(settings, name):
-        return None
-    return open_set(
-        getattr(settings, name),
-        flag=f"--{name}",
-        with_classes=with_classes,
-        classnames=settings.classnames,
-        cache_dir=settings.cache_dir,
-        cache_limit_gb=settings.cache_limit_gb,
-        allow_pipe_urls=settings.allow_pipe_urls,
-    )
+    options = shard_options(settings, name, with_classes)
+    return open_set(**options) if options["patterns"] else None
+
+
+def shard_options(settings: Settings, name: str, with_classes: bool) -> dict[str, Any]:
+    """The arguments of ``open_set`` for the set of a flag."""
+    return {
+        "patterns": getattr(settings, name),
+        "flag": f"--{name}",
+        "with_classes": with_classes,
+        "classnames": settings.classnames,
+        "cache_dir": settings.cache_dir,
+        "cache_limit_gb": settings.cache_limit_gb,
+        "allow_pipe_urls": settings.allow_pipe_urls,
+    }
 
 
 def method_name(settings: Settings) -> str:

@@ -53,7 +53,6 @@ from utils.distributed import (
 )
 from utils.encoders import (
     TextEncoder,
-    check_model,
     enable_gradient_checkpointing,
     frozen_copy,
     load_clip,
@@ -63,6 +62,7 @@ from utils.encoders import (
 )
 from utils.features import features
 from utils.head import Head, fold_head, head_power, orthogonality_penalty, save_head, warn_of_condition
+from utils.hub import everywhere, fetch_model, on_every_node, on_this_node
 from utils.images import ImageTransform
 from utils.interruption import REQUEUE, StopRequest
 from utils.metrics import MetricsFile, peak_memory_gib
@@ -79,8 +79,9 @@ from utils.preferences import (
     retention_kl,
     rewards,
 )
+from utils.prefetch import prefetch_training
 from utils.progress import RunProgress
-from utils.shard_sources import display_url
+from utils.shard_sources import default_cache_dir, display_url
 from utils.shards import eval_loader, train_batches
 from utils.skipped import SkipCounter, count_skipped
 from utils.training_state import load_parameters
@@ -114,6 +115,7 @@ class Settings:
     cache_features: bool = flag(True, "--trainable head: embed every image once and keep the embeddings; false draws new words every epoch", group="data")
     max_bad_fraction: float = flag(0.01, "share of unreadable samples past which the run stops", group="data", minimum=0, maximum=1)
     allow_pipe_urls: bool = flag(False, "allow pipe: URLs, which execute shell commands", group="data")
+    prefetch: bool = flag(False, "bring everything that the run needs into the caches and stop: for nodes without internet; shards go to --cache_dir, which those nodes have to share, see docs/offline.md", group="data")
 
     attacks_per_image: int = flag(1, "copies of each image, each with another wrong word", group="words", minimum=1)
     fonts: list[str] = flag(["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"], "fonts of matplotlib, Aileron, or .ttf files", group="words")
@@ -158,6 +160,7 @@ FREE_SETTINGS = {
     "output_dir", "resume_from_checkpoint", "cache_dir", "cache_limit_gb", "num_workers", "report_to", "allow_pipe_urls", "max_bad_fraction",
     "eval_shards", "eval_num_samples", "eval_steps", "logging_steps", "checkpoint_steps", "checkpoints_total_limit", "export_t",
     "keep_best", "gradient_checkpointing", "compile", "shard_reference", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "prefetch",
 }  # fmt: skip
 
 
@@ -168,6 +171,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings.beta = DEFAULT_BETA[settings.preference]
     if settings.learning_rate is None:
         settings.learning_rate = DEFAULT_LEARNING_RATE[settings.trainable]
+    if settings.prefetch:
+        sets = [shard_options(settings, "train_shards"), shard_options(settings, "eval_shards")]
+        models = [
+            (f"--{name}", getattr(settings, name)) for name in ("model_name_or_path", "reference_model_name_or_path")
+        ]
+        return prefetch_training(models, sets, cache_dir=settings.cache_dir, cache_limit_gb=settings.cache_limit_gb)
 
     accelerator = start_accelerator(
         seed=settings.seed,
@@ -186,8 +195,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     from_main_process(accelerator, lambda: take_output_dir(output_dir))
     checkpoint = from_main_process(accelerator, lambda: find_checkpoint(output_dir, settings.resume_from_checkpoint))
     resumed = from_main_process(accelerator, lambda: read_state(checkpoint)) if checkpoint else None
+    if settings.task == "pairs":  # folders of pictures become shards in the cache of every node
+        pictures = [*settings.train_shards, *settings.eval_shards]
+        on_every_node(accelerator, lambda: pair_shards(pictures, settings.cache_dir))
     train_set = from_main_process(accelerator, lambda: open_shards(settings, "train_shards"))
     eval_set = from_main_process(accelerator, lambda: open_shards(settings, "eval_shards"))
+    for opened, its_flag in ((train_set, "--train_shards"), (eval_set, "--eval_shards")):
+        if opened:
+            on_this_node(accelerator, opened.index, [settings.cache_dir or default_cache_dir()], its_flag)
     samples_per_epoch = settings.train_num_samples or train_set.index.num_samples
     global_batch_size = settings.per_device_train_batch_size * world_size * settings.gradient_accumulation_steps
     total_steps = count_steps(
@@ -202,16 +217,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     known_settings |= {name: list(map(display_url, known_settings[name])) for name in ("train_shards", "eval_shards")}
     if resumed:
         refuse_changed_settings(resumed["settings"], known_settings, FREE_SETTINGS)
-    check_model(settings.model_name_or_path, "--model_name_or_path")
+    # Model files come by the first process of every node; the others find them.
+    model = fetch_model(accelerator, settings.model_name_or_path, "--model_name_or_path")
 
     # The policy, and its frozen reference: pictures and texts to unit embeddings.
-    clip, processor = load_clip(settings.model_name_or_path)
+    clip, processor = everywhere(accelerator, lambda: load_clip(model))
     encoder = make_encoder(clip, processor, compute_dtype(accelerator))
     logit_scale = float(clip.logit_scale.detach().exp())
     templates = train_set.templates or ["{c}"]
     if settings.reference_model_name_or_path:
-        reference_clip, reference_processor = load_clip(
-            settings.reference_model_name_or_path, "--reference_model_name_or_path"
+        reference_flag = "--reference_model_name_or_path"
+        reference_model = fetch_model(accelerator, settings.reference_model_name_or_path, reference_flag)
+        reference_clip, reference_processor = everywhere(
+            accelerator, lambda: load_clip(reference_model, reference_flag)
         )
         reference = frozen_copy(make_encoder(reference_clip, reference_processor, encoder.compute_dtype))
         refuse_other_shape(reference, encoder, settings.reference_model_name_or_path)
@@ -441,7 +459,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     metrics_file = MetricsFile(output_dir / "metrics.jsonl")
     if accelerator.is_main_process:
         metrics_file.cut_back(first_step if resumed else -1)
-    start_tracker(accelerator, settings.report_to, Path(__file__).stem, known_settings)
+    start_tracker(accelerator, settings.report_to, Path(__file__).stem, known_settings, first_step=first_step)
     progress = RunProgress(method_name(settings), total_steps, done=first_step, enabled=accelerator.is_main_process)
     progress.note(
         f"{method_name(settings)}: {train_set.index.num_samples} samples in {len(train_set.index.urls)} shards, global batch "
@@ -622,18 +640,22 @@ def note_idle_terms(settings: Settings, totals: list[float], progress: RunProgre
 
 def open_shards(settings: Settings, name: str) -> LabelledSet | None:
     """The set of --train_shards or --eval_shards; None where none was named."""
+    options = shard_options(settings, name)
+    return open_set(**options) if options["patterns"] else None
+
+
+def shard_options(settings: Settings, name: str) -> dict[str, Any]:
+    """The arguments of ``open_set`` for the set of a flag."""
     patterns = getattr(settings, name)
-    if not patterns:
-        return None
-    return open_set(
-        pair_shards(patterns, settings.cache_dir) if settings.task == "pairs" else patterns,
-        flag=f"--{name}",
-        with_classes=settings.task == "typographic",
-        classnames=settings.classnames,
-        cache_dir=settings.cache_dir,
-        cache_limit_gb=settings.cache_limit_gb,
-        allow_pipe_urls=settings.allow_pipe_urls,
-    )
+    return {
+        "patterns": pair_shards(patterns, settings.cache_dir) if settings.task == "pairs" else patterns,
+        "flag": f"--{name}",
+        "with_classes": settings.task == "typographic",
+        "classnames": settings.classnames,
+        "cache_dir": settings.cache_dir,
+        "cache_limit_gb": settings.cache_limit_gb,
+        "allow_pipe_urls": settings.allow_pipe_urls,
+    }
 
 
 def make_dataset(

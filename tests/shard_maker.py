@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import io
 import json
+import re
 import tarfile
 import threading
 from collections import Counter
@@ -114,7 +115,8 @@ class ShardServer:
                     breaks = body and owner.broken.get(path, 0) > 0
                     if breaks:
                         owner.broken[path] -= 1
-                file = owner.folder / path.replace("/resolve/main/", "/").replace("/datasets/org/name/", "").lstrip("/")
+                plain = re.sub(r"/resolve/[^/]+/", "/", path).replace("/datasets/org/name/", "").lstrip("/")
+                file = owner.folder / plain
                 if status == 200 and path not in owner.replies and not file.is_file():
                     status = 404
                 if status != 200:

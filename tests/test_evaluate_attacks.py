@@ -165,7 +165,7 @@ def test_interpretability_is_the_mean_cosine_to_the_descriptions_of_the_true_cla
     evaluate.main(arguments(measure="interpretability", num_samples=3))
     clip, processor = load_clip(str(READING_CLIP))
     settings = evaluate.parse_settings(evaluate.Settings, arguments())
-    data = evaluate.open_data(settings, str(attribute_digits))
+    data = evaluate.open_data(settings, str(attribute_digits), attribute_digits)
     model = evaluate.Model("", None, ImageTransform.from_processor(processor.image_processor), torch.device("cpu"))
     dataset = labelled_dataset(settings, model, data, {"corruption": None})
     for row in records(tmp_path / "eval", "interpretability"):

@@ -176,6 +176,7 @@ def test_a_set_on_the_hub_is_brought_here_split_by_split(hub, tmp_path):
         "repo_type": "dataset",
         "allow_patterns": ["*.txt", "test/*"],
         "cache_dir": None,
+        "local_files_only": False,
     }
     hub_set("clip-benchmark/wds_vtab/dtd/", "test", str(tmp_path))
     assert hub.asked["repo_id"] == "clip-benchmark/wds_vtab-dtd"
@@ -258,5 +259,6 @@ for name in ("clip-benchmark/wds_cifar10", "clip-benchmark/wds_cars"):
     assert refused == (
         "--data clip-benchmark/wds_cars: no such directory, the cache lacks clip-benchmark/wds_cars or files of its "
         "test/, and HF_HUB_OFFLINE is set; download it once with `hf download clip-benchmark/wds_cars --repo-type "
-        "dataset --local-dir data/wds_cars` where there is internet and give that folder"
+        "dataset --local-dir data/wds_cars` where there is internet and give that folder, or "
+        "bring everything before, by the same command with --prefetch true where there is internet"
     )

@@ -7,12 +7,15 @@ autocast does the mixed precision.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import secrets
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -116,10 +119,33 @@ def _configure_deepspeed(accelerator: Accelerator, batch_size: int, accumulation
     config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True  # in float32, as they are
 
 
-def start_tracker(accelerator: Accelerator, report_to: str, project: str, settings: dict[str, Any]) -> None:
-    """Opens the tracker with the run's settings. accelerate takes numbers and texts only."""
-    if report_to != "none":
-        accelerator.init_trackers(project, config={name: str(value) for name, value in settings.items()})
+def start_tracker(
+    accelerator: Accelerator, report_to: str, project: str, settings: dict[str, Any], *, first_step: int = 0
+) -> None:
+    """Opens the tracker with the run's settings. accelerate takes numbers and texts only.
+
+    A run that is resumed goes on in its old place: wandb by the id in ``output_dir``/run.json, chosen at the first start;
+    tensorboard in its directory, where everything after ``first_step`` is taken back, for it comes again.
+    """
+    if report_to == "none":
+        return
+    config: dict[str, Any] | None = {name: str(value) for name, value in settings.items()}
+    options: dict[str, Any] = {}
+    if accelerator.is_main_process:  # the only one that opens a tracker
+        run_file = Path(settings["output_dir"]) / "run.json"
+        try:
+            run = json.loads(run_file.read_text(encoding="utf-8"))
+            run_id, known = str(run["id"]), True
+        except (OSError, ValueError, KeyError, TypeError):
+            run_id, known = secrets.token_hex(8), False
+            aside = run_file.with_suffix(".json.tmp")
+            aside.write_text(json.dumps({"id": run_id}), encoding="utf-8")
+            os.replace(aside, run_file)
+        options = {"id": run_id, "resume": "allow"}
+        if report_to == "tensorboard":
+            options = {"purge_step": first_step + 1 if first_step else 0}
+            config = None if known else config  # tensorboard would show the settings as one more run
+    accelerator.init_trackers(project, config=config, init_kwargs={report_to: options})
 
 
 def compute_dtype(accelerator: Accelerator) -> torch.dtype:

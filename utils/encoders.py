@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from utils.cli import UserError
 from utils.images import ImageTransform
+from utils.shard_sources import BRING_IT
 
 SUPPORTED_MODEL_TYPES = ("clip",)
 VISION_MODEL_TYPES = ("clip_vision_model", "dinov2")  # without a text tower: evaluated, not trained
@@ -114,7 +115,7 @@ def check_model(name_or_path: str, flag: str, supported: Sequence[str] = SUPPORT
     except (OSError, ValueError) as error:
         raise UserError(
             f"{flag} {name_or_path}: neither a local model directory nor a model that the Hugging Face hub gave "
-            f"({str(error).splitlines()[0][:160]}); check the name, or download it first where there is no internet"
+            f"({str(error).splitlines()[0][:160]}); check the name; without internet {BRING_IT}"
         ) from None
     if config.model_type not in supported:
         raise UserError(f"{flag} {name_or_path}: model type {config.model_type!r}; supported: {', '.join(supported)}")

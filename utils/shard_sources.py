@@ -1,5 +1,6 @@
 """Where shards are: paths, globs, directories and URLs to single shards, and local copies of the remote ones.
 
+Small texts and listings of the hub are asked for afresh wherever there is a network, and kept for where there is none.
 Nothing that is logged or kept on disk holds a token: ``display_url`` is what may be shown.
 """
 
@@ -12,6 +13,7 @@ import fnmatch
 import glob
 import hashlib
 import http.client
+import json
 import logging
 import os
 import re
@@ -34,8 +36,10 @@ logger = logging.getLogger(__name__)
 COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
+QUICK_TIMEOUT = 10.0  # the same, for a text of which there is a copy
 DOWNLOAD_RETRIES = 3
 RETRY_DELAY = 1.0  # seconds before the first retry, doubled for each further one
+BRING_IT = "bring everything before, by the same command with --prefetch true where there is internet"
 
 
 class ShardError(UserError):
@@ -60,12 +64,19 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clip_shards"
 
 
-def expand_shards(patterns: Sequence[str], *, flag: str = "--train_shards", allow_pipe_urls: bool = False) -> list[str]:
+def expand_shards(
+    patterns: Sequence[str],
+    *,
+    flag: str = "--train_shards",
+    allow_pipe_urls: bool = False,
+    cache_dir: str | os.PathLike | None = None,
+) -> list[str]:
     """Paths and URLs of single shards, in the order given; duplicates stay.
 
     A pattern is a path, a glob, a directory (its *.tar in numeric order), an ``https://`` or ``http://`` URL, an
-    ``hf://datasets/<org>/<name>[@revision]/<path>`` URL (glob and directory too), each after brace expansion. UserError
-    where a pattern leads to nothing; single missing shards of a pattern are left to ``index_shards``.
+    ``hf://datasets/<org>/<name>[@revision]/<path>`` URL (glob and directory too), each after brace expansion. What the hub
+    lists is kept in ``cache_dir`` and used where the hub cannot be reached. UserError where a pattern leads to nothing;
+    single missing shards of a pattern are left to ``index_shards``.
     """
     urls: list[str] = []
     for pattern in patterns:
@@ -90,7 +101,7 @@ def expand_shards(patterns: Sequence[str], *, flag: str = "--train_shards", allo
             urls += expanded
         elif scheme == "hf":
             for url in expanded:
-                urls += _expand_hub(url, flag)
+                urls += _expand_hub(url, flag, Path(cache_dir or default_cache_dir()))
         elif scheme is None:
             urls += _expand_local(pattern, expanded, flag)
         else:
@@ -130,11 +141,31 @@ def _expand_local(pattern: str, expanded: list[str], flag: str) -> list[str]:
     return found
 
 
-def _expand_hub(url: str, flag: str) -> list[str]:
-    """One brace-expanded hf:// URL -> shard URLs; a directory or glob is listed."""
+def _expand_hub(url: str, flag: str, cache_dir: Path) -> list[str]:
+    """One brace-expanded hf:// URL -> shard URLs; a directory or glob is listed, by the kept listing where need be."""
     repo, revision, path = _parse_hub(url, flag)
     if path.endswith(".tar") and not glob.has_magic(path):
         return [url]
+    kept = cache_dir / "listings" / f"{digest(url)}.json"
+    try:
+        shards = _list_hub(url, repo, revision, path, flag)
+    except UserError:
+        raise
+    except Exception as error:  # the hub raises its own errors, httpx's and OSError
+        reason = "HF_HUB_OFFLINE is set" if hub_offline() else f"the hub does not list it ({one_line(error)})"
+        if not hub_answered(error) and (listing := _read_listing(kept)):
+            logger.warning("%s %s: %s; its %d shards are those listed %s", flag, display_url(url), reason, *listing[1:])
+            return listing[0]
+        raise UserError(
+            f"{flag} {display_url(url)}: {reason}; check the name, the network and the login, or {BRING_IT}"
+        ) from None
+    with contextlib.suppress(OSError):  # a cache that cannot be written is reported where shards go into it
+        _write_whole(kept, json.dumps({"pattern": url, "shards": shards}).encode())
+    return shards
+
+
+def _list_hub(url: str, repo: str, revision: str | None, path: str, flag: str) -> list[str]:
+    """The shards of a folder or glob as the hub has them now. UserError where there are none, the hub's own errors."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
@@ -144,15 +175,7 @@ def _expand_hub(url: str, flag: str) -> list[str]:
         fixed = pattern[: re.search(r"[*?\[]", pattern).start()]
         folder = fixed.rpartition("/")[0]
     deep = pattern is not None and "/" in pattern[len(folder) :].lstrip("/")
-    try:
-        entries = list(
-            HfApi().list_repo_tree(repo, folder or None, recursive=deep, revision=revision, repo_type="dataset")
-        )
-    except Exception as error:  # the hub raises its own errors, httpx's and OSError
-        raise UserError(
-            f"{flag} {display_url(url)}: the hub does not list it ({one_line(error)}); check the name, the "
-            "network and the login"
-        ) from None
+    entries = list(HfApi().list_repo_tree(repo, folder or None, recursive=deep, revision=revision, repo_type="dataset"))
     prefix = url[: len(url) - len(path)].rstrip("/") + "/"
     if pattern is None:
         names = [entry.path.rpartition("/")[2] for entry in entries]
@@ -162,6 +185,30 @@ def _expand_hub(url: str, flag: str) -> list[str]:
     if not matches:
         raise UserError(f"{flag} {display_url(url)}: matches no file on the hub; expected .tar shards")
     return [prefix + match for match in matches]
+
+
+def _read_listing(kept: Path) -> tuple[list[str], int, str] | None:
+    """The shards of a kept listing, their number and the day of the listing; None where none was kept."""
+    try:
+        shards = list(map(str, json.loads(kept.read_text(encoding="utf-8"))["shards"]))
+        return shards, len(shards), _day_of(kept)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def hub_offline() -> bool:
+    """Whether HF_HUB_OFFLINE is set: the hub is not asked for anything."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def hub_answered(error: BaseException) -> bool:
+    """Whether the hub itself said no (no such thing, no access), in place of not being there or too busy."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    status = getattr(getattr(error, "response", None), "status_code", 500)
+    return isinstance(error, HfHubHTTPError) and status not in (408, 429) and status < 500
 
 
 def _tars_in_folder(folder: str, names: Sequence[str], flag: str) -> list[str]:
@@ -230,11 +277,14 @@ def _parse_hub(url: str, flag: str = "") -> tuple[str, str | None, str]:
     return match.group(1), revision, match.group(3) or ""
 
 
-def hub_set(name: str, split: str, cache_dir: str | None = None, flag: str = "--data") -> Path:
+def hub_set(
+    name: str, split: str, cache_dir: str | None = None, flag: str = "--data", local_files_only: bool = False
+) -> Path:
     """Local folder with the texts and one split of a set on the hub, e.g. clip-benchmark/wds_cifar10.
 
     The repository of ``<org>/<a>/<b>`` is ``<org>/<a>-<b>``, as CLIP_benchmark names its sets. The files come to the
-    hub's own cache, or to ``cache_dir``/hub; what is there is used offline too. Raises ``UserError``.
+    hub's own cache, or to ``cache_dir``/hub; what is there is used offline too. ``local_files_only``: the hub is not asked,
+    another process has done it. Raises ``UserError``.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -251,13 +301,14 @@ def hub_set(name: str, split: str, cache_dir: str | None = None, flag: str = "--
             f"{flag} {name}: no such directory, and no name on the hub; expected a local data set or <org>/<name>"
         )
     download = f"hf download {repo} --repo-type dataset --local-dir data/{repo.partition('/')[2]}"
-    once = f"download it once with `{download}` where there is internet and give that folder"
+    once = f"download it once with `{download}` where there is internet and give that folder, or {BRING_IT}"
     try:
         folder = snapshot_download(
             repo,
             repo_type="dataset",
             allow_patterns=["*.txt", f"{split}/*"],
             cache_dir=None if cache_dir is None else Path(cache_dir) / "hub",
+            local_files_only=local_files_only,
         )
     except GatedRepoError:
         raise UserError(
@@ -319,7 +370,7 @@ class ShardCache:
         if not is_remote(url):
             yield url
             return
-        target = self.shard_dir / f"{digest(url)}-{file_name(url)}"
+        target = self.copy_of(url)
         self.shard_dir.mkdir(parents=True, exist_ok=True)
         self.lock_dir.mkdir(parents=True, exist_ok=True)
         with _locked(self._lock_of(target), wait) as held:
@@ -329,6 +380,10 @@ class ShardCache:
             if held:
                 self.touch(str(target))
             yield str(target) if held else None
+
+    def copy_of(self, url: str) -> Path:
+        """Where the copy of a remote shard is, or would be."""
+        return self.shard_dir / f"{digest(url)}-{file_name(url)}"
 
     def touch(self, path: str) -> None:
         """Marks the copy as in use, at most once a minute. The access time carries that: the index goes by mtime."""
@@ -392,9 +447,14 @@ class _Absent(UnavailableShard):
     """The server answered, and there is no such file: no use in asking again."""
 
 
-def _with_retries(fetch: Callable[[], None]) -> None:
+class _Refused(_Absent):
+    """The server gives nothing out: some say so of files that they lack, a proxy says so of everything."""
+
+
+def _with_retries(fetch: Callable[[], None], retries: int | None = None) -> None:
     """Calls ``fetch``; network errors are retried, what remains is raised as UnavailableShard."""
-    for attempt in range(DOWNLOAD_RETRIES + 1):
+    retries = DOWNLOAD_RETRIES if retries is None else retries
+    for attempt in range(retries + 1):
         try:
             return fetch()
         except OSError as error:
@@ -402,12 +462,14 @@ def _with_retries(fetch: Callable[[], None]) -> None:
                 raise ShardError(
                     f"--cache_dir: cannot be written ({error.strerror}); make room or name another folder"
                 ) from None
-            if attempt == DOWNLOAD_RETRIES:
-                raise UnavailableShard(f"{one_line(error)}, {attempt + 1} attempts") from None
+            if attempt == retries:
+                tried = f"{one_line(error)}, {attempt + 1} attempt{'s' if attempt else ''}"
+                unreachable = isinstance(error, (urllib.error.URLError, TimeoutError, ConnectionError))
+                raise UnavailableShard(f"{tried}; without internet {BRING_IT}" if unreachable else tried) from None
             time.sleep(RETRY_DELAY * 2**attempt)
 
 
-def _download(url: str, target: Path) -> None:
+def _download(url: str, target: Path, timeout: float = DOWNLOAD_TIMEOUT) -> None:
     """The whole of ``url`` into ``target``. _Absent where there is nothing, OSError where it may help to try again."""
     scheme = _scheme(url)
     if scheme == "pipe":
@@ -415,12 +477,12 @@ def _download(url: str, target: Path) -> None:
     elif scheme == "hf":
         _download_hub(url, target)
     else:
-        _download_http(url, target)
+        _download_http(url, target, timeout)
 
 
-def _download_http(url: str, target: Path) -> None:
+def _download_http(url: str, target: Path, timeout: float) -> None:
     try:
-        with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response, open(target, "wb") as stream:
+        with urllib.request.urlopen(url, timeout=timeout) as response, open(target, "wb") as stream:
             expected = response.headers.get("Content-Length")
             while chunk := response.read(1 << 20):
                 stream.write(chunk)
@@ -429,7 +491,7 @@ def _download_http(url: str, target: Path) -> None:
     except urllib.error.HTTPError as error:
         if error.code in (408, 425, 429) or error.code >= 500:
             raise OSError(f"HTTP status {error.code}") from None
-        raise _Absent(f"HTTP status {error.code}") from None
+        raise (_Absent if error.code in (404, 410) else _Refused)(f"HTTP status {error.code}") from None
     except http.client.HTTPException as error:
         raise OSError(one_line(error)) from None
 
@@ -444,6 +506,8 @@ def _download_hub(url: str, target: Path) -> None:
     )
     from tqdm import tqdm
 
+    if hub_offline():
+        raise UnavailableShard(f"HF_HUB_OFFLINE is set and the cache lacks it; {BRING_IT}")
     repo, revision, path = _parse_hub(url)
     with tempfile.TemporaryDirectory(dir=target.parent.parent, prefix="hub-") as folder:
         try:
@@ -457,11 +521,13 @@ def _download_hub(url: str, target: Path) -> None:
             )
         except LocalEntryNotFoundError as error:  # the hub's word for "no connection", and also an EntryNotFoundError
             raise OSError(one_line(error)) from None
-        except (EntryNotFoundError, RepositoryNotFoundError) as error:
+        except EntryNotFoundError as error:
             raise _Absent(one_line(error)) from None
+        except RepositoryNotFoundError as error:  # also the answer to who is not logged in
+            raise _Refused(one_line(error)) from None
         except HfHubHTTPError as error:
             status = getattr(error.response, "status_code", 500)
-            kind = OSError if status in (408, 429) or status >= 500 else _Absent
+            kind = OSError if status in (408, 429) or status >= 500 else _Refused
             raise kind(one_line(error)) from None
         os.replace(local, target)
 
@@ -482,27 +548,90 @@ def _download_pipe(url: str, target: Path) -> None:
         raise OSError(f"the command ended with status {status}")
 
 
+def remote_size(url: str) -> int | None:
+    """Bytes of a remote file as its server states them; None where it does not. UnavailableShard where it is not there."""
+    try:
+        if url.startswith("hf://"):
+            from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+            repo, revision, path = _parse_hub(url)
+            return get_hf_file_metadata(hf_hub_url(repo, path, repo_type="dataset", revision=revision)).size
+        if url.startswith("pipe:"):
+            return None
+        request = urllib.request.Request(url, method="HEAD")
+        with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
+            length = response.headers.get("Content-Length")
+            return int(length) if length else None
+    except urllib.error.HTTPError as error:
+        if error.code in (404, 410):
+            raise UnavailableShard(f"HTTP status {error.code}") from None
+        return None  # a server may refuse to say
+    except Exception as error:  # the hub raises its own errors, httpx's and OSError
+        if hub_answered(error):
+            raise UnavailableShard(one_line(error)) from None
+        return None
+
+
 def read_text(location: str, cache_dir: str | os.PathLike) -> str | None:
     """A small UTF-8 text file by path or URL (sizes.json, classnames.txt); None where there is none.
 
-    UserError where the server cannot be reached at all or the file is not text.
+    A text behind a URL is asked for afresh every time. A copy is kept in ``cache_dir``, also the answer that there is no
+    such file, and used, with a word in the log, where the server cannot be reached. UserError where it cannot be reached
+    and no copy was kept, and where the file is not text.
     """
     try:
-        if not is_remote(location):
-            data = Path(location).read_bytes()
-        else:
-            Path(cache_dir).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache_dir, prefix="text-") as folder:
-                target = Path(folder) / "text" / "file"
-                target.parent.mkdir()
-                _with_retries(partial(_download, location, target))
-                data = target.read_bytes()
-        return data.decode("utf-8")
-    except (_Absent, FileNotFoundError, NotADirectoryError):
+        data = _remote_text(location, Path(cache_dir)) if is_remote(location) else Path(location).read_bytes()
+        return None if data is None else data.decode("utf-8")
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except UnavailableShard as error:
-        raise UserError(f"{display_url(location)}: cannot be reached ({error}); check address and network") from None
+        hint = "" if BRING_IT in str(error) else f", or {BRING_IT}"
+        raise UserError(
+            f"{display_url(location)}: cannot be reached ({error}); check address and network{hint}"
+        ) from None
     except OSError as error:
         raise UserError(f"{location}: cannot be read ({error.strerror}); check its permissions") from None
     except UnicodeDecodeError:
         raise UserError(f"{display_url(location)}: not a UTF-8 text; expected plain text") from None
+
+
+def _remote_text(url: str, cache_dir: Path) -> bytes | None:
+    copy = cache_dir / "texts" / f"{digest(url)}-{file_name(url)}"
+    absent = copy.with_name(copy.name + ".absent")
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    known = copy.exists() or absent.exists()
+    with tempfile.TemporaryDirectory(dir=copy.parent, prefix="text-") as folder:
+        target = Path(folder) / "text" / "file"
+        target.parent.mkdir()
+        try:
+            if known:  # a node without internet should not wait long for what it has
+                _with_retries(partial(_download, url, target, timeout=QUICK_TIMEOUT), retries=0)
+            else:
+                _with_retries(partial(_download, url, target))
+        except UnavailableShard as error:
+            if isinstance(error, _Absent) and not (isinstance(error, _Refused) and copy.exists()):
+                absent.touch()
+                copy.unlink(missing_ok=True)
+                return None
+            if not known:
+                raise
+            found = copy if copy.exists() else absent
+            what = "the copy" if found is copy else "as absent, as it was"
+            logger.warning("%s: cannot be reached (%s); taken %s of %s", display_url(url), error, what, _day_of(found))
+            return copy.read_bytes() if found is copy else None
+        data = target.read_bytes()
+        os.replace(target, copy)
+        absent.unlink(missing_ok=True)
+        return data
+
+
+def _day_of(path: Path) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """Whole or not at all, also where several processes write the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    aside.write_bytes(data)
+    os.replace(aside, path)

@@ -33,12 +33,14 @@ from utils.cli import UserError
 from utils.data_order import EpochOrder, EvalBatchSampler, SequentialOrder, TrainBatchSampler
 from utils.images import ImageError, ImageTransform, decode
 from utils.shard_sources import (
+    BRING_IT,
     ShardCache,
     ShardError,
     UnavailableShard,
     default_cache_dir,
     display_url,
     file_name,
+    hub_offline,
     is_remote,
     one_line,
     read_text,
@@ -94,6 +96,7 @@ def index_shards(
             f"--cache_dir {cache_dir}: cannot be made ({error.strerror}); name a folder that can be written"
         ) from None
     cache = ShardCache(cache_dir, cache_limit_gb)
+    refuse_lacking_shards(urls, cache, flag)
     promised_by_folder: dict[str | None, dict[str, int]] = {}
     sizes: list[int] = []
     lost: list[tuple[str, str, str, int | None, int]] = []  # kind, where, detail, promised, readable
@@ -139,6 +142,18 @@ def index_shards(
             "files with <key>.jpg members"
         )
     return ShardIndex(list(urls), sizes, skipped, cache_dir, cache_limit_gb)
+
+
+def refuse_lacking_shards(urls: Sequence[str], cache: ShardCache, flag: str) -> None:
+    """Without the hub a shard that the cache lacks would only be missed in the middle of the run."""
+    on_hub = [url for url in urls if url.startswith("hf://")]
+    if on_hub and hub_offline():
+        lacking = [url for url in on_hub if not cache.copy_of(url).exists()]
+        if lacking:
+            raise UserError(
+                f"{flag}: HF_HUB_OFFLINE is set and --cache_dir {cache.cache_dir} lacks {len(lacking)} of {len(urls)} "
+                f"shards, the first is {display_url(lacking[0])}; {BRING_IT}, and name its --cache_dir"
+            )
 
 
 def _read_sizes(location: str | None, cache_dir: str) -> dict[str, int]:

@@ -107,7 +107,7 @@ def open_set(
     allow_pipe_urls: bool = False,
 ) -> LabelledSet:
     """Finds and counts the shards that a flag names, and reads their class names. Raises ``UserError``."""
-    urls = expand_shards(patterns, flag=flag, allow_pipe_urls=allow_pipe_urls)
+    urls = expand_shards(patterns, flag=flag, allow_pipe_urls=allow_pipe_urls, cache_dir=cache_dir)
     names, templates = find_classes(urls, classnames, flag, cache_dir) if with_classes else ([], [])
     with RunProgress(f"counting {flag}", len(urls), transient=True) as progress:
         index = index_shards(
