@@ -1,0 +1,111 @@
+"""Collectives of one LORE step under ZeRO-3, counted: parameters gathered once per attack, or in every forward and backward.
+
+  python benchmarks/zero3_gathers.py --model runs/demo/base --data runs/demo/digits --output_dir runs/zero3-gathers
+
+Two CPU processes with accelerate_configs/zero3_cpu_2proc.yaml; counts do not depend on the device. The seconds are those
+of a CPU, where gathering is a copy in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.comparison import ROOT, in_parallel, markdown, print_table
+from utils.cli import UserError, flag, parse_settings, required, run
+
+
+@dataclass
+class Settings:
+    """What is counted."""
+
+    # fmt: off
+    model: str = required("CLIP model to train", group="runs")
+    data: str = required("data set with train/", group="runs")
+    output_dir: str = required("directory for runs and counts", group="runs")
+    attack_steps: int = flag(10, "PGD steps", group="runs", minimum=1)
+    primal_steps: int = flag(5, "K", group="runs", minimum=1)
+    steps: int = flag(4, "training steps; the first two, in which DeepSpeed learns the order of the layers, are not counted", group="runs", minimum=3)
+    # fmt: on
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    settings = parse_settings(Settings, argv, description=__doc__)
+    output_dir = Path(settings.output_dir)
+    if output_dir.exists():
+        raise UserError(f"--output_dir {output_dir}: exists; give another directory")
+    config = os.path.relpath(ROOT / "accelerate_configs/zero3_cpu_2proc.yaml")
+    rows = [["one LORE step", "all-gathers", "gathered, x parameters", "other collectives", "seconds"]]
+    for gather, name in (("false", "gathered in every forward and backward"), ("true", "gathered once per attack")):
+        words = {
+            "model_name_or_path": settings.model, "train_shards": f"{settings.data}/train", "report_to": "none",
+            "output_dir": output_dir / gather, "gather_for_attack": gather, "attack_steps": settings.attack_steps,
+            "primal_steps": settings.primal_steps, "max_steps": settings.steps, "logging_steps": 1000, "num_workers": 0,
+            "per_device_train_batch_size": 8, "checkpoint_steps": 0, "cache_dir": output_dir / "cache",
+        }  # fmt: skip
+        command = ["accelerate", "launch", "--quiet", "--config_file", config, os.path.relpath(__file__)]
+        in_parallel(1, [command + [str(word) for name, value in words.items() for word in (f"--{name}", value)]])
+        found = json.loads((output_dir / gather / "collectives.json").read_text())
+        counts = [f"{found[key]:.0f}" for key in ("all_gathers", "gathered", "others")]
+        rows.append([name, counts[0], f"{found['gathered']:.1f}", counts[2], f"{found['seconds']:.2f}"])
+    print_table("ZeRO-3 on two processes", rows)
+    (output_dir / "table.md").write_text(markdown(rows))
+
+
+def count(argv: Sequence[str]) -> None:
+    """One rank: trains, and counts what DeepSpeed sends between the start of the third step and that of the last."""
+    import deepspeed
+
+    import train_lore
+
+    settings = parse_settings(train_lore.Settings, argv)
+    learning_rate, marks = train_lore.cosine_learning_rate, {}
+
+    def mark(step: int, *rest: float) -> float:
+        if step not in marks:
+            marks[step] = (time.perf_counter(), collectives(deepspeed.comm.comms_logger.comms_dict))
+        return learning_rate(step, *rest)
+
+    deepspeed.comm.configure(enabled=True, prof_all=True)
+    train_lore.cosine_learning_rate = mark
+    train_lore.main(argv)
+    from safetensors import safe_open
+
+    with safe_open(Path(settings.output_dir) / "model.safetensors", framework="pt") as model:
+        vision = [name for name in model.keys() if name.startswith(("vision_model", "visual_projection"))]  # noqa: SIM118
+        parameters = sum(model.get_tensor(name).numel() for name in vision)
+    first, last = marks[2], marks[settings.max_steps - 1]
+    steps = settings.max_steps - 3
+    gathers, floats, others = (
+        (after - before) / steps for before, after in zip(first[1], last[1])
+    )  # fmt: skip
+    found = {
+        "all_gathers": gathers,
+        "gathered": floats / parameters,
+        "others": others,
+        "seconds": (last[0] - first[0]) / steps,
+    }
+    if os.environ["RANK"] == "0":
+        (Path(settings.output_dir) / "collectives.json").write_text(json.dumps(found))
+
+
+def collectives(logged: dict[str, dict[int, list]]) -> tuple[int, float, int]:
+    """(all-gathers, floats that they brought to a process, other collectives) so far."""
+    gathers, floats, others = 0, 0.0, 0
+    for name, by_size in logged.items():
+        for size, (number, *_) in by_size.items():
+            if "all_gather" in name:
+                gathers, floats = gathers + number, floats + number * size / 4
+            else:
+                others += number
+    return gathers, floats, others
+
+
+if __name__ == "__main__":
+    run(main if "RANK" not in os.environ else lambda: count(sys.argv[1:]))
