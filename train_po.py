@@ -75,7 +75,7 @@ from utils.preferences import (
     rewards,
 )
 from utils.progress import RunProgress
-from utils.shard_sources import display_url
+from utils.redaction import shown_setting
 from utils.shards import eval_loader, train_loader
 from utils.skipped import SkipCounter, count_skipped
 from utils.typographic import KINDS, PLACES, word_style
@@ -106,7 +106,7 @@ class Settings:
     cache_limit_gb: float | None = flag(None, "most that shards behind URLs may take there, in 10^9 bytes (default: no limit)", group="data", above=0)
     cache_features: bool = flag(True, "--trainable head: embed every image once and keep the embeddings; false draws new words every epoch", group="data")
     max_bad_fraction: float = flag(0.01, "share of unreadable samples past which the run stops", group="data", minimum=0, maximum=1)
-    allow_pipe_urls: bool = flag(False, "allow pipe: URLs, which execute shell commands", group="data")
+    allow_pipe_urls: bool = flag(False, "allow pipe: URLs, which execute shell commands; not in a recipe", group="data", in_recipe=False)
 
     attacks_per_image: int = flag(1, "copies of each image, each with another wrong word", group="words", minimum=1)
     fonts: list[str] = flag(["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"], "fonts of matplotlib, Aileron, or .ttf files", group="words")
@@ -190,8 +190,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_steps=settings.max_steps,
     )
     known_settings = dataclasses.asdict(settings) | {"global_batch_size": global_batch_size}
-    # Shown and stored without what may be a token in a URL.
-    known_settings |= {name: list(map(display_url, known_settings[name])) for name in ("train_shards", "eval_shards")}
+    # Shown and stored without what may be a token.
+    known_settings = {name: shown_setting(value) for name, value in known_settings.items()}
     if resumed:
         refuse_changed_settings(resumed["settings"], known_settings, FREE_SETTINGS)
     check_model(settings.model_name_or_path, "--model_name_or_path")

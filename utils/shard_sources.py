@@ -1,6 +1,6 @@
 """Where shards are: paths, globs, directories and URLs to single shards, and local copies of the remote ones.
 
-Nothing that is logged or kept on disk holds a token: ``display_url`` is what may be shown.
+Nothing that is logged or kept on disk holds a token: ``utils.redaction.display_url`` is what may be shown.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any
 import braceexpand
 
 from utils.cli import UserError
+from utils.redaction import display_url, url_scheme, without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
 DOWNLOAD_RETRIES = 3
 RETRY_DELAY = 1.0  # seconds before the first retry, doubled for each further one
+MAX_TEXT_BYTES = 64 << 20  # of sizes.json and the like; a million shards take half of it
 
 
 class ShardError(UserError):
@@ -75,7 +77,7 @@ def expand_shards(patterns: Sequence[str], *, flag: str = "--train_shards", allo
             raise UserError(
                 f"{flag} {display_url(pattern)}: braces do not match; expected e.g. x-{{000..010}}.tar"
             ) from None
-        scheme = _scheme(pattern)
+        scheme = url_scheme(pattern)
         if scheme == "pipe":
             if not allow_pipe_urls:
                 raise UserError(
@@ -176,42 +178,22 @@ def _tars_in_folder(folder: str, names: Sequence[str], flag: str) -> list[str]:
 
 def _natural(name: str) -> list[Any]:
     """Sort key by which shard 10 follows shard 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name) if part]
-
-
-def _scheme(url: str) -> str | None:
-    if url.startswith("pipe:"):
-        return "pipe"
-    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", url)
-    return match.group(1).lower() if match else None
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name) if part]
 
 
 def is_remote(url: str) -> bool:
-    return _scheme(url) is not None
-
-
-def display_url(url: str) -> str:
-    """The URL as it may be shown and logged: without user, password, query and fragment, a pipe without arguments."""
-    scheme = _scheme(url)
-    if scheme is None:
-        return url
-    digest = hashlib.sha256(url.encode()).hexdigest()[:8]
-    if scheme == "pipe":
-        return f"pipe:{(url[5:].split() or [''])[0]} ... ({digest})"
-    address, *query = re.split(r"[?#]", url, maxsplit=1)
-    shown = re.sub(r"(://)[^/]*@", r"\1", address)
-    return f"{shown} ({digest})" if query and query[0] else shown
+    return url_scheme(url) is not None
 
 
 def file_name(url: str) -> str:
-    if _scheme(url) == "pipe":
+    if url_scheme(url) == "pipe":
         return "pipe.tar"
     return (re.split(r"[?#]", url, maxsplit=1)[0] if is_remote(url) else url).rpartition("/")[2]
 
 
 def sibling(url: str, name: str) -> str | None:
     """The file ``name`` in the folder of ``url``."""
-    if _scheme(url) == "pipe":
+    if url_scheme(url) == "pipe":
         return None
     if not is_remote(url):
         return os.path.join(os.path.dirname(url), name)
@@ -290,9 +272,8 @@ def hub_set(name: str, split: str, cache_dir: str | None = None, flag: str = "--
 
 
 def one_line(error: BaseException) -> str:
-    """The error's text on one line; URLs lose what may hold a token."""
-    text = re.sub(r"https?://[^\s'\")]+", lambda match: display_url(match.group(0)), str(error))
-    return " ".join(f"{type(error).__name__} {text}".split())[:300]
+    """The error's text on one line, without secrets."""
+    return " ".join(f"{type(error).__name__} {without_secrets(str(error))}".split())[:300]
 
 
 class ShardCache:
@@ -407,29 +388,37 @@ def _with_retries(fetch: Callable[[], None]) -> None:
             time.sleep(RETRY_DELAY * 2**attempt)
 
 
-def _download(url: str, target: Path) -> None:
-    """The whole of ``url`` into ``target``. _Absent where there is nothing, OSError where it may help to try again."""
-    scheme = _scheme(url)
+def _download(url: str, target: Path, limit: int | None = None) -> None:
+    """The whole of ``url`` into ``target``. _Absent where there is nothing, OSError where it may help to try again.
+
+    ``limit``: bytes of which a server sends no more than this module reads on.
+    """
+    scheme = url_scheme(url)
     if scheme == "pipe":
         _download_pipe(url, target)
     elif scheme == "hf":
         _download_hub(url, target)
     else:
-        _download_http(url, target)
+        _download_http(url, target, limit)
 
 
-def _download_http(url: str, target: Path) -> None:
+def _download_http(url: str, target: Path, limit: int | None = None) -> None:
     try:
         with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response, open(target, "wb") as stream:
             expected = response.headers.get("Content-Length")
             while chunk := response.read(1 << 20):
                 stream.write(chunk)
-            if expected is not None and stream.tell() != int(expected):
+                if limit is not None and stream.tell() > limit:
+                    raise UnavailableShard(f"more than {limit} bytes")
+            if expected is not None and expected.isdecimal() and stream.tell() != int(expected):
                 raise OSError(f"connection broke after {stream.tell()} of {expected} bytes")
     except urllib.error.HTTPError as error:
         if error.code in (408, 425, 429) or error.code >= 500:
             raise OSError(f"HTTP status {error.code}") from None
         raise _Absent(f"HTTP status {error.code}") from None
+    except (http.client.InvalidURL, ValueError):
+        # Their texts quote parts of the address: of http://user:password@host the password.
+        raise _Absent("not an address of a file; expected http(s)://host/path, without user and password") from None
     except http.client.HTTPException as error:
         raise OSError(one_line(error)) from None
 
@@ -485,24 +474,32 @@ def _download_pipe(url: str, target: Path) -> None:
 def read_text(location: str, cache_dir: str | os.PathLike) -> str | None:
     """A small UTF-8 text file by path or URL (sizes.json, classnames.txt); None where there is none.
 
-    UserError where the server cannot be reached at all or the file is not text.
+    UserError where the server cannot be reached at all, and where the file is not text or larger than MAX_TEXT_BYTES.
     """
+    shown = display_url(location)
     try:
         if not is_remote(location):
-            data = Path(location).read_bytes()
+            data = _read_at_most(location, MAX_TEXT_BYTES + 1)
         else:
             Path(cache_dir).mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache_dir, prefix="text-") as folder:
                 target = Path(folder) / "text" / "file"
                 target.parent.mkdir()
-                _with_retries(partial(_download, location, target))
-                data = target.read_bytes()
+                _with_retries(partial(_download, location, target, MAX_TEXT_BYTES))
+                data = _read_at_most(target, MAX_TEXT_BYTES + 1)
+        if len(data) > MAX_TEXT_BYTES:
+            raise UserError(f"{shown}: more than {MAX_TEXT_BYTES >> 20} MiB; expected a short text")
         return data.decode("utf-8")
     except (_Absent, FileNotFoundError, NotADirectoryError):
         return None
     except UnavailableShard as error:
-        raise UserError(f"{display_url(location)}: cannot be reached ({error}); check address and network") from None
+        raise UserError(f"{shown}: cannot be reached ({error}); check address and network") from None
     except OSError as error:
-        raise UserError(f"{location}: cannot be read ({error.strerror}); check its permissions") from None
+        raise UserError(f"{shown}: cannot be read ({error.strerror}); check its permissions") from None
     except UnicodeDecodeError:
-        raise UserError(f"{display_url(location)}: not a UTF-8 text; expected plain text") from None
+        raise UserError(f"{shown}: not a UTF-8 text; expected plain text") from None
+
+
+def _read_at_most(path: str | os.PathLike, count: int) -> bytes:
+    with open(path, "rb") as stream:
+        return stream.read(count)
