@@ -87,7 +87,8 @@ from utils.optimization import (
 )
 from utils.prefetch import prefetch_training
 from utils.progress import RunProgress
-from utils.shard_sources import default_cache_dir, display_url
+from utils.redaction import shown_setting
+from utils.shard_sources import default_cache_dir
 from utils.shards import ShardDataset, eval_loader, train_batches
 from utils.skipped import SkipCounter, count_skipped
 from utils.training_state import load_parameters
@@ -113,7 +114,7 @@ class Settings:
     cache_dir: str | None = flag(None, "where shards behind URLs and shard indexes are kept (default: the system's cache)", group="data")
     cache_limit_gb: float | None = flag(None, "most that shards behind URLs may take there, in 10^9 bytes (default: no limit)", group="data", above=0)
     max_bad_fraction: float = flag(0.01, "share of unreadable samples past which the run stops", group="data", minimum=0, maximum=1)
-    allow_pipe_urls: bool = flag(False, "allow pipe: URLs, which execute shell commands", group="data")
+    allow_pipe_urls: bool = flag(False, "allow pipe: URLs, which execute shell commands; not in a recipe", group="data", in_recipe=False)
     prefetch: bool = flag(False, "bring everything that the run needs into the caches and stop: for nodes without internet; shards go to --cache_dir, which those nodes have to share, see docs/offline.md", group="data")
 
     objective: str = flag("embedding", "what the attack maximises: squared embedding distance, or cross-entropy with the labels", group="method", choices=("embedding", "tecoa"))
@@ -218,8 +219,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_steps=settings.max_steps,
     )
     known_settings = dataclasses.asdict(settings) | {"global_batch_size": global_batch_size}
-    # Shown and stored without what may be a token in a URL.
-    known_settings |= {name: list(map(display_url, known_settings[name])) for name in ("train_shards", "eval_shards")}
+    # Shown and stored without what may be a token.
+    known_settings = {name: shown_setting(value) for name, value in known_settings.items()}
     if resumed:
         refuse_changed_settings(resumed["settings"], known_settings, FREE_SETTINGS)
     # Model files come by the first process of every node; the others find them.

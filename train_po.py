@@ -81,7 +81,8 @@ from utils.preferences import (
 )
 from utils.prefetch import prefetch_training
 from utils.progress import RunProgress
-from utils.shard_sources import default_cache_dir, display_url
+from utils.redaction import shown_setting
+from utils.shard_sources import default_cache_dir
 from utils.shards import eval_loader, train_batches
 from utils.skipped import SkipCounter, count_skipped
 from utils.training_state import load_parameters
@@ -114,7 +115,7 @@ class Settings:
     cache_limit_gb: float | None = flag(None, "most that shards behind URLs may take there, in 10^9 bytes (default: no limit)", group="data", above=0)
     cache_features: bool = flag(True, "--trainable head: embed every image once and keep the embeddings; false draws new words every epoch", group="data")
     max_bad_fraction: float = flag(0.01, "share of unreadable samples past which the run stops", group="data", minimum=0, maximum=1)
-    allow_pipe_urls: bool = flag(False, "allow pipe: URLs, which execute shell commands", group="data")
+    allow_pipe_urls: bool = flag(False, "allow pipe: URLs, which execute shell commands; not in a recipe", group="data", in_recipe=False)
     prefetch: bool = flag(False, "bring everything that the run needs into the caches and stop: for nodes without internet; shards go to --cache_dir, which those nodes have to share, see docs/offline.md", group="data")
 
     attacks_per_image: int = flag(1, "copies of each image, each with another wrong word", group="words", minimum=1)
@@ -213,8 +214,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_steps=settings.max_steps,
     )
     known_settings = dataclasses.asdict(settings) | {"global_batch_size": global_batch_size}
-    # Shown and stored without what may be a token in a URL.
-    known_settings |= {name: list(map(display_url, known_settings[name])) for name in ("train_shards", "eval_shards")}
+    # Shown and stored without what may be a token.
+    known_settings = {name: shown_setting(value) for name, value in known_settings.items()}
     if resumed:
         refuse_changed_settings(resumed["settings"], known_settings, FREE_SETTINGS)
     # Model files come by the first process of every node; the others find them.

@@ -155,7 +155,7 @@ def read_label(reader: ShardReader, shard: int, sample: int, num_classes: int) -
     """The .cls of a sample; BadSample where it is lost, UserError where it is no class."""
     key, members = reader.read(shard, sample, ["cls"])
     text = members.get("cls", b"").decode("ascii", "replace").strip()
-    if not text.isdecimal() or int(text) >= num_classes:
+    if not (text.isdecimal() and len(text) <= 9) or int(text) >= num_classes:
         raise UserError(
             f"--data {reader.index.urls[shard]}#{key}: .cls is {text[:40]!r}; expected 0 ... {num_classes - 1}, a line "
             "of classnames.txt"

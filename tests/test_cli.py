@@ -128,6 +128,14 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path):
     assert "Traceback" not in output
 
 
+def test_a_file_name_that_is_too_long_is_one_line(small_clip):
+    output = run_script(
+        "train_lore.py", "--model_name_or_path", small_clip, "--train_shards", "x", "--output_dir", "o" * 3000, status=2
+    )
+    assert "oooo: a file name that is too long; correct the path" in output
+    assert "Traceback" not in output
+
+
 def test_help_groups_the_flags_with_units_and_defaults():
     text = run_script("train_lore.py", "--help")
     assert "--eps FLOAT" in text

@@ -127,6 +127,21 @@ def test_a_directory_without_a_head_is_named(small_clip):
         load_head(small_clip)
 
 
+def test_a_head_of_another_model_is_named(small_clip, tmp_path):
+    clip, _ = load_clip(str(small_clip))
+    save_head(tmp_path, trained_head(), clip)
+    head = load_head(tmp_path)
+    head["text_projection"] = head["text_projection"][:, :-1]
+    with pytest.raises(UserError, match=r"head.safetensors: text_projection is \(24, 31\), the model's \(24, 32\)"):
+        set_head_t(clip, head, 0.5)
+    with pytest.raises(UserError, match="text_projection"), unfolded(clip, head):
+        pass
+    for content in (b"", b"\xff" * 100, b"\x02" + bytes(7) + b"{}"):
+        (tmp_path / "head.safetensors").write_bytes(content)
+        with pytest.raises(UserError, match=r"--model .*head\.safetensors"):
+            load_head(tmp_path)
+
+
 def test_head_starts_as_the_identity():
     embeds = torch.randn(3, 2, 5)
     assert torch.equal(Head(5)(embeds), embeds)

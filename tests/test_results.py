@@ -65,7 +65,8 @@ def test_what_is_written_is_read_back(tmp_path):
     results = Results(tmp_path)
     entry = cell("a", "apgd", 2.0)
     filled(results, entry, [True, False])
-    pictures = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8), [{"label": "a <b>", "predicted": "c"}] * 2
+    caption = {"label": "a <b>", "predicted_clean": "a <b>", "predicted": "c"}
+    pictures = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8), [caption] * 2
     results.write_pictures(entry, *pictures)
     results.warn(entry, "doubtful")
     results.warn(entry, "doubtful")

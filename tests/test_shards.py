@@ -412,6 +412,17 @@ def test_labels_are_only_needed_where_they_are_wanted(tmp_path):
     assert batch["skipped"] == []
 
 
+def test_readers_give_their_descriptors_back(tmp_path):
+    """Every evaluation of a run makes a data set anew."""
+    urls = make_shards(tmp_path / "set", [2, 2, 2])
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        data = dataset(urls, tmp_path, "sequential")
+        assert all(data[0, slot, slot]["image"] is not None for slot in range(6))
+    del data
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
 def test_a_data_set_in_use_can_be_sent_to_another_process(tmp_path):
     data = dataset(make_shards(tmp_path / "set", [24]), tmp_path)
     item = data[0, 3, 3]

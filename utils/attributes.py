@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -10,6 +9,9 @@ from typing import Any
 from utils.images import ImageTransform
 from utils.shards import ShardDataset, ShardIndex, ShardReader, collate
 from utils.skipped import BadSample
+from utils.strict_json import parse_json
+
+LONGEST_NAME = 200  # characters
 
 
 class AttributeDataset(ShardDataset):
@@ -29,11 +31,14 @@ class AttributeDataset(ShardDataset):
         if "json" not in members:
             raise BadSample("missing attribute", where, 'no .json member; expected {"attribute": "..."}')
         try:
-            attribute = json.loads(members["json"])["attribute"]
+            attribute = parse_json(members["json"])["attribute"]
         except (ValueError, KeyError, TypeError):
             raise BadSample("bad attribute", where, 'expected {"attribute": "..."} in the .json member') from None
         if not isinstance(attribute, str) or not attribute:
-            raise BadSample("bad attribute", where, f"attribute {attribute!r} is not a text")
+            found = "empty" if attribute == "" else f"a {type(attribute).__name__}"
+            raise BadSample("bad attribute", where, f"attribute is {found}, not a text")
+        if len(attribute) > LONGEST_NAME or not attribute.isprintable():  # it names a group in tables
+            raise BadSample("bad attribute", where, f"attribute {attribute[:100]!r} is no name")
         return super().load(reader, shard, sample, epoch) | {"attribute": attribute}
 
 

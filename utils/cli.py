@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import errno
 import math
 import os
 import re
@@ -27,16 +28,24 @@ from typing import Any, TypeVar
 
 import yaml
 
+from utils.redaction import printable, shown_setting, without_secrets
+
+MAX_RECIPE_BYTES = 1 << 20  # a recipe has some hundred lines
+
 SettingsT = TypeVar("SettingsT")
 
 
 class UserError(Exception):
     """A mistake that the user can mend. The text says what, where, what was expected and what to do, in one line.
 
+    Whatever it quotes loses its secrets and control characters here, so that no message has to think of them.
     ``every_rank``: all processes raise it alike, so that the first one speaks for all.
     """
 
     every_rank = True
+
+    def __init__(self, text: str) -> None:
+        super().__init__(printable(without_secrets(" ".join(text.split()))))
 
 
 def flag(
@@ -48,10 +57,12 @@ def flag(
     minimum: float | None = None,
     above: float | None = None,
     maximum: float | None = None,
+    in_recipe: bool = True,
 ) -> Any:
     """A settings field: its default, its help text (with the unit), its group in ``--help`` and its allowed values.
 
     ``minimum`` and ``maximum`` are allowed themselves, ``above`` is not. A list default is copied per instance.
+    ``in_recipe``: False for what only the command line may say, because recipes come from others.
     """
     metadata = {
         "help": help,
@@ -60,6 +71,7 @@ def flag(
         "minimum": minimum,
         "above": above,
         "maximum": maximum,
+        "in_recipe": in_recipe,
     }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -85,7 +97,9 @@ def parse_settings(
                 f"{name}: no such flag{_did_you_mean(name[2:], fields, prefix='--')}; --help lists all flags"
             )
     if unknown:
-        raise UserError(f"{unknown[0]!r}: an argument without a flag; every value follows its flag, as in --eps 4")
+        raise UserError(
+            f"{_quoted(unknown[0])}: an argument without a flag; every value follows its flag, as in --eps 4"
+        )
 
     values = {}
     if given.config is not None:
@@ -127,7 +141,13 @@ def run(main: Callable[[], Any]) -> None:
     script = Path(sys.argv[0]).name
     rank = int(os.environ.get("RANK", "0"))
     try:
-        main()
+        try:
+            main()
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            # Any flag may be a path, and the first to look at it meets this.
+            raise UserError(f"{str(error.filename)[:100]}: a file name that is too long; correct the path") from None
     except UserError as error:
         if rank == 0 or not error.every_rank:
             line = " ".join(str(error).split())
@@ -225,21 +245,57 @@ def _help_text(field: dataclasses.Field) -> str:
 
 def _read_recipe(path: str, fields: dict[str, dataclasses.Field]) -> dict[str, Any]:
     try:
-        recipe = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            data = file.read(MAX_RECIPE_BYTES + 1)
+        if len(data) > MAX_RECIPE_BYTES:
+            raise UserError(f"--config {path}: more than {MAX_RECIPE_BYTES >> 20} MiB; expected 'flag: value' lines")
+        text = data.decode("utf-8")
+        _refuse_what_no_recipe_needs(text, path)
+        recipe = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: not valid YAML: {error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--config {path}: not valid YAML: not a UTF-8 text") from None
+    except yaml.MarkedYAMLError as error:
+        # Not the whole text of the error, which shows the line: it may hold a token.
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"--config {path}: not valid YAML: {str(error.problem)[:100]}{line}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path}: not valid YAML: {str(error)[:100]}") from None
+    except ValueError:  # what looks like a date and is none, or a number of thousands of digits
+        raise UserError(f"--config {path}: not valid YAML: holds a date or number that does not exist") from None
     if recipe is None:
         return {}
     if not isinstance(recipe, dict):
         raise UserError(f"--config {path}: expected 'flag: value' lines, found a {type(recipe).__name__}")
     for key in recipe:
         if key not in fields:
-            raise UserError(
-                f"{path}: {key}: no such setting{_did_you_mean(str(key), fields)}; --help lists all settings"
-            )
+            key = str(key)[:100] if isinstance(key, str) else _quoted(key)
+            raise UserError(f"{path}: {key}: no such setting{_did_you_mean(key, fields)}; --help lists all settings")
+        if not fields[key].metadata["in_recipe"]:
+            raise UserError(f"{path}: {key}: not in a recipe, which may come from others; say --{key} yourself")
     return recipe
+
+
+def _refuse_what_no_recipe_needs(text: str, path: str) -> None:
+    """UserError for aliases, tags and nesting. A kilobyte of aliases can stand for gigabytes, deep nesting breaks PyYAML."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        found = None
+        if isinstance(event, yaml.AliasEvent):
+            found = "an alias (*)"
+        elif getattr(event, "tag", None) is not None:
+            found = "a tag (!)"
+        elif isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            found = "nested" if depth > 2 else None
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if found:
+            raise UserError(
+                f"--config {path}: line {event.start_mark.line + 1}: {found}; expected 'flag: value' or "
+                "'flag: [value, ...]' lines"
+            )
 
 
 def _unpack_type(hint: Any) -> tuple[type, bool, bool]:
@@ -261,6 +317,8 @@ def _convert(value: Any, hint: Any, field: dataclasses.Field, where: str) -> Any
         raise UserError(f"{where}: empty; expected {_describe(kind)}")
     if is_list:
         values = value if isinstance(value, list) else [value]
+        if any(isinstance(item, (list, dict)) for item in values):
+            raise UserError(f"{where}: expected a list of values ({_describe(kind)} each), found something nested")
         return [_convert_one(item, kind, field, where) for item in values]
     if isinstance(value, (list, dict)):
         raise UserError(f"{where}: expected {_describe(kind)}, found a {type(value).__name__}")
@@ -275,21 +333,25 @@ def _convert_one(value: Any, kind: type, field: dataclasses.Field, where: str) -
             return True
         if str(value).lower() in ("false", "no", "0"):
             return False
-        raise UserError(f"{where}: {value!r} is not true or false")
+        raise UserError(f"{where}: {_quoted(value)} is not true or false")
     if isinstance(value, bool) and kind in (int, float):
-        raise UserError(f"{where}: {value!r} is not {_describe(kind)}")
+        raise UserError(f"{where}: {_quoted(value)} is not {_describe(kind)}")
     try:
         if kind is int and isinstance(value, float) and not value.is_integer():
             raise ValueError
         converted = kind(value)
     except (ValueError, TypeError, OverflowError):
-        raise UserError(f"{where}: {value!r} is not {_describe(kind)}") from None
+        raise UserError(f"{where}: {_quoted(value)} is not {_describe(kind)}") from None
     if isinstance(converted, float) and not math.isfinite(converted):
-        raise UserError(f"{where}: {value!r} is not finite; expected {_describe(kind)}")
+        raise UserError(f"{where}: {_quoted(value)} is not finite; expected {_describe(kind)}")
+    if isinstance(converted, int) and abs(converted) >= 2**63:
+        raise UserError(f"{where}: {_quoted(value)} is too large; expected {_describe(kind)} of at most 63 bits")
+    if isinstance(converted, str) and ("\0" in converted or not _encodable(converted)):
+        raise UserError(f"{where}: {_quoted(value)} holds a character that no file name or text can have")
     limits = field.metadata
     if limits["choices"] and converted not in limits["choices"]:
         hint = _did_you_mean(str(converted), limits["choices"])
-        raise UserError(f"{where}: {converted!r} is not one of {', '.join(limits['choices'])}{hint}")
+        raise UserError(f"{where}: {_quoted(converted)} is not one of {', '.join(limits['choices'])}{hint}")
     if limits["minimum"] is not None and converted < limits["minimum"]:
         raise UserError(f"{where}: {converted} is too small; expected at least {limits['minimum']}")
     if limits["above"] is not None and converted <= limits["above"]:
@@ -301,3 +363,19 @@ def _convert_one(value: Any, kind: type, field: dataclasses.Field, where: str) -
 
 def _describe(kind: type) -> str:
     return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}.get(kind, kind.__name__)
+
+
+def _quoted(value: Any) -> str:
+    """``repr`` for a message: short, and without secrets."""
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return "a number of more than 63 bits"  # of more than 4300 digits Python makes no text
+    text = repr(shown_setting(value))
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def _encodable(text: str) -> bool:
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 
 from utils.attacks import seed_from
 from utils.cli import UserError
-from utils.images import ImageError, ImageTransform, decode
+from utils.images import MAX_IMAGE_BYTES, ImageError, ImageTransform, decode
 from utils.shard_sources import one_line
 from utils.shards import IMAGE_EXTENSIONS, ShardDataset, ShardIndex, ShardReader, collate
 from utils.skipped import BadSample, Skipped
@@ -46,6 +46,7 @@ VALIDATION_CORRUPTIONS = ("speckle_noise", "gaussian_blur", "spatter", "saturate
 KNOWN = CORRUPTIONS + VALIDATION_CORRUPTIONS
 SEVERITIES = (1, 2, 3, 4, 5)
 
+MOST_CLASSES, MOST_LABELS = 1_000_000, 100_000_000  # CIFAR-100-C has 100 and 50,000
 SMALLEST_SIDE = 32  # what the package accepts
 OWN_SEED = ("impulse_noise", "glass_blur")  # these do not draw from numpy's global state
 # Folders that the archives of the published ImageNet-C may be unpacked into.
@@ -256,7 +257,7 @@ class ArrayImages:
         try:
             # Mapped anew for every image (0.1 ms): a mapping that is kept would be sent to workers as a whole copy.
             pixels = np.array(np.load(self.path, mmap_mode="r", allow_pickle=False)[row])
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, IndexError) as error:
             raise BadSample("missing image", f"{self.path}#{row}", one_line(error)) from None
         return {"key": f"{slot:05d}", "label": label, "image": transform(Image.fromarray(pixels))}
 
@@ -276,7 +277,8 @@ class FolderImages:
         name, folder, label = self.files[slot]
         path = self.path / folder / name
         try:
-            image = decode(path.read_bytes(), transform)
+            with path.open("rb") as file:
+                image = decode(file.read(MAX_IMAGE_BYTES + 1), transform)
         except OSError as error:
             raise BadSample("missing image", str(path), error.strerror or one_line(error)) from None
         except ImageError as error:
@@ -338,8 +340,11 @@ def _read_labels(path: Path) -> np.ndarray:
     labels = _read_array(path, expected)
     if labels.dtype.kind not in "iu" or labels.ndim != 1 or len(labels) % len(SEVERITIES):
         raise UserError(f"{path}: {labels.dtype} {labels.shape}; expected {expected}; download it again")
-    if labels.min() < 0:
-        raise UserError(f"{path}: label {labels.min()}; expected {expected}; download it again")
+    if not 0 < len(labels) <= MOST_LABELS:
+        raise UserError(f"{path}: {len(labels)} labels; expected {expected}; download it again")
+    if labels.min() < 0 or labels.max() >= MOST_CLASSES:
+        odd = labels.min() if labels.min() < 0 else labels.max()
+        raise UserError(f"{path}: label {odd}; expected {expected}; download it again")
     return labels.astype(np.int64)
 
 
@@ -385,7 +390,7 @@ def _list_images(path: Path) -> FolderImages:
         with os.scandir(path / folder) as entries:
             for entry in entries:
                 extension = entry.name.rpartition(".")[2].lower()
-                if extension in IMAGE_EXTENSIONS and not entry.name.startswith("."):
+                if extension in IMAGE_EXTENSIONS and not entry.name.startswith(".") and entry.is_file():
                     files.append((entry.name, folder, label))
     if not files:
         raise UserError(f"{path}: no images; expected <class folder>/*.JPEG; unpack the archive again")

@@ -112,10 +112,11 @@ def check_model(name_or_path: str, flag: str, supported: Sequence[str] = SUPPORT
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        # OSError and ValueError; TypeError, AttributeError, RecursionError and others where config.json is not as it should.
         raise UserError(
             f"{flag} {name_or_path}: neither a local model directory nor a model that the Hugging Face hub gave "
-            f"({str(error).splitlines()[0][:160]}); check the name; without internet {BRING_IT}"
+            f"({_first_line(error)[:160]}); check the name; without internet {BRING_IT}"
         ) from None
     if config.model_type not in supported:
         raise UserError(f"{flag} {name_or_path}: model type {config.model_type!r}; supported: {', '.join(supported)}")
@@ -128,9 +129,11 @@ def load_clip(name_or_path: str, flag: str = "--model_name_or_path") -> tuple[CL
     try:
         with unpartitioned(), quiet_transformers():
             clip = CLIPModel.from_pretrained(name_or_path, dtype=torch.float32, trust_remote_code=False)
-            processor = CLIPProcessor.from_pretrained(name_or_path)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{flag} {name_or_path}: the model does not load: {str(error).splitlines()[0][:300]}") from None
+            processor = CLIPProcessor.from_pretrained(name_or_path, trust_remote_code=False)
+    except (
+        Exception
+    ) as error:  # of transformers, tokenizers, safetensors and torch, depending on the file that is wrong
+        raise UserError(f"{flag} {name_or_path}: the model does not load: {_first_line(error)}") from None
     return clip, processor
 
 
@@ -155,8 +158,8 @@ def load_vision_model(
                 if "visual_projection.weight" in missing:
                     vision_model, missing = _load_pretrained(CLIPVisionModel, name_or_path)
                     projection = None
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{flag} {name_or_path}: the model does not load: {str(error).splitlines()[0][:300]}") from None
+    except Exception as error:  # see ``load_clip``
+        raise UserError(f"{flag} {name_or_path}: the model does not load: {_first_line(error)}") from None
     missing = sorted(missing - {"embeddings.mask_token"})  # that one is for pre-training
     if missing:
         raise UserError(
@@ -176,6 +179,11 @@ def load_vision_model(
     return ImageEncoder(vision_model, projection, size[0], mean, std, compute_dtype).eval(), image_processor
 
 
+def _first_line(error: Exception) -> str:
+    """The beginning of an error's text, or its kind where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
 def _load_pretrained(model_class: type, name_or_path: str) -> tuple[Any, set[str]]:
     """A float32 model and the names of its weights that the file lacks: they are drawn at random."""
     model, found = model_class.from_pretrained(
@@ -190,7 +198,7 @@ def _load_image_processor(name_or_path: str) -> Any:
         return AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False, backend="pil")
     except ImportError:
         # Older transformers choose a class only beside torchvision. DINOv2's processor is CLIP's by another name.
-        return CLIPImageProcessorPil.from_pretrained(name_or_path)
+        return CLIPImageProcessorPil.from_pretrained(name_or_path, trust_remote_code=False)
 
 
 def make_encoder(clip: CLIPModel, processor: CLIPProcessor, compute_dtype: torch.dtype = torch.float32) -> ImageEncoder:

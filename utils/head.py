@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPModel
@@ -116,17 +117,38 @@ def save_head(directory: str | Path, weight: Tensor, clip: CLIPModel) -> None:
 def load_head(directory: str | Path, flag: str = "--model") -> dict[str, Tensor]:
     """What ``save_head`` wrote; ``UserError`` where the directory holds no head."""
     path = Path(directory) / HEAD_FILE
+    expected = "expected the output_dir of train_po.py --trainable head"
     try:
-        return load_file(path)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{flag} {directory}: no readable {HEAD_FILE} ({error}); expected the output_dir of train_po.py --trainable head"
-        ) from None
+        head = load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{flag} {directory}: no readable {HEAD_FILE} ({str(error)[:160]}); {expected}") from None
+    shapes = {name: tuple(tensor.shape) for name, tensor in head.items()}
+    names = ("weight", "visual_projection", "text_projection")
+    size = shapes.get("weight", ())[:1]
+    # Each maps to the same space: (D, D), (D, hidden), (D, hidden).
+    if (
+        not all(len(shapes.get(name, ())) == 2 and shapes[name][:1] == size for name in names)
+        or size != shapes["weight"][1:]
+    ):
+        raise UserError(f"{flag} {directory}: {HEAD_FILE} holds {str(shapes)[:160]}; {expected}")
+    if not all(head[name].is_floating_point() and head[name].isfinite().all() for name in names):
+        raise UserError(f"{flag} {directory}: {HEAD_FILE} holds what is not finite; {expected}")
+    if not head["weight"].any():
+        raise UserError(f"{flag} {directory}: the head of {HEAD_FILE} is zero; {expected}")
+    return head
+
+
+def _check_fits(clip: CLIPModel, head: dict[str, Tensor]) -> None:
+    for name in ("visual_projection", "text_projection"):
+        found, needed = tuple(head[name].shape), tuple(getattr(clip, name).weight.shape)
+        if found != needed:
+            raise UserError(f"{HEAD_FILE}: {name} is {found}, the model's {needed}; give the head of this model")
 
 
 @contextmanager
 def unfolded(clip: CLIPModel, head: dict[str, Tensor]) -> Iterator[None]:
-    """Inside, the model has the projections it had before any head was folded in."""
+    """Inside, the model has the projections it had before any head was folded in. UserError for another model's head."""
+    _check_fits(clip, head)
     projections = {"visual_projection": clip.visual_projection.weight, "text_projection": clip.text_projection.weight}
     kept = {name: weight.detach().clone() for name, weight in projections.items()}
     with torch.no_grad():
@@ -142,6 +164,7 @@ def unfolded(clip: CLIPModel, head: dict[str, Tensor]) -> Iterator[None]:
 
 def set_head_t(clip: CLIPModel, head: dict[str, Tensor], t: float) -> None:
     """Gives a model exported with a head the strength ``t``, whatever it was folded with before."""
+    _check_fits(clip, head)
     with torch.no_grad():
         clip.visual_projection.weight.copy_(head["visual_projection"])
         clip.text_projection.weight.copy_(head["text_projection"])

@@ -17,8 +17,12 @@ from PIL import Image
 
 from utils.cli import UserError
 
-# Pillow's own limit for an error (twice its limit for a warning), kept even where some library lifts that.
-MAX_PIXELS = 178_956_970
+# What Pillow decodes without a warning (it refuses twice as much): 341 MiB at its four bytes a pixel. Kept even where some
+# library lifts that limit. Also the most that resizing may make of an image: of 1 x 60,000 pixels it would make 3e9.
+MAX_PIXELS = 89_478_485
+MAX_SIDE = 65_535  # pixels, JPEG's own; the filter of a longer side alone would take 32 bytes a pixel of it
+MAX_OUTPUT_SIDE = 4096  # of what a model takes; they take 224 to 1024
+MAX_IMAGE_BYTES = 256 << 20  # of an encoded image: three bytes for each of MAX_PIXELS, which is no compression at all
 
 # Readers for what image sets hold under .jpg, .jpeg, .png and .webp. Without the list Pillow would try every format it
 # knows on untrusted bytes, down to PostScript.
@@ -65,6 +69,9 @@ class ImageTransform:
         crop = None
         if getattr(image_processor, "do_center_crop", False):
             crop = (int(image_processor.crop_size["height"]), int(image_processor.crop_size["width"]))
+        sizes = [*(resize if isinstance(resize, tuple) else (resize or 1, resize or 1)), *(crop or (1, 1))]
+        if min(sizes) < 1 or max(sizes) > MAX_OUTPUT_SIDE:
+            raise UserError(f"{name}: size {resize} and crop {crop}; expected 1 to {MAX_OUTPUT_SIDE} pixels a side")
         resample = getattr(image_processor, "resample", None)
         # The processors' own default where nothing is set is bilinear.
         return cls(resize, crop, int(Image.Resampling.BILINEAR if resample is None else resample), draft)
@@ -80,6 +87,11 @@ class ImageTransform:
         """Pillow image -> uint8 tensor (3, H, W), 0 ... 255."""
         # A draft changes the size, and the proportions by a pixel: the size wanted follows from the original.
         size = self._resized(*image.size)
+        if size is not None:
+            # Pillow resizes the rows first: between the two passes it holds the new width at the old height.
+            pixels = size[0] * max(size[1], image.height)
+            if pixels > MAX_PIXELS:
+                raise ImageError(f"{image.width} x {image.height} would take {pixels} pixels to resize")
         if self.draft and size is not None and image.format in ("JPEG", "MPO"):
             image.draft(None, (2 * size[0], 2 * size[1]))
         image = _to_rgb(image)
@@ -101,17 +113,27 @@ class ImageTransform:
 
 
 def decode(data: bytes, transform: ImageTransform) -> torch.Tensor:
-    """Encoded image -> uint8 tensor (3, H, W); ImageError for anything but a whole image of at most MAX_PIXELS."""
+    """Encoded image -> uint8 tensor (3, H, W); ImageError for anything but a whole image within the limits above.
+
+    The limits are checked on the header, before pixels are decoded. Of an animation the first frame counts. Texts and colour
+    profiles, which may be compressed too, are bounded by Pillow: 1 MiB each, 64 MiB in all.
+    """
+    if len(data) > MAX_IMAGE_BYTES:
+        raise ImageError(f"more than {MAX_IMAGE_BYTES >> 20} MiB")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ImageError(f"{image.width} x {image.height} pixels, at most {MAX_PIXELS} are decoded")
+            _check_size(*image.size)
             return transform(image)
     except (ImageError, MemoryError):
         raise
     except Exception as error:
         # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error and others, depending on the damage.
         raise ImageError(" ".join(f"{type(error).__name__}: {error}".split())) from error
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        raise ImageError(f"{width} x {height} pixels, at most {MAX_PIXELS} of {MAX_SIDE} a side are decoded")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from utils.cli import UserError
 from utils.encoders import ImageEncoder
+from utils.strict_json import parse_json
 
 
 def violation_statistics(distance: Tensor, margin: Tensor, rho: float) -> dict[str, float]:
@@ -117,14 +118,17 @@ class MetricsFile:
             ) from None
 
     def read(self) -> list[dict[str, Any]]:
+        """The rows in order; what is no row of a step is left out."""
         if not self.path.exists():
             return []
         rows = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
+                row = parse_json(line)
+            except ValueError:
                 continue  # the last line of a killed run
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
         return rows
 
     def cut_back(self, step: int) -> None:

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from utils.shard_sources import display_url
+from utils.redaction import shown_setting
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "webdataset", "bitsandbytes")
 
@@ -26,8 +26,9 @@ def versions() -> dict[str, str]:
 
 
 def command_line() -> str:
-    """The command of this process, as one would type it; URLs without what may be a token."""
-    return shlex.join(["python", *map(display_url, sys.argv)])
+    """The command of this process, as one would type it; without secrets."""
+    words = (word.partition("=") if word.startswith("--") else ("", "", word) for word in sys.argv)
+    return shlex.join(["python", *(flag + equals + shown_setting(value) for flag, equals, value in words)])
 
 
 def model_card(

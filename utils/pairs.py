@@ -26,12 +26,15 @@ import torch
 from torch import Tensor
 
 from utils.cli import UserError
-from utils.images import ImageTransform
+from utils.images import MAX_IMAGE_BYTES, ImageTransform
 from utils.shard_sources import default_cache_dir
 from utils.shards import IMAGE_EXTENSIONS, ShardDataset, ShardIndex, ShardReader
 from utils.skipped import BadSample, Skipped
+from utils.strict_json import parse_json
 from utils.typographic import Draws, WordStyle, fold, merge_names, write_word, wrong_words
 
+# A batch holds a row of marks over all its texts for each of its pictures.
+MOST_TEXTS, LONGEST_TEXT = 10_000, 10_000  # of a pair, characters
 NAMED_PAIR = re.compile(r"label=(?P<label>.+?)_text=(?P<text>.+)")
 NAME_TEMPLATE = "a photo of a {c}."  # the texts of label=X_text=Y
 
@@ -136,8 +139,8 @@ def parse_pair(text: bytes | None, key: str, where: str) -> tuple[Row, int]:
         fields: Any = {"chosen": label, "rejected": [written]}
     else:
         try:
-            fields = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            fields = parse_json(text)
+        except ValueError as error:
             raise BadSample("bad pair", where, f"the .json cannot be read: {error}") from None
     if not isinstance(fields, dict):
         raise BadSample("bad pair", where, 'expected {"chosen": text, "rejected": [text, ...]}')
@@ -147,8 +150,12 @@ def parse_pair(text: bytes | None, key: str, where: str) -> tuple[Row, int]:
     for name, value in (("rejected", rejected), ("candidates", candidates)):
         if value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
             raise BadSample("bad pair", where, f"{name}: expected a list of texts")
+        if value is not None and (len(value) > MOST_TEXTS or max(map(len, value), default=0) > LONGEST_TEXT):
+            raise BadSample("bad pair", where, f"{name}: more than {MOST_TEXTS} texts, or one of more characters")
     if not isinstance(chosen, str | None) or not isinstance(reg, bool):
         raise BadSample("bad pair", where, "chosen: expected a text; reg: expected true or false")
+    if len(chosen or "") > LONGEST_TEXT:
+        raise BadSample("bad pair", where, f"chosen: more than {LONGEST_TEXT} characters")
     try:
         "".join([chosen or "", *rejected, *(candidates or [])]).encode()
     except UnicodeEncodeError:  # no tokenizer takes half a surrogate pair, or a file name that is not UTF-8
@@ -235,7 +242,7 @@ def pack_pair_folder(folder: Path, cache_dir: str | None) -> str | None:
     pictures = [
         path
         for path in sorted(folder.iterdir())
-        if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS and NAMED_PAIR.fullmatch(path.stem)
+        if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS and NAMED_PAIR.fullmatch(path.stem) and path.is_file()
     ]
     if not pictures:
         return None
@@ -253,7 +260,9 @@ def pack_pair_folder(folder: Path, cache_dir: str | None) -> str | None:
                     # A dot in a name would end the sample's key; neighbours of one key (.jpg beside .png) would be one.
                     key, extension = path.stem.replace(".", " "), path.suffix.lower().lstrip(".")
                     key = f"{number}/{key}" if key == last_key else key
-                    writer.write({"__key__": key, extension: path.read_bytes()})
+                    with path.open("rb") as picture:  # one byte too many is one sample that is skipped
+                        data = picture.read(MAX_IMAGE_BYTES + 1)
+                    writer.write({"__key__": key, extension: data})
                     last_key = key
             os.replace(aside, shard)
         except OSError as error:

@@ -67,7 +67,7 @@ class RunProgress:
 
 def wide_console() -> Console:
     """Standard output for tables: as wide as the terminal, and wide enough where there is none."""
-    console = Console()
+    console = Console(markup=False)  # names are texts, also "runs/[/b]"
     if not console.is_terminal:
         console.width = 160
     return console

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import types
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -27,11 +28,20 @@ from utils.cli import UserError
 from utils.metrics import mcnemar
 from utils.model_card import versions
 from utils.sanity import sanity_warnings
+from utils.strict_json import parse_json
 
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 CELL = ("model", "dataset", "measure", "attack", "eps", "seed", "corruption", "severity", "sigma", "settings")
+
+SHARES = ("accuracy", "follows_word", "pair_accuracy")  # of images: a number wherever there were any
+NUMBER, NOTHING = int | float, types.NoneType
+# What a record may hold, where it holds it.
+RECORD = {
+    **{"position": int, "key": str, "correct": bool, "label": int | NOTHING, "predicted": int | NOTHING, "top5": list},
+    **{"broken_by": str | NOTHING, "forwards": NUMBER | NOTHING, "value": NUMBER, "cosine": NUMBER},
+}
 
 Cell = dict[str, Any]
 Row = dict[str, Any]  # of a sample: position, and what was found; accuracies have label, predicted, correct
@@ -51,7 +61,7 @@ class Results:
         if not self.path.exists():
             return
         try:
-            report = json.loads(self.path.read_text(encoding="utf-8"))
+            report = parse_json(self.path.read_text(encoding="utf-8"))
             if report["schema_version"] != SCHEMA_VERSION:
                 raise UserError(
                     f"--output_dir {output_dir}: results.json has schema version {report['schema_version']}, this "
@@ -60,11 +70,51 @@ class Results:
             self.results, self.environment = report["results"], report["environment"]
             self.warnings, self.compared = report.get("warnings", []), report.get("comparisons", [])
             self.written = report.get("written", "")
-            [cell.keys() for cell in self.results]
+            self._check()
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise UserError(
                 f"--output_dir {output_dir}: results.json is not a report ({error}); give another directory"
             ) from None
+
+    def _check(self) -> None:
+        """ValueError where tables and figures could not be made of what was read."""
+        strengths = dict.fromkeys(("eps", "sigma", "severity"), NUMBER | NOTHING) | {"corruption": str | NOTHING}
+        texts = dict.fromkeys(("model", "dataset", "attack"), str)
+        _check_types("environment", self.environment, dict.fromkeys(self.environment, str))
+        _check_types("written", {"written": self.written}, {"written": str})
+        for result in self.results:
+            kinds = (
+                texts | strengths | {"measure": str, "seed": int, "settings": dict, "value": NUMBER | NOTHING, "n": int}
+            )
+            _check_types("a result", result, kinds)
+            if result["measure"] != "accuracy":
+                figure_name(result)  # KeyError for one that is not known
+            if result["ci95"] is not None:
+                low, high = result["ci95"]
+                _check_types("ci95", {"low": low, "high": high}, {"low": NUMBER, "high": NUMBER})
+            share = result["measure"] in SHARES
+            if result["n"] < share or (share and result["value"] is None):
+                raise ValueError(f"a result of {result['measure']} without images or value")
+            needed = {
+                "pgd": "eps",
+                "apgd": "eps",
+                "square": "eps",
+                "gaussian_noise": "sigma",
+                "corruptions": "severity",
+            }
+            if result["attack"] in needed and result[needed[result["attack"]]] is None:
+                raise ValueError(f"a result of {result['attack']} without {needed[result['attack']]}")
+            if "t" in result["settings"]:
+                _check_types("settings", result["settings"], {"t": NUMBER})
+        for warning in self.warnings:
+            _check_types("a warning", warning, texts | strengths | {"text": str, "model_revision": str | NOTHING})
+        known = {result["model"] for result in self.results}
+        for test in self.compared:
+            kinds = {"models": list, "dataset": str, "attack": str, "eps": NUMBER | NOTHING, "sigma": NUMBER | NOTHING}
+            _check_types("a comparison", test, kinds | dict.fromkeys(("n", "only_first", "only_second"), int))
+            _check_types("a comparison", test, {"p_value": NUMBER, "records": list})
+            if len(test["models"]) != 2 or not known.issuperset(test["models"]):
+                raise ValueError(f"a comparison of {str(test['models'])[:100]}, which have no results")
 
     def find(self, cell: Cell) -> dict[str, Any] | None:
         """The finished measurement of this cell, or None."""
@@ -114,7 +164,20 @@ class Results:
     def records(self, cell: Cell) -> list[Row]:
         """Empty where there are none (figures over a whole set, and reports of earlier versions)."""
         path = self.records_path(cell)
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        if not path.exists():
+            return []
+        rows = []
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+            try:
+                row = parse_json(line)
+                _check_types("a record", row, {"position": int})
+                _check_types("a record", row, {name: kind for name, kind in RECORD.items() if name in row})
+            except ValueError as error:
+                raise UserError(
+                    f"{path}: line {number} is not a record ({error}); measure again in another directory"
+                ) from None
+            rows.append(row)
+        return rows
 
     def records_path(self, cell: Cell) -> Path:
         return self.output_dir / "records" / f"{cell_name(cell)}.jsonl"
@@ -136,8 +199,19 @@ class Results:
         path = self.pictures_path(cell)
         if not path.exists():
             return None
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor("clean"), file.get_tensor("attacked"), json.loads(file.metadata()["captions"])
+        try:
+            with safe_open(path, framework="pt") as file:
+                clean, attacked = file.get_tensor("clean").float(), file.get_tensor("attacked").float()
+                captions = parse_json((file.metadata() or {})["captions"])
+            if clean.ndim != 4 or clean.shape[1] != 3 or not clean.numel() or clean.shape != attacked.shape:
+                raise ValueError(f"images of {tuple(clean.shape)} and {tuple(attacked.shape)}")
+            if not isinstance(captions, list) or len(captions) != len(clean):
+                raise ValueError("captions of other images")
+            for caption in captions:
+                _check_types("a caption", caption, dict.fromkeys(("label", "predicted_clean", "predicted"), str))
+        except (SafetensorError, ValueError, KeyError, OSError) as error:
+            raise UserError(f"{path}: holds no pictures ({str(error)[:160]}); delete it, they are not needed") from None
+        return clean, attacked, captions
 
     def pictures_path(self, cell: Cell) -> Path:
         return self.output_dir / "pictures" / f"{cell_name(cell)}.safetensors"
@@ -157,7 +231,10 @@ class Results:
         for group in groups.values():
             if len(group) < 2:
                 continue
-            correct = [{row["position"]: row["correct"] for row in self.records(result)} for result in group]
+            correct = [
+                {row["position"]: row["correct"] for row in self.records(result) if "correct" in row}
+                for result in group
+            ]
             for (first, a), (second, b) in itertools.combinations(zip(group, correct), 2):
                 common = sorted(a.keys() & b.keys())
                 if not common:
@@ -189,7 +266,7 @@ def model_revision(name_or_path: str) -> str:
         return digest.hexdigest()
     from transformers import AutoConfig
 
-    return str(getattr(AutoConfig.from_pretrained(name_or_path), "_commit_hash", None))
+    return str(getattr(AutoConfig.from_pretrained(name_or_path, trust_remote_code=False), "_commit_hash", None))
 
 
 def cell_name(cell: Cell) -> str:
@@ -201,6 +278,18 @@ def cell_name(cell: Cell) -> str:
         if cell[name] is not None:
             parts.append(cell[name] if name == "corruption" else f"{name}{cell[name]:g}")
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(parts))[:120] + f"_{digest}"
+
+
+def _check_types(what: str, found: Any, kinds: dict[str, Any]) -> None:
+    """ValueError where a dict lacks a key of ``kinds`` or has a value of another type there. True is no number here."""
+    if not isinstance(found, dict):
+        raise ValueError(f"{what} is a {type(found).__name__}")
+    for name, kind in kinds.items():
+        if name not in found:
+            raise ValueError(f"{what} has no {name}")
+        value = found[name]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"{what} has {str(value)[:60]!r} as {name}")
 
 
 def _without_model(result: dict[str, Any]) -> str:

@@ -59,7 +59,7 @@ def _beaten(by_attack: dict[str, list[Result]]) -> Iterator[tuple[Result, str]]:
     for apgd in by_attack.get("apgd", []):
         for pgd in by_attack.get("pgd", []):
             if pgd["eps"] == apgd["eps"] and pgd["value"] < apgd["value"]:
-                steps = pgd["settings"]["attack_steps"]
+                steps = pgd["settings"].get("attack_steps", "unknown")
                 yield (
                     apgd,
                     f"APGD leaves {_percent(apgd)}, PGD with {steps} steps only {_percent(pgd)}: APGD was too weak here",

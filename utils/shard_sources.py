@@ -1,7 +1,7 @@
 """Where shards are: paths, globs, directories and URLs to single shards, and local copies of the remote ones.
 
 Small texts and listings of the hub are asked for afresh wherever there is a network, and kept for where there is none.
-Nothing that is logged or kept on disk holds a token: ``display_url`` is what may be shown.
+Nothing that is logged or kept on disk holds a token: ``utils.redaction.display_url`` is what may be shown.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from typing import Any
 import braceexpand
 
 from utils.cli import UserError
+from utils.redaction import display_url, url_scheme, without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
 QUICK_TIMEOUT = 10.0  # the same, for a text of which there is a copy
 DOWNLOAD_RETRIES = 3
 RETRY_DELAY = 1.0  # seconds before the first retry, doubled for each further one
+MAX_TEXT_BYTES = 64 << 20  # of sizes.json and the like; a million shards take half of it
 BRING_IT = "bring everything before, by the same command with --prefetch true where there is internet"
 
 
@@ -86,7 +88,7 @@ def expand_shards(
             raise UserError(
                 f"{flag} {display_url(pattern)}: braces do not match; expected e.g. x-{{000..010}}.tar"
             ) from None
-        scheme = _scheme(pattern)
+        scheme = url_scheme(pattern)
         if scheme == "pipe":
             if not allow_pipe_urls:
                 raise UserError(
@@ -223,42 +225,22 @@ def _tars_in_folder(folder: str, names: Sequence[str], flag: str) -> list[str]:
 
 def _natural(name: str) -> list[Any]:
     """Sort key by which shard 10 follows shard 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name) if part]
-
-
-def _scheme(url: str) -> str | None:
-    if url.startswith("pipe:"):
-        return "pipe"
-    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", url)
-    return match.group(1).lower() if match else None
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name) if part]
 
 
 def is_remote(url: str) -> bool:
-    return _scheme(url) is not None
-
-
-def display_url(url: str) -> str:
-    """The URL as it may be shown and logged: without user, password, query and fragment, a pipe without arguments."""
-    scheme = _scheme(url)
-    if scheme is None:
-        return url
-    digest = hashlib.sha256(url.encode()).hexdigest()[:8]
-    if scheme == "pipe":
-        return f"pipe:{(url[5:].split() or [''])[0]} ... ({digest})"
-    address, *query = re.split(r"[?#]", url, maxsplit=1)
-    shown = re.sub(r"(://)[^/]*@", r"\1", address)
-    return f"{shown} ({digest})" if query and query[0] else shown
+    return url_scheme(url) is not None
 
 
 def file_name(url: str) -> str:
-    if _scheme(url) == "pipe":
+    if url_scheme(url) == "pipe":
         return "pipe.tar"
     return (re.split(r"[?#]", url, maxsplit=1)[0] if is_remote(url) else url).rpartition("/")[2]
 
 
 def sibling(url: str, name: str) -> str | None:
     """The file ``name`` in the folder of ``url``."""
-    if _scheme(url) == "pipe":
+    if url_scheme(url) == "pipe":
         return None
     if not is_remote(url):
         return os.path.join(os.path.dirname(url), name)
@@ -341,9 +323,8 @@ def hub_set(
 
 
 def one_line(error: BaseException) -> str:
-    """The error's text on one line; URLs lose what may hold a token."""
-    text = re.sub(r"https?://[^\s'\")]+", lambda match: display_url(match.group(0)), str(error))
-    return " ".join(f"{type(error).__name__} {text}".split())[:300]
+    """The error's text on one line, without secrets."""
+    return " ".join(f"{type(error).__name__} {without_secrets(str(error))}".split())[:300]
 
 
 class ShardCache:
@@ -469,29 +450,37 @@ def _with_retries(fetch: Callable[[], None], retries: int | None = None) -> None
             time.sleep(RETRY_DELAY * 2**attempt)
 
 
-def _download(url: str, target: Path, timeout: float = DOWNLOAD_TIMEOUT) -> None:
-    """The whole of ``url`` into ``target``. _Absent where there is nothing, OSError where it may help to try again."""
-    scheme = _scheme(url)
+def _download(url: str, target: Path, limit: int | None = None, timeout: float = DOWNLOAD_TIMEOUT) -> None:
+    """The whole of ``url`` into ``target``. _Absent where there is nothing, OSError where it may help to try again.
+
+    ``limit``: bytes of which a server sends no more than this module reads on. ``timeout``: seconds without a byte.
+    """
+    scheme = url_scheme(url)
     if scheme == "pipe":
         _download_pipe(url, target)
     elif scheme == "hf":
         _download_hub(url, target)
     else:
-        _download_http(url, target, timeout)
+        _download_http(url, target, limit, timeout)
 
 
-def _download_http(url: str, target: Path, timeout: float) -> None:
+def _download_http(url: str, target: Path, limit: int | None, timeout: float) -> None:
     try:
         with urllib.request.urlopen(url, timeout=timeout) as response, open(target, "wb") as stream:
             expected = response.headers.get("Content-Length")
             while chunk := response.read(1 << 20):
                 stream.write(chunk)
-            if expected is not None and stream.tell() != int(expected):
+                if limit is not None and stream.tell() > limit:
+                    raise UnavailableShard(f"more than {limit} bytes")
+            if expected is not None and expected.isdecimal() and stream.tell() != int(expected):
                 raise OSError(f"connection broke after {stream.tell()} of {expected} bytes")
     except urllib.error.HTTPError as error:
         if error.code in (408, 425, 429) or error.code >= 500:
             raise OSError(f"HTTP status {error.code}") from None
         raise (_Absent if error.code in (404, 410) else _Refused)(f"HTTP status {error.code}") from None
+    except (http.client.InvalidURL, ValueError):
+        # Their texts quote parts of the address: of http://user:password@host the password.
+        raise _Absent("not an address of a file; expected http(s)://host/path, without user and password") from None
     except http.client.HTTPException as error:
         raise OSError(one_line(error)) from None
 
@@ -577,22 +566,24 @@ def read_text(location: str, cache_dir: str | os.PathLike) -> str | None:
 
     A text behind a URL is asked for afresh every time. A copy is kept in ``cache_dir``, also the answer that there is no
     such file, and used, with a word in the log, where the server cannot be reached. UserError where it cannot be reached
-    and no copy was kept, and where the file is not text.
+    and no copy was kept, and where the file is not text or larger than MAX_TEXT_BYTES.
     """
+    shown = display_url(location)
     try:
-        data = _remote_text(location, Path(cache_dir)) if is_remote(location) else Path(location).read_bytes()
+        limit = MAX_TEXT_BYTES + 1
+        data = _remote_text(location, Path(cache_dir)) if is_remote(location) else _read_at_most(location, limit)
+        if data is not None and len(data) > MAX_TEXT_BYTES:
+            raise UserError(f"{shown}: more than {MAX_TEXT_BYTES >> 20} MiB; expected a short text")
         return None if data is None else data.decode("utf-8")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except UnavailableShard as error:
         hint = "" if BRING_IT in str(error) else f", or {BRING_IT}"
-        raise UserError(
-            f"{display_url(location)}: cannot be reached ({error}); check address and network{hint}"
-        ) from None
+        raise UserError(f"{shown}: cannot be reached ({error}); check address and network{hint}") from None
     except OSError as error:
-        raise UserError(f"{location}: cannot be read ({error.strerror}); check its permissions") from None
+        raise UserError(f"{shown}: cannot be read ({error.strerror}); check its permissions") from None
     except UnicodeDecodeError:
-        raise UserError(f"{display_url(location)}: not a UTF-8 text; expected plain text") from None
+        raise UserError(f"{shown}: not a UTF-8 text; expected plain text") from None
 
 
 def _remote_text(url: str, cache_dir: Path) -> bytes | None:
@@ -605,9 +596,9 @@ def _remote_text(url: str, cache_dir: Path) -> bytes | None:
         target.parent.mkdir()
         try:
             if known:  # a node without internet should not wait long for what it has
-                _with_retries(partial(_download, url, target, timeout=QUICK_TIMEOUT), retries=0)
+                _with_retries(partial(_download, url, target, MAX_TEXT_BYTES, QUICK_TIMEOUT), retries=0)
             else:
-                _with_retries(partial(_download, url, target))
+                _with_retries(partial(_download, url, target, MAX_TEXT_BYTES))
         except UnavailableShard as error:
             if isinstance(error, _Absent) and not (isinstance(error, _Refused) and copy.exists()):
                 absent.touch()
@@ -619,7 +610,7 @@ def _remote_text(url: str, cache_dir: Path) -> bytes | None:
             what = "the copy" if found is copy else "as absent, as it was"
             logger.warning("%s: cannot be reached (%s); taken %s of %s", display_url(url), error, what, _day_of(found))
             return copy.read_bytes() if found is copy else None
-        data = target.read_bytes()
+        data = _read_at_most(target, MAX_TEXT_BYTES + 1)
         os.replace(target, copy)
         absent.unlink(missing_ok=True)
         return data
@@ -635,3 +626,8 @@ def _write_whole(path: Path, data: bytes) -> None:
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     aside.write_bytes(data)
     os.replace(aside, path)
+
+
+def _read_at_most(path: str | os.PathLike, count: int) -> bytes:
+    with open(path, "rb") as stream:
+        return stream.read(count)

@@ -13,7 +13,6 @@ start as after a resume. What cannot be read becomes a ``Skipped`` record that t
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import os
 import signal
@@ -31,14 +30,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from utils.cli import UserError
 from utils.data_order import EpochOrder, EvalBatchSampler, SequentialOrder, TrainBatchSampler
-from utils.images import ImageError, ImageTransform, decode
+from utils.images import MAX_IMAGE_BYTES, ImageError, ImageTransform, decode
+from utils.redaction import display_url
 from utils.shard_sources import (
     BRING_IT,
     ShardCache,
     ShardError,
     UnavailableShard,
     default_cache_dir,
-    display_url,
     file_name,
     hub_offline,
     is_remote,
@@ -47,7 +46,8 @@ from utils.shard_sources import (
     sibling,
 )
 from utils.skipped import BadSample, Skipped
-from utils.tar_index import TarIndex, tar_index
+from utils.strict_json import parse_json
+from utils.tar_index import MAX_MEMBERS, TarIndex, tar_index
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,11 @@ OPEN_SHARDS = 256
 REPLACEMENTS_TRIED = 100
 SLOW_BATCH = 60.0  # seconds after which waiting for data is said
 WORKER_DEATHS = 3  # in a row, without a batch in between
+
+# What a sample may claim. Ten thousand texts of a hundred letters are the longest preference pair that can be used.
+MAX_MEMBER_BYTES = {"json": 1 << 20, "cls": 1 << 10}
+MAX_SAMPLE_BYTES = MAX_IMAGE_BYTES  # of all members that are read together
+MAX_LABEL = 2**31
 
 
 @dataclass
@@ -162,8 +167,9 @@ def _read_sizes(location: str | None, cache_dir: str) -> dict[str, int]:
     if text is None:
         return {}
     try:
-        sizes = json.loads(text)
-        if not all(type(size) is int and size >= 0 for size in sizes.values()):
+        sizes = parse_json(text)
+        # More samples than a shard may have members would also be more than the order of an epoch can be made of.
+        if not all(type(size) is int and 0 <= size <= MAX_MEMBERS for size in sizes.values()):
             raise ValueError
     except (ValueError, AttributeError):
         logger.warning('%s: not {"<shard>": samples, ...}; the shards are counted instead', display_url(location))
@@ -190,17 +196,25 @@ class ShardReader:
                 index.damage or f"sizes.json promises {self.index.sizes[shard]} samples, the shard holds {len(index)}"
             )
             raise BadSample("damaged shard", f"{where}{sample}", detail)
+        wanted = {
+            extension: place
+            for extension, place in index.members(sample).items()
+            if extensions is None or extension in extensions
+        }
+        _check_sizes(wanted, f"{where}{index.keys[sample]}")
         members = {}
-        for extension, (offset, size) in index.members(sample).items():
-            if extensions is None or extension in extensions:
-                members[extension] = _pread(descriptor, size, offset)
-                if len(members[extension]) != size:
-                    raise BadSample("damaged shard", f"{where}{sample}", f"{path} has become shorter")
+        for extension, (offset, size) in wanted.items():
+            members[extension] = _pread(descriptor, size, offset)
+            if len(members[extension]) != size:
+                raise BadSample("damaged shard", f"{where}{sample}", f"{path} has become shorter")
         return index.keys[sample], members
 
     def close(self) -> None:
         while self._open:
             os.close(self._open.popitem()[1][0])
+
+    def __del__(self) -> None:
+        self.close()  # every evaluation makes a reader; without this the descriptors of a long run would run out
 
     def _opened(self, shard: int, sample: int) -> tuple[int, str, TarIndex]:
         opened = self._open.get(shard)
@@ -235,6 +249,17 @@ class ShardReader:
         with self.cache.local(url) as path:
             index = tar_index(path, self.index.cache_dir, url if is_remote(url) else None)
             return os.open(path, os.O_RDONLY | os.O_CLOEXEC), path, index
+
+
+def _check_sizes(members: dict[str, tuple[int, int]], where: str) -> None:
+    """BadSample before a byte is read where a member is larger than anything it can be: {extension: (offset, size)}."""
+    for extension, (_, size) in members.items():
+        limit = MAX_MEMBER_BYTES.get(extension, MAX_SAMPLE_BYTES)
+        if size > limit:
+            raise BadSample("oversized member", where, f".{extension} of {size} bytes, at most {limit} are read")
+    total = sum(size for _, size in members.values())
+    if total > MAX_SAMPLE_BYTES:
+        raise BadSample("oversized member", where, f"{total} bytes together, at most {MAX_SAMPLE_BYTES} are read")
 
 
 def _pread(descriptor: int, size: int, offset: int) -> bytes:
@@ -348,13 +373,11 @@ class ShardDataset(Dataset):
             label = int(text.decode("ascii").strip())
         except ValueError:
             raise BadSample("bad label", where, f"{text[:40]!r} is no whole number") from None
-        if label < 0 or (self.num_classes is not None and label >= self.num_classes):
-            limit = (
-                ""
-                if self.num_classes is None
-                else f", there are {self.num_classes} classes (0 ... {self.num_classes - 1})"
-            )
-            raise BadSample("bad label", where, f"class {label}{limit}")
+        if not 0 <= label < MAX_LABEL:
+            raise BadSample("bad label", where, f"{text[:40]!r} is no class")
+        if self.num_classes is not None and label >= self.num_classes:
+            classes = f"there are {self.num_classes} classes (0 ... {self.num_classes - 1})"
+            raise BadSample("bad label", where, f"class {label}, {classes}")
         return label
 
     def _candidates(self, order: EpochOrder | SequentialOrder, slot: int) -> Iterator[tuple[int, int]]:

@@ -8,23 +8,33 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from utils.cli import UserError
+from utils.redaction import printable, without_secrets
 
 if TYPE_CHECKING:
     from utils.shards import ShardIndex
 
 logger = logging.getLogger(__name__)
 
+LONGEST_PLACE, LONGEST_DETAIL = 1000, 300  # characters
+
 
 @dataclass(frozen=True)
 class Skipped:
     """What was left out. kind: "missing shard", "damaged shard", "outdated sizes.json", "undecodable image",
-    "missing image", "missing label", "bad label", "missing pair", "bad pair", "chosen equals rejected", "chosen among
-    rejected" (a notice), "missing attribute", "bad attribute". where: the shard, or shard#sample; never holds a token."""
+    "oversized member", "missing image", "missing label", "bad label", "missing pair", "bad pair", "chosen equals rejected", "chosen among
+    rejected" (a notice), "missing attribute", "bad attribute". where: the shard, or shard#sample; never holds a token.
+
+    Names and texts of a shard are shown to people: what they hold of control characters is escaped, what is long is cut."""
 
     kind: str
     where: str
     detail: str
     samples: int = 1
+
+    def __post_init__(self) -> None:
+        for name, longest in (("where", LONGEST_PLACE), ("detail", LONGEST_DETAIL)):
+            text = printable(without_secrets(getattr(self, name)))
+            object.__setattr__(self, name, text if len(text) <= longest else f"{text[:longest]} ...")
 
 
 class BadSample(Exception):

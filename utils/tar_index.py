@@ -18,13 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from webdataset.tariterators import base_plus_ext
 
 from utils.shard_sources import digest
+from utils.strict_json import parse_json
 
 logger = logging.getLogger(__name__)
 
-MAX_LONG_NAME = 1 << 20  # bytes; what a tar may claim for a name before it counts as damaged
+# Beyond these a tar counts as damaged.
+MAX_HEADER_BYTES = 1 << 20  # of an extended header, which may also hold extended attributes
+MAX_NAME_BYTES = 4096  # Linux' own limit for a path
+MAX_MEMBERS = 4_000_000  # all of ImageNet with its labels is 2.6 million; their index takes 0.6 GB while it is made
 
 
 @dataclass
@@ -57,7 +60,8 @@ class TarIndex:
 def scan_tar(path: str | os.PathLike) -> TarIndex:
     """One pass over the headers of a tar; payloads are skipped.
 
-    A damaged or truncated tar keeps the samples before the damage. OSError where the file cannot be read at all.
+    A damaged or truncated tar keeps the samples before the damage. OSError where the file cannot be read at all. Links
+    and devices are passed over, names stay names: where they point to is never looked at.
     """
     keys: list[str] = []
     starts: list[int] = []
@@ -71,9 +75,11 @@ def scan_tar(path: str | os.PathLike) -> TarIndex:
         for name, offset, size in _regular_members(path):
             if name.startswith("__") and re.match(r"__[^/]*__($|/)", name):
                 continue  # webdataset's place for metadata
-            key, extension = base_plus_ext(name)
-            if key is None:
-                continue
+            folder, slash, basename = name.rpartition("/")
+            stem, dot, extension = basename.partition(".")
+            if not (stem and dot):
+                continue  # no extension, or a hidden file
+            key = folder + slash + stem
             if not keys or key != keys[-1]:
                 keys.append(key)
                 starts.append(len(offsets))
@@ -113,7 +119,7 @@ def _regular_members(path: str | os.PathLike) -> Iterator[tuple[str, int, int]]:
     """
     fd = os.open(path, os.O_RDONLY)
     try:
-        end, offset = os.fstat(fd).st_size, 0
+        end, offset, members = os.fstat(fd).st_size, 0, 0
         long_name, pax, zeros = None, {}, bytes(512)
         while True:
             header = os.pread(fd, 512, offset)
@@ -130,8 +136,10 @@ def _regular_members(path: str | os.PathLike) -> Iterator[tuple[str, int, int]]:
                 packed = offset == 0 and header.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ"))
                 raise tarfile.ReadError("compressed, not a plain tar" if packed else f"no tar header at byte {offset}")
             kind, payload = header[156:157], offset + 512
-            if kind in b"xXL" and size > MAX_LONG_NAME:
+            if kind in b"xXL" and size > MAX_HEADER_BYTES:
                 raise tarfile.ReadError(f"a name of {size} bytes at byte {offset}")
+            if kind in b"gKNV" and payload + size > end:
+                raise tarfile.ReadError(f"ends at byte {end}, inside a header that goes on to byte {payload + size}")
             if kind in b"xX":
                 pax = _pax_records(os.pread(fd, size, payload))
             elif kind == b"L":
@@ -140,10 +148,15 @@ def _regular_members(path: str | os.PathLike) -> Iterator[tuple[str, int, int]]:
                 raise tarfile.ReadError(f"a sparse member at byte {offset}, which is not supported")
             elif kind not in b"gKNV":  # other notes about the archive or the next member
                 if pax.get(b"size", b"").isdigit():
-                    size = int(pax[b"size"])
+                    size = int(pax[b"size"][:20])  # of 20 digits no file has as many bytes
                 name = pax.get(b"path") or long_name or header[:100].split(b"\0", 1)[0]
                 if header[257:263] == b"ustar\0" and header[345] and b"path" not in pax and not long_name:
                     name = header[345:500].split(b"\0", 1)[0] + b"/" + name
+                if len(name) > MAX_NAME_BYTES:
+                    raise tarfile.ReadError(f"a name of {len(name)} bytes at byte {offset}")
+                members += 1
+                if members > MAX_MEMBERS:
+                    raise tarfile.ReadError(f"more than {MAX_MEMBERS} members")
                 if kind in b"123456":
                     size = 0  # links, devices and folders have no payload, whatever the field says
                 elif payload + size > end:
@@ -151,7 +164,7 @@ def _regular_members(path: str | os.PathLike) -> Iterator[tuple[str, int, int]]:
                         f"ends at byte {end}, inside a member that goes on to byte {payload + size}"
                     )
                 elif kind in b"0\x007" and not any(key.startswith(b"GNU.sparse") for key in pax):
-                    yield name.decode("utf-8", "surrogateescape"), payload, size
+                    yield name.decode("utf-8", "backslashreplace"), payload, size
                 if pax or long_name:
                     long_name, pax = None, {}
             offset = payload + (size + 511) // 512 * 512
@@ -179,15 +192,15 @@ def _pax_records(data: bytes) -> dict[bytes, bytes]:
 def tar_index(path: str, cache_dir: str | os.PathLike, name: str | None = None) -> TarIndex:
     """``scan_tar``, kept as JSON in ``cache_dir``/index by ``name`` (default: path and mtime) and the file's size."""
     status = os.stat(path)
-    key = digest(f"2|{name or f'{os.path.abspath(path)}|{status.st_mtime_ns}'}|{status.st_size}")
+    key = digest(f"3|{name or f'{os.path.abspath(path)}|{status.st_mtime_ns}'}|{status.st_size}")
     stored = Path(cache_dir) / "index" / f"{key}.json"
     arrays = {"starts": np.int64, "extension_ids": np.int32, "offsets": np.int64, "sizes": np.int64}
     try:
-        found = json.loads(stored.read_text(encoding="utf-8"))
+        found = parse_json(stored.read_text(encoding="utf-8"))
         return TarIndex(
             **{key: np.array(value, arrays[key]) if key in arrays else value for key, value in found.items()}
         )
-    except (OSError, ValueError, TypeError, OverflowError):
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError):
         pass  # not there yet, or unreadable: one pass restores it
     index = scan_tar(path)
     fields = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in vars(index).items()}

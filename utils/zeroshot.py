@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,17 +21,23 @@ from utils.cli import UserError
 from utils.encoders import ImageEncoder, TextEncoder
 from utils.losses import class_logits, cross_entropy
 from utils.progress import RunProgress
-from utils.shard_sources import default_cache_dir, display_url, expand_shards, is_remote, read_text, sibling
+from utils.redaction import display_url
+from utils.shard_sources import default_cache_dir, expand_shards, is_remote, read_text, sibling
 from utils.shards import ShardIndex, index_shards
 
 DEFAULT_TEMPLATES = ["a photo of a {c}."]
 IMAGENET = "imagenet"  # --classnames imagenet
+LONGEST_NAME = 1000  # characters; CLIP reads the first 77 tokens
 PROMPTS = Path(__file__).parent / "prompts"
 
 
 def read_classnames(path: str | Path, cache_dir: str | None = None) -> list[str]:
-    """One class name per line, the line number is the class. Raises ``UserError`` for an absent, empty or odd file."""
+    """One class name per line, the line number is the class. Raises ``UserError`` for an absent, empty or odd file.
+
+    A name has at most ``LONGEST_NAME`` characters.
+    """
     text = read_text(str(path), cache_dir or default_cache_dir())
+    path = display_url(str(path))
     if text is None:
         raise UserError(f"{path}: no such file; expected class names, one per line, line number = class")
     names = [line.strip() for line in text.rstrip().splitlines()]
@@ -38,6 +45,12 @@ def read_classnames(path: str | Path, cache_dir: str | None = None) -> list[str]
         raise UserError(f"{path}: holds no class names; expected one per line")
     if "" in names:
         raise UserError(f"{path}: line {names.index('') + 1} is empty; expected a class name on every line")
+    for number, name in enumerate(names, 1):
+        # Names are drawn into images and printed in tables.
+        if len(name) > LONGEST_NAME or any(unicodedata.category(letter) == "Cc" for letter in name):
+            raise UserError(
+                f"{path}: line {number} is no class name: too long, or with control characters: {name[:40]!r}"
+            )
     return names
 
 
@@ -46,8 +59,10 @@ def read_templates(path: str | Path, cache_dir: str | None = None) -> list[str]:
     text = read_text(str(path), cache_dir or default_cache_dir()) or ""
     templates = [line.strip() for line in text.splitlines() if line.strip()]
     for template in templates:
-        if "{c}" not in template:
-            raise UserError(f"{path}: template {template!r} has no {{c}}, the place of the class name")
+        if "{c}" not in template or len(template) > LONGEST_NAME:
+            raise UserError(
+                f"{display_url(str(path))}: template {template[:100]!r} is too long or has no {{c}}, the place of the class name"
+            )
     return templates or list(DEFAULT_TEMPLATES)
 
 
