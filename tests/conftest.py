@@ -71,17 +71,6 @@ def accelerate_launch(config: Path) -> tuple[str, ...]:
     return (*command, "--main_process_port", str(free_port()), "--config_file", str(config))
 
 
-def zero_on_two_cpus(stage: int, folder: Path) -> Path:
-    """The shipped config of a ZeRO stage, for two CPU processes in float32."""
-    config = (ROOT / "accelerate_configs" / f"zero{stage}.yaml").read_text()
-    config = config.replace("num_processes: 8", "num_processes: 2").replace(
-        "mixed_precision: bf16", "mixed_precision: 'no'"
-    )
-    path = folder / "zero.yaml"
-    path.write_text(config)
-    return path
-
-
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -1,10 +1,15 @@
+import errno
 import json
+import os
 
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import nn
 
 from utils.checkpoint import (
+    damage,
     find_checkpoint,
     last_checkpoint,
     load_checkpoint,
@@ -13,23 +18,46 @@ from utils.checkpoint import (
     refuse_non_finite,
     replace_directory,
     save_checkpoint,
+    take_output_dir,
 )
 from utils.cli import UserError
+from utils.optimization import make_optimizer
+from utils.training_state import flatten, load_parameters, unflatten
 
 
-def save(output_dir, step, *, fail=False, total_limit=2, value=0.0):
+def trained(optimizer="adamw", steps=3):
+    """A model on its way, and its optimizer; the larger layer has 8-bit state where the optimizer has that at all."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 3))
+    found = make_optimizer(optimizer, model, 0.01, 0.1)
+    for _ in range(steps):
+        step(model, found)
+    return model, found
+
+
+def step(model, optimizer):
+    model(torch.linspace(-1, 1, 64)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def save(output_dir, step, *, fail=False, total_limit=2, value=0.0, optimizer="adamw"):
     def write_model(directory):
         directory.mkdir()
         (directory / "weights").write_text(str(step))
         if fail:
-            raise OSError(28, "No space left on device")
+            raise OSError(errno.ENOSPC, "No space left on device")
 
+    accelerator = Accelerator(cpu=True)
+    model, prepared = accelerator.prepare(*trained(optimizer))
     return save_checkpoint(
-        Accelerator(cpu=True),
+        accelerator,
         output_dir,
         step,
-        state={"step": step},
-        extra_state={"multiplier": {"value": torch.tensor(value)}},
+        model=model,
+        optimizer=prepared,
+        state={"step": step, "settings": {}, "skips": {}, "best": {}},
+        extra_state={"multiplier": {"value": torch.tensor(value)}, "seen": 7, "average": [torch.ones(2)] * 11},
         write_model=write_model,
         total_limit=total_limit,
     )
@@ -40,42 +68,66 @@ def names(output_dir):
 
 
 def test_checkpoints_are_whole_or_absent_and_pruned(tmp_path):
-    for step in (2, 10, 4):
-        save(tmp_path, step, total_limit=0)
+    for number in (2, 10, 4):
+        save(tmp_path, number, total_limit=0)
     assert last_checkpoint(tmp_path).name == "step-10"
-    with pytest.raises(OSError, match="No space"):
+    message = (
+        r"the checkpoint of step 12 cannot be written \(No space left on device\); the last one is .*step-10; make room"
+    )
+    with pytest.raises(UserError, match=message):
         save(tmp_path, 12, fail=True)
-    assert last_checkpoint(tmp_path).name == "step-10"
+    assert names(tmp_path) == ["step-10", "step-2", "step-4"]
     save(tmp_path, 12)
     assert names(tmp_path) == ["step-10", "step-12"]
-    assert read_state(last_checkpoint(tmp_path)) == {"step": 12}
+    assert read_state(last_checkpoint(tmp_path))["step"] == 12
     save(tmp_path, 12, value=7.0)  # again, in place of the one there
     assert names(tmp_path) == ["step-10", "step-12"]
-    extra = load_checkpoint(Accelerator(cpu=True), last_checkpoint(tmp_path))
-    assert extra["multiplier"]["value"] == 7.0
+    assert load_file(last_checkpoint(tmp_path) / "extra.safetensors")["multiplier/value"] == 7.0
     save(tmp_path, 14, total_limit=0)
     assert names(tmp_path) == ["step-10", "step-12", "step-14"]
 
 
-def test_nothing_is_unpickled(tmp_path):
-    checkpoint = save(tmp_path, 1)
-    torch.save({"multiplier": Bomb()}, checkpoint / "extra_state.pt")
-    with pytest.raises(Exception, match=r"weights_only|Weights only"):
-        load_checkpoint(Accelerator(cpu=True), checkpoint)
-    assert not (tmp_path / "exploded").exists()
+@pytest.mark.parametrize("optimizer", ["adamw", "adamax", "adamw_8bit", "paged_adamw_8bit"])
+def test_what_is_loaded_steps_on_like_what_was_saved(tmp_path, optimizer):
+    checkpoint = save(tmp_path, 3, optimizer=optimizer)
+    model, ahead = trained(optimizer)
+    accelerator = Accelerator(cpu=True)
+    restored, _ = trained(optimizer, steps=0)
+    load_parameters(restored, checkpoint)
+    restored, fresh = accelerator.prepare(restored, make_optimizer(optimizer, restored, 0.01, 0.1))
+    extra = load_checkpoint(accelerator, restored, fresh, checkpoint, read_state(checkpoint))
+    assert extra["seen"] == 7
+    assert len(extra["average"]) == 11
+    for _ in range(3):
+        step(model, ahead)
+        step(restored, fresh)
+    for expected, found in zip(model.parameters(), restored.parameters()):
+        assert found.equal(expected)
 
 
-class Bomb:
-    def __reduce__(self):
-        return (open, ("exploded", "w"))
+def test_another_models_parameters_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"holds other parameters than the model, the first is 2.bias"):
+        load_parameters(nn.Sequential(*[nn.Linear(3, 3)] * 3), save(tmp_path, 1))
+
+
+def test_nested_states_survive_as_names():
+    nested = {"a": {0: torch.ones(1), 10: {"b": torch.zeros(2), "count": 3, "rate": 0.1}}, "none": None}
+    tensors, numbers = flatten(nested)
+    assert set(tensors) == {"a/0", "a/10/b"}
+    found = unflatten(tensors | json.loads(json.dumps(numbers)))
+    assert found["a"][10]["count"] == 3
+    assert found["a"][10]["rate"] == 0.1
+    assert found["a"][0].equal(torch.ones(1))
+    assert "none" not in found
+    with pytest.raises(TypeError, match="a/x is a str"):
+        flatten({"a": {"x": "text"}})
 
 
 def test_where_a_run_starts(tmp_path):
     run = tmp_path / "run"
-    assert find_checkpoint(run, None) is None
+    take_output_dir(run)
+    assert find_checkpoint(run, None) is None  # its own lock does not count
     assert find_checkpoint(run, "latest") is None
-    run.mkdir()
-    assert find_checkpoint(run, None) is None
     saved = save(run, 3)
     (run / "checkpoints" / "step-9").mkdir()  # without a state: not a checkpoint
     assert find_checkpoint(run, "latest") == saved
@@ -86,6 +138,22 @@ def test_where_a_run_starts(tmp_path):
         find_checkpoint(run, str(run / "nowhere"))
     with pytest.raises(UserError, match="not a whole checkpoint"):
         read_state(run / "checkpoints" / "step-9")
+
+
+def test_every_kind_of_damage_is_named(tmp_path):
+    checkpoint = save(tmp_path, 1)
+    assert damage(checkpoint) is None
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    wrong = {"format": 1}, {"files": None}, {"files": {"x": [1]}}, {"step": "1"}, {"files": {"../x": [1, "a"]}}
+    for changes in wrong:
+        (checkpoint / "trainer_state.json").write_text(json.dumps(state | changes))
+        assert damage(checkpoint)
+    for text in ("", "[]", "[" * 100_000, '{"step": 1', "null"):
+        (checkpoint / "trainer_state.json").write_text(text)
+        assert damage(checkpoint) == "trainer_state.json is not what was written"
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    os.truncate(checkpoint / "model/weights", 0)
+    assert damage(checkpoint) == "model/weights has 0 bytes, was written with 1"
 
 
 def test_replacing_a_directory_leaves_one(tmp_path):
@@ -108,8 +176,8 @@ def test_changed_settings_are_named_and_free_ones_are_not():
 def test_the_first_step_with_a_non_finite_loss_is_named(tmp_path):
     losses = [torch.tensor(1.0)] * 9
     refuse_non_finite(Accelerator(cpu=True), losses, 3, 6, None)
-    for place, step in ((0, 4), (2, 4), (3, 5), (8, 6)):
+    for place, number in ((0, 4), (2, 4), (3, 5), (8, 6)):
         poisoned = list(losses)
         poisoned[place] = torch.tensor(float("inf"))
-        with pytest.raises(UserError, match=rf"step {step}: the loss is inf; there is no checkpoint yet"):
+        with pytest.raises(UserError, match=rf"step {number}: the loss is inf; there is no checkpoint yet"):
             refuse_non_finite(Accelerator(cpu=True), poisoned, 3, 6, None)

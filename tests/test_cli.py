@@ -117,7 +117,7 @@ def test_mistakes_are_found_before_a_model_is_loaded(never_loads, small_clip, di
         argv = [word for name, value in (base | changes).items() for word in (f"--{name}", str(value))]
         with pytest.raises(UserError, match=message):
             train_lore.main(argv)
-    assert not (tmp_path / "run").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 def test_a_mistake_is_one_line_and_status_2(tmp_path):

@@ -11,7 +11,7 @@ import torch
 from transformers import CLIPModel, CLIPProcessor
 
 import train_lore
-from tests.conftest import ROOT, accelerate_launch, run_script, zero_on_two_cpus
+from tests.conftest import ROOT, accelerate_launch, run_script
 from tests.small_models import photos, save_small_clip, small_encoder
 from utils.cli import UserError
 from utils.encoders import quiet_transformers
@@ -162,23 +162,6 @@ def test_accumulated_micro_batches_equal_one_batch(arguments, tmp_path, monkeypa
     assert_equal_runs(tmp_path / "one", tmp_path / "four")
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_two_processes_equal_one(arguments, tmp_path, monkeypatch, accumulation):
-    with_sgd(monkeypatch)
-    train_lore.main(arguments(output_dir=tmp_path / "one"))
-    run_script(
-        "tests/train_with_sgd.py",
-        "train_lore",
-        *arguments(
-            output_dir=tmp_path / "two",
-            per_device_train_batch_size=4 // accumulation,
-            gradient_accumulation_steps=accumulation,
-        ),
-        launcher=accelerate_launch(ROOT / "accelerate_configs" / "cpu_2proc.yaml"),
-    )  # fmt: skip
-    assert_equal_runs(tmp_path / "one", tmp_path / "two")
-
-
 def with_sgd(monkeypatch):
     """AdamW turns the rounding of gradients that are zero into whole updates; SGD shows whether runs are equal."""
     monkeypatch.setattr(
@@ -315,25 +298,6 @@ def test_labels_outside_the_class_list_are_counted_and_stop_the_run(arguments, d
                 eval_shards=digits / "test", eval_num_samples=40, classnames=three, output_dir=tmp_path / "evaluated"
             )
         )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
-def test_zero_on_two_processes_equals_one_process(arguments, digits, tmp_path, monkeypatch, stage):
-    """The shipped config, on two CPU processes in float32. The first start compiles DeepSpeed's collectives: minutes."""
-    common = {"eval_shards": digits / "test", "eval_num_samples": 20, "max_grad_norm": 0.5, "checkpoint_steps": 1}
-    with_sgd(monkeypatch)
-    train_lore.main(arguments(output_dir=tmp_path / "one", **common))
-    run_script(
-        "tests/train_with_sgd.py",
-        "train_lore",
-        *arguments(
-            output_dir=tmp_path / "two", per_device_train_batch_size=2, gradient_accumulation_steps=2, **common
-        ),
-        launcher=accelerate_launch(zero_on_two_cpus(stage, tmp_path)),
-    )  # fmt: skip
-    assert_equal_runs(tmp_path / "one", tmp_path / "two")
-    assert embeds(tmp_path / "two/checkpoints/step-2/model").equal(embeds(tmp_path / "two"))
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import torch
 from transformers import CLIPModel, CLIPProcessor
 
 import train_po
-from tests.conftest import ROOT, accelerate_launch, run_script, zero_on_two_cpus
+from tests.conftest import ROOT, accelerate_launch, run_script
 from tests.shard_maker import image_bytes, write_shard
 from tests.small_models import photos, save_small_clip, small_encoder
 from utils.cli import UserError
@@ -180,53 +180,6 @@ def test_accumulated_micro_batches_equal_one_batch(
         arguments(output_dir=tmp_path / "four", per_device_train_batch_size=2, gradient_accumulation_steps=4, **common)
     )
     assert_equal_runs(tmp_path / "one", tmp_path / "four")
-
-
-@pytest.mark.parametrize(
-    ("trainable", "task", "preference"), [("image", "typographic", "kto"), ("head", "pairs", "kto")]
-)
-def test_two_processes_equal_one(arguments, attribute_digits, tmp_path, monkeypatch, trainable, task, preference):
-    """With KTO, whose z is a mean over all processes, and with embeddings that two processes share the work for."""
-    with_sgd(monkeypatch)
-    shards = attribute_digits / ("pairs/train" if task == "pairs" else "train")
-    common = {"train_shards": shards, "trainable": trainable, "task": task, "preference": preference, "seed": 3}
-    run_script(
-        "tests/train_with_sgd.py",
-        "train_po",
-        *arguments(output_dir=tmp_path / "two", per_device_train_batch_size=4, cache_dir=tmp_path / "own", **common),
-        launcher=accelerate_launch(ROOT / "accelerate_configs" / "cpu_2proc.yaml"),
-    )
-    train_po.main(arguments(output_dir=tmp_path / "one", **common))
-    assert_equal_runs(tmp_path / "one", tmp_path / "two")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("stage", "trainable", "task"), [(2, "image", "typographic"), (3, "all", "typographic"), (3, "head", "pairs")]
-)
-def test_zero_on_two_processes_equals_one_process(
-    arguments, attribute_digits, tmp_path, monkeypatch, stage, trainable, task
-):
-    """The shipped configs, with accumulation over micro-batches of unequally many preferences. The first start compiles."""
-    with_sgd(monkeypatch)
-    sets = {"typographic": ("train", "val"), "pairs": ("pairs/train", "pairs/val")}[task]
-    common = {"trainable": trainable, "task": task, "preference": "dpo", "max_grad_norm": 0.5, "checkpoint_steps": 1}
-    common |= {
-        "train_shards": attribute_digits / sets[0],
-        "eval_shards": attribute_digits / sets[1],
-        "eval_num_samples": 21,
-    }
-    train_po.main(arguments(output_dir=tmp_path / "one", **common))
-    run_script(
-        "tests/train_with_sgd.py",
-        "train_po",
-        *arguments(
-            output_dir=tmp_path / "two", per_device_train_batch_size=2, gradient_accumulation_steps=2, **common
-        ),
-        launcher=accelerate_launch(zero_on_two_cpus(stage, tmp_path)),
-    )  # fmt: skip
-    assert_equal_runs(tmp_path / "one", tmp_path / "two")
-    assert embeds(tmp_path / "two/checkpoints/step-2/model").equal(embeds(tmp_path / "two"))
 
 
 def test_kept_embeddings_train_the_same_head(arguments, attribute_digits, tmp_path, capfd):

@@ -113,14 +113,19 @@ def _collect_replicated(
 
 
 def load_parameters(module: nn.Module, checkpoint: Path) -> None:
-    """Puts the checkpoint's parameters into ``module``, before it is prepared: engines copy them when they start."""
-    found = load_file(checkpoint / "parameters.safetensors")
-    missing, unexpected = module.load_state_dict(found, strict=False)
-    if missing or unexpected:
+    """Puts the checkpoint's parameters into ``module``, before it is prepared: engines copy them when they start.
+
+    Raises ``UserError`` where they are not those of ``module``.
+    """
+    found, wanted = load_file(checkpoint / "parameters.safetensors"), module.state_dict()
+    names = sorted(found.keys() ^ wanted.keys())
+    names += [name for name in wanted if name in found and found[name].shape != wanted[name].shape]
+    if names:
         raise UserError(
-            f"--resume_from_checkpoint {checkpoint}: holds other parameters than the model ({(missing + unexpected)[0]}); "
+            f"--resume_from_checkpoint {checkpoint}: holds other parameters than the model, the first is {names[0]}; "
             "expected a checkpoint of the same model"
         )
+    module.load_state_dict(found)
 
 
 def load_optimizer(
