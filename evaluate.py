@@ -106,7 +106,7 @@ class Settings:
     sigma: list[float] = flag([8.0, 16.0, 32.0, 64.0], "standard deviations of the Gaussian noise, in 1/255", group="attack", above=0, maximum=255)
     corruptions: list[str] = flag(list(CORRUPTIONS), "ImageNet-C's", group="attack", choices=KNOWN)
     severities: list[int] = flag(list(SEVERITIES), "of the corruptions", group="attack", minimum=1, maximum=5)
-    seed: int = flag(0, "of the random starts, the noise and the words", group="attack", minimum=0)
+    seed: int = flag(0, "of the random starts, the noise and the words", group="attack", minimum=0, maximum=2**32 - 1)
 
     fonts: list[str] = flag(["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"], "fonts of written words: of matplotlib, Aileron, or .ttf files", group="words")
     word_size_min: float = flag(20.0, "smallest letters, in pixels at an image side of 224", group="words", above=0)

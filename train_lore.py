@@ -142,7 +142,7 @@ class Settings:
     epochs: int = flag(2, "passes over the training set", group="optimisation", minimum=1)
     train_num_samples: int | None = flag(None, "images per epoch (default: all)", group="optimisation", minimum=1)
     max_steps: int | None = flag(None, "steps in all, in place of --epochs; a step is one batch with its K updates", group="optimisation", minimum=1)
-    seed: int = flag(0, "of data order, attack starts and multiplier", group="optimisation", minimum=0)
+    seed: int = flag(0, "of data order, attack starts and multiplier", group="optimisation", minimum=0, maximum=2**32 - 1)
 
     output_dir: str = required("directory of the run: the trained model, metrics.jsonl, checkpoints/", group="output")
     eval_steps: int = flag(500, "steps between evaluations; one more at step 0 and at the end", group="output", minimum=1)

@@ -143,7 +143,7 @@ class Settings:
     train_num_samples: int | None = flag(None, "samples per epoch (default: all)", group="optimisation", minimum=1)
     max_steps: int | None = flag(None, "steps in all, in place of --epochs", group="optimisation", minimum=1)
     weight_average: str = flag("none", "save and evaluate the run's weights averaged with Beta(0.7, 0.7)", group="optimisation", choices=("none", "beta"))
-    seed: int = flag(0, "of data order and words", group="optimisation", minimum=0)
+    seed: int = flag(0, "of data order and words", group="optimisation", minimum=0, maximum=2**32 - 1)
 
     output_dir: str = required("directory of the run: the trained model, metrics.jsonl, checkpoints/", group="output")
     eval_steps: int = flag(500, "steps between evaluations; one more at step 0 and at the end", group="output", minimum=1)

@@ -43,7 +43,6 @@ from utils.zeroshot import read_classnames
 # (file, call): why it is there all the same.
 ALLOWED = {
     ("utils/shard_sources.py", "gopen"): "pipe: URLs, after --allow_pipe_urls on the command line",
-    ("utils/checkpoint.py", "load_state"): "accelerate's own format, of the user's own checkpoints",
 }
 NEVER = {
     *("eval", "exec", "pickle.load", "pickle.loads", "pickle.Unpickler", "dill.load", "joblib.load", "marshal.loads"),
