@@ -371,7 +371,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             eval_skips.seen = 0  # every pass is weighed by itself
             counted = count_skipped(loader, eval_skips)
-            _, correct = predictions(module, counted, *eval_prompts, device=device, eps=radius, seed=settings.seed)
+            with gathered(module, settings.gather_for_attack):
+                _, correct = predictions(module, counted, *eval_prompts, device=device, eps=radius, seed=settings.seed)
             accuracies[name] = mean_over_processes(accelerator, correct)
             eval_skips.merge(gather_objects(accelerator, eval_skips.state())).check()
         progress.note(

@@ -100,8 +100,8 @@ def collectives(logged: dict[str, dict[int, list]]) -> tuple[int, float, int]:
     gathers, floats, others = 0, 0.0, 0
     for name, by_size in logged.items():
         for size, (number, *_) in by_size.items():
-            if "all_gather" in name:
-                gathers, floats = gathers + number, floats + number * size / 4
+            if "all_gather" in name:  # its size is that of one process's share
+                gathers, floats = gathers + number, floats + number * size / 4 * int(os.environ["WORLD_SIZE"])
             else:
                 others += number
     return gathers, floats, others

@@ -15,7 +15,7 @@ SHARDINGS = [
     *(pytest.param(f"zero{stage}_cpu_2proc", marks=pytest.mark.slow) for stage in (1, 2, 3)),
     *(pytest.param(f"zero{stage}_offload_cpu_2proc", marks=pytest.mark.slow) for stage in (2, 3)),
 ]
-# "PO both" besides: both towers, micro-batches of unequally many preferences.
+
 METHODS = {
     "LORE": ("train_lore", {"max_grad_norm": 0.5}),
     "FARE": ("train_lore", {"constraint": "none", "primal_steps": 1}),

@@ -333,9 +333,10 @@ def refuse_changed_settings(before: dict[str, Any], now: dict[str, Any], free: s
         if name not in free and before.get(name) != value
     ]
     if changed:
+        batch = "; a global batch is --per_device_train_batch_size x processes x --gradient_accumulation_steps"
         raise UserError(
             f"--resume_from_checkpoint: the run was started with other settings ({'; '.join(changed)}); give the "
-            "same ones, or start a new run in another --output_dir"
+            f"same ones{batch if 'global_batch_size' in ' '.join(changed) else ''}, or start a new run in another --output_dir"
         )
 
 
