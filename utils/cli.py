@@ -47,10 +47,12 @@ def flag(
     minimum: float | None = None,
     above: float | None = None,
     maximum: float | None = None,
+    waives_required: bool = False,
 ) -> Any:
     """A settings field: its default, its help text (with the unit), its group in ``--help`` and its allowed values.
 
-    ``minimum`` and ``maximum`` are allowed themselves, ``above`` is not. A list default is copied per instance.
+    ``minimum`` and ``maximum`` are allowed themselves, ``above`` is not. A list default is copied per instance. Where a
+    flag that ``waives_required`` is true, the required ones may be missing: it asks for something other than a run.
     """
     metadata = {
         "help": help,
@@ -59,6 +61,7 @@ def flag(
         "minimum": minimum,
         "above": above,
         "maximum": maximum,
+        "waives_required": waives_required,
     }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -96,8 +99,9 @@ def parse_settings(
     settings = settings_class(
         **{name: _convert(value, hints[name], fields[name], where) for name, (value, where) in values.items()}
     )
+    waived = any(field.metadata["waives_required"] and getattr(settings, name) for name, field in fields.items())
     for name, field in fields.items():
-        if field.metadata.get("required") and getattr(settings, name) in (None, []):
+        if not waived and field.metadata.get("required") and getattr(settings, name) in (None, []):
             raise UserError(f"--{name}: missing; {field.metadata['help']}")
     return settings
 
