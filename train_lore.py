@@ -542,14 +542,14 @@ def check_settings(settings: Settings) -> None:
 def estimate_memory(settings: Settings) -> None:
     """Prints what a step with these settings needs on a device; the model is not loaded, its config is."""
     check_reference_dtype(settings.reference_dtype, MIXED_PRECISIONS[settings.estimate_precision])
-    config = None
-    if settings.model_name_or_path:
-        config = check_model(settings.model_name_or_path, "--model_name_or_path")
+    name, config = settings.model_name_or_path, None
+    if name:
+        config = check_model(name, "--model_name_or_path")
         config.vision_config.projection_dim = config.projection_dim
     if int(os.environ.get("RANK", "0")):
         return
     print_estimate(
-        settings.model_name_or_path,
+        Path(name).resolve().name if name and Path(name).exists() else name,
         config and config.vision_config,
         batch_size=settings.per_device_train_batch_size,
         gradient_checkpointing=settings.gradient_checkpointing,

@@ -120,6 +120,8 @@ def measure(settings: Settings, model: Path, checkpointing: str) -> dict[str, An
     """Peak bytes, resident bytes and seconds of one step of train_lore.py. Call in a process of its own."""
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     run_dir = model / f"run-{checkpointing}"
+    # Saving copies weights on the host and writes gigabytes: not part of a step.
+    train_lore.save_clip = lambda *_: None
     with LiveBytes(keep_history=False) as tensors:
         train_lore.main(
             [

@@ -1,6 +1,7 @@
 """What a step needs: counted on fake tensors, beside what real steps of train_lore.py hold."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModelWithProjec
 import train_lore
 from tests.conftest import accelerate_launch, run_script
 from tests.small_models import photos, save_small_clip, small_encoder
+from utils import memory
 from utils.attacks import frozen, pgd
+from utils.cli import UserError
 from utils.encoders import enable_gradient_checkpointing
 from utils.losses import squared_distance
 from utils.memory import (
@@ -98,7 +101,8 @@ def test_what_more_processes_and_higher_stages_save():
     count = count_step(SMALL, compute_dtype=torch.bfloat16, gradient_checkpointing=True)
 
     def fixed(stage, processes, **options):
-        layout = Layout(stage, processes, reduce_bucket_size=1, prefetch_bucket_size=0, max_reuse_distance=0, **options)
+        buckets = {"reduce_bucket_size": 1, "prefetch_bucket_size": 0, "max_reuse_distance": 0}
+        layout = Layout(stage, processes, param_persistence_threshold=0, **buckets, **options)
         return {name: sum(kinds.values()) for name, kinds, _ in device_bytes(count, layout)}
 
     weights = 4 * sum(count.parameters)
@@ -193,13 +197,20 @@ def test_the_trainers_attack_recomputes(deep_clip, digits, tmp_path, monkeypatch
     assert peaks[1] < 0.6 * peaks[0]
 
 
-def test_the_command_needs_neither_data_nor_a_model(deep_clip, tmp_path):
-    output = run_script(
-        "train_lore.py", "--estimate_memory", "--estimate_processes", 4, "--model_name_or_path", deep_clip
-    )
-    assert all(name in output for name in (*TOWERS, str(deep_clip)[-20:], "ZeRO-3 + gc", "Largest", "made of"))
-    wrong = run_script("train_lore.py", "--estimate_memory", "--model_name_or_path", tmp_path, status=2)
-    assert "holds no config.json" in wrong.splitlines()[-1]
+def test_the_command_needs_neither_data_nor_weights(deep_clip, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "TOWERS", ("ViT-B/32",))  # one of them, for time
+    config_alone = tmp_path / "config-alone"
+    config_alone.mkdir()
+    shutil.copy(deep_clip / "config.json", config_alone)
+    common = ["--estimate_memory", "--estimate_processes", "4", "--model_name_or_path"]
+    train_lore.main([*common, str(config_alone), "--gradient_checkpointing"])
+    output = capsys.readouterr().out
+    for expected in ("4 processes", "ViT-B/32", "config-alone", "ZeRO-3 + gc", "Largest", "activations"):
+        assert expected in output
+    with pytest.raises(UserError, match=r"holds no config\.json"):
+        train_lore.main([*common, str(tmp_path)])
+    with pytest.raises(UserError, match="--reference_dtype bfloat16"):
+        train_lore.main([*common, str(config_alone), "--estimate_precision", "no", "--reference_dtype", "bfloat16"])
 
 
 @pytest.mark.slow

@@ -237,7 +237,7 @@ def _trace(
             )
 
         def cut(phase: str) -> None:
-            """Ends a segment here. ``again``: the gradients were there before and are counted elsewhere."""
+            """Ends a segment of the trace here: what was done since the last cut."""
             nonlocal first
             history = tensors.history[first:]
             live = np.array([live for _, live in history], dtype=np.float64) - resident
@@ -245,7 +245,7 @@ def _trace(
             for operation, size in made:
                 gradients[max(0, operation - first) :] += size
             if phase == "further backward":
-                live, gradients = live - weights, 0 * live
+                live, gradients = live - weights, 0 * live  # those that were there before are counted elsewhere
             segments.append(_Segment(phase, [name for name, _ in history], np.stack([live, gradients], axis=1)))
             first = len(tensors.history)
 
@@ -556,7 +556,7 @@ def print_estimate(
         for stage, layout in layouts.items()
     }
     table = _table(
-        f"What the peak of {shown} is made of, GB, gradient checkpointing {'on' if gradient_checkpointing else 'off'}",
+        f"Peak of {shown}, GB" + (", gradient checkpointing" if gradient_checkpointing else ""),
         "",
         list(parts),
     )
