@@ -4,7 +4,7 @@ What a step holds beside weights, gradients and optimizer is counted, not guesse
 (reference, attack, two primal backward passes, dual) on fake tensors, which have shapes and lifetimes but no data, and
 notes the live bytes after every operation. The operations are the same for every batch size, so after each of them the
 live bytes are a + b * images, and two batch sizes give both. Which weights, gradients and optimizer states a device holds
-besides is arithmetic (``resident``), read from DeepSpeed's source (0.19) and checked against counted runs.
+besides is arithmetic (``device_bytes``), read from DeepSpeed's source (0.19) and checked against counted runs.
 
 GB is 10^9 bytes, here and in every table.
 """
