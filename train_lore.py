@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -39,6 +40,7 @@ from utils.checkpoint import (
 )
 from utils.cli import UserError, flag, parse_settings, required, run
 from utils.distributed import (
+    MIXED_PRECISIONS,
     average_gradients,
     compute_dtype,
     default_num_workers,
@@ -51,7 +53,10 @@ from utils.distributed import (
     start_tracker,
 )
 from utils.encoders import (
+    check_model,
+    check_reference_dtype,
     enable_gradient_checkpointing,
+    keep_weights_in,
     load_clip,
     load_reference,
     make_encoder,
@@ -69,6 +74,7 @@ from utils.lagrangian import (
     violation,
 )
 from utils.losses import class_logits, cross_entropy, kl_divergence, squared_distance
+from utils.memory import print_estimate
 from utils.metrics import (
     MetricsFile,
     forward_flops,
@@ -104,7 +110,12 @@ class Settings:
     reference_model_name_or_path: str | None = flag(None, "frozen reference, for going on from a fine-tuned model (default: the start model)", group="model")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward passes: less memory, more time", group="model")
     shard_reference: bool = flag(False, "shard the frozen reference over the processes too (DeepSpeed): for encoders too large to copy", group="model")
+    reference_dtype: str = flag("float32", "weights of the reference's blocks; bfloat16 halves them, needs mixed_precision bf16 and changes no embedding", group="model", choices=("float32", "bfloat16"))
     compile: bool = flag(False, "torch.compile the encoders", group="model")
+
+    estimate_memory: bool = flag(False, "only print what a step of this kind needs on a device, for the usual image towers and, where given, --model_name_or_path; needs no data", group="memory", waives_required=True)
+    estimate_processes: int = flag(8, "processes of the run that is estimated", group="memory", minimum=1)
+    estimate_precision: str = flag("bf16", "mixed_precision of the run that is estimated", group="memory", choices=("bf16", "fp16", "no"))
 
     train_shards: list[str] = required("brace-expanded paths, globs, directories, hf:// or https:// URLs of .tar shards", group="data", many=True)
     eval_shards: list[str] = flag([], "shards with labels for the periodic clean and PGD accuracy (default: no evaluation)", group="data")
@@ -160,7 +171,7 @@ FREE_SETTINGS = {
     "output_dir", "resume_from_checkpoint", "cache_dir", "cache_limit_gb", "num_workers", "report_to", "allow_pipe_urls", "max_bad_fraction",
     "eval_shards", "eval_num_samples", "eval_steps", "logging_steps", "checkpoint_steps", "checkpoints_total_limit",
     "keep_best", "gradient_checkpointing", "compile", "shard_reference", "gather_for_attack", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "prefetch",
+    "prefetch", "estimate_memory", "estimate_processes", "estimate_precision",
 }  # fmt: skip
 
 
@@ -178,6 +189,8 @@ class MicroBatch:
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse_settings(Settings, argv, description=__doc__)
     check_settings(settings)
+    if settings.estimate_memory:
+        return estimate_memory(settings)
     needs_labels = settings.objective == "tecoa" or settings.constraint == "kl"
     constrained = settings.constraint != "none"
     clean_in_primal = constrained or settings.clean_weight > 0
@@ -198,6 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         output_dir=settings.output_dir,
     )
     device, world_size = accelerator.device, accelerator.num_processes
+    check_reference_dtype(settings.reference_dtype, compute_dtype(accelerator))
 
     # Whatever can be wrong with paths, shards and class lists is found before a model is loaded.
     output_dir = Path(settings.output_dir)
@@ -232,7 +246,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     reference_model = settings.reference_model_name_or_path
     if reference_model is not None:
         reference_model = fetch_model(accelerator, reference_model, "--reference_model_name_or_path")
-    reference = everywhere(accelerator, lambda: load_reference(reference_model, encoder)).to(device)
+    reference = everywhere(accelerator, lambda: load_reference(reference_model, encoder))
+    reference = keep_weights_in(settings.reference_dtype, reference).to(device)
     image_flops = lore_flops_per_image(
         forward_flops(reference), settings.attack_steps, settings.primal_steps, clean_in_primal, constrained
     )
@@ -576,6 +591,32 @@ def check_settings(settings: Settings) -> None:
         raise UserError(
             f"--keep_best {settings.keep_best}: nothing is evaluated; name labelled shards with --eval_shards"
         )
+
+
+def estimate_memory(settings: Settings) -> None:
+    """Prints what a step with these settings needs on a device; the model is not loaded, its config is."""
+    check_reference_dtype(settings.reference_dtype, MIXED_PRECISIONS[settings.estimate_precision])
+    name, config = settings.model_name_or_path, None
+    if name:
+        config = check_model(name, "--model_name_or_path")
+        config.vision_config.projection_dim = config.projection_dim
+    if int(os.environ.get("RANK", "0")):
+        return
+    print_estimate(
+        Path(name).resolve().name if name and Path(name).exists() else name,
+        config and config.vision_config,
+        batch_size=settings.per_device_train_batch_size,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        processes=settings.estimate_processes,
+        optimizer=settings.optimizer,
+        accumulation=settings.gradient_accumulation_steps,
+        compute_dtype=MIXED_PRECISIONS[settings.estimate_precision],
+        reference_dtype=settings.reference_dtype,
+        clean_in_primal=settings.constraint != "none" or settings.clean_weight > 0,
+        momentum=settings.attack_momentum > 0,
+        gather_for_attack=settings.gather_for_attack,
+        shard_reference=settings.shard_reference,
+    )
 
 
 def open_shards(settings: Settings, name: str, with_classes: bool) -> LabelledSet | None:

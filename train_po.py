@@ -53,8 +53,10 @@ from utils.distributed import (
 )
 from utils.encoders import (
     TextEncoder,
+    check_reference_dtype,
     enable_gradient_checkpointing,
     frozen_copy,
+    keep_weights_in,
     load_clip,
     make_encoder,
     refuse_other_shape,
@@ -103,6 +105,7 @@ class Settings:
     trainable: str = flag("image", "what is trained: a square matrix on both embeddings, the image tower, or both towers", group="model", choices=TRAINABLE)
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward passes: less memory, more time", group="model")
     shard_reference: bool = flag(False, "shard the frozen reference over the processes too (DeepSpeed): for encoders too large to copy", group="model")
+    reference_dtype: str = flag("float32", "weights of the image reference's blocks; bfloat16 halves them, needs mixed_precision bf16 and changes no embedding", group="model", choices=("float32", "bfloat16"))
     compile: bool = flag(False, "torch.compile the image encoders", group="model")
 
     train_shards: list[str] = required("brace-expanded paths, globs, directories, hf:// or https:// URLs of .tar shards; with --task pairs also folders of label=X_text=Y pictures", group="data", many=True)
@@ -188,6 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         output_dir=settings.output_dir,
     )
     device, world_size = accelerator.device, accelerator.num_processes
+    check_reference_dtype(settings.reference_dtype, compute_dtype(accelerator))
     if settings.weight_average != "none" and accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise UserError("--weight_average beta: DeepSpeed keeps the weights to itself; use a DDP config, or none")
 
@@ -237,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         reference_clip = copy.deepcopy(clip) if settings.trainable == "all" else clip
         reference = frozen_copy(encoder)
-    reference.to(device)
+    keep_weights_in(settings.reference_dtype, reference).to(device)
     if settings.shard_reference:
         reference = shard_frozen(accelerator, reference)
     # The text table of a tower that is trained serves its tokenizer alone.

@@ -16,6 +16,7 @@ class Settings:
     limit: int | None = flag(None, "limit", group="b", minimum=1)
     compile: bool = flag(False, "compile", group="b")
     objective: str = flag("embedding", "objective", group="b", choices=("embedding", "tecoa"))
+    estimate: bool = flag(False, "estimate", group="b", waives_required=True)
 
 
 def parse(*argv, recipe=None, tmp_path=None):
@@ -35,6 +36,12 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
     )
     assert parse("--model", "m", "--compile", "false").compile is False
     assert parse("--model", "m", recipe="shards: one.tar", tmp_path=tmp_path).shards == ["one.tar"]
+
+
+def test_a_flag_that_asks_for_something_else_than_a_run_waives_the_required_ones():
+    assert parse("--estimate") == Settings(None, estimate=True)
+    with pytest.raises(UserError, match=r"--model: missing"):
+        parse("--estimate", "false")
 
 
 @pytest.mark.parametrize(
@@ -112,6 +119,7 @@ def test_mistakes_are_found_before_a_model_is_loaded(never_loads, small_clip, di
         ({"per_device_train_batch_size": 5000}, r"the global batch of 5000 .* larger than an epoch of 1437"),
         ({"train_num_samples": 5000}, r"--train_num_samples 5000: the shards hold 1437 samples"),
         ({"eps": -4}, r"--eps: -4.0 is too small"),
+        ({"reference_dtype": "bfloat16"}, r"--reference_dtype bfloat16: the transformer blocks run in float32"),
     ]  # fmt: skip
     for changes, message in wrong:
         argv = [word for name, value in (base | changes).items() for word in (f"--{name}", str(value))]

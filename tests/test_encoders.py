@@ -16,15 +16,17 @@ from transformers import (
     Dinov2Model,
 )
 
-from tests.small_models import photos, small_encoder
+from tests.small_models import photos, save_small_clip, small_encoder
 from utils.attacks import frozen
 from utils.cli import UserError
 from utils.encoders import (
     SUPPORTED_MODEL_TYPES,
     VISION_MODEL_TYPES,
     check_model,
+    check_reference_dtype,
     enable_gradient_checkpointing,
     frozen_copy,
+    keep_weights_in,
     load_clip,
     load_reference,
     load_vision_model,
@@ -109,6 +111,28 @@ def test_reference_is_a_frozen_copy(small_clip):
     assert not before.requires_grad
     assert not reference.training
     assert encoder.visual_projection.weight.requires_grad
+
+
+def test_a_reference_in_bfloat16_is_smaller_and_embeds_the_same(tmp_path):
+    """To the bit, because autocast rounds these weights to bfloat16 anyway; only where it does is it allowed."""
+    save_small_clip(tmp_path, hidden_size=128)
+    reference = frozen_copy(small_encoder(tmp_path, torch.bfloat16))
+    smaller = keep_weights_in("bfloat16", frozen_copy(reference))
+    x = photos(64)
+    with torch.no_grad():
+        assert torch.equal(smaller(x), reference(x))
+        assert smaller(x).dtype == torch.float32
+    sizes = [sum(parameter.nbytes for parameter in encoder.parameters()) for encoder in (smaller, reference)]
+    assert sizes[0] < 0.65 * sizes[1]  # without the embeddings and the projection it would be a half
+    patches = smaller.vision_model.embeddings.patch_embedding.weight
+    assert patches.dtype == smaller.vision_model.encoder.layers[0].layer_norm1.weight.dtype == torch.float32
+    check_reference_dtype("bfloat16", torch.bfloat16)
+    for precision, name in ((torch.float32, "float32"), (torch.float16, "float16")):
+        check_reference_dtype("float32", precision)
+        with pytest.raises(
+            UserError, match=rf"--reference_dtype bfloat16: the transformer blocks run in {name}, .* bf16"
+        ):
+            check_reference_dtype("bfloat16", precision)
 
 
 def test_wrong_models_are_named(small_clip, tmp_path):

@@ -301,6 +301,18 @@ def test_labels_outside_the_class_list_are_counted_and_stop_the_run(arguments, d
 
 
 @pytest.mark.slow
+def test_a_reference_in_bfloat16_changes_nothing(arguments, tmp_path):
+    for name in ("float32", "bfloat16"):
+        run_script(
+            "train_lore.py",
+            *arguments(output_dir=tmp_path / name, reference_dtype=name),
+            ACCELERATE_MIXED_PRECISION="bf16",
+        )
+    assert embeds(tmp_path / "float32").equal(embeds(tmp_path / "bfloat16"))
+    assert not embeds(tmp_path / "float32").equal(embeds(arguments()[1]))
+
+
+@pytest.mark.slow
 def test_compiled_encoder_gives_the_same_run(arguments, tmp_path, monkeypatch):
     with_sgd(monkeypatch)
     train_lore.main(arguments(output_dir=tmp_path / "plain"))

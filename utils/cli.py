@@ -58,11 +58,13 @@ def flag(
     above: float | None = None,
     maximum: float | None = None,
     in_recipe: bool = True,
+    waives_required: bool = False,
 ) -> Any:
     """A settings field: its default, its help text (with the unit), its group in ``--help`` and its allowed values.
 
     ``minimum`` and ``maximum`` are allowed themselves, ``above`` is not. A list default is copied per instance.
-    ``in_recipe``: False for what only the command line may say, because recipes come from others.
+    ``in_recipe``: False for what only the command line may say, because recipes come from others. Where a flag that
+    ``waives_required`` is true, the required ones may be missing: it asks for something other than a run.
     """
     metadata = {
         "help": help,
@@ -72,6 +74,7 @@ def flag(
         "above": above,
         "maximum": maximum,
         "in_recipe": in_recipe,
+        "waives_required": waives_required,
     }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -111,8 +114,9 @@ def parse_settings(
     settings = settings_class(
         **{name: _convert(value, hints[name], fields[name], where) for name, (value, where) in values.items()}
     )
+    waived = any(field.metadata["waives_required"] and getattr(settings, name) for name, field in fields.items())
     for name, field in fields.items():
-        if field.metadata.get("required") and getattr(settings, name) in (None, []):
+        if not waived and field.metadata.get("required") and getattr(settings, name) in (None, []):
             raise UserError(f"--{name}: missing; {field.metadata['help']}")
     return settings
 

@@ -34,6 +34,8 @@ from torch import Tensor, nn
 
 from utils.cli import UserError
 
+MIXED_PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def start_accelerator(
     *,
@@ -153,7 +155,7 @@ def compute_dtype(accelerator: Accelerator) -> torch.dtype:
     precision = accelerator.mixed_precision
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # DeepSpeed's own mixed precision is off
-    return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return MIXED_PRECISIONS[precision]
 
 
 def average_gradients(accelerator: Accelerator, module: nn.Module) -> None:

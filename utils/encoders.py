@@ -229,6 +229,30 @@ def load_reference(name_or_path: str | None, encoder: ImageEncoder) -> ImageEnco
     return frozen_copy(reference)
 
 
+def check_reference_dtype(name: str, compute_dtype: torch.dtype) -> None:
+    """Raises ``UserError`` where --reference_dtype bfloat16 would change what the reference computes."""
+    if name == "bfloat16" and compute_dtype != torch.bfloat16:
+        raise UserError(
+            f"--reference_dtype bfloat16: the transformer blocks run in {str(compute_dtype).removeprefix('torch.')}, and a "
+            "reference in bfloat16 would embed otherwise than the encoder; set mixed_precision: bf16 in the accelerate "
+            "config, or leave --reference_dtype at float32"
+        )
+
+
+def keep_weights_in(name: str, reference: ImageEncoder) -> ImageEncoder:
+    """``bfloat16``: the blocks' linear layers, nearly all of the weights, are stored in bfloat16, in place.
+
+    They are what autocast rounds to bfloat16 before every product, so that the embeddings stay the same to the bit.
+    Everything else stays float32: patch embedding, positions, layer norms, projection.
+    """
+    if name == "bfloat16":
+        for module in reference.vision_model.encoder.layers.modules():
+            if isinstance(module, nn.Linear):
+                for part, parameter in list(module.named_parameters()):
+                    setattr(module, part, nn.Parameter(parameter.to(torch.bfloat16), requires_grad=False))
+    return reference
+
+
 def refuse_other_shape(reference: ImageEncoder, encoder: ImageEncoder, name_or_path: str) -> None:
     """Raises ``UserError`` where a reference sees other pixels or gives other embeddings than the encoder."""
     if (reference.embed_dim, reference.image_size) != (encoder.embed_dim, encoder.image_size):

@@ -1,0 +1,144 @@
+"""The estimate of train_lore.py --estimate_memory beside what one real LORE step needs, for models with random weights.
+
+  python benchmarks/memory.py --models ViT-B/32 ViT-L/14 --batch_size 4 --output_dir runs/memory
+
+Every step is a run of train_lore.py in a process of its own: a whole CLIP of the published size (the text tower stays on
+the host), noise as images, blocks in bfloat16. On a GPU the measure is torch.cuda.max_memory_allocated; on a CPU it is the
+bytes of all tensors alive at a time, and beside it what the process had in memory, which also holds the libraries, the
+text tower and what kernels allocate for themselves. GB is 10^9 bytes. The models, up to 10 GB each, are deleted afterwards.
+"""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import shutil
+import sys
+import tarfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train_lore
+from benchmarks.comparison import markdown, print_table
+from examples.pretrain_small_clip import make_tokenizer
+from utils.cli import UserError, flag, parse_settings, required, run
+from utils.memory import GB, TOWERS, Layout, LiveBytes, count_step, peak_bytes, tower_config
+from utils.metrics import MetricsFile, peak_memory_gib
+
+# Width, layers, heads of the text towers that go with the image towers; the MLP is four times as wide.
+TEXT_TOWERS = {"B": (512, 12, 8), "L": (768, 12, 12), "H": (1024, 24, 16), "b": (1280, 32, 20)}
+
+
+@dataclass
+class Settings:
+    # fmt: off
+    models: list[str] = flag(["ViT-B/32", "ViT-L/14"], "image towers", group="what", choices=TOWERS)
+    output_dir: str = required("models and runs go here, table.md stays; must not exist yet", group="what")
+    batch_size: int = flag(4, "images per step", group="step", minimum=1)
+    gradient_checkpointing: list[str] = flag(["false", "true"], "without, with, or both", group="step", choices=("false", "true"))
+    optimizer: str = flag("adamw", "of the encoder", group="step", choices=("adamw", "adamw_8bit"))
+    reference_dtype: str = flag("float32", "weights of the reference's blocks", group="step", choices=("float32", "bfloat16"))
+    attack_steps: int = flag(2, "PGD steps; more take time, not memory", group="step", minimum=1)
+    primal_steps: int = flag(2, "K; likewise", group="step", minimum=2)
+    # fmt: on
+
+
+def main() -> None:
+    settings = parse_settings(Settings, description=__doc__)
+    output_dir = Path(settings.output_dir)
+    if output_dir.exists():
+        raise UserError(f"--output_dir {output_dir}: exists; give another directory")
+    on_gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if on_gpu else "CPU"
+    rows = [["image tower", "checkpointing", "estimate, GB", "measured, GB", "of the estimate"]]
+    rows[0] += ["seconds of the step"] if on_gpu else ["resident, GB", "seconds of the step"]
+    # A process for each: what is freed goes back to the system, and peaks do not carry over.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        for name in settings.models:
+            model = output_dir / "model"
+            pool.submit(make_model_and_images, name, model, settings.batch_size).result()
+            for checkpointing in settings.gradient_checkpointing:
+                count = count_step(
+                    tower_config(name),
+                    compute_dtype=torch.bfloat16,
+                    gradient_checkpointing=checkpointing == "true",
+                    reference_dtype=settings.reference_dtype,
+                )
+                layout = Layout(optimizer=settings.optimizer, foreach=on_gpu)
+                estimate = peak_bytes(count, layout, settings.batch_size)["total"]
+                step = pool.submit(measure, settings, model, checkpointing).result()
+                row = [name, checkpointing, f"{estimate / GB:.2f}", f"{step['peak'] / GB:.2f}"]
+                row += [f"{step['peak'] / estimate:.3f}"] + ([] if on_gpu else [f"{step['resident'] / GB:.2f}"])
+                rows.append([*row, f"{step['seconds']:.1f}"])
+                (output_dir / "table.md").write_text(markdown(rows), encoding="utf-8")
+            shutil.rmtree(model)
+    print_table(
+        f"One LORE step, {settings.batch_size} images, {settings.optimizer}, reference {settings.reference_dtype}, {device}",
+        rows,
+    )
+
+
+def make_model_and_images(name: str, directory: Path, num_images: int) -> None:
+    """Saves a CLIP of this size with random weights, and as many images of noise as one step reads."""
+    width, layers, heads = TEXT_TOWERS[name.removeprefix("ViT-")[0]]
+    tokenizer = make_tokenizer(["noise"], vocab_size=600)
+    vision = tower_config(name)
+    text = {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * width,
+    }
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = CLIPConfig(
+        vision_config=vision.to_dict(), text_config=text | ids | {"pad_token_id": tokenizer.pad_token_id},
+        projection_dim=vision.projection_dim,
+    )  # fmt: skip
+    size = vision.image_size
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    CLIPModel(config).save_pretrained(directory)
+    CLIPProcessor(image_processor, tokenizer).save_pretrained(directory)
+    (directory / "images").mkdir()
+    with tarfile.open(directory / "images/0.tar", "w") as tar:
+        for index in range(num_images):
+            noise = torch.randint(0, 256, (size, size, 3), dtype=torch.uint8).numpy()
+            Image.fromarray(noise).save(png := io.BytesIO(), "png")
+            member = tarfile.TarInfo(f"{index:06d}.png")
+            member.size = len(png.getvalue())
+            tar.addfile(member, io.BytesIO(png.getvalue()))
+
+
+def measure(settings: Settings, model: Path, checkpointing: str) -> dict[str, Any]:
+    """Peak bytes, resident bytes and seconds of one step of train_lore.py. Call in a process of its own."""
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+    run_dir = model / f"run-{checkpointing}"
+    # Saving copies weights on the host and writes gigabytes: not part of a step.
+    train_lore.save_clip = lambda *_: None
+    with LiveBytes(keep_history=False) as tensors:
+        train_lore.main(
+            [
+                "--model_name_or_path", str(model), "--train_shards", str(model / "images"), "--output_dir", str(run_dir),
+                "--per_device_train_batch_size", str(settings.batch_size), "--max_steps", "1", "--checkpoint_steps", "0",
+                "--gradient_checkpointing", checkpointing, "--optimizer", settings.optimizer,
+                "--reference_dtype", settings.reference_dtype, "--attack_steps", str(settings.attack_steps),
+                "--primal_steps", str(settings.primal_steps), "--num_workers", "0", "--report_to", "none",
+                "--cache_dir", str(model / "cache"),
+            ]
+        )  # fmt: skip
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else tensors.peak
+    row = MetricsFile(run_dir / "metrics.jsonl").read()[-1]
+    shutil.rmtree(run_dir)
+    seconds = settings.batch_size / row["images_per_second"]
+    return {"peak": peak, "resident": peak_memory_gib(torch.device("cpu")) * 2**30, "seconds": seconds}
+
+
+if __name__ == "__main__":
+    run(main)
