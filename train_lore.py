@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from utils.attacks import attack_seeds, frozen, pgd, uniform_start
 from utils.checkpoint import (
+    best_so_far,
     find_checkpoint,
     load_checkpoint,
     publish_model,
@@ -36,6 +36,7 @@ from utils.checkpoint import (
     refuse_non_finite,
     replace_model,
     save_checkpoint,
+    set_aside_later,
     take_output_dir,
 )
 from utils.cli import UserError, flag, parse_settings, required, run
@@ -44,9 +45,11 @@ from utils.distributed import (
     average_gradients,
     compute_dtype,
     default_num_workers,
+    end_training,
     from_main_process,
     gather_objects,
     gathered,
+    log_row,
     mean_over_processes,
     shard_frozen,
     start_accelerator,
@@ -64,7 +67,7 @@ from utils.encoders import (
 )
 from utils.hub import everywhere, fetch_model, on_this_node
 from utils.images import ImageTransform
-from utils.interruption import REQUEUE, StopRequest
+from utils.interruption import StopRequest
 from utils.lagrangian import (
     Multiplier,
     dual_lagrangian,
@@ -95,7 +98,7 @@ from utils.prefetch import prefetch_training
 from utils.progress import RunProgress
 from utils.redaction import shown_setting
 from utils.shard_sources import default_cache_dir
-from utils.shards import ShardDataset, eval_loader, train_batches
+from utils.shards import ShardDataset, eval_loader, keep_sizes, train_batches
 from utils.skipped import SkipCounter, count_skipped
 from utils.training_state import load_parameters
 from utils.zeroshot import LabelledSet, class_prompts, open_set, predictions, to_pixel_values
@@ -215,6 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Whatever can be wrong with paths, shards and class lists is found before a model is loaded.
     output_dir = Path(settings.output_dir)
+    stop = StopRequest(accelerator)
     from_main_process(accelerator, lambda: take_output_dir(output_dir))
     checkpoint = from_main_process(accelerator, lambda: find_checkpoint(output_dir, settings.resume_from_checkpoint))
     resumed = from_main_process(accelerator, lambda: read_state(checkpoint)) if checkpoint else None
@@ -223,6 +227,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for opened, its_flag in ((train_set, "--train_shards"), (eval_set, "--eval_shards")):
         if opened:
             on_this_node(accelerator, opened.index, [settings.cache_dir or default_cache_dir()], its_flag)
+    if resumed:
+        keep_sizes(train_set.index, resumed["sizes"])
     samples_per_epoch = settings.train_num_samples or train_set.index.num_samples
     global_batch_size = settings.per_device_train_batch_size * world_size * settings.gradient_accumulation_steps
     total_steps = count_steps(
@@ -237,6 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     known_settings = {name: shown_setting(value) for name, value in known_settings.items()}
     if resumed:
         refuse_changed_settings(resumed["settings"], known_settings, FREE_SETTINGS)
+        from_main_process(accelerator, lambda: set_aside_later(output_dir, resumed["step"]))
     # Model files come by the first process of every node; the others find them.
     model = fetch_model(accelerator, settings.model_name_or_path, "--model_name_or_path")
 
@@ -281,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         multiplier.load_state_dict(extra_state["multiplier"])
         load_optimizer_state(dual_optimizer, extra_state.get("dual_optimizer", {}))
         skips = skips.merge([resumed["skips"]] if accelerator.is_main_process else [])
-        best = resumed["best"]
+        best = best_so_far(resumed, known_settings, best)
 
     # All global batches follow from the seed, the shards' sizes and the global batch size: the step is the position.
     first_step = resumed["step"] if resumed else 0
@@ -414,12 +421,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     def record(row: dict[str, Any]) -> None:
         if accelerator.is_main_process:
             metrics_file.write(row)
-        accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+        log_row(accelerator, row)
 
     metrics_file = MetricsFile(output_dir / "metrics.jsonl")
-    if accelerator.is_main_process:
-        metrics_file.cut_back(first_step if resumed else -1)
-    start_tracker(accelerator, settings.report_to, Path(__file__).stem, known_settings, first_step=first_step)
+    from_main_process(accelerator, lambda: metrics_file.cut_back(first_step if resumed else -1))
+    start_tracker(accelerator, settings.report_to, Path(__file__).stem, known_settings, output_dir, first_step)
     progress = RunProgress(method_name(settings), total_steps, done=first_step, enabled=accelerator.is_main_process)
     progress.note(
         f"{method_name(settings)}: {train_set.index.num_samples} images in {len(train_set.index.urls)} shards, global batch "
@@ -430,9 +436,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     losses: list[Tensor] = []  # of all updates since they were last checked; on the device until then
     seconds, logged_step, last_good = 0.0, first_step, checkpoint
 
-    with progress, StopRequest(accelerator) as stop:
+    with progress:
         if eval_set and not resumed:
             record({"step": 0, "samples": 0, **evaluate(0)})
+        if first_step < total_steps and (told_to_stop := stop.agreed()):
+            stop.leave(told_to_stop, f"before step {first_step + 1}: nothing new to save", progress.note)
 
         for step in range(first_step, total_steps):
             clock = time.perf_counter()
@@ -554,6 +562,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                         "settings": known_settings,
                         "skips": all_skips.state(),
                         "best": best,
+                        "sizes": train_set.index.sizes,
                     },
                     extra_state={
                         "multiplier": multiplier.state_dict(),
@@ -563,12 +572,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     total_limit=settings.checkpoints_total_limit,
                 )
             if told_to_stop and not last:
-                progress.note(
-                    f"{told_to_stop.name} after step {done}: saved {last_good}; --resume_from_checkpoint latest goes on "
-                    f"(exit status {REQUEUE})"
-                )
-                accelerator.end_training()
-                sys.exit(REQUEUE)
+                stop.leave(told_to_stop, f"after step {done}: saved {last_good}", progress.note)
 
     publish_model(accelerator, output_dir, write_model)
     progress.note(f"saved {output_dir}")
@@ -577,7 +581,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if eval_set:
         for line in eval_skips.merge(gather_objects(accelerator, eval_skips.state())).summary().splitlines():
             progress.note(f"skipped in evaluations: {line}")
-    accelerator.end_training()
+    end_training(accelerator)
+    stop.close()
 
 
 def check_settings(settings: Settings) -> None:

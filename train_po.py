@@ -17,7 +17,6 @@ import contextlib
 import copy
 import dataclasses
 import math
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 
 from utils.checkpoint import (
+    best_so_far,
     find_checkpoint,
     load_checkpoint,
     publish_model,
@@ -38,14 +38,17 @@ from utils.checkpoint import (
     refuse_non_finite,
     replace_model,
     save_checkpoint,
+    set_aside_later,
     take_output_dir,
 )
 from utils.cli import UserError, flag, parse_settings, required, run
 from utils.distributed import (
     compute_dtype,
     default_num_workers,
+    end_training,
     from_main_process,
     gather_objects,
+    log_row,
     mean_over_processes,
     shard_frozen,
     start_accelerator,
@@ -66,7 +69,7 @@ from utils.features import features
 from utils.head import Head, fold_head, head_power, orthogonality_penalty, save_head, warn_of_condition
 from utils.hub import everywhere, fetch_model, on_every_node, on_this_node
 from utils.images import ImageTransform
-from utils.interruption import REQUEUE, StopRequest
+from utils.interruption import StopRequest
 from utils.metrics import MetricsFile, peak_memory_gib
 from utils.model_card import model_card
 from utils.optimization import BetaAverage, cosine_learning_rate, count_steps, make_optimizer, set_learning_rate
@@ -85,7 +88,7 @@ from utils.prefetch import prefetch_training
 from utils.progress import RunProgress
 from utils.redaction import shown_setting
 from utils.shard_sources import default_cache_dir
-from utils.shards import eval_loader, train_batches
+from utils.shards import eval_loader, keep_sizes, train_batches
 from utils.skipped import SkipCounter, count_skipped
 from utils.training_state import load_parameters
 from utils.typographic import KINDS, PLACES, word_style
@@ -197,6 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Whatever can be wrong with paths, shards and class lists is found before a model is loaded.
     output_dir = Path(settings.output_dir)
+    stop = StopRequest(accelerator)
     from_main_process(accelerator, lambda: take_output_dir(output_dir))
     checkpoint = from_main_process(accelerator, lambda: find_checkpoint(output_dir, settings.resume_from_checkpoint))
     resumed = from_main_process(accelerator, lambda: read_state(checkpoint)) if checkpoint else None
@@ -208,6 +212,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for opened, its_flag in ((train_set, "--train_shards"), (eval_set, "--eval_shards")):
         if opened:
             on_this_node(accelerator, opened.index, [settings.cache_dir or default_cache_dir()], its_flag)
+    if resumed:
+        keep_sizes(train_set.index, resumed["sizes"])
     samples_per_epoch = settings.train_num_samples or train_set.index.num_samples
     global_batch_size = settings.per_device_train_batch_size * world_size * settings.gradient_accumulation_steps
     total_steps = count_steps(
@@ -222,6 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     known_settings = {name: shown_setting(value) for name, value in known_settings.items()}
     if resumed:
         refuse_changed_settings(resumed["settings"], known_settings, FREE_SETTINGS)
+        from_main_process(accelerator, lambda: set_aside_later(output_dir, resumed["step"]))
     # Model files come by the first process of every node; the others find them.
     model = fetch_model(accelerator, settings.model_name_or_path, "--model_name_or_path")
 
@@ -277,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if average:
             average.load_state_dict(extra_state["average"])
         skips = skips.merge([resumed["skips"]] if accelerator.is_main_process else [])
-        best = resumed["best"]
+        best = best_so_far(resumed, known_settings, best)
 
     # All global batches follow from the seed, the shards' sizes and the global batch size: the step is the position.
     first_step = resumed["step"] if resumed else 0
@@ -294,6 +301,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     accelerator,
                     dataset,
                     reference,
+                    weights=encoder.state_dict(),  # the reference's too: a head leaves them
                     identity=feature_settings(settings, dataset, encoder.compute_dtype),
                     num_samples=count,
                     batch_size=settings.per_device_train_batch_size,
@@ -434,6 +442,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     def write_model(directory: Path) -> None:
         with average.applied(module) if average else contextlib.nullcontext():
             state = accelerator.get_state_dict(policy)  # on all processes: ZeRO-3 gathers here
+            if average:
+                state = {
+                    name: tensor.clone() for name, tensor in state.items()
+                }  # the average goes from the weights again
         if not accelerator.is_main_process:
             return
         if settings.trainable == "head":
@@ -459,12 +471,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     def record(row: dict[str, Any]) -> None:
         if accelerator.is_main_process:
             metrics_file.write(row)
-        accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+        log_row(accelerator, row)
 
     metrics_file = MetricsFile(output_dir / "metrics.jsonl")
-    if accelerator.is_main_process:
-        metrics_file.cut_back(first_step if resumed else -1)
-    start_tracker(accelerator, settings.report_to, Path(__file__).stem, known_settings, first_step=first_step)
+    from_main_process(accelerator, lambda: metrics_file.cut_back(first_step if resumed else -1))
+    start_tracker(accelerator, settings.report_to, Path(__file__).stem, known_settings, output_dir, first_step)
     progress = RunProgress(method_name(settings), total_steps, done=first_step, enabled=accelerator.is_main_process)
     progress.note(
         f"{method_name(settings)}: {train_set.index.num_samples} samples in {len(train_set.index.urls)} shards, global batch "
@@ -475,9 +486,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     losses: list[Tensor] = []  # of all micro-batches since they were last checked; on the device until then
     seconds, logged_step, last_good = 0.0, first_step, checkpoint
 
-    with progress, StopRequest(accelerator) as stop:
+    with progress:
         if eval_set and not resumed:
             record({"step": 0, "samples": 0, **evaluate(0)})
+        if first_step < total_steps and (told_to_stop := stop.agreed()):
+            stop.leave(told_to_stop, f"before step {first_step + 1}: nothing new to save", progress.note)
 
         for step in range(first_step, total_steps):
             clock = time.perf_counter()
@@ -571,18 +584,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                         "settings": known_settings,
                         "skips": all_skips.state(),
                         "best": best,
+                        "sizes": train_set.index.sizes,
                     },
                     extra_state={"average": average.state_dict()} if average else {},
                     write_model=write_model,
                     total_limit=settings.checkpoints_total_limit,
                 )
             if told_to_stop and not last:
-                progress.note(
-                    f"{told_to_stop.name} after step {done}: saved {last_good}; --resume_from_checkpoint latest goes on "
-                    f"(exit status {REQUEUE})"
-                )
-                accelerator.end_training()
-                sys.exit(REQUEUE)
+                stop.leave(told_to_stop, f"after step {done}: saved {last_good}", progress.note)
 
     publish_model(accelerator, output_dir, write_model)
     progress.note(f"saved {output_dir}")
@@ -593,7 +602,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if eval_set:
         for line in eval_skips.merge(gather_objects(accelerator, eval_skips.state())).summary().splitlines():
             progress.note(f"skipped in evaluations: {line}")
-    accelerator.end_training()
+    end_training(accelerator)
+    stop.close()
 
 
 ABOUT = {

@@ -92,7 +92,7 @@ def task_cpus(slurm: dict[str, str] | os._Environ, local_world_size: int) -> int
 
 
 def master(env: dict[str, str] | os._Environ) -> dict[str, str]:
-    """Where the ranks meet: the first host of the step, a port that follows from job and step, so that no two share one.
+    """Where the ranks meet: the first host of the step, a port that follows from job and step.
 
     Raises ``UserError`` where SLURM does not name the host or the name has no address.
     """
@@ -109,7 +109,8 @@ def master(env: dict[str, str] | os._Environ) -> dict[str, str]:
         raise UserError(
             f"{address}, where rank 0 runs, has no address here; set MASTER_ADDR to a name or an address that all nodes can reach"
         ) from None
-    port = 10000 + (32 * int(env["SLURM_JOB_ID"]) + int(env["SLURM_STEP_ID"])) % 20000  # below the ephemeral ports
+    # Below the ephemeral ports. Of 32 steps each, jobs meet where their numbers are a multiple of 619 apart.
+    port = 10000 + (int(env["SLURM_JOB_ID"]) + 619 * int(env["SLURM_STEP_ID"])) % 20000
     return {"MASTER_ADDR": address, "MASTER_PORT": env.get("MASTER_PORT", str(port))}
 
 

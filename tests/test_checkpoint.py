@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from utils.checkpoint import (
+    best_so_far,
     damage,
     find_checkpoint,
     last_checkpoint,
@@ -18,6 +19,7 @@ from utils.checkpoint import (
     refuse_non_finite,
     replace_directory,
     save_checkpoint,
+    set_aside_later,
     take_output_dir,
 )
 from utils.cli import UserError
@@ -56,7 +58,7 @@ def save(output_dir, step, *, fail=False, total_limit=2, value=0.0, optimizer="a
         step,
         model=model,
         optimizer=prepared,
-        state={"step": step, "settings": {}, "skips": {}, "best": {}},
+        state={"step": step, "settings": {}, "skips": {}, "best": {}, "sizes": []},
         extra_state={"multiplier": {"value": torch.tensor(value)}, "seen": 7, "average": [torch.ones(2)] * 11},
         write_model=write_model,
         total_limit=total_limit,
@@ -140,6 +142,30 @@ def test_where_a_run_starts(tmp_path):
         read_state(run / "checkpoints" / "step-9")
 
 
+def test_a_run_never_meets_or_deletes_the_wrong_checkpoints(tmp_path):
+    for number in (4, 6, 8):
+        save(tmp_path, number, total_limit=0)
+    set_aside_later(tmp_path, 4)  # the run goes on from there
+    assert names(tmp_path) == ["step-4", "step-6.aside-1", "step-8.aside-1"]
+    assert save(tmp_path, 5, total_limit=1).is_dir()
+    assert last_checkpoint(tmp_path).name == "step-5"
+    (tmp_path / "checkpoints/step-5/extra.safetensors").unlink()
+    with pytest.raises(
+        UserError, match=r"latest: none of the 1 checkpoints .* is whole \(of the newest: extra.safetensors"
+    ):
+        last_checkpoint(tmp_path)
+
+
+def test_the_best_value_goes_on_only_where_it_compares(tmp_path):
+    settings = {"eval_shards": ["a"], "eval_num_samples": 10, "output_dir": str(tmp_path), "keep_best": "clean"}
+    resumed = {"best": {"value": 0.5, "metric": "clean"}, "settings": settings}
+    assert best_so_far(resumed, settings, {"value": -1}) == {"value": -1}  # its model is not there
+    (tmp_path / "best").mkdir()
+    assert best_so_far(resumed, settings, {"value": -1})["value"] == 0.5
+    for name, value in (("keep_best", "pgd"), ("eval_num_samples", 20), ("output_dir", "elsewhere")):
+        assert best_so_far(resumed, settings | {name: value}, {"value": -1}) == {"value": -1}
+
+
 def test_every_kind_of_damage_is_named(tmp_path):
     checkpoint = save(tmp_path, 1)
     assert damage(checkpoint) is None
@@ -169,6 +195,12 @@ def test_replacing_a_directory_leaves_one(tmp_path):
 def test_changed_settings_are_named_and_free_ones_are_not():
     before = json.loads(json.dumps({"eps": 4.0, "rho": 0.1, "logging_steps": 10, "train_shards": ["a"]}))
     refuse_changed_settings(before, before | {"logging_steps": 5}, {"logging_steps"})
+    signed = [f"https://x/{{0..9}}.tar ({mark})" for mark in ("6969c569", "f5396577")]
+    refuse_changed_settings({"train_shards": signed[:1]}, {"train_shards": signed[1:]}, set())
+    with pytest.raises(UserError, match="train_shards was"):
+        refuse_changed_settings(
+            {"train_shards": ["pipe:cat ... (6969c569)"]}, {"train_shards": ["pipe:cat ... (f5396577)"]}, set()
+        )
     with pytest.raises(UserError, match=r"eps was 4.0, is 2.0; rho was 0.1, is 0.2"):
         refuse_changed_settings(before, before | {"eps": 2.0, "rho": 0.2}, {"logging_steps"})
 

@@ -128,11 +128,11 @@ def test_a_shard_lost_in_the_middle_of_an_epoch(arguments, digits, tmp_path, in_
 
 def test_a_slow_shard_is_waited_for_with_a_word(arguments, digits, tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(utils.shards, "SLOW_BATCH", 0.3)
     train_lore.main(arguments(output_dir=tmp_path / "near", train_shards=digits / "train" / "000000.tar"))
     assert "waiting for data" not in caplog.text
     with ShardServer(digits / "train") as server:
-        server.delay = 1.0
+        server.delay = 1.5
+        monkeypatch.setattr(utils.shards, "SLOW_BATCH", 0.5)
         (tmp_path / "far").mkdir()
         train_lore.main(
             arguments(output_dir=tmp_path / "slow", train_shards=f"{server.url}/000000.tar", cache_dir=tmp_path / "far")
@@ -249,12 +249,19 @@ def test_a_disk_that_is_really_full(arguments, tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("a small file system cannot be mounted here")
     try:
-        output = run_script("train_lore.py", *arguments(output_dir=disk / "run", checkpoints_total_limit=0), status=2)
+        words = arguments(output_dir=disk / "run", checkpoints_total_limit=0, report_to="tensorboard", max_steps=20)
+        output = run_script("train_lore.py", *words, status=2)
         assert "cannot be written" in output
         assert "No space left on device" in output
         assert "Traceback" not in output
         assert damage(last_checkpoint(disk / "run")) is None
         assert not list((disk / "run/checkpoints").glob(".*"))
+        room = os.statvfs(disk)
+        (disk / "filled").write_bytes(bytes(room.f_bavail * room.f_frsize))
+        output = run_script("train_lore.py", *words, "--resume_from_checkpoint", "latest", status=2)
+        assert "No space left on device" in output
+        assert "Traceback" not in output
+        assert damage(last_checkpoint(disk / "run")) is None
     finally:
         subprocess.run(["umount", disk], check=True)
 

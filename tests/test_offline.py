@@ -419,7 +419,7 @@ def test_wandb_goes_on_with_the_run_it_started(tmp_path):
         (tmp_path / run).mkdir(exist_ok=True)
         main, other = FakeAccelerator(), FakeAccelerator(is_main_process=False)
         for accelerator in (main, other):
-            start_tracker(accelerator, "wandb", "train_lore", {"output_dir": tmp_path / run, "eps": 4}, first_step=7)
+            start_tracker(accelerator, "wandb", "train_lore", {"eps": 4}, tmp_path / run, 7)
         ((project, config, options),) = main.opened
         assert (project, config["eps"]) == ("train_lore", "4")
         assert options["wandb"]["resume"] == "allow"
@@ -433,9 +433,7 @@ def test_wandb_goes_on_with_the_run_it_started(tmp_path):
 def test_tensorboard_shows_repeated_steps_once(tmp_path):
     for first_step, steps, value in ((0, range(1, 6), 1.0), (3, range(4, 8), 2.0)):
         accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)
-        start_tracker(
-            accelerator, "tensorboard", "train_lore", {"output_dir": tmp_path, "eps": 4}, first_step=first_step
-        )
+        start_tracker(accelerator, "tensorboard", "train_lore", {"eps": 4}, tmp_path, first_step)
         for step in steps:
             accelerator.log({"loss": value}, step=step)
         accelerator.end_training()

@@ -14,8 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import train_lore
 from tests.conftest import ROOT, accelerate_launch, run_script
 from tests.train_several import train
+from utils.cli import UserError
 from utils.interruption import REQUEUE
 
 KILLS = 20
@@ -64,6 +66,40 @@ def test_a_stopped_run_goes_on_to_the_same_end(arguments, tmp_path, changes):
     assert train("train_lore", arguments(tmp_path / "cut", **changes)) == 0
     assert difference(tmp_path / "whole", tmp_path / "cut") == 0
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
+def test_a_signal_while_the_model_is_loaded_or_saved(arguments, tmp_path, monkeypatch):
+    """Before the first step there is nothing to save; after the last one the run is finished."""
+
+    def told(real):
+        def and_then(*words):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return real(*words)
+
+        return and_then
+
+    monkeypatch.setattr(train_lore, "load_reference", told(train_lore.load_reference))
+    assert train("train_lore", arguments(tmp_path / "run", checkpoint_steps=0)) == REQUEUE
+    assert not (tmp_path / "run/checkpoints").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(train_lore, "publish_model", told(train_lore.publish_model))
+    assert train("train_lore", arguments(tmp_path / "run", checkpoint_steps=0, max_steps=1)) == 0
+    assert (tmp_path / "run/model.safetensors").exists()
+
+
+def test_other_samples_are_refused_and_lost_ones_keep_their_place(arguments, digits, tmp_path):
+    shards = shutil.copytree(digits / "train", tmp_path / "shards")
+    (shards / "sizes.json").unlink()
+    names = sorted(shards.glob("*.tar"))
+    more = names[-1].rename(tmp_path / "more.tar")
+    common = {"train_shards": f"{shards}/{{000000..{names[-2].stem}}}.tar", "max_bad_fraction": 1}
+    assert train("train_lore", arguments(tmp_path / "run", **common), stop_in_step=2) == REQUEUE
+    names[0].unlink()
+    (tmp_path / "cache").rename(tmp_path / "old cache")
+    assert train("train_lore", arguments(tmp_path / "run", **common), stop_in_step=4) == REQUEUE
+    shutil.copy(more, names[0])
+    with pytest.raises(UserError, match="the shards hold other samples than when the run was started"):
+        train("train_lore", arguments(tmp_path / "run", **common))
 
 
 def test_sigterm_ends_a_script_with_the_requeue_status(arguments, tmp_path):

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPProcessor
 
 import train_po
@@ -243,6 +244,26 @@ def test_resumed_run_equals_an_uninterrupted_one(arguments, digits, tmp_path, mo
         for name in ("whole", "cut")
     )
     assert cut == whole
+
+
+@pytest.mark.parametrize("trainable", ["image", "head"])
+def test_what_is_saved_is_the_average(arguments, tmp_path, monkeypatch, trainable):
+    averages = []
+    real = train_po.BetaAverage
+    monkeypatch.setattr(train_po, "BetaAverage", lambda *words: averages.append(real(*words)) or averages[-1])
+    train_po.main(arguments(weight_average="beta", trainable=trainable, max_steps=4, checkpoint_steps=4))
+    if trainable == "head":
+        assert load_head(tmp_path / "run")["weight"].equal(averages[0].weights[0])
+    found, last = weights(tmp_path / "run"), load_file(tmp_path / "run/checkpoints/step-4/parameters.safetensors")
+    if trainable == "image":
+        names = [name.removeprefix("image_encoder.") for name in last]
+        assert sorted(map(str, (found[name].shape for name in names))) == sorted(
+            str(w.shape) for w in averages[0].weights
+        )
+        by_name = {name: found[name] for name in names}
+        assert any((by_name[name] - last[f"image_encoder.{name}"]).abs().max() > 1e-5 for name in names)
+        total = sum(tensor.double().sum() for tensor in by_name.values())
+        torch.testing.assert_close(total, sum(w.double().sum() for w in averages[0].weights), rtol=1e-12, atol=1e-9)
 
 
 def test_going_on_from_a_tuned_model_keeps_the_first_reference(arguments, small_clip, tmp_path):

@@ -15,6 +15,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -41,6 +42,7 @@ STATE_FILE = "trainer_state.json"
 EXTRA_FILE = "extra.safetensors"
 LOCK_FILE = ".lock"
 FORMAT = 2  # of a checkpoint; another one is refused
+STATE_KEYS = {"settings", "skips", "best", "sizes", "optimizer_numbers", "extra_numbers", "scaler"}
 
 
 def save_checkpoint(
@@ -160,10 +162,14 @@ def damage(checkpoint: Path) -> str | None:
             if _sha256(path) != digest:
                 return f"{name} is not what was written"
         step = state["step"]
-        if not isinstance(step, int) or not {"settings", "skips", "best", "optimizer_numbers"} <= state.keys():
+        if not isinstance(step, int) or not state.keys() >= STATE_KEYS:
             return f"{STATE_FILE} lacks entries"
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
+    except OSError as error:  # of the disk or the network, not of the checkpoint
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: cannot be read ({error.strerror}); mend that and start again"
+        ) from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return f"{STATE_FILE} is not what was written"
     return None
@@ -227,9 +233,10 @@ def take_output_dir(output_dir: str | Path) -> None:
             f"--output_dir {output_dir}: another run is writing there ({holder}); wait for it, stop it, or give another "
             "directory"
         ) from None
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-    lock.flush()
+    with contextlib.suppress(OSError):  # of a full disk: the lock holds without a name in it
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
     _LOCKS.append(lock)
     _clear_leftovers(output_dir)
 
@@ -254,13 +261,44 @@ def find_checkpoint(output_dir: str | Path, resume: str | None) -> Path | None:
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
-    """The whole checkpoint with the highest step, or None. Damaged ones are passed over with a word."""
-    for _, path in sorted(_checkpoint_steps(Path(output_dir) / "checkpoints").items(), reverse=True):
+    """The whole checkpoint with the highest step; None where none was written. Damaged ones are passed over with a word.
+
+    ``UserError`` where all of them are damaged, and where one cannot be read: a run is not begun anew over another one.
+    """
+    found = sorted(_checkpoint_steps(Path(output_dir) / "checkpoints").items(), reverse=True)
+    for _, path in found:
         wrong = damage(path)
         if wrong is None:
             return path
         logger.warning("%s is damaged and passed over: %s", path, wrong)
+    if found:
+        raise UserError(
+            f"--resume_from_checkpoint latest: none of the {len(found)} checkpoints in {found[0][1].parent} is whole (of the "
+            f"newest: {wrong}); start anew in another --output_dir, or move that folder away"
+        )
     return None
+
+
+def set_aside_later(output_dir: str | Path, step: int) -> None:
+    """Renames checkpoints after ``step``, from where a run goes on: it writes its own, and must not meet these again."""
+    checkpoints = Path(output_dir) / "checkpoints"
+    for later, path in sorted(_checkpoint_steps(checkpoints).items()):
+        if later > step:
+            aside = next(
+                name
+                for number in itertools.count(1)
+                if not (name := path.with_name(f"{path.name}.aside-{number}")).exists()
+            )
+            os.rename(path, aside)
+            logger.warning("the run goes on from step %d: %s is set aside as %s", step, path, aside.name)
+
+
+def best_so_far(resumed: dict[str, Any], settings: dict[str, Any], fresh: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint's best value, where it is of what is compared now and its model is still there; else ``fresh``."""
+    best, before = resumed["best"], resumed["settings"]
+    same = all(before.get(name) == settings[name] for name in ("eval_shards", "eval_num_samples", "output_dir"))
+    kept = best.get("metric") == settings["keep_best"] and (Path(settings["output_dir"]) / "best").is_dir()
+    return best if same and kept else fresh
 
 
 def last_checkpoint_name(checkpoints: Path) -> str | None:
@@ -330,7 +368,7 @@ def refuse_changed_settings(before: dict[str, Any], now: dict[str, Any], free: s
     changed = [
         f"{name} was {before.get(name)}, is {value}"
         for name, value in now.items()
-        if name not in free and before.get(name) != value
+        if name not in free and _known_by(before.get(name)) != _known_by(value)
     ]
     if changed:
         batch = "; a global batch is --per_device_train_batch_size x processes x --gradient_accumulation_steps"
@@ -350,8 +388,9 @@ def refuse_non_finite(
         step = done - (len(losses) - 1 - bad[0]) // updates_per_step
         rescue = f"the last good checkpoint is {last_good}" if last_good else "there is no checkpoint yet"
         raise UserError(
-            f"step {step}: the loss is {means[bad[0]].item()}; {rescue}; go on from it with a lower --learning_rate or "
-            "--max_grad_norm 1 in a new --output_dir"
+            f"step {step}: the loss is {means[bad[0]].item()}; {rescue}; begin from its model/ as --model_name_or_path, with "
+            "the start model as --reference_model_name_or_path, a lower --learning_rate or --max_grad_norm 1, in a new "
+            "--output_dir"
         )
 
 
@@ -385,6 +424,13 @@ def _clear_leftovers(output_dir: Path) -> None:
         for ending in ("replaced", "outdated", "incomplete"):
             for path in folder.glob(f".*.{ending}"):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _known_by(value: Any) -> Any:
+    """A setting as it is compared: of web addresses without the mark of their query, which signs them for hours or days."""
+    if isinstance(value, list):
+        return [_known_by(item) for item in value]
+    return re.sub(r" \([0-9a-f]{8}\)$", "", value) if isinstance(value, str) and "://" in value else value
 
 
 def _sha256(path: Path) -> str:

@@ -161,6 +161,14 @@ def run(main: Callable[[], Any]) -> None:
         sys.stderr.flush()
         os._exit(2)
     except RuntimeError as error:
+        if "DataLoader worker (pid" in str(error):
+            reason = " ".join(str(error).split())[:160]
+            print(
+                f"{script}: error: a data worker has died ({reason}); if memory runs out, use fewer --num_workers; start again",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(1)
         if "RANK" not in os.environ or not _PARTNER_LOST.search(str(error)):
             raise
         reason = " ".join(str(error).split())[:160]

@@ -37,6 +37,9 @@ from utils.cli import UserError
 MIXED_PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+logger = logging.getLogger(__name__)
+
+
 def start_accelerator(
     *,
     seed: int = 0,
@@ -122,7 +125,7 @@ def _configure_deepspeed(accelerator: Accelerator, batch_size: int, accumulation
 
 
 def start_tracker(
-    accelerator: Accelerator, report_to: str, project: str, settings: dict[str, Any], *, first_step: int = 0
+    accelerator: Accelerator, report_to: str, project: str, settings: dict[str, Any], output_dir: Path, first_step: int
 ) -> None:
     """Opens the tracker with the run's settings. accelerate takes numbers and texts only.
 
@@ -134,20 +137,44 @@ def start_tracker(
     config: dict[str, Any] | None = {name: str(value) for name, value in settings.items()}
     options: dict[str, Any] = {}
     if accelerator.is_main_process:  # the only one that opens a tracker
-        run_file = Path(settings["output_dir"]) / "run.json"
+        run_file = output_dir / "run.json"
         try:
             run = json.loads(run_file.read_text(encoding="utf-8"))
             run_id, known = str(run["id"]), True
         except (OSError, ValueError, KeyError, TypeError):
             run_id, known = secrets.token_hex(8), False
             aside = run_file.with_suffix(".json.tmp")
-            aside.write_text(json.dumps({"id": run_id}), encoding="utf-8")
-            os.replace(aside, run_file)
+            try:
+                aside.write_text(json.dumps({"id": run_id}), encoding="utf-8")
+                os.replace(aside, run_file)
+            except OSError as error:
+                raise UserError(
+                    f"{run_file}: cannot be written ({error.strerror}); mend that and start again"
+                ) from None
         options = {"id": run_id, "resume": "allow"}
         if report_to == "tensorboard":
             options = {"purge_step": first_step + 1 if first_step else 0}
             config = None if known else config  # tensorboard would show the settings as one more run
     accelerator.init_trackers(project, config=config, init_kwargs={report_to: options})
+
+
+def log_row(accelerator: Accelerator, row: dict[str, Any]) -> None:
+    """A row of metrics.jsonl for the tracker. Raises ``UserError`` where that cannot write, as on a full disk."""
+    try:
+        accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+    except OSError as error:
+        raise UserError(
+            f"--report_to: step {row['step']} cannot be logged ({error.strerror}); mend that, then go on with "
+            "--resume_from_checkpoint latest, or with --report_to none"
+        ) from None
+
+
+def end_training(accelerator: Accelerator) -> None:
+    """Closes tracker and process group. What a tracker cannot write any more is said, the run is finished all the same."""
+    try:
+        accelerator.end_training()
+    except OSError as error:
+        logger.warning("the tracker could not write all of its rows (%s)", error.strerror)
 
 
 def compute_dtype(accelerator: Accelerator) -> torch.dtype:

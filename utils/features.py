@@ -14,10 +14,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from utils.cli import UserError
 from utils.distributed import gather_objects
+from utils.hub import everywhere
 from utils.pairs import PreferenceDataset, Row
 from utils.shard_sources import default_cache_dir
 from utils.shards import ShardReader, eval_loader
@@ -53,6 +56,7 @@ def features(
     dataset: PreferenceDataset,
     encoder: nn.Module,
     *,
+    weights: dict[str, Tensor],
     identity: dict[str, Any],
     num_samples: int,
     batch_size: int,
@@ -61,11 +65,12 @@ def features(
 ) -> tuple[FeatureDataset, bool]:
     """``dataset``, or its first ``num_samples``, with the pictures embedded by ``encoder``, from the cache where it was done before (second value: True).
 
-    The cache is known by the encoder's weights, the shards' names, sizes and times, and ``identity``, what else the pixels
-    depend on. All processes share the work; the first one of each machine writes, all read.
+    The cache is known by the encoder's ``weights``, whole ones, the shards' names, sizes and times, and ``identity``, what
+    else the pixels depend on. All processes share the work; the first one of each machine writes, all read. ``UserError``
+    on all where it cannot be written.
     """
     folder = Path(dataset.index.cache_dir or default_cache_dir()) / "features"
-    name = fingerprint(encoder, dataset.index.urls, identity | {"num_samples": num_samples})
+    name = fingerprint(weights, dataset.index.urls, identity | {"num_samples": num_samples})
     tensors, texts = folder / f"{name}.safetensors", folder / f"{name}.json"
     # The machines may have caches of their own: it is used where all have it.
     known = all(gather_objects(accelerator, tensors.exists() and texts.exists()))
@@ -79,11 +84,19 @@ def features(
             num_workers=num_workers,
             on_batch=on_batch,
         )
-        if accelerator.is_local_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            _write(tensors, lambda path: save_file({"embeds": embeds}, path))
-            _write(texts, lambda path: Path(path).write_text(json.dumps(samples), encoding="utf-8"))
-        accelerator.wait_for_everyone()
+
+        def write() -> None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                _write(tensors, lambda path: save_file({"embeds": embeds}, path))
+                _write(texts, lambda path: Path(path).write_text(json.dumps(samples), encoding="utf-8"))
+            except (OSError, SafetensorError) as error:
+                raise UserError(
+                    f"--cache_dir: the embeddings cannot be kept in {folder} ({getattr(error, 'strerror', None) or error}); "
+                    "make room, name another folder, or --cache_features false"
+                ) from None
+
+        everywhere(accelerator, write if accelerator.is_local_main_process else lambda: None)
     embeds = load_file(tensors)["embeds"]
     return FeatureDataset(dataset, embeds, json.loads(texts.read_text(encoding="utf-8"))), known
 
@@ -113,7 +126,9 @@ def compute_features(
     own: list[dict[str, Any]] = []
     for batch in loader:
         images = [row.image for sample in batch for row in sample.get("rows", ())]
-        embeds = iter(encoder(to_pixel_values(torch.stack(images), accelerator.device)).cpu() if images else ())
+        # A process that has run out goes on with a black image: a sharded encoder is called equally often by all.
+        black = [torch.zeros(3, *dataset.transform.output_size, dtype=torch.uint8)]
+        embeds = iter(encoder(to_pixel_values(torch.stack(images or black), accelerator.device)).cpu())
         for sample in batch:
             found: dict[str, Any] = {"position": sample["position"], "key": sample["key"]}
             if "rows" in sample:
@@ -154,10 +169,12 @@ class SampleRows(PreferenceDataset):
         return self.source.load(reader, shard, sample, epoch)
 
 
-def fingerprint(encoder: nn.Module, urls: list[str], identity: dict[str, Any]) -> str:
-    """A name that changes with any weight of the encoder, any shard, and ``identity``."""
+def fingerprint(weights: dict[str, Tensor], urls: list[str], identity: dict[str, Any]) -> str:
+    """A name that changes with any weight, any shard, and ``identity``."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(encoder.state_dict().items()):
+    for name, tensor in sorted(weights.items()):
+        if not tensor.numel():
+            raise RuntimeError(f"{name} is partitioned: its weights are not known here")
         digest.update(name.encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     for url in urls:

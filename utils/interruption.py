@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import signal
+import sys
+from collections.abc import Callable
 from types import FrameType
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -14,7 +17,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Whether one of SIGNALS has reached any process of the run. The handlers are in place inside the ``with`` block.
+    """Whether one of SIGNALS has reached any process of the run, from now on until ``close``.
 
     Schedulers differ in whom they signal: one process, all of them, or those of one node. A single one is enough.
     """
@@ -22,16 +25,7 @@ class StopRequest:
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.signal: signal.Signals | None = None  # that reached this process
-
-    def __enter__(self) -> StopRequest:
         self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        # A launcher signals the slower processes when the first one has left: they keep their exit status.
-        leaving = isinstance(error, SystemExit) and error.code == REQUEUE
-        for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_IGN if leaving else handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
@@ -43,3 +37,17 @@ class StopRequest:
             flags = self.accelerator.gather(torch.tensor([number], device=self.accelerator.device))
             number = int(flags.max())
         return signal.Signals(number) if number else None
+
+    def leave(self, told: signal.Signals, state: str, say: Callable[[str], None]) -> NoReturn:
+        """Ends the process with REQUEUE. Call on all processes; ``state`` says in words what was saved."""
+        say(f"{told.name} {state}; --resume_from_checkpoint latest goes on (exit status {REQUEUE})")
+        # A launcher signals the slower processes when the first one has left: they keep their exit status.
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        self.accelerator.end_training()
+        sys.exit(REQUEUE)
+
+    def close(self) -> None:
+        """The run is over: signals mean what they meant before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -135,5 +135,8 @@ class MetricsFile:
         """Drops what was written after ``step``: a resumed run writes it again."""
         kept = [json.dumps(row) + "\n" for row in self.read() if row["step"] <= step]
         aside = self.path.with_suffix(".jsonl.tmp")
-        aside.write_text("".join(kept), encoding="utf-8")
-        os.replace(aside, self.path)
+        try:
+            aside.write_text("".join(kept), encoding="utf-8")
+            os.replace(aside, self.path)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); mend that and start again") from None

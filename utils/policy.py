@@ -143,7 +143,10 @@ def judge(
         if not len(
             images
         ):  # a process that has run out goes on with a black image: under ZeRO-3 all make equal forwards
-            embed(images.new_zeros(1, *images.shape[1:]), texts or [""])
+            black = images.new_zeros(1, *images.shape[1:])
+            embed(black, texts or [""])
+            if ref_embed is not None:
+                ref_embed(black, texts or [""])
             continue
         logits = batch_logits(*embed(images, texts), logit_scale, batch)
         ref_logits = None

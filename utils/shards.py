@@ -149,6 +149,24 @@ def index_shards(
     return ShardIndex(list(urls), sizes, skipped, cache_dir, cache_limit_gb)
 
 
+def keep_sizes(index: ShardIndex, sizes: Sequence[int]) -> None:
+    """Gives a resumed run the sizes of its first start, from which its order of samples follows.
+
+    A shard that cannot be read any more keeps its place, and its samples are skipped when their turn comes; one that could
+    not be read at the first start stays out. ``UserError`` where the shards hold other samples than at the start.
+    """
+    known = len(index.sizes) == len(sizes) and all(
+        now == then or not (now and then) for now, then in zip(index.sizes, sizes)
+    )
+    if not known:
+        raise UserError(
+            f"--resume_from_checkpoint: the shards hold other samples than when the run was started ({sum(index.sizes)} in "
+            f"{len(index.sizes)} shards, were {sum(sizes)} in {len(sizes)}), so that their order would change; give it the "
+            "same shards, or start a new run"
+        )
+    index.sizes, index.num_samples = list(sizes), sum(sizes)
+
+
 def refuse_lacking_shards(urls: Sequence[str], cache: ShardCache, flag: str) -> None:
     """Without the hub a shard that the cache lacks would only be missed in the middle of the run."""
     on_hub = [url for url in urls if url.startswith("hf://")]
@@ -552,6 +570,8 @@ def _worker_died(error: Exception) -> bool:
     if "Caught " in str(error):
         return False
     # Its batches may be under way already, as handles that only the living worker could give out.
+    if "Pin memory thread exited" in str(error):
+        return True
     return "DataLoader worker" in str(error) or isinstance(error, (ConnectionError, EOFError, FileNotFoundError))
 
 
