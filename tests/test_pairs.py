@@ -325,7 +325,7 @@ def test_a_batch_of_both_kinds():
     pairs = (row(1, "a", ["b", "c"], ["a", "b", "c"]), row(2, "d", ["a"], ["a", "d"]))
     regs = (row(3, "b", candidates=["b", "e"], reg=True), row(4, None, candidates=["a", "e"], reg=True))
     samples = [sample(5, pairs[0]), sample(2, regs[0]), lost, sample(0, pairs[1]), sample(7, regs[1])]
-    batch = collate_rows(samples, texts=None)
+    batch = collate_rows(samples, texts=None, no_images=torch.empty(0, 3, 2, 2, dtype=torch.uint8))
     texts = batch["texts"]
     assert batch["images"][:, 0, 0, 0].tolist() == [3, 4, 1, 2]  # those of the regulariser come first
     assert sorted(texts) == ["a", "b", "c", "d", "e"]
@@ -347,7 +347,7 @@ def test_batches_without_one_kind_or_without_any(regs, pairs, texts):
     named = None if texts else ["a", "b"]
     samples = [sample(number, row(0, "a", candidates=named, reg=True)) for number in range(regs)]
     samples += [sample(number, row(0, "b", ["a"], candidates=named)) for number in range(pairs)]
-    batch = collate_rows(samples, texts=texts, image_size=(2, 2))
+    batch = collate_rows(samples, texts=texts, no_images=torch.empty(0, 3, 2, 2, dtype=torch.uint8))
     count = len(batch["texts"])
     assert count == (3 if texts else 2 if samples else 0)
     assert (batch["images"].shape, batch["images"].dtype) == ((regs + pairs, 3, 2, 2), torch.uint8)

@@ -73,10 +73,10 @@ def parameters(directory):
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
 def test_two_processes_equal_one(arguments, tmp_path, sharding):
-    """SGD: parameters within 1e-6. AdamW, which blows up the rounding of zero gradients: embeddings within 1e-6."""
+    """SGD: parameters within 1e-6. AdamW, which blows up the rounding of zero gradients: embeddings within 1e-6 of the largest entry."""
     methods = ["LORE"] if "offload" in sharding else METHODS
     runs = [(method, sgd) for method in methods for sgd in (True, False)]
-    changes = {True: {}, False: {"learning_rate": 1e-4}}
+    changes = {True: {}, False: {"learning_rate": 1e-5}}
     if "zero3" in sharding:
         changes[True]["shard_reference"] = "true"
 
@@ -98,7 +98,8 @@ def test_two_processes_equal_one(arguments, tmp_path, sharding):
             found = parameters(two)
             error = max((found[name] - expected).abs().max().item() for name, expected in parameters(one).items())
         else:
-            error = (image_embeds(one) - image_embeds(two)).abs().max().item()
+            expected = image_embeds(one)
+            error = ((expected - image_embeds(two)).abs().max() / expected.abs().max()).item()
         print(f"{sharding} {method} {'sgd' if sgd else 'adamw'}: {error:.2e}")
         assert error <= 1e-6, f"{method}: {error}"
         for expected, found in zip(rows(one), rows(two), strict=True):

@@ -8,6 +8,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from utils.cli import UserError
 from utils.distributed import gather_objects
 from utils.hub import everywhere
-from utils.pairs import PreferenceDataset, Row
+from utils.pairs import PreferenceDataset, Row, collate_rows
 from utils.shard_sources import default_cache_dir
 from utils.shards import ShardReader, eval_loader
 from utils.skipped import BadSample, Skipped
@@ -39,6 +40,10 @@ class FeatureDataset(PreferenceDataset):
         super().__init__(source.index, source.transform, order=source.order, seed=source.seed)
         self.texts, self.embeds, self.samples = source.texts, embeds, samples
         self._starts = [0, *accumulate(source.index.sizes)]
+
+    @property
+    def collate_fn(self) -> Callable[[list], dict[str, Any]]:
+        return partial(collate_rows, texts=self.texts, no_images=self.embeds[:0])
 
     def load(self, reader: ShardReader, shard: int, sample: int, epoch: int) -> dict[str, Any]:
         found = self.samples[self._starts[shard] + sample]

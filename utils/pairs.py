@@ -57,7 +57,8 @@ class PreferenceDataset(ShardDataset):
 
     @property
     def collate_fn(self) -> Any:
-        return partial(collate_rows, texts=self.texts, image_size=self.transform.output_size)
+        no_images = torch.empty(0, 3, *(self.transform.output_size or (0, 0)), dtype=torch.uint8)
+        return partial(collate_rows, texts=self.texts, no_images=no_images)
 
 
 class TypographicDataset(PreferenceDataset):
@@ -177,10 +178,10 @@ def parse_pair(text: bytes | None, key: str, where: str) -> tuple[Row, int]:
     return Row(empty, chosen, [] if reg else kept, candidates, reg), 0 if reg else len(set(rejected)) - len(kept)
 
 
-def collate_rows(
-    samples: Sequence[dict[str, Any]], *, texts: list[str] | None, image_size: tuple[int, int] | None = None
-) -> dict[str, Any]:
+def collate_rows(samples: Sequence[dict[str, Any]], *, texts: list[str] | None, no_images: Tensor) -> dict[str, Any]:
     """Samples -> one batch; the rows of the regulariser come first. R of N rows regularise, P express a preference.
+
+    ``no_images``: the images of a batch without rows, of the shape and dtype of others.
 
     Returns:
         images: uint8 (N, 3, H, W), or image_embeds float32 (N, D). texts: the T texts of the batch.
@@ -208,9 +209,7 @@ def collate_rows(
 
     rejected = [[places[text] for text in row.rejected] for _, row in pairs]
     return {
-        "images": torch.stack([row.image for _, row in (*reg, *pairs)])
-        if rows
-        else torch.empty(0, 3, *(image_size or (0, 0)), dtype=torch.uint8),
+        "images": torch.stack([row.image for _, row in (*reg, *pairs)]) if rows else no_images,
         "texts": list(places),
         "reg_chosen": torch.tensor([places.get(row.chosen, -1) for _, row in reg], dtype=torch.int64),
         "reg_candidates": candidates(reg),
