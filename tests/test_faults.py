@@ -101,6 +101,23 @@ def test_data_workers_that_always_die_end_the_run(arguments, monkeypatch):
         train_lore.main(arguments(num_workers=1))
 
 
+def test_a_killed_data_worker_of_an_evaluation_is_one_line(small_clip, digits, tmp_path):
+    program = """
+import os, signal, evaluate, utils.shards
+from utils.cli import run
+utils.shards.ShardDataset.__getitem__ = lambda self, reference: os.kill(os.getpid(), signal.SIGKILL)
+run(evaluate.main)
+"""
+    words = ["--model", small_clip, "--data", digits, "--num_workers", "1", "--output_dir", tmp_path / "run"]
+    result = subprocess.run(
+        [sys.executable, "-c", program, *map(str, words)], cwd=ROOT, text=True, capture_output=True, timeout=120
+    )
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if "error" in line]
+    assert "a data worker has died" in line
+
+
 @pytest.mark.parametrize("fault", ["vanishes", "is cut"])
 def test_a_shard_lost_in_the_middle_of_an_epoch(arguments, digits, tmp_path, in_step, capfd, fault):
     """Counted, and replaced by other samples; past --max_bad_fraction the run ends with the list."""
