@@ -99,6 +99,8 @@ def start_accelerator(
     # The patch embedding is the only convolution of a ViT, and pixels lose an attack's steps in TF32's 10 bits.
     torch.backends.cudnn.allow_tf32 = False
     warnings.filterwarnings("ignore", message=".*torch.distributed process group is initialized, but.*")
+    # DeepSpeed calls these by their names before torch 2.13.
+    warnings.filterwarnings("ignore", message=".*`torch.distributed.* is deprecated.*", category=FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     set_seed(seed)
     return accelerator
