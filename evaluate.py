@@ -136,7 +136,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if settings.prefetch:
         return prefetch(settings)
     accelerator = start_accelerator(seed=settings.seed, days_of_patience=DAYS_OF_PATIENCE)
-    from_main_process(accelerator, lambda: take_output_dir(settings.output_dir))
     on_every_node(accelerator, lambda: check_models(settings))
     sets = {name: open_everywhere(settings, accelerator, name) for name in settings.data}
     revisions = {
@@ -152,6 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in sets:
         if not jobs[settings.model[0], name]:
             raise nothing_to_measure(settings, name, sets[name])
+    from_main_process(accelerator, lambda: take_output_dir(settings.output_dir))
     results = from_main_process(accelerator, lambda: Results(settings.output_dir))
     reference = None
 

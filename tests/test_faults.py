@@ -210,7 +210,7 @@ def test_a_killed_process_ends_the_others_with_a_line(arguments, tmp_path):
     assert damage(last_checkpoint(tmp_path / "run")) is None
 
 
-def test_one_directory_is_for_one_run_and_a_killed_run_leaves_it(arguments, tmp_path):
+def test_one_directory_is_for_one_run_and_a_killed_run_leaves_it(arguments, digits, tmp_path):
     command = [sys.executable, str(ROOT / "train_lore.py"), *arguments(max_steps=500, num_workers=1)]
     first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     for line in first.stderr:
@@ -220,7 +220,9 @@ def test_one_directory_is_for_one_run_and_a_killed_run_leaves_it(arguments, tmp_
     output = run_script("train_lore.py", *again, status=2)
     assert f"another run is writing there (process {first.pid} on " in output
     assert output.strip().count("\n") == 0
-    output = run_script("evaluate.py", "--model", again[1], "--data", "x", "--output_dir", tmp_path / "run", status=2)
+    output = run_script(
+        "evaluate.py", "--model", again[1], "--data", digits, "--output_dir", tmp_path / "run", status=2
+    )
     assert "another run is writing there" in output
     first.kill()
     first.wait()  # its data worker may live on for seconds

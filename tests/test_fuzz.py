@@ -164,7 +164,9 @@ def fuzz_sizes(draw: random.Random, folder: Path) -> None:
 def fuzz_pair(draw: random.Random, folder: Path) -> None:
     row, _ = parse_pair(mutate_json(PAIR, draw), "key", "where")
     row.image = torch.zeros(3, 4, 4, dtype=torch.uint8)
-    collate_rows([{"key": "key", "rows": [row], "position": 0, "skipped": []}], texts=None)
+    collate_rows(
+        [{"key": "key", "rows": [row], "position": 0, "skipped": []}], texts=None, no_images=row.image[None, :0]
+    )
 
 
 def fuzz_recipe(draw: random.Random, folder: Path) -> None:
