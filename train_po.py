@@ -284,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if average:
             average.load_state_dict(extra_state["average"])
         skips = skips.merge([resumed["skips"]] if accelerator.is_main_process else [])
-        best = best_so_far(resumed, known_settings, best)
+        best = best_so_far(resumed, known_settings, output_dir, best)
 
     # All global batches follow from the seed, the shards' sizes and the global batch size: the step is the position.
     first_step = resumed["step"] if resumed else 0

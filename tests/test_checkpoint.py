@@ -157,13 +157,13 @@ def test_a_run_never_meets_or_deletes_the_wrong_checkpoints(tmp_path):
 
 
 def test_the_best_value_goes_on_only_where_it_compares(tmp_path):
-    settings = {"eval_shards": ["a"], "eval_num_samples": 10, "output_dir": str(tmp_path), "keep_best": "clean"}
+    settings = {"eval_shards": ["a"], "eval_num_samples": 10, "keep_best": "clean"}
     resumed = {"best": {"value": 0.5, "metric": "clean"}, "settings": settings}
-    assert best_so_far(resumed, settings, {"value": -1}) == {"value": -1}  # its model is not there
+    assert best_so_far(resumed, settings, tmp_path, {"value": -1}) == {"value": -1}  # its model is not there
     (tmp_path / "best").mkdir()
-    assert best_so_far(resumed, settings, {"value": -1})["value"] == 0.5
-    for name, value in (("keep_best", "pgd"), ("eval_num_samples", 20), ("output_dir", "elsewhere")):
-        assert best_so_far(resumed, settings | {name: value}, {"value": -1}) == {"value": -1}
+    assert best_so_far(resumed, settings, tmp_path, {"value": -1})["value"] == 0.5
+    for name, value in (("keep_best", "pgd"), ("eval_num_samples", 20)):
+        assert best_so_far(resumed, settings | {name: value}, tmp_path, {"value": -1}) == {"value": -1}
 
 
 def test_every_kind_of_damage_is_named(tmp_path):

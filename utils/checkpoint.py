@@ -293,11 +293,13 @@ def set_aside_later(output_dir: str | Path, step: int) -> None:
             logger.warning("the run goes on from step %d: %s is set aside as %s", step, path, aside.name)
 
 
-def best_so_far(resumed: dict[str, Any], settings: dict[str, Any], fresh: dict[str, Any]) -> dict[str, Any]:
+def best_so_far(
+    resumed: dict[str, Any], settings: dict[str, Any], output_dir: Path, fresh: dict[str, Any]
+) -> dict[str, Any]:
     """The checkpoint's best value, where it is of what is compared now and its model is still there; else ``fresh``."""
     best, before = resumed["best"], resumed["settings"]
-    same = all(before.get(name) == settings[name] for name in ("eval_shards", "eval_num_samples", "output_dir"))
-    kept = best.get("metric") == settings["keep_best"] and (Path(settings["output_dir"]) / "best").is_dir()
+    same = all(before.get(name) == settings[name] for name in ("eval_shards", "eval_num_samples"))
+    kept = best.get("metric") == settings["keep_best"] and (output_dir / "best").is_dir()
     return best if same and kept else fresh
 
 
