@@ -28,7 +28,12 @@ from utils.checkpoint import take_output_dir
 from utils.classifiers import KnnClassifier, LinearClassifier, fit_linear_probe, read_linear_head, save_linear_head
 from utils.cli import UserError, flag, parse_settings, required, run
 from utils.corruptions import CORRUPTIONS, KNOWN, SEVERITIES, find_published, require_package
-from utils.distributed import from_main_process, start_accelerator
+from utils.distributed import (
+    everywhere,
+    from_main_process,
+    on_every_node,
+    start_accelerator,
+)
 from utils.encoders import (
     SUPPORTED_MODEL_TYPES,
     VISION_MODEL_TYPES,
@@ -38,7 +43,7 @@ from utils.encoders import (
     make_encoder,
 )
 from utils.head import HEAD_FILE, load_head
-from utils.hub import everywhere, fetch_model, folder_on_every_node, on_every_node, on_this_node
+from utils.hub import fetch_model, folder_on_every_node, on_this_node
 from utils.images import ImageTransform
 from utils.measures import (
     EvalSet,

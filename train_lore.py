@@ -46,6 +46,7 @@ from utils.distributed import (
     compute_dtype,
     default_num_workers,
     end_training,
+    everywhere,
     from_main_process,
     gather_objects,
     gathered,
@@ -65,7 +66,7 @@ from utils.encoders import (
     make_encoder,
     save_clip,
 )
-from utils.hub import everywhere, fetch_model, on_this_node
+from utils.hub import fetch_model, on_this_node
 from utils.images import ImageTransform
 from utils.interruption import StopRequest
 from utils.lagrangian import (

@@ -46,10 +46,12 @@ from utils.distributed import (
     compute_dtype,
     default_num_workers,
     end_training,
+    everywhere,
     from_main_process,
     gather_objects,
     log_row,
     mean_over_processes,
+    on_every_node,
     shard_frozen,
     start_accelerator,
     start_tracker,
@@ -67,7 +69,7 @@ from utils.encoders import (
 )
 from utils.features import features
 from utils.head import Head, fold_head, head_power, orthogonality_penalty, save_head, warn_of_condition
-from utils.hub import everywhere, fetch_model, on_every_node, on_this_node
+from utils.hub import fetch_model, on_this_node
 from utils.images import ImageTransform
 from utils.interruption import StopRequest
 from utils.metrics import MetricsFile, peak_memory_gib

@@ -170,7 +170,14 @@ def test_every_kind_of_damage_is_named(tmp_path):
     checkpoint = save(tmp_path, 1)
     assert damage(checkpoint) is None
     state = json.loads((checkpoint / "trainer_state.json").read_text())
-    wrong = {"format": 1}, {"files": None}, {"files": {"x": [1]}}, {"step": "1"}, {"files": {"../x": [1, "a"]}}
+    wrong = (
+        {"format": 1},
+        {"files": {}},
+        {"files": None},
+        {"files": {"x": [1]}},
+        {"step": "1"},
+        {"files": {"../x": [1, "a"]}},
+    )
     for changes in wrong:
         (checkpoint / "trainer_state.json").write_text(json.dumps(state | changes))
         assert damage(checkpoint)

@@ -20,8 +20,8 @@ from tests.conftest import ROOT, flags, free_port
 from tests.shard_maker import ShardServer, image_bytes, make_shards
 from utils import shard_sources
 from utils.cli import UserError
-from utils.distributed import start_tracker
-from utils.hub import everywhere, model_files, model_folder
+from utils.distributed import everywhere, start_tracker
+from utils.hub import model_files, model_folder
 from utils.shard_sources import expand_shards, read_text
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"  # of whatever the server has
@@ -303,9 +303,9 @@ import json, os, sys
 import evaluate
 from pathlib import Path
 from utils.cli import UserError, parse_settings
-from utils.distributed import start_accelerator
+from utils.distributed import everywhere, start_accelerator
 from utils.encoders import load_clip
-from utils.hub import everywhere, fetch_model, folder_on_every_node, on_this_node
+from utils.hub import fetch_model, folder_on_every_node, on_this_node
 from utils.shards import ShardIndex, ShardReader
 
 accelerator = start_accelerator()
@@ -397,7 +397,7 @@ def test_the_first_process_of_every_node_downloads(server, tmp_path):
 
 def test_an_error_of_one_process_is_raised_on_all(monkeypatch):
     """The collective is played: this process made something, another one has failed."""
-    monkeypatch.setattr("utils.hub.gather_objects", lambda accelerator, line: [line, "--model x: broken"])
+    monkeypatch.setattr("utils.distributed.gather_objects", lambda accelerator, line: [line, "--model x: broken"])
     with pytest.raises(UserError, match=r"^--model x: broken$"):
         everywhere(Accelerator(cpu=True), lambda: "made")
 

@@ -162,7 +162,8 @@ def damage(checkpoint: Path) -> str | None:
             if _sha256(path) != digest:
                 return f"{name} is not what was written"
         step = state["step"]
-        if not isinstance(step, int) or not state.keys() >= STATE_KEYS:
+        known = state.keys() >= STATE_KEYS and state["files"].keys() >= {"parameters.safetensors", EXTRA_FILE}
+        if not isinstance(step, int) or not known:
             return f"{STATE_FILE} lacks entries"
     except (FileNotFoundError, NotADirectoryError) as error:
         return f"{Path(error.filename or checkpoint).name}: {error.strerror}"

@@ -12,7 +12,7 @@ import logging
 import os
 import secrets
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -221,6 +221,24 @@ def from_main_process(accelerator: Accelerator, make: Any) -> Any:
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0]
+
+
+def everywhere(accelerator: Accelerator, make: Callable[[], Any]) -> Any:
+    """``make()`` on every process; the first process's ``UserError`` is raised by all, none is left waiting."""
+    made = line = None
+    try:
+        made = make()
+    except UserError as error:
+        line = str(error)
+    lines = [line for line in gather_objects(accelerator, line) if line is not None]
+    if lines:
+        raise UserError(lines[0])
+    return made
+
+
+def on_every_node(accelerator: Accelerator, make: Callable[[], Any]) -> Any:
+    """``make()`` on the first process of every node while the others wait, for whom it is None."""
+    return everywhere(accelerator, lambda: make() if accelerator.is_local_main_process else None)
 
 
 @contextmanager

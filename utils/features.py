@@ -20,8 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from utils.cli import UserError
-from utils.distributed import gather_objects
-from utils.hub import everywhere
+from utils.distributed import (
+    everywhere,
+    gather_objects,
+)
 from utils.pairs import PreferenceDataset, Row, collate_rows
 from utils.shard_sources import default_cache_dir
 from utils.shards import ShardReader, eval_loader

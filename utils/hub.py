@@ -11,35 +11,16 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 
 from utils.cli import UserError
-from utils.distributed import from_main_process, gather_objects
+from utils.distributed import everywhere, from_main_process, gather_objects, on_every_node
 from utils.encoders import SUPPORTED_MODEL_TYPES, check_model
 from utils.shard_sources import BRING_IT, ShardCache, hub_answered, hub_offline, one_line
 from utils.shards import ShardIndex, refuse_lacking_shards
 
 logger = logging.getLogger(__name__)
-
-
-def everywhere(accelerator: Accelerator, make: Callable[[], Any]) -> Any:
-    """``make()`` on every process; the first process's ``UserError`` is raised by all, none is left waiting."""
-    made = line = None
-    try:
-        made = make()
-    except UserError as error:
-        line = str(error)
-    lines = [line for line in gather_objects(accelerator, line) if line is not None]
-    if lines:
-        raise UserError(lines[0])
-    return made
-
-
-def on_every_node(accelerator: Accelerator, make: Callable[[], Any]) -> Any:
-    """``make()`` on the first process of every node while the others wait, for whom it is None."""
-    return everywhere(accelerator, lambda: make() if accelerator.is_local_main_process else None)
 
 
 def folder_on_every_node(accelerator: Accelerator, find: Callable[[bool], Path], what: str) -> Path:

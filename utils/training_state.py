@@ -74,7 +74,7 @@ def collect(
     del parameters
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return _collect_replicated(accelerator, model, optimizer, write)
-    zero = _zero_optimizer(model)
+    zero = model.optimizer
     shares = [zero.optimizer.state.get(share, {}) for share in _shares(zero)]
     if not all(_is_elementwise(share, state) for share, state in zip(_shares(zero), shares)):
         tensors, numbers = flatten(shares)
@@ -158,7 +158,7 @@ def _load_zero(accelerator: Accelerator, model: nn.Module, checkpoint: Path, num
         safe_set_local_optimizer_state,
     )
 
-    zero = _zero_optimizer(model)
+    zero = model.optimizer
     shares = _shares(zero)
     own = checkpoint / f"{OWN_SHARE.format(rank=accelerator.process_index)}.safetensors"
     kept = list(checkpoint.glob(OWN_SHARE.format(rank="*") + ".safetensors"))
@@ -177,6 +177,8 @@ def _load_zero(accelerator: Accelerator, model: nn.Module, checkpoint: Path, num
         return
     keys: list[str] = []
     for key, tensors in _optimizer_files(checkpoint):
+        if not all(tensor.is_floating_point() for tensor in tensors.values()):  # 8-bit blocks, of whole parameters
+            raise _other_shares(checkpoint)
         keys.append(key)
         for share in shares:
             state = zero.optimizer.state[share]
@@ -201,15 +203,10 @@ def _load_zero(accelerator: Accelerator, model: nn.Module, checkpoint: Path, num
                 safe_set_full_optimizer_state(parameter, tensors[name].to(accelerator.device), key)
 
 
-def _zero_optimizer(engine: nn.Module) -> Any:
-    return engine.optimizer
-
-
 def _shares(zero: Any) -> list[Tensor]:
     """The flat float32 master parameters of this process, which the optimizer beneath steps on."""
-    return zero.fp32_partitioned_groups_flat if hasattr(zero, "fp32_partitioned_groups_flat") else (
-        zero.single_partition_of_fp32_groups
-    )  # fmt: skip
+    stage_3 = hasattr(zero, "fp32_partitioned_groups_flat")
+    return zero.fp32_partitioned_groups_flat if stage_3 else zero.single_partition_of_fp32_groups
 
 
 def _is_elementwise(share: Tensor, state: dict[str, Any]) -> bool:
@@ -240,6 +237,6 @@ def _own(tensor: Tensor) -> Tensor:
 
 def _other_shares(checkpoint: Path) -> UserError:
     return UserError(
-        f"--resume_from_checkpoint {checkpoint}: an 8-bit optimizer under ZeRO was saved in shares of its processes; go on "
-        "with the same number of processes and the same zero_stage"
+        f"--resume_from_checkpoint {checkpoint}: 8-bit optimizer state fits the sharding that it was saved under alone: go "
+        "on with the same number of processes and the same zero_stage, or without ZeRO where it was saved without"
     )
