@@ -336,6 +336,7 @@ for wrong in (
     except UserError as error:
         errors.append(str(error))
 print(json.dumps({"folder": folder, "urls": urls, "cache_dir": index.cache_dir, "read": read, "errors": errors}))
+accelerator.end_training()
 """
 
 
