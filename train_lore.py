@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.attacks import attack_seeds, frozen, pgd, uniform_start
+from utils.attacks import ascend, attack_seeds, frozen, pgd, uniform_start
 from utils.checkpoint import (
     best_so_far,
     find_checkpoint,
@@ -115,7 +115,8 @@ class Settings:
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward passes: less memory, more time", group="model")
     shard_reference: bool = flag(False, "shard the frozen reference over the processes too (DeepSpeed): for encoders too large to copy", group="model")
     reference_dtype: str = flag("float32", "weights of the reference's blocks; bfloat16 halves them, needs mixed_precision bf16 and changes no embedding", group="model", choices=("float32", "bfloat16"))
-    compile: bool = flag(False, "torch.compile the encoders", group="model")
+    compile: bool = flag(False, "torch.compile the encoders and the attack's step: a minute or two at the start, then fewer passes over memory", group="model")
+    tf32: bool = flag(False, "NVIDIA GPUs: products that stay float32 run in TF32, the patch embedding excepted; matters with mixed_precision no", group="model")
 
     estimate_memory: bool = flag(False, "only print what a step of this kind needs on a device, for the usual image towers and, where given, --model_name_or_path; needs no data", group="memory", waives_required=True)
     estimate_processes: int = flag(8, "processes of the run that is estimated", group="memory", minimum=1)
@@ -174,7 +175,7 @@ class Settings:
 FREE_SETTINGS = {
     "output_dir", "resume_from_checkpoint", "cache_dir", "cache_limit_gb", "num_workers", "report_to", "allow_pipe_urls", "max_bad_fraction",
     "eval_shards", "eval_num_samples", "eval_steps", "logging_steps", "checkpoint_steps", "checkpoints_total_limit",
-    "keep_best", "gradient_checkpointing", "compile", "shard_reference", "gather_for_attack", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "keep_best", "gradient_checkpointing", "compile", "tf32", "shard_reference", "gather_for_attack", "per_device_train_batch_size", "gradient_accumulation_steps",
     "prefetch", "estimate_memory", "estimate_processes", "estimate_precision",
 }  # fmt: skip
 
@@ -185,9 +186,10 @@ class MicroBatch:
 
     pixel_values: Tensor  # (B, 3, H, W), float32 in [0,1]
     labels: Tensor | None  # (B,), int64
-    ref_image_embeds: Tensor  # (B, D), float32
-    margin: Tensor  # (B,), float32
+    ref_image_embeds: Tensor | None = None  # (B, D), float32
+    margin: Tensor | None = None  # (B,), float32
     delta: Tensor | None = None  # (B, 3, H, W), float32
+    image_embeds: Tensor | None = None  # (B, D), of the attacked encoder: on logged steps whose updates do not see them
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -198,6 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     needs_labels = settings.objective == "tecoa" or settings.constraint == "kl"
     constrained = settings.constraint != "none"
     clean_in_primal = constrained or settings.clean_weight > 0
+    needs_reference = settings.objective == "embedding" or clean_in_primal
     if settings.prefetch:
         sets = [shard_options(settings, "train_shards", needs_labels), shard_options(settings, "eval_shards", True)]
         models = [
@@ -213,6 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_grad_norm=settings.max_grad_norm,
         report_to=settings.report_to,
         output_dir=settings.output_dir,
+        tf32=settings.tf32,
     )
     device, world_size = accelerator.device, accelerator.num_processes
     check_reference_dtype(settings.reference_dtype, compute_dtype(accelerator))
@@ -257,7 +261,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     reference = everywhere(accelerator, lambda: load_reference(reference_model, encoder))
     reference = keep_weights_in(settings.reference_dtype, reference).to(device)
     image_flops = lore_flops_per_image(
-        forward_flops(reference), settings.attack_steps, settings.primal_steps, clean_in_primal, constrained
+        forward_flops(reference),
+        settings.attack_steps,
+        settings.primal_steps,
+        clean_in_primal,
+        constrained,
+        needs_reference,
     )
     if settings.shard_reference:
         reference = shard_frozen(accelerator, reference)
@@ -266,14 +275,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if settings.gradient_checkpointing:
         enable_gradient_checkpointing(encoder)
     if settings.compile:
-        encoder.compile()
-        reference.compile()
+        encoder.compile(dynamic=False)
+        reference.compile(dynamic=False)
+    attack_update = torch.compile(ascend, dynamic=False) if settings.compile else ascend
 
     # Only the encoder is prepared. The multiplier stays outside the engine; its own optimizer ascends.
     optimizer = make_optimizer(settings.optimizer, encoder, settings.learning_rate, settings.weight_decay)
     multiplier = Multiplier(settings.multiplier, encoder.embed_dim).to(device)
     dual_optimizer = torch.optim.AdamW(
-        multiplier.parameters(), lr=settings.dual_learning_rate, weight_decay=0.0, maximize=True
+        multiplier.parameters(), lr=settings.dual_learning_rate, weight_decay=0.0, maximize=True, fused=True
     )
     encoder.train()
     if resumed:
@@ -334,36 +344,37 @@ def main(argv: Sequence[str] | None = None) -> None:
             return entropy_margin(ref_image_embeds, *train_prompts, settings.margin)
         return embedding_margin(ref_image_embeds, settings.margin)
 
-    def primal_loss(batch: MicroBatch) -> Tensor:
+    def primal_loss(batch: MicroBatch) -> tuple[Tensor, Tensor | None, Tensor]:
+        """What an update descends on, and the embeddings of the clean and of the perturbed images."""
         adversarial = batch.pixel_values + batch.delta
         if not clean_in_primal:
-            return objective(encoder(adversarial), batch).mean()
+            adversarial_embeds = encoder(adversarial)
+            return objective(adversarial_embeds, batch).mean(), batch.image_embeds, adversarial_embeds
         image_embeds, adversarial_embeds = encoder(torch.cat([batch.pixel_values, adversarial])).chunk(2)
         losses, distance = objective(adversarial_embeds, batch), clean_distance(image_embeds, batch)
-        if not constrained:
-            return (losses + settings.clean_weight * distance).mean()
-        with torch.no_grad():
-            multipliers = multiplier(batch.ref_image_embeds)
-        return primal_lagrangian(losses, violation(distance, batch.margin, settings.rho), multipliers)
+        if constrained:
+            with torch.no_grad():
+                multipliers = multiplier(batch.ref_image_embeds)
+            loss = primal_lagrangian(losses, violation(distance, batch.margin, settings.rho), multipliers)
+        else:
+            loss = (losses + settings.clean_weight * distance).mean()
+        return loss, image_embeds, adversarial_embeds
 
     @torch.no_grad()
-    def measure(micro_batches: list[MicroBatch]) -> dict[str, float]:
-        """Statistics over the global batch at the attacked encoder. Two more forwards and a sync: logged steps only."""
-        rows = []
-        for batch in micro_batches:
-            image_embeds = module(batch.pixel_values)
-            rows.append(
-                torch.stack(
-                    [
-                        squared_distance(module(batch.pixel_values + batch.delta), batch.ref_image_embeds),
-                        squared_distance(image_embeds, batch.ref_image_embeds),
-                        clean_distance(image_embeds, batch),
-                        batch.margin,
-                        multiplier(batch.ref_image_embeds) if constrained else torch.zeros_like(batch.margin),
-                    ]
-                )
-            )
-        rows = accelerator.gather(torch.cat(rows, dim=1).T.contiguous())
+    def measure(batch: MicroBatch, image_embeds: Tensor, adversarial_embeds: Tensor) -> Tensor:
+        """What a log row is made of, (B, 5): distances of perturbed and clean images, what is constrained, margin, lambda."""
+        columns = [
+            squared_distance(adversarial_embeds, batch.ref_image_embeds),
+            squared_distance(image_embeds, batch.ref_image_embeds),
+            clean_distance(image_embeds, batch),
+            batch.margin,
+            multiplier(batch.ref_image_embeds) if constrained else torch.zeros_like(batch.margin),
+        ]
+        return torch.stack(columns, dim=1)
+
+    def summary(measured: list[Tensor]) -> dict[str, float]:
+        """Statistics over the global batch at the attacked encoder. Synchronises."""
+        rows = accelerator.gather(torch.cat(measured))
         adversarial, clean, constraint, margins, multipliers = rows.unbind(dim=1)
         return {
             "distance_adv": adversarial.mean().item(),
@@ -394,7 +405,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             eval_skips.seen = 0  # every pass is weighed by itself
             counted = count_skipped(loader, eval_skips)
-            with gathered(module, settings.gather_for_attack):
+            eager = torch.compiler.set_stance("force_eager")  # a last batch of its own size is not worth compiling
+            with gathered(module, settings.gather_for_attack), eager:
                 _, correct = predictions(module, counted, *eval_prompts, device=device, eps=radius, seed=settings.seed)
             accuracies[name] = mean_over_processes(accelerator, correct)
             eval_skips.merge(gather_objects(accelerator, eval_skips.state())).check()
@@ -460,10 +472,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             for _ in range(settings.gradient_accumulation_steps):
                 loaded = next(batches)
                 pixel_values = to_pixel_values(loaded["images"], device)
-                labels = loaded["labels"].to(device) if needs_labels else None
-                with torch.no_grad():
-                    ref_image_embeds = reference(pixel_values)
-                    batch = MicroBatch(pixel_values, labels, ref_image_embeds, margin(ref_image_embeds))
+                batch = MicroBatch(
+                    pixel_values, loaded["labels"].to(device, non_blocking=True) if needs_labels else None
+                )
+                if needs_reference or log_now:
+                    with torch.no_grad():
+                        batch.ref_image_embeds = reference(pixel_values)
+                        batch.margin = margin(batch.ref_image_embeds)
                 seeds = attack_seeds(settings.seed, step, loaded["positions"].tolist())
                 with frozen(module), gathered(module, settings.gather_for_attack):
                     batch.delta = pgd(
@@ -474,17 +489,25 @@ def main(argv: Sequence[str] | None = None) -> None:
                         num_steps=settings.attack_steps,
                         start=uniform_start(pixel_values, eps, seeds),
                         momentum=settings.attack_momentum,
+                        update=attack_update,
                     )
+                if log_now and not clean_in_primal:
+                    with torch.no_grad():
+                        batch.image_embeds = module(pixel_values)
                 micro_batches.append(batch)
-            row: dict[str, Any] = measure(micro_batches) if log_now else {}
+            stop.ask()
 
-            # 2. K primal updates on the same images and perturbations.
+            # 2. K primal updates on the same images and perturbations. The first one's embeddings are what is logged.
+            row: dict[str, Any] = {}
+            measured: list[Tensor] = []
             for update in range(settings.primal_steps):
                 for batch in micro_batches:
                     with accelerator.accumulate(encoder):
-                        loss = primal_loss(batch)
+                        loss, image_embeds, adversarial_embeds = primal_loss(batch)
                         accelerator.backward(loss)  # under DeepSpeed this is the update too, clipped by its own config
                         losses.append(loss.detach())
+                        if log_now and update == 0:
+                            measured.append(measure(batch, image_embeds, adversarial_embeds))
                         if accelerator.sync_gradients and (settings.max_grad_norm > 0 or (log_now and update == 0)):
                             norm = accelerator.clip_grad_norm_(encoder.parameters(), settings.max_grad_norm or math.inf)
                             if log_now and update == 0:
@@ -525,7 +548,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             seconds += time.perf_counter() - clock  # a device finishes its queue in here
             if log_now:
                 images_per_second = (done - logged_step) * global_batch_size / seconds
-                row |= {
+                row |= summary(measured) | {
                     "loss": accelerator.reduce(first_loss, reduction="mean").item(),
                     "grad_norm": float(row["grad_norm"]),
                     **rates,

@@ -112,6 +112,7 @@ class Settings:
     shard_reference: bool = flag(False, "shard the frozen reference over the processes too (DeepSpeed): for encoders too large to copy", group="model")
     reference_dtype: str = flag("float32", "weights of the image reference's blocks; bfloat16 halves them, needs mixed_precision bf16 and changes no embedding", group="model", choices=("float32", "bfloat16"))
     compile: bool = flag(False, "torch.compile the image encoders", group="model")
+    tf32: bool = flag(False, "NVIDIA GPUs: products that stay float32 run in TF32, the patch embedding excepted; matters with mixed_precision no", group="model")
 
     train_shards: list[str] = required("brace-expanded paths, globs, directories, hf:// or https:// URLs of .tar shards; with --task pairs also folders of label=X_text=Y pictures", group="data", many=True)
     task: str = flag("typographic", "write wrong class names on labelled images, or read chosen and rejected texts from .json members", group="data", choices=("typographic", "pairs"))
@@ -168,7 +169,7 @@ class Settings:
 FREE_SETTINGS = {
     "output_dir", "resume_from_checkpoint", "cache_dir", "cache_limit_gb", "num_workers", "report_to", "allow_pipe_urls", "max_bad_fraction",
     "eval_shards", "eval_num_samples", "eval_steps", "logging_steps", "checkpoint_steps", "checkpoints_total_limit", "export_t",
-    "keep_best", "gradient_checkpointing", "compile", "shard_reference", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "keep_best", "gradient_checkpointing", "compile", "tf32", "shard_reference", "per_device_train_batch_size", "gradient_accumulation_steps",
     "prefetch",
 }  # fmt: skip
 
@@ -194,6 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         max_grad_norm=settings.max_grad_norm,
         report_to=settings.report_to,
         output_dir=settings.output_dir,
+        tf32=settings.tf32,
     )
     device, world_size = accelerator.device, accelerator.num_processes
     check_reference_dtype(settings.reference_dtype, compute_dtype(accelerator))
@@ -505,6 +507,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             # One update on the mean over the rows of the global batch. A trained text tower sees the templates in turn.
             micro_batches = [next(batches) for _ in range(settings.gradient_accumulation_steps)]
             rows = [(len(batch["chosen"]), len(batch["reg_chosen"])) for batch in micro_batches]
+            stop.ask()
             totals = accelerator.reduce(torch.tensor(rows, dtype=torch.float32, device=device).sum(dim=0))
             parts, row = [], {}
             for batch in micro_batches:

@@ -72,7 +72,7 @@ def main() -> None:
                     gradient_checkpointing=checkpointing == "true",
                     reference_dtype=settings.reference_dtype,
                 )
-                layout = Layout(optimizer=settings.optimizer, foreach=on_gpu)
+                layout = Layout(optimizer=settings.optimizer)
                 estimate = peak_bytes(count, layout, settings.batch_size)["total"]
                 step = pool.submit(measure, settings, model, checkpointing).result()
                 row = [name, checkpointing, f"{estimate / GB:.2f}", f"{step['peak'] / GB:.2f}"]

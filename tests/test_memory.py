@@ -144,7 +144,7 @@ def test_a_real_run_needs_what_is_estimated(deep_clip, digits, tmp_path, optimiz
             settings(deep_clip, digits, tmp_path / "run", optimizer=optimizer, gradient_checkpointing=checkpointing)
         )
     count = count_step(vision_config(deep_clip), compute_dtype=torch.float32, gradient_checkpointing=checkpointing)
-    expected = peak_bytes(count, Layout(optimizer=optimizer, foreach=False), 16)
+    expected = peak_bytes(count, Layout(optimizer=optimizer), 16)
     assert tensors.peak == pytest.approx(expected["total"], rel=0.15)
     # All that matters is in play: none of the large kinds is small change in this test.
     assert min(expected[kind] for kind in ("weights", "reference", "optimizer", "activations")) > 0.05 * tensors.peak
@@ -239,7 +239,7 @@ def test_two_processes_need_what_is_estimated(deep_clip, digits, tmp_path, stage
         launcher=accelerate_launch(tmp_path / "config.yaml"),
     )
     count = count_step(vision_config(deep_clip), compute_dtype=torch.float32, gradient_checkpointing=checkpointing)
-    layout = Layout(stage, 2, optimizer, foreach=False, gather_for_attack=False, **buckets)
+    layout = Layout(stage, 2, optimizer, gather_for_attack=False, **buckets)
     expected = peak_bytes(count, layout, 16)["total"]
     # Process 0 saves the model at the end, from a copy that is on the host where there is a GPU.
     counted = json.loads((tmp_path / "peak-1.json").read_text())

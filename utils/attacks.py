@@ -28,6 +28,7 @@ def pgd(
     num_steps: int,
     start: Tensor | None = None,
     momentum: float = 0.0,
+    update: Callable[..., None] | None = None,
 ) -> Tensor:
     """Projected gradient ascent under an l_inf bound: delta <- P(delta + step_size * sign(v)), v the gradient's sign.
 
@@ -40,28 +41,38 @@ def pgd(
         num_steps: gradient steps; 0 returns the projected start.
         start: first delta, same shape as x (default: zeros). It should be random where the loss is a distance to the
             clean embedding of the same weights, whose gradient at zero is exactly zero.
+        update: ``ascend`` (default) or what ``torch.compile`` makes of it, one kernel in place of three.
 
     Returns:
         delta, (B, 3, H, W), float32, detached. |delta| <= eps and x + delta in [0,1], up to one float32 rounding.
 
-    Only the gradient with respect to delta is asked for. Call it inside ``frozen(module)``, so that autograd keeps none
-    of the activations that weight gradients need.
+    Only the gradient with respect to the pixels is asked for. Call it inside ``frozen(module)``, so that autograd keeps
+    none of the activations that weight gradients need.
     Source: Madry et al. 2018 (arXiv 1706.06083), equation for PGD; sign momentum as in FARE (arXiv 2402.12336).
     """
     pixel_values = pixel_values.detach()
-    delta = project(torch.zeros_like(pixel_values) if start is None else start, pixel_values, eps)
+    update = update or ascend
+    # The ball within [0,1]: to clamp delta to the ball and then x + delta to [0,1] is to clamp x + delta to both.
+    lowest, highest = (pixel_values - eps).clamp_min_(0.0), (pixel_values + eps).clamp_max_(1.0)
+    adversarial = pixel_values.clone() if start is None else torch.clamp(pixel_values + start, lowest, highest)
     velocity = torch.zeros_like(pixel_values) if momentum else None
     for _ in range(num_steps):
-        delta.requires_grad_(True)
+        adversarial.requires_grad_(True)
         with torch.enable_grad():
-            loss = loss_fn(pixel_values + delta).sum()
-        (gradient,) = torch.autograd.grad(loss, delta)
+            loss = loss_fn(adversarial).sum()
+        (gradient,) = torch.autograd.grad(loss, adversarial)
+        adversarial = adversarial.detach()
         with torch.no_grad():
-            direction = gradient.sign()
             if velocity is not None:
-                velocity = direction = (momentum * velocity + direction).sign()
-            delta = project(delta + step_size * direction, pixel_values, eps)
-    return delta.detach()
+                gradient = velocity.mul_(momentum).add_(gradient.sign()).sign_()
+            update(adversarial, gradient, lowest, highest, step_size)
+    return adversarial.detach() - pixel_values
+
+
+def ascend(adversarial: Tensor, gradient: Tensor, lowest: Tensor, highest: Tensor, step_size: float) -> None:
+    """x' <- clamp(x' + step_size * sign(gradient), lowest, highest), in place. All (B, 3, H, W), float32."""
+    adversarial.add_(gradient.sign(), alpha=step_size)
+    torch.clamp(adversarial, lowest, highest, out=adversarial)
 
 
 def project(delta: Tensor, pixel_values: Tensor, eps: float) -> Tensor:

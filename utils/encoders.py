@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from utils.cli import UserError
 from utils.images import ImageTransform
+from utils.layers import ATTENTION, use_lean_layers
 from utils.shard_sources import BRING_IT
 
 SUPPORTED_MODEL_TYPES = ("clip",)
@@ -61,10 +62,8 @@ class ImageEncoder(nn.Module):
         self.image_size = image_size
         self.register_buffer("image_mean", torch.tensor(image_mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(image_std).view(1, 3, 1, 1), persistent=False)
-        # Only the class changes: same parameters, same names in every state dict. It is the only convolution.
-        for module in vision_model.modules():
-            if type(module) is nn.Conv2d:
-                module.__class__ = Float32Conv2d
+        use_lean_layers(vision_model)
+        vision_model.config._attn_implementation = ATTENTION
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, H, W) float32 in [0,1] -> image_embeds (B, D), float32, not normalised to unit length."""
@@ -84,6 +83,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, clip: CLIPModel, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
+        use_lean_layers(clip.text_model)
         self.text_model = clip.text_model
         self.text_projection = clip.text_projection
         self.compute_dtype = compute_dtype
@@ -94,14 +94,6 @@ class TextEncoder(nn.Module):
         with torch.autocast(input_ids.device.type, dtype=self.compute_dtype, enabled=autocast):
             pooled = self.text_model(input_ids=input_ids.flatten(0, -2)).pooler_output
             return self.text_projection(pooled).float().unflatten(0, input_ids.shape[:-1])
-
-
-class Float32Conv2d(nn.Conv2d):
-    """A convolution that autocast leaves in float32. On a GPU, TF32 must be off too: see utils/distributed.py."""
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        with torch.autocast(pixel_values.device.type, enabled=False):
-            return super().forward(pixel_values.float())
 
 
 def check_model(name_or_path: str, flag: str, supported: Sequence[str] = SUPPORTED_MODEL_TYPES) -> PreTrainedConfig:

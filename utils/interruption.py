@@ -25,18 +25,37 @@ class StopRequest:
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.signal: signal.Signals | None = None  # that reached this process
+        self._asked: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
         self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.signal = signal.Signals(number)
 
+    def ask(self) -> None:
+        """Asks all processes, without waiting for their answer. A collective: ask while the device has work to come."""
+        if self.accelerator.num_processes == 1:
+            return
+        answer, arrived = self.accelerator.gather(self._number().to(self.accelerator.device)), None
+        if answer.is_cuda:
+            answer, arrived = answer.to("cpu", non_blocking=True), torch.cuda.Event()
+            arrived.record()
+        self._asked = answer, arrived
+
     def agreed(self) -> signal.Signals | None:
-        """The signal, the same on all processes, or None. A collective that waits for the device: call it once a step."""
-        number = 0 if self.signal is None else int(self.signal)
-        if self.accelerator.num_processes > 1:
-            flags = self.accelerator.gather(torch.tensor([number], device=self.accelerator.device))
-            number = int(flags.max())
+        """The signal that had reached any process when ``ask`` was called last, the same on all, or None.
+
+        Waits for the device to come as far as that call, no further. What comes later is found at the next step.
+        """
+        if self._asked is None:
+            self.ask()
+        (answer, arrived), self._asked = self._asked or (self._number(), None), None
+        if arrived is not None:
+            arrived.synchronize()
+        number = int(answer.max())
         return signal.Signals(number) if number else None
+
+    def _number(self) -> torch.Tensor:
+        return torch.tensor([0 if self.signal is None else int(self.signal)])
 
     def leave(self, told: signal.Signals, state: str, say: Callable[[str], None]) -> NoReturn:
         """Ends the process with REQUEUE. Call on all processes; ``state`` says in words what was saved."""

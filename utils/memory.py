@@ -304,7 +304,9 @@ def _trace(
 def _random_encoder(config: CLIPVisionConfig, compute_dtype: torch.dtype) -> ImageEncoder:
     model = CLIPVisionModelWithProjection(config)
     third = [1 / 3] * 3
-    return ImageEncoder(model.vision_model, model.visual_projection, config.image_size, third, third, compute_dtype)
+    encoder = ImageEncoder(model.vision_model, model.visual_projection, config.image_size, third, third, compute_dtype)
+    encoder.vision_model.config._attn_implementation = "sdpa"  # flash attention, as on a GPU, in every precision
+    return encoder
 
 
 def _bytes(module: torch.nn.Module) -> int:
@@ -317,7 +319,6 @@ class Layout:
 
     ``gather_for_attack``: under ZeRO-3 the whole weights are on the device for the length of the attack.
     ``shard_reference``: under ZeRO-3 the reference is partitioned too and gathered a block at a time.
-    ``foreach``: torch's AdamW updates all parameters at once, as it does on a GPU and not on a CPU.
     """
 
     stage: int = 0
@@ -326,7 +327,6 @@ class Layout:
     accumulation: int = 1
     gather_for_attack: bool = True
     shard_reference: bool = False
-    foreach: bool = True
     reduce_bucket_size: int = 50_000_000  # as in accelerate_configs/deepspeed, in elements
     prefetch_bucket_size: int = 50_000_000
     max_reuse_distance: int = 1_000_000_000
@@ -357,9 +357,6 @@ def device_bytes(count: StepCount, layout: Layout) -> list[tuple[str, dict[str, 
     owned = [share // FLOAT32] if stage else count.parameters  # what the optimizer of this device updates
     bucket = FLOAT32 * layout.reduce_bucket_size
     filled = min(bucket, weights)  # gradients that are reduced together; they are copied once for it
-    temporary = 0  # of the optimizer
-    if layout.optimizer == "adamw":
-        temporary = FLOAT32 * (sum(owned) if layout.foreach else 2 * max(owned))
     always = {
         "weights": weights,
         "reference": count.reference_bytes,
@@ -373,9 +370,9 @@ def device_bytes(count: StepCount, layout: Layout) -> list[tuple[str, dict[str, 
     if stage == 0:
         if layout.processes > 1:
             always["gradients"] = weights  # DDP's buckets, which the gradients are views of, stay
-            phases = [("updates", {}, further), ("optimizer", {"temporaries": temporary}, nothing)]
+            phases = [("updates", {}, further), ("optimizer", {}, nothing)]
         else:
-            phases = [("updates", {}, first), ("optimizer", {"gradients": weights, "temporaries": temporary}, nothing)]
+            phases = [("updates", {}, first), ("optimizer", {"gradients": weights}, nothing)]
             phases += [("updates", {"gradients": weights}, further)] if accumulating else []
         phases += [("reference", {}, reference), ("attack", {}, attack), ("dual", {}, dual)]
     elif stage == 1:
@@ -383,7 +380,7 @@ def device_bytes(count: StepCount, layout: Layout) -> list[tuple[str, dict[str, 
         phases = [
             ("updates", {"buckets": bucket}, first),
             ("updates", {"buckets": bucket + filled, "gradients": weights}, nothing),
-            ("optimizer", {"gradients": share, "temporaries": max(share, temporary)}, nothing),
+            ("optimizer", {"gradients": share, "temporaries": share}, nothing),
             ("reference", {}, reference),
             ("attack", {}, attack),
             ("dual", {}, dual),
@@ -393,7 +390,7 @@ def device_bytes(count: StepCount, layout: Layout) -> list[tuple[str, dict[str, 
         phases = [
             ("updates", {"buckets": bucket}, _reduced(first, bucket, filled, 1 / layout.processes)),
             ("updates", {"buckets": bucket + filled, "gradients": share}, nothing),
-            ("optimizer", {"gradients": share, "temporaries": max(share, temporary)}, nothing),
+            ("optimizer", {"gradients": share, "temporaries": share}, nothing),
             ("reference", {}, reference),
             ("attack", {}, attack),
             ("dual", {}, dual),
@@ -417,7 +414,7 @@ def device_bytes(count: StepCount, layout: Layout) -> list[tuple[str, dict[str, 
         phases = [
             ("updates", {"gathered weights": kept}, _reduced(first, bucket, filled, 0)),
             ("updates", {"buckets": filled}, nothing),
-            ("optimizer", {"temporaries": share + temporary}, nothing),
+            ("optimizer", {"temporaries": share}, nothing),
             ("reference", {"gathered weights": small + one_block}, reference),
             ("attack", {"gathered weights": weights if layout.gather_for_attack else streamed}, attack),
             ("dual", {"gathered weights": streamed}, dual),

@@ -72,13 +72,16 @@ def forward_flops(encoder: ImageEncoder) -> int:
     return counter.get_total_flops()
 
 
-def lore_flops_per_image(forward: int, attack_steps: int, primal_steps: int, clean_in_primal: bool, dual: bool) -> int:
+def lore_flops_per_image(
+    forward: int, attack_steps: int, primal_steps: int, clean_in_primal: bool, dual: bool, reference: bool = True
+) -> int:
     """FLOPs that one image needs in one step, in terms of one forward F (backward to the input F, with weights 2F).
 
     Reference F, attack 2F a step, each primal update 3F for x + delta and 3F more where x takes part, dual F. LORE with
     10 attack steps and K = 5: 52 F.
     """
-    return forward * (1 + 2 * attack_steps + primal_steps * 3 * (2 if clean_in_primal else 1) + (1 if dual else 0))
+    updates = primal_steps * 3 * (2 if clean_in_primal else 1)
+    return forward * ((1 if reference else 0) + 2 * attack_steps + updates + (1 if dual else 0))
 
 
 # Dense bf16 peaks from the vendors' data sheets, FLOP/s. Other devices report no utilisation.

@@ -19,9 +19,10 @@ from utils.cli import UserError
 
 def make_optimizer(name: str, module: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
     """Over all parameters: ``adamw``, ``adamax``, or AdamW with 8-bit states, ``adamw_8bit`` and ``paged_adamw_8bit``."""
-    if name in ("adamw", "adamax"):
-        optimizer_class = {"adamw": torch.optim.AdamW, "adamax": torch.optim.Adamax}[name]
-        return optimizer_class(module.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    if name == "adamw":  # fused: one pass over the weights, no temporaries of their size
+        return torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True)
+    if name == "adamax":
+        return torch.optim.Adamax(module.parameters(), lr=learning_rate, weight_decay=weight_decay)
     if not is_bnb_available():
         raise UserError(f"--optimizer {name}: needs the package bitsandbytes; install it or use adamw")
     import bitsandbytes

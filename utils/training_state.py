@@ -182,7 +182,8 @@ def _load_zero(accelerator: Accelerator, model: nn.Module, checkpoint: Path, num
         keys.append(key)
         for share in shares:
             state = zero.optimizer.state[share]
-            state[key] = next(iter(tensors.values())).clone() if key == "step" else torch.zeros_like(share)
+            count = next(iter(tensors.values()))  # of steps; the fused AdamW wants it where the share is
+            state[key] = count.clone().to(share.device) if key == "step" else torch.zeros_like(share)
     if not keys:
         return
     if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
