@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig
@@ -65,6 +66,16 @@ def test_the_formulas_are_what_torch_counts(options):
         patches = next(module for module in encoder.modules() if isinstance(module, nn.Conv2d))
         patches(torch.zeros(1, 3, config.image_size, config.image_size))
     assert tower.patch_embedding == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_the_published_towers_are_counted_exactly(name):
+    """On tensors without data: nothing is computed, no weights are made."""
+    tower = tower_cost(tower_config(name))
+    with FakeTensorMode():
+        encoder = _random_encoder(tower_config(name), torch.float32)
+        assert tower.forward == forward_flops(encoder)
+    assert tower.parameters == sum(parameter.numel() for parameter in encoder.parameters())
 
 
 @pytest.mark.parametrize("clean_in_primal", [True, False])
