@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPVisionConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_lore
+import utils.encoders
 from benchmarks.comparison import markdown, print_table
 from examples.pretrain_small_clip import make_tokenizer
 from utils.cli import UserError, flag, parse_settings, required, run
@@ -64,7 +65,8 @@ def main() -> None:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         for name in settings.models:
             model = output_dir / "model"
-            pool.submit(make_model_and_images, name, model, settings.batch_size).result()
+            text_tower = TEXT_TOWERS[name.removeprefix("ViT-")[0]]
+            pool.submit(make_model_and_images, tower_config(name), text_tower, model, settings.batch_size).result()
             for checkpointing in settings.gradient_checkpointing:
                 count = count_step(
                     tower_config(name),
@@ -86,11 +88,12 @@ def main() -> None:
     )
 
 
-def make_model_and_images(name: str, directory: Path, num_images: int) -> None:
-    """Saves a CLIP of this size with random weights, and as many images of noise as one step reads."""
-    width, layers, heads = TEXT_TOWERS[name.removeprefix("ViT-")[0]]
+def make_model_and_images(
+    vision: CLIPVisionConfig, text_tower: tuple[int, int, int], directory: Path, num_images: int
+) -> None:
+    """Saves a CLIP of this size with random weights, and so many images of noise."""
+    width, layers, heads = text_tower
     tokenizer = make_tokenizer(["noise"], vocab_size=600)
-    vision = tower_config(name)
     text = {
         "hidden_size": width,
         "num_hidden_layers": layers,
@@ -120,6 +123,7 @@ def measure(settings: Settings, model: Path, checkpointing: str) -> dict[str, An
     """Peak bytes, resident bytes and seconds of one step of train_lore.py. Call in a process of its own."""
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     run_dir = model / f"run-{checkpointing}"
+    utils.encoders.ATTENTION = "sdpa"  # flash attention as on a GPU, not what is faster on a CPU
     # Saving copies weights on the host and writes gigabytes: not part of a step.
     train_lore.save_clip = lambda *_: None
     with LiveBytes(keep_history=False) as tensors:

@@ -117,7 +117,7 @@ def test_every_method_trains(arguments, small_clip, tmp_path, capfd, changes, na
     assert [row["step"] for row in metrics] == [1, 2]
     assert all(row.keys() >= KEYS for row in metrics)
     assert (metrics[0]["multiplier_mean"] > 0) == (changes.get("constraint") != "none")
-    assert metrics[0]["distance_clean"] == 0  # measured at the encoder that was attacked: still the reference
+    assert metrics[0]["distance_clean"] < 1e-6  # measured at the encoder that was attacked: still the reference
     assert metrics[1]["distance_clean"] > 0
     assert metrics[1]["distance_adv"] > metrics[1]["distance_clean"]
     assert (embeds(tmp_path / "run") - embeds(small_clip)).abs().max() > 1e-3

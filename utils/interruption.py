@@ -35,7 +35,8 @@ class StopRequest:
         """Asks all processes, without waiting for their answer. A collective: ask while the device has work to come."""
         if self.accelerator.num_processes == 1:
             return
-        answer, arrived = self.accelerator.gather(self._number().to(self.accelerator.device)), None
+        number = torch.tensor([0 if self.signal is None else int(self.signal)], device=self.accelerator.device)
+        answer, arrived = self.accelerator.gather(number), None
         if answer.is_cuda:
             answer, arrived = answer.to("cpu", non_blocking=True), torch.cuda.Event()
             arrived.record()
@@ -46,16 +47,15 @@ class StopRequest:
 
         Waits for the device to come as far as that call, no further. What comes later is found at the next step.
         """
+        if self.accelerator.num_processes == 1:
+            return self.signal
         if self._asked is None:
             self.ask()
-        (answer, arrived), self._asked = self._asked or (self._number(), None), None
+        (answer, arrived), self._asked = self._asked, None
         if arrived is not None:
             arrived.synchronize()
         number = int(answer.max())
         return signal.Signals(number) if number else None
-
-    def _number(self) -> torch.Tensor:
-        return torch.tensor([0 if self.signal is None else int(self.signal)])
 
     def leave(self, told: signal.Signals, state: str, say: Callable[[str], None]) -> NoReturn:
         """Ends the process with REQUEUE. Call on all processes; ``state`` says in words what was saved."""
