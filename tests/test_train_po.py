@@ -21,9 +21,10 @@ from utils.zeroshot import class_embeddings
 KEYS = {
     "step", "samples", "loss", "preference_loss", "margin_mean", "reward_chosen", "reward_rejected", "reward_accuracy",
     "pair_accuracy", "kl", "kl_baseline", "grad_norm", "learning_rate", "images_per_second", "peak_memory_gib",
+    "data_wait_fraction",
 }  # fmt: skip
 EVAL_KEYS = {"eval_accuracy_clean", "eval_accuracy_attacked", "eval_follows_rejected", "eval_pair_accuracy", "eval_kl"}
-TIMINGS = {"images_per_second", "peak_memory_gib"}
+TIMINGS = {"images_per_second", "peak_memory_gib", "data_wait_fraction"}
 
 
 @pytest.fixture
