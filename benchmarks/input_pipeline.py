@@ -52,7 +52,7 @@ class Settings:
     num_images: int = flag(32, "images of each size", group="measure", minimum=1)
     batch_size: int = flag(16, "images per batch", group="measure", minimum=1)
     rounds: int = flag(7, "rounds; the table shows medians", group="measure", minimum=1)
-    seconds: float = flag(3.0, "of reading with each number of workers, after their start", group="measure", above=0)
+    seconds: float = flag(6.0, "of reading with each number of workers, after their start", group="measure", above=0)
     workers: list[int] = flag([0, 1, 2], "numbers of data workers", group="measure", minimum=0)
     model: str = flag("examples/reading_clip", "CLIP that train_lore.py trains here", group="training")
     train_steps: int = flag(20, "steps of each training run, 0 for none; the first half is not counted", group="training", minimum=0)
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "sets": {},
     }
     decoding = [["images", "KiB", *(f"{name}, ms" for name in (PROCESSOR, EXACT, DRAFT)), "images/s here", "faster", "with draft", "draft, dB"]]  # fmt: skip
-    reading = [["images", *(f"{count} workers, images/s" for count in settings.workers)]]
+    reading = [["images", *(f"workers: {count}, images/s" for count in settings.workers)]]
     for name, folder in folders.items():
         index = index_shards(expand_shards([str(folder)]), cache_dir=output_dir / "cache", flag="--data")
         if index.num_samples < settings.num_images:
@@ -102,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             ]
         )  # fmt: skip
         reading.append([name, *(f"{found['images_per_second'][str(count)]:,.0f}" for count in settings.workers)])
+    results["load_average"] = os.getloadavg()  # what else the machine does slows all but CPU time
     results["bytes_per_image"] = {"uint8": 3 * 224 * 224, "float32": 4 * 3 * 224 * 224}
     results["copy_milliseconds"] = copy_milliseconds(settings.batch_size) if torch.cuda.is_available() else None
     print_table("One core: reading, decoding, 224 pixels", decoding)

@@ -53,7 +53,7 @@ def test_workers_follow_from_what_is_measured(tmp_path, monkeypatch, capfd):
     for flops, expected in ((2 * 10**7, range(3, 5)), (10**9, range(1, 2)), (10**6, range(9, 10))):
         workers, line = measured_workers(data, first_batch(data), flops, CPU, torch.float32)
         assert workers in expected
-        assert line.startswith(f"{workers} data workers: 2")
+        assert line.startswith(f"{workers} data worker{'s' if workers > 1 else ''}: 2")
         assert line.endswith(f" ms an image, up to {2e9 / flops:,.0f} images/s")
     assert torch.equal(torch.get_rng_state(), random_state)
     assert capfd.readouterr() == ("", "")

@@ -41,7 +41,8 @@ def measured_workers(
         return most, f"{most} data workers: no sample could be timed beforehand"
     rate = matmul_flops(device, dtype) / flops_per_sample
     workers = workers_needed(seconds, rate, most)
-    return workers, f"{workers} data workers: {1000 * seconds:.1f} ms an image, up to {rate:,.0f} images/s"
+    name = "data workers" if workers > 1 else "data worker"
+    return workers, f"{workers} {name}: {1000 * seconds:.1f} ms an image, up to {rate:,.0f} images/s"
 
 
 def seconds_per_sample(
