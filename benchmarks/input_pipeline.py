@@ -52,7 +52,7 @@ class Settings:
     num_images: int = flag(32, "images of each size", group="measure", minimum=1)
     batch_size: int = flag(16, "images per batch", group="measure", minimum=1)
     rounds: int = flag(7, "rounds; the table shows medians", group="measure", minimum=1)
-    seconds: float = flag(6.0, "of reading with each number of workers, after their start", group="measure", above=0)
+    seconds: float = flag(4.0, "of reading with each number of workers, after their start; the fastest of three such readings counts", group="measure", above=0)
     workers: list[int] = flag([0, 1, 2], "numbers of data workers", group="measure", minimum=0)
     model: str = flag("examples/reading_clip", "CLIP that train_lore.py trains here", group="training")
     train_steps: int = flag(20, "steps of each training run, 0 for none; the first half is not counted", group="training", minimum=0)
@@ -149,6 +149,8 @@ def measure(index: ShardIndex, settings: Settings) -> dict[str, Any]:
         for name in (EXACT, DRAFT)
     )
     error = (exact - drafted).square().mean().item()
+    # By the wall clock, which whatever else the machine does can only slow.
+    rates = [{str(count): rate(datasets[EXACT], settings, count) for count in settings.workers} for _ in range(3)]
     return {
         "bytes_per_file": sum(map(os.path.getsize, index.urls)) / index.num_samples,
         "seconds_per_image": {
@@ -156,7 +158,7 @@ def measure(index: ShardIndex, settings: Settings) -> dict[str, Any]:
             for name, values in spent.items()
         },
         "draft_psnr_db": 10 * float(np.log10(255**2 / error)) if error else None,
-        "images_per_second": {str(count): rate(datasets[EXACT], settings, count) for count in settings.workers},
+        "images_per_second": {count: max(found[count] for found in rates) for count in rates[0]},
     }
 
 
