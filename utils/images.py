@@ -1,8 +1,8 @@
 """Image bytes to uint8 pixels: what a Hugging Face image processor does before it rescales and normalises.
 
 Plain Pillow, 1.2 (large photographs) to 2.4 times (small images) as fast as the processor, with the same pixels
-(``tests/test_images.py`` compares them). The models take ``pixel_values`` in [0, 1] and normalise inside, so that attacks work on pixels; what leaves here is uint8,
-a quarter of the memory and of the copy to the GPU.
+(``tests/test_images.py`` compares them). The models take ``pixel_values`` in [0, 1] and normalise inside, so that attacks
+work on pixels; what leaves here is uint8, a quarter of the memory and of the copy to the GPU.
 """
 
 from __future__ import annotations
