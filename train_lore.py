@@ -40,11 +40,12 @@ from utils.checkpoint import (
     take_output_dir,
 )
 from utils.cli import UserError, flag, parse_settings, required, run
+from utils.data_order import TrainBatchSampler
+from utils.data_speed import TimedBatches, measured_workers
 from utils.distributed import (
     MIXED_PRECISIONS,
     average_gradients,
     compute_dtype,
-    default_num_workers,
     end_training,
     everywhere,
     from_main_process,
@@ -126,7 +127,8 @@ class Settings:
     eval_shards: list[str] = flag([], "shards with labels for the periodic clean and PGD accuracy (default: no evaluation)", group="data")
     eval_num_samples: int = flag(1000, "the first N images of the evaluation shards", group="data", minimum=1)
     classnames: str | None = flag(None, "file with one class name per line (default: classnames.txt beside the shards or one folder up)", group="data")
-    num_workers: int | None = flag(None, "data workers per process (default: by the CPU cores, at most 8)", group="data", minimum=0)
+    num_workers: int | None = flag(None, "data workers per process (default: measured)", group="data", minimum=0)
+    jpeg_draft: bool = flag(False, "decode large JPEGs of the training at reduced size: faster from 896 pixels a side on (for 224), other pixels (about 50 dB)", group="data")
     cache_dir: str | None = flag(None, "where shards behind URLs and shard indexes are kept (default: the system's cache)", group="data")
     cache_limit_gb: float | None = flag(None, "most that shards behind URLs may take there, in 10^9 bytes (default: no limit)", group="data", above=0)
     max_bad_fraction: float = flag(0.01, "share of unreadable samples past which the run stops", group="data", minimum=0, maximum=1)
@@ -304,28 +306,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     # All global batches follow from the seed, the shards' sizes and the global batch size: the step is the position.
     first_step = resumed["step"] if resumed else 0
     transform = ImageTransform.from_processor(processor.image_processor)
-    batches = count_skipped(
-        train_batches(
-            ShardDataset(
-                train_set.index,
-                transform,
-                order="shuffled",
-                seed=settings.seed,
-                with_labels=needs_labels,
-                num_classes=len(train_set.classnames),
-            ),
-            samples_per_epoch=samples_per_epoch,
-            global_batch_size=global_batch_size,
-            per_device_batch_size=settings.per_device_train_batch_size,
-            rank=accelerator.process_index,
-            world_size=world_size,
-            first_step=first_step,
-            num_steps=total_steps,
-            num_workers=default_num_workers() if settings.num_workers is None else settings.num_workers,
-            pin_memory=device.type == "cuda",
-        ),
-        skips,
+    train_data = ShardDataset(
+        train_set.index,
+        dataclasses.replace(transform, draft=settings.jpeg_draft),
+        order="shuffled",
+        seed=settings.seed,
+        with_labels=needs_labels,
+        num_classes=len(train_set.classnames),
     )
+    share = {
+        "samples_per_epoch": samples_per_epoch,
+        "global_batch_size": global_batch_size,
+        "per_device_batch_size": settings.per_device_train_batch_size,
+        "rank": accelerator.process_index,
+        "world_size": world_size,
+        "first_step": first_step,
+        "num_steps": total_steps,
+    }
+    num_workers, why_workers = settings.num_workers, None
+    if num_workers is None:
+        num_workers, why_workers = measured_workers(
+            train_data, TrainBatchSampler(**share), image_flops, device, compute_dtype(accelerator)
+        )
+        known_settings["num_workers"] = num_workers
+    batches = train_batches(train_data, **share, num_workers=num_workers, pin_memory=device.type == "cuda")
+    batches = TimedBatches(count_skipped(batches, skips))
 
     # The method: what attacks maximise and updates minimise, what the constraint measures, and its margin; (B,) each.
     def objective(image_embeds: Tensor, batch: MicroBatch) -> Tensor:
@@ -444,6 +449,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{method_name(settings)}: {train_set.index.num_samples} images in {len(train_set.index.urls)} shards, global batch "
         f"{global_batch_size}, steps {first_step} to {total_steps}, {world_size} x {device.type}, {module.compute_dtype}"
     )
+    if why_workers:
+        progress.note(why_workers)
     all_skips = skips
     shown: dict[str, float] = {}
     losses: list[Tensor] = []  # of all updates since they were last checked; on the device until then
@@ -553,10 +560,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                     "grad_norm": float(row["grad_norm"]),
                     **rates,
                     "images_per_second": images_per_second,
+                    "data_wait_fraction": max(gather_objects(accelerator, batches.wait_fraction(seconds))),
                     "peak_memory_gib": peak_memory_gib(device),
                 }
                 if peak := peak_flops(device):
                     row["model_flops_utilisation"] = images_per_second * image_flops / (peak * world_size)
+                if advice := batches.advice(row["data_wait_fraction"], num_workers):
+                    progress.note(advice)
                 seconds, logged_step = 0.0, done
                 shown |= {
                     "img/s": images_per_second,

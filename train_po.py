@@ -42,9 +42,10 @@ from utils.checkpoint import (
     take_output_dir,
 )
 from utils.cli import UserError, flag, parse_settings, required, run
+from utils.data_order import TrainBatchSampler
+from utils.data_speed import TimedBatches, measured_workers
 from utils.distributed import (
     compute_dtype,
-    default_num_workers,
     end_training,
     everywhere,
     from_main_process,
@@ -72,7 +73,7 @@ from utils.head import Head, fold_head, head_power, orthogonality_penalty, save_
 from utils.hub import fetch_model, on_this_node
 from utils.images import ImageTransform
 from utils.interruption import StopRequest
-from utils.metrics import MetricsFile, peak_memory_gib
+from utils.metrics import MetricsFile, forward_flops, peak_memory_gib, preference_flops_per_sample
 from utils.model_card import model_card
 from utils.optimization import BetaAverage, cosine_learning_rate, count_steps, make_optimizer, set_learning_rate
 from utils.pairs import PairDataset, PreferenceDataset, TypographicDataset, pair_shards
@@ -119,7 +120,8 @@ class Settings:
     eval_shards: list[str] = flag([], "shards of the same kind for the periodic evaluation (default: none)", group="data")
     eval_num_samples: int = flag(1000, "the first N samples of the evaluation shards", group="data", minimum=1)
     classnames: str | None = flag(None, "file with one class name per line (default: classnames.txt beside the shards or one folder up)", group="data")
-    num_workers: int | None = flag(None, "data workers per process (default: by the CPU cores, at most 8)", group="data", minimum=0)
+    num_workers: int | None = flag(None, "data workers per process (default: measured)", group="data", minimum=0)
+    jpeg_draft: bool = flag(False, "decode large JPEGs of the training at reduced size: faster from 896 pixels a side on (for 224), other pixels (about 50 dB)", group="data")
     cache_dir: str | None = flag(None, "where shards behind URLs, shard indexes and embeddings are kept (default: the system's cache)", group="data")
     cache_limit_gb: float | None = flag(None, "most that shards behind URLs may take there, in 10^9 bytes (default: no limit)", group="data", above=0)
     cache_features: bool = flag(True, "--trainable head: embed every image once and keep the embeddings; false draws new words every epoch", group="data")
@@ -253,6 +255,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         reference_clip = copy.deepcopy(clip) if settings.trainable == "all" else clip
         reference = frozen_copy(encoder)
     keep_weights_in(settings.reference_dtype, reference).to(device)
+    pictures = 1 + settings.attacks_per_image if settings.task == "typographic" else 1
+    sample_flops = preference_flops_per_sample(forward_flops(reference), pictures, settings.trainable == "head")
     if settings.shard_reference:
         reference = shard_frozen(accelerator, reference)
     # The text table of a tower that is trained serves its tokenizer alone.
@@ -293,11 +297,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     # All global batches follow from the seed, the shards' sizes and the global batch size: the step is the position.
     first_step = resumed["step"] if resumed else 0
     transform = ImageTransform.from_processor(processor.image_processor)
-    num_workers = default_num_workers() if settings.num_workers is None else settings.num_workers
-    datasets = {"train": make_dataset(settings, train_set, transform, order="shuffled")}
+    train_transform = dataclasses.replace(transform, draft=settings.jpeg_draft)
+    datasets = {"train": make_dataset(settings, train_set, train_transform, order="shuffled")}
     if eval_set:
         datasets["eval"] = make_dataset(settings, eval_set, transform, order="sequential")
-    if settings.trainable == "head" and settings.cache_features:
+    share = {
+        "samples_per_epoch": samples_per_epoch,
+        "global_batch_size": global_batch_size,
+        "per_device_batch_size": settings.per_device_train_batch_size,
+        "rank": accelerator.process_index,
+        "world_size": world_size,
+        "first_step": first_step,
+        "num_steps": total_steps,
+    }
+    num_workers, why_workers = settings.num_workers, None
+    if num_workers is None:
+        num_workers, why_workers = measured_workers(
+            datasets["train"], TrainBatchSampler(**share), sample_flops, device, encoder.compute_dtype
+        )
+        known_settings["num_workers"] = num_workers
+    kept = settings.trainable == "head" and settings.cache_features
+    if kept:
         for name, dataset in datasets.items():
             count = len(dataset) if name == "train" else min(settings.eval_num_samples, len(dataset))
             with RunProgress(f"embedding {name}", count, enabled=accelerator.is_main_process) as embedding:
@@ -314,21 +334,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 )
                 embedding.update(count, {"embeddings": "kept from before" if known else "done"}, report=True)
         num_workers = 0
-    batches = count_skipped(
-        train_batches(
-            datasets["train"],
-            samples_per_epoch=samples_per_epoch,
-            global_batch_size=global_batch_size,
-            per_device_batch_size=settings.per_device_train_batch_size,
-            rank=accelerator.process_index,
-            world_size=world_size,
-            first_step=first_step,
-            num_steps=total_steps,
-            num_workers=num_workers,
-            pin_memory=device.type == "cuda",
-        ),
-        skips,
-    )
+    batches = train_batches(datasets["train"], **share, num_workers=num_workers, pin_memory=device.type == "cuda")
+    batches = TimedBatches(count_skipped(batches, skips))
 
     # The method. Pictures and texts to unit embeddings (N, D) and (T, D), by the policy and by the reference.
     def to_input(images: Tensor) -> Tensor:
@@ -485,6 +492,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{method_name(settings)}: {train_set.index.num_samples} samples in {len(train_set.index.urls)} shards, global batch "
         f"{global_batch_size}, steps {first_step} to {total_steps}, {world_size} x {device.type}, {encoder.compute_dtype}"
     )
+    if why_workers:
+        progress.note(why_workers)
     all_skips = skips
     shown: dict[str, float] = {}
     losses: list[Tensor] = []  # of all micro-batches since they were last checked; on the device until then
@@ -552,6 +561,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     "grad_norm": float(row["grad_norm"]),
                     "learning_rate": rate,
                     "images_per_second": images_per_second,
+                    "data_wait_fraction": max(gather_objects(accelerator, batches.wait_fraction(seconds))),
                     "peak_memory_gib": peak_memory_gib(device),
                 }
                 if settings.trainable == "head":
@@ -559,6 +569,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                         row["orthogonality"] = orthogonality_penalty(head_weight()).item()
                 if logged_step == first_step:
                     note_idle_terms(settings, totals.tolist(), progress)
+                if not kept and (advice := batches.advice(row["data_wait_fraction"], num_workers)):
+                    progress.note(advice)
                 seconds, logged_step = 0.0, done
                 shown |= {
                     "img/s": images_per_second,

@@ -158,6 +158,17 @@ def test_draft_is_off_by_default_and_close():
     assert torch.equal(decode(small, ImageTransform(100, None)), decode(small, ImageTransform(100, None, draft=True)))
 
 
+@pytest.mark.parametrize("size", [(1201, 1803), (2051, 1533), (897, 1201)])
+def test_draft_keeps_every_pixel_in_its_place(size):
+    """Sizes that 2 does not divide: a picture decoded to whole pixels reaches past its own edge."""
+    coarse = np.random.default_rng(0).integers(0, 256, size=(size[1] // 24, size[0] // 24, 3), dtype=np.uint8)
+    data = encoded(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC), "JPEG", quality=90)
+    exact, draft = (decode(data, ImageTransform(draft=draft)).double() for draft in (False, True))
+    error = (exact - draft).square().mean()
+    assert error > 0
+    assert 10 * torch.log10(255**2 / error) > 50  # dB; 38 where what reaches past is not left out
+
+
 def test_transforms_can_be_sent_to_workers():
     transform = ImageTransform((20, 10), None, 2, True)
     assert pickle.loads(pickle.dumps(transform)) == transform

@@ -45,7 +45,7 @@ def weights(run_dir):
 
 
 def rows(run_dir):
-    timings = {"images_per_second", "peak_memory_gib"}
+    timings = {"images_per_second", "peak_memory_gib", "data_wait_fraction"}
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [{name: value for name, value in json.loads(line).items() if name not in timings} for line in lines]
 

@@ -23,7 +23,7 @@ METHODS = {
     "PO image": ("train_po", {"trainable": "image", "preference": "kto", "max_grad_norm": 0.5}),
     "PO both": ("train_po", {"trainable": "all", "task": "pairs"}),
 }
-TIMINGS = {"images_per_second", "peak_memory_gib"}
+TIMINGS = {"images_per_second", "peak_memory_gib", "data_wait_fraction"}
 
 
 @pytest.fixture(scope="module")

@@ -195,6 +195,8 @@ def test_a_task_bound_to_its_own_cpus_does_not_share_them_once_more(monkeypatch)
     assert default_num_workers() == 5
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # one task that started all processes
     assert default_num_workers() == 1
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(256)))
+    assert (default_num_workers(), default_num_workers(8)) == (32, 8)
 
 
 # The jobs, with stand-ins for SLURM's commands that write down how they were called.

@@ -12,6 +12,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 import train_lore
 from tests.conftest import ROOT, accelerate_launch, run_script
+from tests.shard_maker import image_bytes, write_shard
 from tests.small_models import photos, save_small_clip, small_encoder
 from utils.cli import UserError
 from utils.encoders import quiet_transformers
@@ -20,7 +21,7 @@ from utils.lagrangian import Multiplier
 KEYS = {
     "step", "samples", "loss", "distance_adv", "distance_clean", "violation_ratio_mean", "violation_ratio_median",
     "violation_ratio_p95", "violation_ratio_max", "violated_fraction", "multiplier_mean", "multiplier_min",
-    "multiplier_max", "grad_norm", "learning_rate", "dual_learning_rate", "images_per_second",
+    "multiplier_max", "grad_norm", "learning_rate", "dual_learning_rate", "images_per_second", "data_wait_fraction",
 }  # fmt: skip
 
 
@@ -175,7 +176,7 @@ def assert_equal_runs(first, second):
         error = (found_weights[name] - expected).abs().max().item()
         assert error <= 1e-6, f"{name}: {error}"
     for expected, found in zip(rows(first), rows(second), strict=True):
-        for key in (KEYS - {"images_per_second"}) & expected.keys():
+        for key in (KEYS - {"images_per_second", "data_wait_fraction"}) & expected.keys():
             assert found[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-5), key
 
 
@@ -205,7 +206,7 @@ def test_resumed_run_equals_an_uninterrupted_one(arguments, tmp_path, monkeypatc
     for name, expected in weights(tmp_path / "whole").items():
         torch.testing.assert_close(weights(tmp_path / "cut")[name], expected, rtol=0, atol=0)
     whole, cut = rows(tmp_path / "whole"), rows(tmp_path / "cut")
-    timings = {"images_per_second", "peak_memory_gib"}
+    timings = {"images_per_second", "peak_memory_gib", "data_wait_fraction"}
     assert [{k: v for k, v in row.items() if k not in timings} for row in cut] == [
         {k: v for k, v in row.items() if k not in timings} for row in whole
     ]
@@ -225,6 +226,35 @@ def test_resume_starts_anew_without_a_checkpoint_and_refuses_other_settings(argu
     with pytest.raises(UserError, match="not empty"):
         train_lore.main(arguments())
     train_lore.main(arguments(resume_from_checkpoint="latest", logging_steps=2))  # free to change; nothing left to do
+
+
+def test_jpeg_draft_changes_large_jpegs_of_the_training_alone(arguments, tmp_path):
+    large = [
+        (f"s{number}", {"jpg": image_bytes(number, (160, 140)), "cls": str(number % 2).encode()}) for number in range(8)
+    ]
+    shard = write_shard(tmp_path / "large/0.tar", large)
+    (tmp_path / "large/classnames.txt").write_text("zero\none\n")
+    common = {"max_steps": 1, "checkpoint_steps": 1, "constraint": "none", "primal_steps": 1}
+    found = {}
+    for draft in ("false", "true"):
+        named = {"output_dir": tmp_path / draft, "jpeg_draft": draft, "train_shards": shard, "eval_shards": shard}
+        train_lore.main(arguments(**common, **named))
+        found[draft] = rows(tmp_path / draft)
+        train_lore.main(arguments(**common, jpeg_draft=draft, output_dir=tmp_path / f"small-{draft}"))
+    assert found["true"][0] == found["false"][0]  # the evaluation before the first step
+    assert found["true"][1]["loss"] != found["false"][1]["loss"]
+    assert found["true"][1]["loss"] == pytest.approx(found["false"][1]["loss"], rel=0.05)
+    assert embeds(tmp_path / "small-true").equal(embeds(tmp_path / "small-false"))  # digits of 32 pixels
+    with pytest.raises(UserError, match=r"other settings \(jpeg_draft was True, is False\)"):
+        train_lore.main(
+            arguments(
+                **common,
+                output_dir=tmp_path / "true",
+                train_shards=shard,
+                eval_shards=shard,
+                resume_from_checkpoint="latest",
+            )
+        )
 
 
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_checkpoint(arguments, tmp_path, monkeypatch):

@@ -21,9 +21,10 @@ from utils.zeroshot import class_embeddings
 KEYS = {
     "step", "samples", "loss", "preference_loss", "margin_mean", "reward_chosen", "reward_rejected", "reward_accuracy",
     "pair_accuracy", "kl", "kl_baseline", "grad_norm", "learning_rate", "images_per_second", "peak_memory_gib",
+    "data_wait_fraction",
 }  # fmt: skip
 EVAL_KEYS = {"eval_accuracy_clean", "eval_accuracy_attacked", "eval_follows_rejected", "eval_pair_accuracy", "eval_kl"}
-TIMINGS = {"images_per_second", "peak_memory_gib"}
+TIMINGS = {"images_per_second", "peak_memory_gib", "data_wait_fraction"}
 
 
 @pytest.fixture
@@ -304,6 +305,26 @@ def test_unusable_pairs_are_counted_and_stop_the_run(arguments, tmp_path, traina
     assert re.search(r"chosen among rejected: noted \d\d x", card)
     with pytest.raises(UserError, match=r"--max_bad_fraction 0.01: .*(bad pair|chosen equals rejected)"):
         train_po.main(arguments(output_dir=tmp_path / "stopped", **common))
+
+
+def test_jpeg_draft_changes_large_jpegs_of_the_training_alone(arguments, tmp_path):
+    """Kept embeddings know of it: those of the training are made again, those of the evaluation are not."""
+    pair = json.dumps({"chosen": "a cat", "rejected": ["a dog"]}).encode()
+    large = [(f"p{number}", {"jpg": image_bytes(number, (160, 140)), "json": pair}) for number in range(8)]
+    shard = write_shard(tmp_path / "pairs.tar", large)
+    common = {"train_shards": shard, "task": "pairs", "train_num_samples": None, "max_steps": 1}
+    common |= {"eval_shards": shard, "cache_dir": tmp_path / "cache"}
+    kept = []
+    for trainable in ("head", "image"):
+        for draft in ("false", "true"):
+            run_dir = tmp_path / f"{trainable}-{draft}"
+            train_po.main(arguments(**common, trainable=trainable, jpeg_draft=draft, output_dir=run_dir))
+            kept.append(len(list((tmp_path / "cache/features").glob("*.safetensors"))))
+        exact, drafted = rows(tmp_path / f"{trainable}-false"), rows(tmp_path / f"{trainable}-true")
+        assert drafted[0] == exact[0]
+        assert drafted[1]["grad_norm"] != exact[1]["grad_norm"]
+        assert drafted[1]["grad_norm"] == pytest.approx(exact[1]["grad_norm"], rel=0.1)
+    assert kept == [1, 2, 2, 2]  # of the same pictures: exact ones for both, then drafted ones for the training
 
 
 def test_mistakes_are_one_line(arguments, digits, tmp_path):

@@ -287,10 +287,10 @@ def shard_frozen(accelerator: Accelerator, module: nn.Module) -> nn.Module:
     return engine
 
 
-def default_num_workers() -> int:
-    """Data workers for one process: its share of the CPU cores less one for itself, between 1 and 8."""
+def default_num_workers(most: int = 32) -> int:
+    """Data workers for one process: its share of the CPU cores less one for itself, between 1 and ``most``."""
     cpus = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     # A rank that is a task of srun may be bound to its own share already.
     if "WORLD_SIZE" in os.environ and os.environ["WORLD_SIZE"] == os.environ.get("SLURM_STEP_NUM_TASKS"):
         cpus = int(os.environ.get("SLURM_CPUS_PER_TASK", cpus))
-    return max(1, min(8, cpus - 1))
+    return max(1, min(most, cpus - 1))

@@ -173,7 +173,7 @@ class reading:
             batch_size=batch_size or settings.batch_size,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
-            num_workers=default_num_workers() if settings.num_workers is None else settings.num_workers,
+            num_workers=default_num_workers(8) if settings.num_workers is None else settings.num_workers,
             pin_memory=accelerator.device.type == "cuda",
         )
         strength = [f"{name} {cell[name]}" for name in ("eps", "sigma", "corruption", "severity") if cell[name]]

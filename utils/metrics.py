@@ -84,6 +84,14 @@ def lore_flops_per_image(
     return forward * ((1 if reference else 0) + 2 * attack_steps + updates + (1 if dual else 0))
 
 
+def preference_flops_per_sample(forward: int, pictures: int, head: bool) -> int:
+    """FLOPs that one sample's pictures need in one step: reference F each, and 3F an image tower that is trained.
+
+    ``head``: none is, the reference's embeddings are the input. Texts are left out: few in comparison.
+    """
+    return forward * pictures * (1 if head else 4)
+
+
 # Dense bf16 peaks from the vendors' data sheets, FLOP/s. Other devices report no utilisation.
 _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12}
 

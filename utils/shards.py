@@ -533,7 +533,7 @@ def train_batches(
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
             for place in itertools.count():
-                with _said_when_slow(SLOW_BATCH):
+                with said_when_slow(SLOW_BATCH):
                     batch = next(batches, None)
                 if batch is None:
                     return
@@ -554,7 +554,7 @@ def train_batches(
 
 
 @contextmanager
-def _said_when_slow(seconds: float) -> Iterator[None]:
+def said_when_slow(seconds: float) -> Iterator[None]:
     text = "waiting for data since %.0f s: the disk, the network or the decoding is slow; the run goes on when it comes"
     timer = threading.Timer(seconds, logger.warning, (text, seconds))
     timer.daemon = True
