@@ -367,11 +367,14 @@ def _write_model_aside(
 
 
 def refuse_changed_settings(before: dict[str, Any], now: dict[str, Any], free: set[str]) -> None:
-    """Raises ``UserError`` that names every setting of a resumed run, not in ``free``, that is not the checkpoint's."""
+    """Raises ``UserError`` that names every setting of a resumed run, not in ``free``, that is not the checkpoint's.
+
+    A setting that the checkpoint does not have came into the project later: it was at its default, if anything.
+    """
     changed = [
-        f"{name} was {before.get(name)}, is {value}"
+        f"{name} was {before[name]}, is {value}"
         for name, value in now.items()
-        if name not in free and _known_by(before.get(name)) != _known_by(value)
+        if name in before and name not in free and _known_by(before[name]) != _known_by(value)
     ]
     if changed:
         batch = "; a global batch is --per_device_train_batch_size x processes x --gradient_accumulation_steps"
