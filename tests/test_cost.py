@@ -89,7 +89,7 @@ def test_a_whole_step_counts_what_the_formula_says(clean_in_primal):
             target = encoder(x)  # the reference
         with frozen(encoder):
             delta = pgd(
-                lambda adversarial: squared_distance(encoder(adversarial), target),
+                lambda adversarial: squared_distance(encoder(1 * adversarial), target),  # the counter bears no leaf
                 x,
                 eps=0.1,
                 step_size=0.1,
