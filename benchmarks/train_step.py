@@ -133,8 +133,10 @@ class Float32Conv2d(nn.Conv2d):
 class Trainee:
     """An encoder with its optimizer and its multiplier, made from one seed, that makes its steps in the way of a variant."""
 
-    def __init__(self, variant: Variant, model: CLIPVisionModelWithProjection, method: str, settings: Settings) -> None:
-        self.variant, self.method, self.settings = variant, method, settings
+    def __init__(
+        self, variant: Variant, model: CLIPVisionModelWithProjection, method: str, settings: Settings, eps: float = EPS
+    ) -> None:
+        self.variant, self.method, self.settings, self.eps = variant, method, settings, eps
         self.encoder = make_encoder(copy.deepcopy(model), variant)
         self.reference = frozen_copy(self.encoder)
         if settings.gradient_checkpointing:
@@ -174,7 +176,7 @@ class Trainee:
         with torch.no_grad():
             ref_image_embeds = self.reference(pixel_values)
             margin = embedding_margin(ref_image_embeds, "relative")
-        start = uniform_start(pixel_values, EPS, seeds)
+        start = uniform_start(pixel_values, self.eps, seeds)
         delta = self.attack(lambda x: squared_distance(self.encoder(x), ref_image_embeds), pixel_values, start)
         adversarial = pixel_values + delta
         for update in range(self.settings.primal_steps if constrained else 1):
@@ -201,9 +203,9 @@ class Trainee:
             self.dual_optimizer.zero_grad()
 
     def attack(self, loss_fn: Callable[[Tensor], Tensor], pixel_values: Tensor, start: Tensor) -> Tensor:
-        step_size, steps = EPS / 4, self.settings.attack_steps
+        eps, step_size, steps = self.eps, self.eps / 4, self.settings.attack_steps
         if self.variant.fused:
-            options = {"eps": EPS, "step_size": step_size, "num_steps": steps, "start": start}
+            options = {"eps": eps, "step_size": step_size, "num_steps": steps, "start": start}
             with frozen(self.encoder):
                 return pgd(loss_fn, pixel_values, **options, update=self.attack_update)
         delta = start
@@ -215,7 +217,7 @@ class Trainee:
             else:
                 loss = loss_fn(pixel_values + delta).sum()
             (gradient,) = torch.autograd.grad(loss, delta)
-            delta = project(delta.detach() + step_size * gradient.sign(), pixel_values, EPS)
+            delta = project(delta.detach() + step_size * gradient.sign(), pixel_values, eps)
         return delta
 
     def po_step(self, index: int, batch: dict[str, Tensor]) -> None:
