@@ -167,7 +167,8 @@ class Trainee:
         (self.po_step if self.method == "PO image" else self.lore_step)(index, batch)
         synchronise(self.settings.device)
         self.seconds.append(time.perf_counter() - clock)
-        self.peak = max(self.peak, self.standing() + meter.above())
+        if index:  # the first step compiles
+            self.peak = max(self.peak, self.standing() + meter.above())
 
     def lore_step(self, index: int, batch: dict[str, Tensor]) -> None:
         constrained = self.method == "LORE"
