@@ -6,14 +6,15 @@
 All start from the same model and see the same batches in the same order, at the same learning rate. "FARE, plain" is the first
 rung of benchmarks/train_step.py: float32, transformers' own layers, parameters that require gradients during the attack.
 "FARE" and "LORE" are train_lore.py. Every --check_steps steps a copy of the model is kept; afterwards evaluate.py attacks the copies
-in their order until one reaches the target. Minutes are the steps' own: without start, copies and evaluation. Writes table.md
-and results.json; an interrupted comparison goes on.
+in their order until one reaches the target. Minutes are steps times the run's median step: without start, compiling (a minute
+or two), copies and evaluation. Writes table.md and results.json; an interrupted comparison goes on.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -168,22 +169,18 @@ def call(command: list[str], settings: Settings) -> None:
 def first_robust(settings: Settings, run_dir: Path) -> dict[str, Any]:
     """The first copy of a run that reaches the target, or its last one; minutes are None where none does."""
     rows = MetricsFile(run_dir / "metrics.jsonl").read()
-    seconds = {row["step"]: settings.batch_size / row["images_per_second"] for row in rows}
-    # The first step warms up and compiles; it counts as an ordinary one. With --compile true that leaves out a minute or two.
-    ordinary = sorted(seconds.values())[len(seconds) // 2]
-    seconds[1] = min(seconds[1], ordinary)
+    seconds = statistics.median(settings.batch_size / row["images_per_second"] for row in rows)
     steps = sorted(int(path.name.removeprefix("step-")) for path in (run_dir / "checkpoints").glob("step-*"))
     for step in steps:
         model = str(run_dir / f"checkpoints/step-{step}/model")
         accuracies = evaluate(settings, model, run_dir / "eval")
         if accuracies["apgd"] >= settings.target:
             break
+    reached = accuracies["apgd"] >= settings.target
     return accuracies | {
         "step": step,
-        "minutes": sum(seconds[index] for index in range(1, step + 1)) / 60
-        if accuracies["apgd"] >= settings.target
-        else None,
-        "seconds_per_step": ordinary,
+        "minutes": step * seconds / 60 if reached else None,
+        "seconds_per_step": seconds,
     }
 
 
