@@ -19,6 +19,7 @@ resident on a CPU, allocated on a GPU. Writes results.json and table.md.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
 import gc
@@ -157,7 +158,7 @@ class Trainee:
             self.attack_update = torch.compile(ascend, dynamic=False)
         self.watched: list[Tensor] = []  # of each step: distance of the perturbed images, loss of PO
         self.seconds: list[float] = []
-        self.peak = 0.0  # bytes
+        self.peak: int | None = None  # bytes
 
     def step(self, index: int, batch: dict[str, Tensor]) -> None:
         """A step with clock and meter."""
@@ -167,8 +168,9 @@ class Trainee:
         (self.po_step if self.method == "PO image" else self.lore_step)(index, batch)
         synchronise(self.settings.device)
         self.seconds.append(time.perf_counter() - clock)
-        if index:  # the first step compiles
-            self.peak = max(self.peak, self.standing() + meter.above())
+        above = meter.above()
+        if index and above is not None:  # the first step compiles
+            self.peak = max(self.peak or 0, self.standing() + above)
 
     def lore_step(self, index: int, batch: dict[str, Tensor]) -> None:
         constrained = self.method == "LORE"
@@ -277,7 +279,7 @@ def make_encoder(model: CLIPVisionModelWithProjection, variant: Variant) -> nn.M
 
 
 class MemoryMeter:
-    """Highest use since it was made, above what was in use then: allocated on a GPU, resident on a CPU (Linux)."""
+    """Highest use since it was made, above what was in use then: allocated on a GPU, resident on a CPU (Linux), else None."""
 
     def __init__(self, device: str) -> None:
         self.on_gpu = torch.device(device).type == "cuda"
@@ -286,11 +288,15 @@ class MemoryMeter:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
             return
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
-        self.before = resident("VmRSS")
+        self.before = None
+        with contextlib.suppress(OSError, AttributeError):  # another system, or one that does not let a process do this
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+            self.before = resident("VmRSS")
 
-    def above(self) -> int:
+    def above(self) -> int | None:
+        if self.before is None:
+            return None
         return (torch.cuda.max_memory_allocated() if self.on_gpu else resident("VmHWM")) - self.before
 
 
