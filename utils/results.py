@@ -104,6 +104,8 @@ class Results:
             }
             if result["attack"] in needed and result[needed[result["attack"]]] is None:
                 raise ValueError(f"a result of {result['attack']} without {needed[result['attack']]}")
+            if result["corruption"] is not None and result["severity"] is None:
+                raise ValueError(f"a result of {result['corruption'][:100]} without severity")
             if "t" in result["settings"]:
                 _check_types("settings", result["settings"], {"t": NUMBER})
         for warning in self.warnings:
