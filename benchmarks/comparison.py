@@ -32,9 +32,9 @@ def claim_directory(output_dir: Path, kept: dict[str, Any]) -> None:
     note.write_text(json.dumps(kept, indent=1), encoding="utf-8")
 
 
-def launcher(script: str, processes: int = 1) -> list[str]:
-    """The start of the command, with the project's files as seen from where the user is."""
-    config = "cpu.yaml" if processes == 1 else "cpu_2proc.yaml"
+def launcher(script: str, processes: int = 1, config: str | None = None) -> list[str]:
+    """The start of the command, with the project's files as seen from where the user is; on CPUs unless ``config`` is given."""
+    config = config or ("cpu.yaml" if processes == 1 else "cpu_2proc.yaml")
     config, script = (os.path.relpath(ROOT / path) for path in (f"accelerate_configs/{config}", script))
     more = ["--num_processes", str(processes)] if processes > 2 else []
     return ["accelerate", "launch", "--quiet", "--config_file", config, *more, script]

@@ -36,6 +36,8 @@ from utils.progress import RunProgress
 from utils.shards import ShardDataset, train_batches
 from utils.zeroshot import open_set
 
+ON_GPU = torch.cuda.is_available()
+CONFIG = "single_gpu.yaml" if ON_GPU else "cpu.yaml"
 METHODS = {  # name -> folder, flags of train_lore.py
     "FARE, plain": ("fare-plain", None),
     "FARE": ("fare", ["--constraint", "none", "--primal_steps", "1"]),
@@ -88,11 +90,7 @@ def main() -> None:
         accuracies = [f"{100 * result[key]:.1f}" for key in ("apgd", "clean")]
         rows.append([name, steps, minutes, share, f"{result['seconds_per_step']:.2f}", *accuracies])
     (output_dir / "table.md").write_text(markdown(rows), encoding="utf-8")
-    hardware = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{torch.get_num_threads()} threads, {cpu_name()}"
-    )
+    hardware = torch.cuda.get_device_name() if ON_GPU else f"{torch.get_num_threads()} threads, {cpu_name()}"
     report = {"settings": vars(settings), "hardware": hardware, "torch": torch.__version__, "results": found}
     (output_dir / "results.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     print_table(f"Training until {settings.target:.0%} under APGD at {settings.eval_eps:g}/255, {hardware}", rows)
@@ -100,7 +98,7 @@ def main() -> None:
 
 def train_plainly(settings: Settings, run_dir: Path) -> None:
     """FARE with K = 1 by the plain step, on the batches of train_lore.py; copies and metrics.jsonl as train_lore.py leaves them."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if ON_GPU else "cpu"
     clip, processor = load_clip(settings.model, "--model")
     step = PlainSettings(seed=settings.seed, device=device)
     trainee = Trainee(ladder()[0], load_tower(settings.model, settings.seed), "FARE", step, eps=settings.eps / 255)
@@ -147,7 +145,7 @@ class PlainSettings:
 
 def train_command(settings: Settings, run_dir: Path, method: list[str]) -> list[str]:
     return [
-        *launcher("train_lore.py"), "--model_name_or_path", settings.model, "--train_shards", f"{settings.data}/train",
+        *launcher("train_lore.py", config=CONFIG), "--model_name_or_path", settings.model, "--train_shards", f"{settings.data}/train",
         "--eps", f"{settings.eps:g}", "--rho", f"{settings.rho:g}", "--max_steps", str(settings.steps),
         "--per_device_train_batch_size", str(settings.batch_size), "--learning_rate", f"{settings.learning_rate:g}",
         "--logging_steps", "1", "--checkpoint_steps", str(settings.check_steps), "--checkpoints_total_limit", "0",
@@ -159,8 +157,13 @@ def train_command(settings: Settings, run_dir: Path, method: list[str]) -> list[
 def call(command: list[str], settings: Settings) -> None:
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:]]
     script = next(place for place, word in enumerate(command) if word.endswith(".py"))
-    command[script:script] = ["--mixed_precision", settings.precision] if "train_lore.py" in command[script] else []
-    command[script:script] = ["--num_cpu_threads_per_process", str(torch.get_num_threads())]
+    precision = settings.precision if command[script].endswith("train_lore.py") else "no"
+    command[script:script] = [
+        "--mixed_precision",
+        precision,
+        "--num_cpu_threads_per_process",
+        str(torch.get_num_threads()),
+    ]
     status = subprocess.run(command, env=dict(os.environ), check=False).returncode
     if status:
         raise UserError(f"{command[script]} ended with status {status}; its own message is above")
@@ -186,7 +189,7 @@ def first_robust(settings: Settings, run_dir: Path) -> dict[str, Any]:
 
 def evaluate(settings: Settings, model: str, output_dir: Path) -> dict[str, float]:
     command = [
-        *launcher("evaluate.py"), "--model", model, "--data", settings.data, "--attack", "clean", "apgd",
+        *launcher("evaluate.py", config=CONFIG), "--model", model, "--data", settings.data, "--attack", "clean", "apgd",
         "--eps", f"{settings.eval_eps:g}", "--num_samples", str(settings.num_samples), "--num_workers", "0",
         "--output_dir", str(output_dir),
     ]  # fmt: skip

@@ -343,6 +343,7 @@ def main() -> None:
     for encoder, batch_size in zip(settings.encoders, sizes):
         for method in settings.methods:
             rows = measure(encoder, method, batch_size, variants, settings, rates["bfloat16"])
+            torch.cuda.empty_cache()  # for the process that comes next
             if settings.trainer and method != "PO image":
                 rows.append(measure_trainer(encoder, method, batch_size, settings, rates["bfloat16"]))
             found["rows"] += rows

@@ -275,6 +275,13 @@ def test_a_step_reads_no_value_from_the_device(arguments, tmp_path, changes):
     assert counts[1] == counts[0]
 
 
+def test_tf32_is_for_products_and_never_for_the_patch_embedding(arguments, tmp_path):
+    for value in (True, False):  # the last one is what other tests of this process expect
+        train_lore.main(arguments(tf32=str(value).lower(), max_steps=1, output_dir=tmp_path / str(value)))
+        assert torch.backends.cuda.matmul.allow_tf32 is value
+        assert torch.backends.cudnn.allow_tf32 is False
+
+
 def test_pgd_on_the_perturbed_image_is_pgd_on_the_perturbation(small_clip):
     encoder, x = small_encoder(small_clip), photos(6)
     with torch.no_grad():

@@ -39,8 +39,8 @@ def use_lean_layers(tower: nn.Module) -> None:
 class Float32PatchEmbedding(nn.Conv2d):
     """The patch embedding, which autocast leaves in float32: conv(x), (B, 3, H, W) -> (B, D, H/P, W/P), float32.
 
-    On a CPU as one product of the patches with the weights, which it is: oneDNN takes six times as long for the
-    convolution's gradient to the pixels, a tenth of an attack. On a GPU TF32 must be off for convolutions: see
+    On a CPU as one product of the patches with the weights, which it is: oneDNN takes more than twice as long for the
+    convolution's gradient to the pixels, 14 % of an attack on ViT-B/32. On a GPU TF32 must be off for convolutions: see
     utils/distributed.py, which may turn it on for products.
     """
 
@@ -91,8 +91,8 @@ def attention(
 ) -> tuple[Tensor, None]:
     """softmax(scaling * Q K^T) V, (B, heads, T, d) each -> (B, T, heads, d). torch's flash attention but for bfloat16 on a CPU.
 
-    There its backward pass takes five to ten times as long as the two products and the softmax written out, which keep
-    the weights (B, heads, T, T) for it.
+    There it takes about five times as long, backward included, as the two products and the softmax written out, which
+    keep the weights (B, heads, T, T) for the backward pass.
     """
     if query.device.type != "cpu" or query.dtype != torch.bfloat16 or attention_mask is not None or dropout:
         return sdpa_attention_forward(

@@ -78,7 +78,7 @@ def lore_flops_per_image(
     """FLOPs that one image needs in one step, in terms of one forward F (backward to the input F, with weights 2F).
 
     Reference F, attack 2F a step, each primal update 3F for x + delta and 3F more where x takes part, dual F. LORE with
-    10 attack steps and K = 5: 52 F.
+    10 attack steps and K = 5: 52 F. ``clean_in_primal``, ``dual``, ``reference``: whether a step has these parts.
     """
     updates = primal_steps * 3 * (2 if clean_in_primal else 1)
     return forward * ((1 if reference else 0) + 2 * attack_steps + updates + (1 if dual else 0))
