@@ -25,7 +25,14 @@ from accelerate import Accelerator
 from rich.table import Table
 
 from utils.checkpoint import take_output_dir
-from utils.classifiers import KnnClassifier, LinearClassifier, fit_linear_probe, read_linear_head, save_linear_head
+from utils.classifiers import (
+    KnnClassifier,
+    LinearClassifier,
+    fit_linear_probe,
+    own_linear_head,
+    read_linear_head,
+    save_linear_head,
+)
 from utils.cli import UserError, flag, parse_settings, required, run
 from utils.corruptions import CORRUPTIONS, KNOWN, SEVERITIES, find_published, require_package
 from utils.distributed import (
@@ -35,16 +42,17 @@ from utils.distributed import (
     start_accelerator,
 )
 from utils.encoders import (
-    SUPPORTED_MODEL_TYPES,
-    VISION_MODEL_TYPES,
+    CONTRASTIVE_MODEL_TYPES,
+    MODEL_TYPES,
     check_model,
-    load_clip,
-    load_vision_model,
+    has_own_head,
+    has_text,
+    image_transform,
+    load_model,
     make_encoder,
 )
 from utils.head import HEAD_FILE, load_head
 from utils.hub import fetch_model, folder_on_every_node, on_this_node
-from utils.images import ImageTransform
 from utils.measures import (
     EvalSet,
     Finding,
@@ -97,7 +105,7 @@ class Settings:
     classnames: str | None = flag(None, "file with one class name per line, or imagenet for CLIP's own (default: the set's)", group="what")
     measure: list[str] = flag(["accuracy"], "accuracy; interpretability: cosine to 150 descriptions of the true class; fidelity: distance of embeddings to the reference; retention: KL to the reference; fairness: of retrieval and classes between attributes; head_t: everything over the strength of a head", group="what", choices=MEASURES)
     classifier: str = flag("zero_shot", "zero_shot: class names by the text tower; linear_head: a file; linear_probe, knn: learnt from --train_split", group="what", choices=("zero_shot", "linear_head", "linear_probe", "knn"))
-    linear_head: str | None = flag(None, "safetensors with weight (C, D) and maybe bias (C,) for --classifier linear_head", group="what")
+    linear_head: str | None = flag(None, "safetensors with weight (C, D) and maybe bias (C,) for --classifier linear_head (default: the model's own, of DINOv2 saved for image classification)", group="what")
     train_split: str = flag("train", "folder from which a linear probe or k-NN learns", group="what")
 
     attack: list[str] = flag(["clean"], ", ".join(ATTACKS), group="attack", choices=ATTACKS)
@@ -215,10 +223,10 @@ def check_settings(settings: Settings) -> None:
             f"--classifier {settings.classifier}: {by_text[0]} goes by texts; measure it in a call of its own, without "
             "--classifier"
         )
-    if (settings.classifier == "linear_head") != (settings.linear_head is not None):
+    if settings.classifier != "linear_head" and settings.linear_head is not None:
         raise UserError(
             f"--classifier {settings.classifier} and --linear_head {settings.linear_head} do not go together; a file needs "
-            "--classifier linear_head and the other way round"
+            "--classifier linear_head"
         )
     if settings.linear_head is not None and not Path(settings.linear_head).is_file():
         raise UserError(f"--linear_head {settings.linear_head}: no such file; expected safetensors with weight (C, D)")
@@ -238,9 +246,9 @@ def check_settings(settings: Settings) -> None:
 
 def named_models(settings: Settings) -> list[tuple[str, str, tuple[str, ...]]]:
     """(flag, name, types that will do) of every model."""
-    models = [("--model", name, SUPPORTED_MODEL_TYPES + VISION_MODEL_TYPES) for name in settings.model]
+    models = [("--model", name, MODEL_TYPES) for name in settings.model]
     if settings.reference_model_name_or_path is not None:
-        kinds = SUPPORTED_MODEL_TYPES + (() if "retention" in settings.measure else VISION_MODEL_TYPES)
+        kinds = CONTRASTIVE_MODEL_TYPES if "retention" in settings.measure else MODEL_TYPES
         models.append(("--reference_model_name_or_path", settings.reference_model_name_or_path, kinds))
     return models
 
@@ -251,10 +259,15 @@ def check_models(settings: Settings) -> None:
         config = check_model(name, its_flag, kinds)
         if its_flag != "--model":
             continue
-        if config.model_type not in SUPPORTED_MODEL_TYPES and settings.classifier == "zero_shot":
+        if not has_text(config) and settings.classifier == "zero_shot":
             raise UserError(
                 f"--model {name}: a {config.model_type} has no text tower, which --classifier zero_shot needs; give it a "
                 "--linear_head file with --classifier linear_head, or learn one with --classifier linear_probe or knn"
+            )
+        if settings.classifier == "linear_head" and settings.linear_head is None and not has_own_head(config):
+            raise UserError(
+                f"--classifier linear_head: --model {name}, a {config.model_type}, brings no head of its own; give it a file "
+                "with --linear_head"
             )
         if "head_t" in settings.measure:
             load_head(name)
@@ -281,14 +294,12 @@ def tidy(name: str) -> str:
 
 def load(name: str, accelerator: Accelerator, flag: str) -> Model:
     """A model in float32, whatever precision the accelerate config asks for: figures are judged in float32."""
-    device, kinds = accelerator.device, SUPPORTED_MODEL_TYPES + VISION_MODEL_TYPES
-    folder = fetch_model(accelerator, name, flag, kinds)
-    if check_model(folder, flag, kinds).model_type in VISION_MODEL_TYPES:
-        encoder, image_processor = everywhere(accelerator, lambda: load_vision_model(folder, flag))
-        return Model(name, encoder.to(device).eval(), ImageTransform.from_processor(image_processor), device)
-    clip, processor = everywhere(accelerator, lambda: load_clip(folder, flag))
-    transform = ImageTransform.from_processor(processor.image_processor)
-    return Model(name, make_encoder(clip, processor).to(device).eval(), transform, device, clip, processor)
+    folder = fetch_model(accelerator, name, flag)
+    model, processor = everywhere(accelerator, lambda: load_model(folder, flag))
+    device, encoder = accelerator.device, make_encoder(model, processor).to(accelerator.device).eval()
+    with_text = (model, processor) if has_text(model.config) else (None, None)
+    with_head = model if has_own_head(model.config) else None
+    return Model(name, encoder, image_transform(processor), device, *with_text, with_head)
 
 
 def data_folder(settings: Settings, name: str, local_files_only: bool = False) -> Path:
@@ -412,7 +423,7 @@ def wanted_jobs(
     classes: dict[str, Any] = {}
     if data.labelled:
         classes = {"prompts": text_hash([*data.classnames, "", *data.templates]), "classifier": settings.classifier}
-        if settings.classifier == "linear_head":
+        if settings.classifier == "linear_head" and settings.linear_head is not None:
             head = Path(settings.linear_head).read_bytes()
             classes["classifier_revision"] = hashlib.blake2b(head, digest_size=6).hexdigest()
     words = json.loads(json.dumps(asdict(word_style(settings))))  # lists, as results.json gives them back
@@ -522,6 +533,8 @@ def make_classifier(settings: Settings, accelerator: Accelerator, model: Model, 
     if settings.classifier == "zero_shot":
         class_embeds = model.class_embeds(data.classnames, data.templates)
         return LinearClassifier(class_embeds, scale=model.logit_scale, normalise=True)
+    if settings.classifier == "linear_head" and settings.linear_head is None:
+        return own_linear_head(model.with_head, num_classes).to(model.device)
     if settings.classifier == "linear_head":
         return read_linear_head(settings.linear_head, model.encoder.embed_dim, num_classes).to(model.device)
     if settings.classifier == "knn":

@@ -1,4 +1,4 @@
-"""LORE: fine-tunes a CLIP image encoder to resist l_inf attacks, every clean embedding held near the pretrained one.
+"""LORE: fine-tunes a vision encoder to resist l_inf attacks, every clean embedding held near the pretrained one.
 
   python train_lore.py --model_name_or_path openai/clip-vit-base-patch32 \\
     --train_shards data/imagenet/train --eps 4 --rho 0.1 --output_dir runs/lore4
@@ -61,14 +61,16 @@ from utils.encoders import (
     check_model,
     check_reference_dtype,
     enable_gradient_checkpointing,
+    has_own_head,
+    has_text,
+    image_transform,
     keep_weights_in,
-    load_clip,
+    load_model,
     load_reference,
     make_encoder,
-    save_clip,
+    save_model,
 )
 from utils.hub import fetch_model, on_this_node
-from utils.images import ImageTransform
 from utils.interruption import StopRequest
 from utils.lagrangian import (
     Multiplier,
@@ -78,7 +80,7 @@ from utils.lagrangian import (
     primal_lagrangian,
     violation,
 )
-from utils.losses import class_logits, cross_entropy, kl_divergence, squared_distance
+from utils.losses import cross_entropy, kl_divergence, squared_distance
 from utils.memory import print_estimate
 from utils.metrics import (
     MetricsFile,
@@ -103,7 +105,7 @@ from utils.shard_sources import default_cache_dir
 from utils.shards import ShardDataset, eval_loader, keep_sizes, train_batches
 from utils.skipped import SkipCounter, count_skipped
 from utils.training_state import load_parameters
-from utils.zeroshot import LabelledSet, class_prompts, open_set, predictions, to_pixel_values
+from utils.zeroshot import LabelledSet, open_set, predictions, set_classifier, to_pixel_values
 
 
 @dataclass
@@ -111,7 +113,7 @@ class Settings:
     """Everything that a run can be told."""
 
     # fmt: off
-    model_name_or_path: str = required("Hugging Face id or local directory of a CLIP model", group="model")
+    model_name_or_path: str = required("Hugging Face id or local directory: CLIP, SigLIP, DINOv2, or the image half of a CLIP", group="model")
     reference_model_name_or_path: str | None = flag(None, "frozen reference, for going on from a fine-tuned model (default: the start model)", group="model")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward passes: less memory, more time", group="model")
     shard_reference: bool = flag(False, "shard the frozen reference over the processes too (DeepSpeed): for encoders too large to copy", group="model")
@@ -127,6 +129,7 @@ class Settings:
     eval_shards: list[str] = flag([], "shards with labels for the periodic clean and PGD accuracy (default: no evaluation)", group="data")
     eval_num_samples: int = flag(1000, "the first N images of the evaluation shards", group="data", minimum=1)
     classnames: str | None = flag(None, "file with one class name per line (default: classnames.txt beside the shards or one folder up)", group="data")
+    linear_head: str | None = flag(None, "safetensors with weight (C, D) and maybe bias (C,): tells classes apart in place of class names, for encoders without text (default: the model's own, where it has one)", group="data")
     num_workers: int | None = flag(None, "data workers per process (default: measured)", group="data", minimum=0)
     jpeg_draft: bool = flag(False, "decode large JPEGs of the training at reduced size: faster from 896 pixels a side on (for 224), other pixels (about 50 dB)", group="data")
     cache_dir: str | None = flag(None, "where shards behind URLs and shard indexes are kept (default: the system's cache)", group="data")
@@ -252,11 +255,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         refuse_changed_settings(resumed["settings"], known_settings, FREE_SETTINGS)
         from_main_process(accelerator, lambda: set_aside_later(output_dir, resumed["step"]))
     # Model files come by the first process of every node; the others find them.
-    model = fetch_model(accelerator, settings.model_name_or_path, "--model_name_or_path")
+    folder = fetch_model(accelerator, settings.model_name_or_path, "--model_name_or_path")
+    if needs_labels or eval_set:
+        everywhere(accelerator, lambda: refuse_without_classes(settings, folder))
 
     # The encoder phi and its frozen reference phi0: pixels in [0,1] to un-normalised embeddings.
-    clip, processor = everywhere(accelerator, lambda: load_clip(model))
-    encoder = make_encoder(clip, processor, compute_dtype(accelerator))
+    model, processor = everywhere(accelerator, lambda: load_model(folder))
+    encoder = make_encoder(model, processor, compute_dtype(accelerator))
     reference_model = settings.reference_model_name_or_path
     if reference_model is not None:
         reference_model = fetch_model(accelerator, reference_model, "--reference_model_name_or_path")
@@ -272,8 +277,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if settings.shard_reference:
         reference = shard_frozen(accelerator, reference)
-    train_prompts = class_prompts(clip, processor, train_set, device) if needs_labels else None
-    eval_prompts = class_prompts(clip, processor, eval_set, device) if eval_set else None
+    # What turns embeddings (B, D) into logits (B, C): texts of the classes, or a linear head, both frozen.
+    train_classifier, eval_classifier = (
+        set_classifier(model, processor, encoder, labelled, device, settings.linear_head) if labelled else None
+        for labelled in (train_set if needs_labels else None, eval_set)
+    )
     if settings.gradient_checkpointing:
         enable_gradient_checkpointing(encoder)
     if settings.compile:
@@ -305,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # All global batches follow from the seed, the shards' sizes and the global batch size: the step is the position.
     first_step = resumed["step"] if resumed else 0
-    transform = ImageTransform.from_processor(processor.image_processor)
+    transform = image_transform(processor)
     train_data = ShardDataset(
         train_set.index,
         dataclasses.replace(transform, draft=settings.jpeg_draft),
@@ -335,18 +343,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The method: what attacks maximise and updates minimise, what the constraint measures, and its margin; (B,) each.
     def objective(image_embeds: Tensor, batch: MicroBatch) -> Tensor:
         if settings.objective == "tecoa":
-            return cross_entropy(class_logits(image_embeds, *train_prompts), batch.labels)
+            return cross_entropy(train_classifier(image_embeds), batch.labels)
         return squared_distance(image_embeds, batch.ref_image_embeds)
 
     def clean_distance(image_embeds: Tensor, batch: MicroBatch) -> Tensor:
         if settings.constraint == "kl":
-            ref_logits = class_logits(batch.ref_image_embeds, *train_prompts)
-            return kl_divergence(ref_logits, class_logits(image_embeds, *train_prompts))
+            return kl_divergence(train_classifier(batch.ref_image_embeds), train_classifier(image_embeds))
         return squared_distance(image_embeds, batch.ref_image_embeds)
 
     def margin(ref_image_embeds: Tensor) -> Tensor:
         if settings.constraint == "kl":
-            return entropy_margin(ref_image_embeds, *train_prompts, settings.margin)
+            return entropy_margin(train_classifier(ref_image_embeds), settings.margin)
         return embedding_margin(ref_image_embeds, settings.margin)
 
     def primal_loss(batch: MicroBatch) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -412,7 +419,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             counted = count_skipped(loader, eval_skips)
             eager = torch.compiler.set_stance("force_eager")  # a last batch of its own size is not worth compiling
             with gathered(module, settings.gather_for_attack), eager:
-                _, correct = predictions(module, counted, *eval_prompts, device=device, eps=radius, seed=settings.seed)
+                _, correct = predictions(
+                    module, counted, eval_classifier, device=device, eps=radius, seed=settings.seed
+                )
             accuracies[name] = mean_over_processes(accelerator, correct)
             eval_skips.merge(gather_objects(accelerator, eval_skips.state())).check()
         progress.note(
@@ -424,11 +433,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     def write_model(directory: Path) -> None:
         encoder_state = accelerator.get_state_dict(encoder)  # on all processes: ZeRO-3 gathers here
         if accelerator.is_main_process:
-            save_clip(directory, clip, processor, encoder_state)
+            save_model(directory, model, processor, encoder_state)
             card = model_card(
                 method=method_name(settings),
-                about="The image tower was fine-tuned to resist l_inf perturbations of the pixels; the text tower is the base model's.",
-                tags=["adversarial-robustness"],
+                model_class=type(model).__name__,
+                with_text=has_text(model.config),
+                about="The image tower was fine-tuned to resist l_inf perturbations of the pixels; the rest is the base model's.",
+                tags=[*(["clip"] if has_text(model.config) else []), "adversarial-robustness"],
                 base_model=settings.model_name_or_path,
                 settings=known_settings,
                 evaluations=[row for row in metrics_file.read() if "eval_accuracy_clean" in row],
@@ -632,12 +643,24 @@ def check_settings(settings: Settings) -> None:
         )
 
 
+def refuse_without_classes(settings: Settings, folder: str) -> None:
+    """Raises ``UserError`` where labels are to be used and nothing says which embedding is which class."""
+    config = check_model(folder, "--model_name_or_path")
+    if settings.linear_head is not None and not Path(settings.linear_head).is_file():
+        raise UserError(f"--linear_head {settings.linear_head}: no such file; expected safetensors with weight (C, D)")
+    if settings.linear_head is None and not has_text(config) and not has_own_head(config):
+        raise UserError(
+            f"--model_name_or_path {settings.model_name_or_path}: a {config.model_type} has no text tower and no head of its "
+            "own, which --eval_shards, tecoa and kl need to tell classes apart; give it one with --linear_head"
+        )
+
+
 def estimate_memory(settings: Settings) -> None:
     """Prints what a step with these settings needs on a device; the model is not loaded, its config is."""
     check_reference_dtype(settings.reference_dtype, MIXED_PRECISIONS[settings.estimate_precision])
     name, config = settings.model_name_or_path, None
     if name:
-        config = check_model(name, "--model_name_or_path")
+        config = check_model(name, "--model_name_or_path", ("clip",))
         config.vision_config.projection_dim = config.projection_dim
     if int(os.environ.get("RANK", "0")):
         return

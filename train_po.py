@@ -58,15 +58,18 @@ from utils.distributed import (
     start_tracker,
 )
 from utils.encoders import (
+    CONTRASTIVE_MODEL_TYPES,
     TextEncoder,
+    check_model,
     check_reference_dtype,
     enable_gradient_checkpointing,
     frozen_copy,
+    image_transform,
     keep_weights_in,
-    load_clip,
+    load_model,
     make_encoder,
     refuse_other_shape,
-    save_clip,
+    save_model,
 )
 from utils.features import features
 from utils.head import Head, fold_head, head_power, orthogonality_penalty, save_head, warn_of_condition
@@ -106,7 +109,7 @@ class Settings:
     """Everything that a run can be told."""
 
     # fmt: off
-    model_name_or_path: str = required("Hugging Face id or local directory of a CLIP model", group="model")
+    model_name_or_path: str = required("Hugging Face id or local directory: CLIP, SigLIP, or another with a text tower", group="model")
     reference_model_name_or_path: str | None = flag(None, "frozen reference, for going on from a fine-tuned model (default: the start model)", group="model")
     trainable: str = flag("image", "what is trained: a square matrix on both embeddings, the image tower, or both towers", group="model", choices=TRAINABLE)
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward passes: less memory, more time", group="model")
@@ -188,7 +191,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         models = [
             (f"--{name}", getattr(settings, name)) for name in ("model_name_or_path", "reference_model_name_or_path")
         ]
-        return prefetch_training(models, sets, cache_dir=settings.cache_dir, cache_limit_gb=settings.cache_limit_gb)
+        return prefetch_training(
+            models,
+            sets,
+            cache_dir=settings.cache_dir,
+            cache_limit_gb=settings.cache_limit_gb,
+            supported=CONTRASTIVE_MODEL_TYPES,
+        )
 
     accelerator = start_accelerator(
         seed=settings.seed,
@@ -236,18 +245,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         refuse_changed_settings(resumed["settings"], known_settings, FREE_SETTINGS)
         from_main_process(accelerator, lambda: set_aside_later(output_dir, resumed["step"]))
     # Model files come by the first process of every node; the others find them.
-    model = fetch_model(accelerator, settings.model_name_or_path, "--model_name_or_path")
+    folder = fetch_model(accelerator, settings.model_name_or_path, "--model_name_or_path", CONTRASTIVE_MODEL_TYPES)
+    everywhere(accelerator, lambda: refuse_head_without_projections(settings, folder))
 
     # The policy, and its frozen reference: pictures and texts to unit embeddings.
-    clip, processor = everywhere(accelerator, lambda: load_clip(model))
+    clip, processor = everywhere(accelerator, lambda: load_model(folder))
     encoder = make_encoder(clip, processor, compute_dtype(accelerator))
     logit_scale = float(clip.logit_scale.detach().exp())
     templates = train_set.templates or ["{c}"]
     if settings.reference_model_name_or_path:
         reference_flag = "--reference_model_name_or_path"
-        reference_model = fetch_model(accelerator, settings.reference_model_name_or_path, reference_flag)
+        reference_name = settings.reference_model_name_or_path
+        reference_folder = fetch_model(accelerator, reference_name, reference_flag, CONTRASTIVE_MODEL_TYPES)
         reference_clip, reference_processor = everywhere(
-            accelerator, lambda: load_clip(reference_model, reference_flag)
+            accelerator, lambda: load_model(reference_folder, reference_flag)
         )
         reference = frozen_copy(make_encoder(reference_clip, reference_processor, encoder.compute_dtype))
         refuse_other_shape(reference, encoder, settings.reference_model_name_or_path)
@@ -296,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # All global batches follow from the seed, the shards' sizes and the global batch size: the step is the position.
     first_step = resumed["step"] if resumed else 0
-    transform = ImageTransform.from_processor(processor.image_processor)
+    transform = image_transform(processor)
     train_transform = dataclasses.replace(transform, draft=settings.jpeg_draft)
     datasets = {"train": make_dataset(settings, train_set, train_transform, order="shuffled")}
     if eval_set:
@@ -464,14 +475,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             save_head(directory, weight, clip)
             exported = copy.deepcopy(clip).cpu()
             fold_head(exported, head_power(weight, settings.export_t))
-            save_clip(directory, exported, processor, {})
+            save_model(directory, exported, processor, {})
         else:
             towers = {name.split(".", 1)[1]: tensor for name, tensor in state.items()}
-            save_clip(directory, clip, processor, towers)
+            save_model(directory, clip, processor, towers)
         card = model_card(
             method=method_name(settings),
+            model_class=type(clip).__name__,
             about=ABOUT[settings.trainable].format(t=settings.export_t),
-            tags=["preference-optimization"],
+            tags=["clip", "preference-optimization"],
             base_model=settings.model_name_or_path,
             settings=known_settings,
             evaluations=[row for row in metrics_file.read() if any(key.startswith("eval_") for key in row)],
@@ -657,6 +669,16 @@ def check_settings(settings: Settings) -> None:
         )
     if settings.keep_best and not settings.eval_shards:
         raise UserError(f"--keep_best {settings.keep_best}: nothing is evaluated; name shards with --eval_shards")
+
+
+def refuse_head_without_projections(settings: Settings, folder: str) -> None:
+    """Raises ``UserError`` for a head on a model that has no projections to fold it into."""
+    config = check_model(folder, "--model_name_or_path", CONTRASTIVE_MODEL_TYPES)
+    if settings.trainable == "head" and config.model_type.startswith("siglip"):
+        raise UserError(
+            f"--trainable head with --model_name_or_path {settings.model_name_or_path}: a {config.model_type} ends in no linear "
+            "projection into which a head could be folded; use --trainable image or all, or a CLIP"
+        )
 
 
 def note_idle_terms(settings: Settings, totals: list[float], progress: RunProgress) -> None:

@@ -24,12 +24,11 @@ from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 
 from benchmarks.comparison import markdown, print_table
 from utils.attacks import frozen, make_points, run_apgd, seed_from, sphere_start
-from utils.classifiers import LinearClassifier
 from utils.cli import flag, parse_settings, required, run
-from utils.encoders import load_clip, make_encoder
+from utils.encoders import load_model, make_encoder
 from utils.images import ImageTransform
 from utils.shards import ShardDataset, eval_loader
-from utils.zeroshot import class_prompts, open_set, to_pixel_values
+from utils.zeroshot import open_set, set_classifier, to_pixel_values
 
 
 @dataclass
@@ -143,11 +142,10 @@ def main() -> None:
         ]
     ]  # fmt: skip
     for name in settings.model:
-        clip, processor = load_clip(name, "--model")
+        clip, processor = load_model(name, "--model")
         encoder = make_encoder(clip, processor).to(device).eval()
         data = open_set([f"{settings.data}/test"], flag="--data", with_classes=True)
-        class_embeds, logit_scale = class_prompts(clip, processor, data, device)
-        classifier = LinearClassifier(class_embeds, scale=logit_scale, normalise=True)
+        classifier = set_classifier(clip, processor, encoder, data, device)
         transform = ImageTransform.from_processor(processor.image_processor)
         dataset = ShardDataset(data.index, transform, order="sequential", with_labels=True)
         reading = {"num_samples": settings.num_samples, "batch_size": 500, "rank": 0, "world_size": 1, "num_workers": 0}

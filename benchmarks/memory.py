@@ -125,7 +125,7 @@ def measure(settings: Settings, model: Path, checkpointing: str) -> dict[str, An
     run_dir = model / f"run-{checkpointing}"
     utils.encoders.ATTENTION = "sdpa"  # flash attention as on a GPU, not what is faster on a CPU
     # Saving copies weights on the host and writes gigabytes: not part of a step.
-    train_lore.save_clip = lambda *_: None
+    train_lore.save_model = lambda *_: None
     with LiveBytes(keep_history=False) as tensors:
         train_lore.main(
             [

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.comparison import claim_directory, launcher, markdown, print_table
 from benchmarks.train_step import Trainee, cpu_name, ladder, load_tower, synchronise
 from utils.cli import UserError, flag, parse_settings, required, run
-from utils.encoders import load_clip, save_clip
+from utils.encoders import load_model, save_model
 from utils.images import ImageTransform
 from utils.metrics import MetricsFile
 from utils.optimization import cosine_learning_rate, set_learning_rate
@@ -99,7 +99,7 @@ def main() -> None:
 def train_plainly(settings: Settings, run_dir: Path) -> None:
     """FARE with K = 1 by the plain step, on the batches of train_lore.py; copies and metrics.jsonl as train_lore.py leaves them."""
     device = "cuda" if ON_GPU else "cpu"
-    clip, processor = load_clip(settings.model, "--model")
+    clip, processor = load_model(settings.model, "--model")
     step = PlainSettings(seed=settings.seed, device=device)
     trainee = Trainee(ladder()[0], load_tower(settings.model, settings.seed), "FARE", step, eps=settings.eps / 255)
     for encoder in (trainee.encoder, trainee.reference):
@@ -128,8 +128,8 @@ def train_plainly(settings: Settings, run_dir: Path) -> None:
             progress.update(index + 1, {"img/s": rate})
             if (index + 1) % settings.check_steps == 0 or index + 1 == settings.steps:
                 state = trainee.encoder.model.state_dict()
-                save_clip(run_dir / f"checkpoints/step-{index + 1}/model", clip, processor, state)
-    save_clip(run_dir, clip, processor, state)
+                save_model(run_dir / f"checkpoints/step-{index + 1}/model", clip, processor, state)
+    save_model(run_dir, clip, processor, state)
 
 
 @dataclass

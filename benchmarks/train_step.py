@@ -49,7 +49,7 @@ from benchmarks.comparison import markdown, print_table
 from benchmarks.memory import TEXT_TOWERS, make_model_and_images
 from utils.attacks import ascend, attack_seeds, frozen, pgd, project, uniform_start
 from utils.cli import UserError, flag, parse_settings, required, run
-from utils.encoders import ImageEncoder, enable_gradient_checkpointing, frozen_copy, load_clip
+from utils.encoders import ImageEncoder, enable_gradient_checkpointing, frozen_copy, load_model
 from utils.images import ImageTransform
 from utils.lagrangian import Multiplier, dual_lagrangian, embedding_margin, primal_lagrangian, violation
 from utils.losses import squared_distance
@@ -261,7 +261,7 @@ class Trainee:
 def load_tower(name: str, seed: int) -> CLIPVisionModelWithProjection:
     """A tower of this size with random weights, or the image tower of a CLIP on disk."""
     if name != "small" and name not in TOWERS:
-        clip, _ = load_clip(name, "--encoders")
+        clip, _ = load_model(name, "--encoders")
         config = clip.config.vision_config
         config.projection_dim = clip.config.projection_dim
         model = CLIPVisionModelWithProjection(config)
@@ -443,7 +443,7 @@ def run_trainer(encoder: str, method: str, batch_size: int, settings: Settings) 
     config = load_tower(encoder, settings.seed).config
     text_tower = TEXT_TOWERS[encoder[4]] if encoder in TOWERS else (64, 2, 2)
     make_model_and_images(config, text_tower, directory, batch_size * steps)
-    train_lore.save_clip = lambda *_: None  # saving is not part of a step
+    train_lore.save_model = lambda *_: None  # saving is not part of a step
     fare = ["--constraint", "none", "--primal_steps", "1"] if method == "FARE" else []
     train_lore.main(
         [

@@ -30,7 +30,7 @@ from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.cli import UserError, flag, parse_settings, required, run
-from utils.encoders import ImageEncoder, load_clip, make_encoder, quiet_transformers
+from utils.encoders import ImageEncoder, load_model, make_encoder, quiet_transformers
 from utils.images import ImageTransform
 from utils.metrics import MetricsFile
 from utils.model_card import command_line, versions
@@ -156,7 +156,7 @@ def main() -> None:
         processor = make_processor(classnames, templates, settings)
         clip = make_clip(len(processor.tokenizer), settings).to(device)
     else:
-        clip, processor = load_clip(settings.start_from, "--start_from")
+        clip, processor = load_model(settings.start_from, "--start_from")
         clip.to(device)
         if (size := clip.config.vision_config.image_size) != settings.image_size:
             raise UserError(f"--image_size {settings.image_size}: --start_from {settings.start_from} sees {size} px")

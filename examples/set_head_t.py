@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.cli import UserError, flag, parse_settings, required, run
-from utils.encoders import load_clip, save_clip
+from utils.encoders import load_model, save_model
 from utils.head import HEAD_FILE, load_head, set_head_t, warn_of_condition
 
 
@@ -32,9 +32,9 @@ def main() -> None:
     if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
         raise UserError(f"--output_dir {output_dir}: exists and is not an empty directory; give another one")
     head = load_head(settings.model)
-    clip, processor = load_clip(settings.model, "--model")
+    clip, processor = load_model(settings.model, "--model")
     set_head_t(clip, head, settings.t)
-    save_clip(output_dir, clip, processor, {})
+    save_model(output_dir, clip, processor, {})
     shutil.copyfile(Path(settings.model) / HEAD_FILE, output_dir / HEAD_FILE)
     if warning := warn_of_condition(head["weight"]):
         print(f"warning: {warning}")

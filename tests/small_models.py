@@ -1,9 +1,38 @@
-"""Small CLIP models with random weights, saved as a user's model would be."""
+"""Small models with random weights, saved as a user's model would be."""
 
+import tempfile
 from pathlib import Path
 
 import torch
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor
+from transformers import (
+    BitImageProcessorPil,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    ConvNextConfig,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Dinov2Model,
+    Siglip2Config,
+    Siglip2ImageProcessorPil,
+    Siglip2Model,
+    Siglip2Processor,
+    Siglip2Tokenizer,
+    SiglipConfig,
+    SiglipImageProcessorPil,
+    SiglipModel,
+    SiglipProcessor,
+    SiglipTokenizer,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+    VisionTextDualEncoderProcessor,
+)
 
 from examples.pretrain_small_clip import make_tokenizer
 
@@ -38,9 +67,9 @@ def save_small_clip(directory: Path, seed: int = 0, num_layers: int = 2, hidden_
 
 def small_encoder(directory: Path, compute_dtype: torch.dtype = torch.float32):
     """The image encoder of a saved model."""
-    from utils.encoders import load_clip, make_encoder
+    from utils.encoders import load_model, make_encoder
 
-    return make_encoder(*load_clip(str(directory)), compute_dtype)
+    return make_encoder(*load_model(str(directory)), compute_dtype)
 
 
 def photos(count: int, size: int = 32, seed: int = 0) -> torch.Tensor:
@@ -49,3 +78,92 @@ def photos(count: int, size: int = 32, seed: int = 0) -> torch.Tensor:
     coarse = torch.rand(count, 3, 4, 4, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=False)
     return (1.4 * smooth - 0.2).clamp(0, 1)
+
+
+KINDS = ("clip", "siglip", "siglip2", "convnext", "clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_head")
+TEXT_KINDS = KINDS[:4]
+
+
+def save_small_model(directory: Path, kind: str, num_classes: int = 10) -> None:
+    """A model of any supported kind with random weights for 32 px, and its processor, as a user's model would be saved.
+
+    ``convnext`` is CLIP ConvNeXt as a vision-text-dual-encoder; ``dinov2_head`` is DINOv2 with a head of ``num_classes``,
+    made for 64 px. SigLIP's tower has a probe that attends, DINOv2's layer scale is 1 so that all layers matter.
+    """
+    if kind == "clip":
+        return save_small_clip(directory)
+    clip_image_processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, resample=3
+    )
+    tower = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = tower | {"intermediate_size": 64, "image_size": 32, "patch_size": 8}
+    torch.manual_seed(0)
+    if kind in ("siglip", "siglip2"):
+        tokenizer = siglip_tokenizer() if kind == "siglip" else siglip2_tokenizer()
+        text = tower | {"intermediate_size": 64, "vocab_size": len(tokenizer), "projection_size": 32}
+        text |= {"max_position_embeddings": 24, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 1}
+        if kind == "siglip":
+            model = SiglipModel(SiglipConfig(vision_config=vision, text_config=text))
+            image_processor = SiglipImageProcessorPil(size={"height": 32, "width": 32})
+            processor = SiglipProcessor(image_processor, tokenizer)
+        else:
+            # 9 positions a side of 4: they have to be resized.
+            vision = tower | {"intermediate_size": 64, "patch_size": 8, "num_patches": 81}
+            model = Siglip2Model(Siglip2Config(vision_config=vision, text_config=text))
+            processor = Siglip2Processor(Siglip2ImageProcessorPil(patch_size=8, max_num_patches=16), tokenizer)
+    elif kind == "convnext":
+        tokenizer = make_tokenizer(["a photo of the number zero."], vocab_size=600)
+        sizes = [16, 24, 32, 40]
+        config = VisionTextDualEncoderConfig.from_vision_text_configs(
+            ConvNextConfig(
+                hidden_sizes=sizes, depths=[1, 1, 2, 1], hidden_size=sizes[-1], image_size=32,
+                layer_scale_init_value=1.0, layer_norm_eps=1e-6,
+            ),
+            CLIPTextConfig(
+                **tower, intermediate_size=64, hidden_act="gelu", vocab_size=len(tokenizer),
+                bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            ),
+            projection_dim=24,
+        )  # fmt: skip
+        model = VisionTextDualEncoderModel(config)
+        processor = VisionTextDualEncoderProcessor(image_processor=clip_image_processor, tokenizer=tokenizer)
+    elif kind == "clip_vision_model":
+        model = CLIPVisionModelWithProjection(CLIPVisionConfig(**vision, projection_dim=24))
+        processor = clip_image_processor
+    elif kind == "siglip_vision_model":
+        model = SiglipVisionModel(SiglipVisionConfig(**vision))
+        processor = SiglipImageProcessorPil(size={"height": 32, "width": 32})
+    else:
+        config = Dinov2Config(**tower, mlp_ratio=2, image_size=64, patch_size=8, num_labels=num_classes)
+        model = (Dinov2ForImageClassification if kind == "dinov2_head" else Dinov2Model)(config)
+        processor = BitImageProcessorPil(
+            size={"shortest_edge": 32},
+            crop_size={"height": 32, "width": 32},
+            image_mean=[0.485, 0.456, 0.406],
+            image_std=[0.229, 0.224, 0.225],
+        )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=1.0 / parameter[0].numel() ** 0.5)
+    model.save_pretrained(directory)
+    processor.save_pretrained(directory)
+
+
+def siglip_tokenizer() -> SiglipTokenizer:
+    """SigLIP's own kind, learnt by sentencepiece from a few words."""
+    import sentencepiece
+
+    letters = " ".join("abcdefghijklmnopqrstuvwxyz")
+    with tempfile.TemporaryDirectory() as folder:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["a photo of the number zero", letters] * 20), model_prefix=f"{folder}/spiece",
+            vocab_size=45, hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+        )  # fmt: skip
+        return SiglipTokenizer(f"{folder}/spiece.model", model_max_length=24)
+
+
+def siglip2_tokenizer() -> Siglip2Tokenizer:
+    """SigLIP 2's own kind, of letters."""
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *"abcdefghijklmnopqrstuvwxyz."]
+    return Siglip2Tokenizer(vocab={piece: place for place, piece in enumerate(pieces)}, merges=[], padding_side="right")

@@ -86,7 +86,7 @@ def test_mistakes_in_a_recipe(recipe, message, tmp_path):
 @pytest.fixture
 def never_loads(monkeypatch):
     """Fails the test if a model is loaded."""
-    monkeypatch.setattr(train_lore, "load_clip", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(train_lore, "load_model", lambda *_: pytest.fail("the model was loaded"))
 
 
 def test_mistakes_are_found_before_a_model_is_loaded(never_loads, small_clip, digits, tmp_path):

@@ -4,36 +4,40 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
-    BitImageProcessorPil,
+    AutoImageProcessor,
+    AutoTokenizer,
     CLIPImageProcessorPil,
     CLIPModel,
     CLIPProcessor,
-    CLIPVisionConfig,
     CLIPVisionModel,
     CLIPVisionModelWithProjection,
-    Dinov2Config,
     Dinov2ForImageClassification,
     Dinov2Model,
+    Siglip2Model,
+    SiglipModel,
+    SiglipVisionModel,
+    VisionTextDualEncoderModel,
 )
 
-from tests.small_models import photos, save_small_clip, small_encoder
+from tests.small_models import KINDS, TEXT_KINDS, photos, save_small_clip, save_small_model, small_encoder
+from utils import layers
 from utils.attacks import frozen
 from utils.cli import UserError
 from utils.encoders import (
-    SUPPORTED_MODEL_TYPES,
-    VISION_MODEL_TYPES,
+    CONTRASTIVE_MODEL_TYPES,
     check_model,
     check_reference_dtype,
     enable_gradient_checkpointing,
     frozen_copy,
+    image_transform,
     keep_weights_in,
-    load_clip,
+    load_model,
     load_reference,
-    load_vision_model,
     make_encoder,
-    save_clip,
+    save_model,
 )
 from utils.images import ImageTransform
+from utils.zeroshot import LabelledSet, set_classifier
 
 
 def test_embeddings_are_those_of_the_whole_model(small_clip):
@@ -47,44 +51,14 @@ def test_embeddings_are_those_of_the_whole_model(small_clip):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_pixels_and_patch_embedding_stay_float32_under_autocast(small_clip):
-    encoder = small_encoder(small_clip, torch.bfloat16)
-    seen = {}
-    tower = encoder.vision_model
-    tower.embeddings.patch_embedding.register_forward_hook(lambda m, i, o: seen.update(patches=(i[0].dtype, o.dtype)))
-    tower.encoder.layers[0].mlp.fc1.register_forward_hook(lambda m, i, o: seen.update(block=o.dtype))
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # as a training engine would wrap it
-        embeds = encoder(photos(2))
-    assert seen == {"patches": (torch.float32, torch.float32), "block": torch.bfloat16}
-    assert embeds.dtype == torch.float32
-
-
-def test_gradient_checkpointing_recomputes_and_changes_nothing(small_clip):
-    plain, recomputing = small_encoder(small_clip).train(), small_encoder(small_clip).train()
-    enable_gradient_checkpointing(recomputing)
-    x = photos(2)
-    calls = []
-    recomputing.vision_model.encoder.layers[0].mlp.fc1.register_forward_hook(lambda *_: calls.append(1))
-    for encoder in (plain, recomputing):
-        encoder(x).square().sum().backward()
-    assert len(calls) == 2
-    for expected, found in zip(plain.parameters(), recomputing.parameters()):
-        torch.testing.assert_close(found.grad, expected.grad)
-    free = x.clone().requires_grad_(True)
-    with frozen(recomputing):  # the attack asks for the input's gradient only
-        (gradient,) = torch.autograd.grad(recomputing(free).square().sum(), free)
-    assert gradient.abs().sum() > 0
-    assert len(calls) == 4
-
-
 def test_saved_model_gives_the_trained_embeddings(small_clip, tmp_path):
-    clip, processor = load_clip(str(small_clip))
+    clip, processor = load_model(str(small_clip))
     encoder = make_encoder(clip, processor)
     text_before = clip.text_projection.weight.clone()
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    save_clip(tmp_path, clip, processor, encoder.state_dict())
+    save_model(tmp_path, clip, processor, encoder.state_dict())
     x = photos(3)
     with torch.no_grad():
         torch.testing.assert_close(small_encoder(tmp_path)(x), encoder(x), rtol=0, atol=0)
@@ -93,11 +67,11 @@ def test_saved_model_gives_the_trained_embeddings(small_clip, tmp_path):
 
 
 def test_partitioned_weights_are_never_saved(small_clip, tmp_path):
-    clip, processor = load_clip(str(small_clip))
+    clip, processor = load_model(str(small_clip))
     state = make_encoder(clip, processor).state_dict()
     state["visual_projection.weight"] = torch.empty(0)
     with pytest.raises(RuntimeError, match=r"visual_projection.weight .* refusing"):
-        save_clip(tmp_path, clip, processor, state)
+        save_model(tmp_path, clip, processor, state)
     assert not list(tmp_path.iterdir())
 
 
@@ -149,85 +123,203 @@ def test_wrong_models_are_named(small_clip, tmp_path):
         load_reference(str(small_clip), other)
 
 
-def save_vision_model(directory, model_class):
-    """A vision model with random weights for 32 px (DINOv2: made for 64 px) and its image processor."""
-    tower = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
-    if issubclass(model_class, (CLIPVisionModel, CLIPVisionModelWithProjection)):
-        config = CLIPVisionConfig(**tower, intermediate_size=64, image_size=32, projection_dim=24)
-        image_processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    else:
-        config = Dinov2Config(**tower, mlp_ratio=2, image_size=64)
-        image_processor = BitImageProcessorPil(
-            size={"shortest_edge": 40},
-            crop_size={"height": 32, "width": 32},
-            image_mean=[0.485, 0.456, 0.406],
-            image_std=[0.229, 0.224, 0.225],
-        )
-    torch.manual_seed(0)
-    model = model_class(config)
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request, tmp_path_factory):
+    """(kind, directory) of every supported kind of model."""
+    directory = tmp_path_factory.mktemp("kinds") / request.param
+    save_small_model(directory, request.param)
+    return request.param, directory
+
+
+def load_plainly(kind, directory):
+    """The model by transformers alone, with its own layers."""
+    classes = {
+        "clip": CLIPModel,
+        "siglip": SiglipModel,
+        "siglip2": Siglip2Model,
+        "convnext": VisionTextDualEncoderModel,
+        "clip_vision_model": CLIPVisionModelWithProjection,
+        "siglip_vision_model": SiglipVisionModel,
+        "dinov2": Dinov2Model,
+        "dinov2_head": Dinov2ForImageClassification,
+    }
+    return classes[kind].from_pretrained(directory).eval()
+
+
+def embed_plainly(kind, model, inputs):
+    """image_embeds (B, D) as transformers gives them; of DINOv2 with a head what the head is given."""
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=1.0 / parameter[0].numel() ** 0.5)
-    model.eval().save_pretrained(directory)
-    image_processor.save_pretrained(directory)
-    return model, image_processor
+        if kind in TEXT_KINDS:
+            return model.get_image_features(**inputs).pooler_output
+        if kind == "dinov2_head":
+            seen = []
+            with model.classifier.register_forward_pre_hook(lambda module, given: seen.append(given[0])):
+                model(**inputs)
+            return seen[0]
+        output = model(**inputs)
+        return output.image_embeds if kind == "clip_vision_model" else output.pooler_output
 
 
-VISION_MODELS = (CLIPVisionModelWithProjection, CLIPVisionModel, Dinov2Model)
-
-
-@pytest.mark.parametrize("model_class", VISION_MODELS)
-def test_vision_models_embed_as_transformers_does(model_class, tmp_path):
-    model, image_processor = save_vision_model(tmp_path, model_class)
-    photo = photos(3, size=50)[:, :, :45]
+def test_every_kind_embeds_as_transformers_does(kind):
+    kind, directory = kind
+    model, processor = load_model(str(directory))
+    encoder = make_encoder(model, processor)
+    image_processor = getattr(processor, "image_processor", processor)
+    # SigLIP 2's processor keeps proportions; the square that is cut here is its own result for square images alone.
+    photo = photos(3, size=50) if kind == "siglip2" else photos(3, size=50)[:, :, :45]
     pictures = [Image.fromarray((255 * image).byte().permute(1, 2, 0).numpy()) for image in photo]
-    with torch.no_grad():
-        output = model(**image_processor(pictures, return_tensors="pt"))
-    expected = output.image_embeds if model_class is CLIPVisionModelWithProjection else output.pooler_output
-
-    encoder, loaded_processor = load_vision_model(str(tmp_path))
-    transform = ImageTransform.from_processor(loaded_processor)
+    expected = embed_plainly(kind, load_plainly(kind, directory), image_processor(pictures, return_tensors="pt"))
+    transform = image_transform(processor)
     pixel_values = torch.stack([transform(picture) for picture in pictures]).float() / 255
     with torch.no_grad():
         found = encoder(pixel_values)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert (encoder.embed_dim, encoder.image_size) == (expected.shape[1], 32)
-    assert not encoder.training
     assert found.std() > 0.1
 
-    free = pixel_values.requires_grad_(True)
-    with frozen(encoder):
-        (gradient,) = torch.autograd.grad(encoder(free).square().sum(), free)
-    assert gradient.isfinite().all()
-    assert (gradient != 0).float().mean() > 0.9
+
+def test_every_kind_gives_gradients_with_and_without_recomputing(kind):
+    """Of all parameters that are trained, and of the pixels alone, as an attack asks for them; recomputing changes nothing."""
+    _, directory = kind
+    gradients, counts = [], []
+    for recompute in (False, True):
+        encoder = make_encoder(*load_model(str(directory))).train()
+        if recompute:
+            enable_gradient_checkpointing(encoder)
+        blocks = [module for module in encoder.modules() if isinstance(module, torch.nn.Linear)]
+        calls = []
+        blocks[1].register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        encoder(photos(2)).square().sum().backward()
+        counts.append(len(calls))
+        trained = {name: parameter for name, parameter in encoder.named_parameters() if parameter.requires_grad}
+        assert [name for name, parameter in trained.items() if parameter.grad is None] == []
+        left_out = {name for name, parameter in encoder.named_parameters() if not parameter.requires_grad}
+        assert all(name.endswith("mask_token") for name in left_out)
+        free = photos(2).requires_grad_(True)
+        with frozen(encoder):
+            (of_pixels,) = torch.autograd.grad(encoder(free).square().sum(), free)
+        assert (of_pixels != 0).float().mean() > 0.9
+        assert all(parameter.requires_grad for parameter in trained.values())
+        gradients.append([of_pixels, *(parameter.grad for parameter in trained.values())])
+    for plain, recomputed in zip(*gradients):
+        torch.testing.assert_close(recomputed, plain)
+    assert counts == [1, 2]
 
 
-@pytest.mark.parametrize("model_class", VISION_MODELS)
-def test_vision_models_keep_pixels_and_patch_embedding_in_float32(model_class, tmp_path):
-    save_vision_model(tmp_path, model_class)
-    encoder, _ = load_vision_model(str(tmp_path), compute_dtype=torch.bfloat16)
-    seen = {}
-    (patches,) = (module for module in encoder.modules() if isinstance(module, torch.nn.Conv2d))
-    patches.register_forward_hook(lambda m, i, o: seen.update(patches=(i[0].dtype, o.dtype)))
-    next(module for name, module in encoder.named_modules() if name.endswith("mlp.fc1")).register_forward_hook(
-        lambda m, i, o: seen.update(block=o.dtype)
-    )
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        embeds = encoder(photos(2))
-    assert seen == {"patches": (torch.float32, torch.float32), "block": torch.bfloat16}
+def test_every_kind_keeps_pixels_and_patch_embedding_in_float32(kind, monkeypatch):
+    """bfloat16 in the blocks; a reference with bfloat16 weights embeds the same to the bit."""
+    _, directory = kind
+    encoder = make_encoder(*load_model(str(directory)), torch.bfloat16)
+    patches, blocks = [], []
+    plain = layers.embed_patches
+
+    def watched(pixel_values, weight, bias):
+        embedded = plain(pixel_values, weight, bias)
+        patches.append((pixel_values.dtype, weight.dtype, embedded.dtype))
+        return embedded
+
+    monkeypatch.setattr(layers, "embed_patches", watched)
+    names = ("mlp.fc1", "pwconv1")
+    block = next(module for name, module in encoder.named_modules() if name.endswith(names))
+    block.register_forward_hook(lambda module, given, output: blocks.append(output.dtype))
+    x = photos(4)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():  # as a training engine would wrap it
+        embeds = encoder(x)
+    assert patches == [(torch.float32,) * 3]
+    assert blocks == [torch.bfloat16]
     assert embeds.dtype == torch.float32
+    with torch.no_grad():
+        exact = make_encoder(*load_model(str(directory)))(x)
+        assert torch.nn.functional.cosine_similarity(embeds, exact).min() > 0.99
+        smaller = keep_weights_in("bfloat16", frozen_copy(encoder))
+        assert torch.equal(smaller(x), embeds)
+    assert any(parameter.dtype == torch.bfloat16 for parameter in smaller.parameters())
+
+
+def test_every_kind_is_saved_whole_and_loads_with_transformers(kind, tmp_path):
+    """The trained weights are where transformers looks for them, everything else is as it was."""
+    kind, directory = kind
+    model, processor = load_model(str(directory))
+    encoder = make_encoder(model, processor)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    trained = {id(parameter) for parameter in encoder.parameters()}
+    kept = {name: value.clone() for name, value in model.named_parameters() if id(value) not in trained}
+    state = {name: value.clone() for name, value in encoder.state_dict().items()}
+    model, processor = load_model(str(directory))  # the weights come by the state alone
+    save_model(tmp_path, model, processor, state)
+
+    saved = load_plainly(kind, tmp_path)
+    found = dict(saved.named_parameters())
+    assert set(found) == {name for name, _ in model.named_parameters()}
+    for name, value in kept.items():
+        assert torch.equal(found[name], value), name
+    x = photos(3)
+    with torch.no_grad():
+        again = make_encoder(*load_model(str(tmp_path)))(x)
+        torch.testing.assert_close(again, encoder(x), rtol=0, atol=0)
+        assert (make_encoder(*load_model(str(directory)))(x) - again).abs().max() > 1e-2
+    expected = AutoImageProcessor if kind not in TEXT_KINDS else AutoTokenizer
+    expected.from_pretrained(tmp_path, **({} if kind in TEXT_KINDS else {"backend": "pil"}))
+
+
+@pytest.mark.parametrize("kind", TEXT_KINDS)
+def test_class_logits_are_those_of_transformers(kind, tmp_path):
+    """One template: softmax(logits) is the model's own; SigLIP's bias, the same for all texts, cancels."""
+    save_small_model(tmp_path, kind)
+    model, processor = load_model(str(tmp_path))
+    classnames = ["cat", "dog", "fire truck"]
+    labelled = LabelledSet(None, classnames, ["a photo of a {c}."])
+    encoder = make_encoder(model, processor)
+    classifier = set_classifier(model, processor, encoder, labelled, torch.device("cpu"))
+    plain = load_plainly(kind, tmp_path)
+    pictures = [Image.fromarray((255 * image).byte().permute(1, 2, 0).numpy()) for image in photos(4)]
+    texts = [f"a photo of a {name}." for name in classnames]
+    padding = {"padding": "max_length", "max_length": 24, "truncation": True} if "siglip" in kind else {"padding": True}
+    tokens = processor.tokenizer(texts, return_tensors="pt", **padding)
+    # SigLIP sees its padding; CLIP's mask changes nothing.
+    texts = {"input_ids": tokens["input_ids"]}
+    with torch.no_grad():
+        expected = plain(**texts, **processor.image_processor(pictures, return_tensors="pt")).logits_per_image
+        found = classifier(encoder(torch.stack([image_transform(processor)(one) for one in pictures]).float() / 255))
+    torch.testing.assert_close(found.softmax(-1), expected.softmax(-1), rtol=1e-4, atol=1e-5)
+    assert expected.std() > 0.02
+
+
+def test_the_own_head_of_a_model_classifies(tmp_path):
+    save_small_model(tmp_path, "dinov2_head", num_classes=5)
+    model, processor = load_model(str(tmp_path))
+    encoder, x = make_encoder(model, processor), photos(3)
+    classifier = set_classifier(model, processor, encoder, LabelledSet(None, list("abcde"), []), torch.device("cpu"))
+    with torch.no_grad():
+        inside = (x - encoder.image_mean) / encoder.image_std
+        expected = load_plainly("dinov2_head", tmp_path)(pixel_values=inside).logits
+        torch.testing.assert_close(classifier(encoder(x)), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match=r"own head has 5 classes, the data set 3; give a head .* --linear_head"):
+        set_classifier(model, processor, encoder, LabelledSet(None, list("abc"), []), torch.device("cpu"))
+
+
+def test_a_clip_vision_model_without_projection_embeds_its_pooled_output(tmp_path):
+    save_small_model(tmp_path / "with", "clip_vision_model")
+    model = CLIPVisionModel.from_pretrained(tmp_path / "with")
+    model.save_pretrained(tmp_path / "without")
+    CLIPImageProcessorPil.from_pretrained(tmp_path / "with").save_pretrained(tmp_path / "without")
+    encoder, x = make_encoder(*load_model(str(tmp_path / "without"))), photos(2)
+    with torch.no_grad():
+        expected = model((x - encoder.image_mean) / encoder.image_std).pooler_output
+        torch.testing.assert_close(encoder(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_processor_files_of_the_hub_load_without_torchvision(tmp_path):
-    save_vision_model(tmp_path / "dinov2", Dinov2Model)
-    save_vision_model(tmp_path / "clip", CLIPVisionModelWithProjection)
+    for name in ("dinov2", "clip_vision_model"):
+        save_small_model(tmp_path / name, name)
     common = {"do_normalize": True, "do_resize": True, "do_center_crop": True, "resample": 3}
     common |= {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
     sizes = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
     files = {
         "dinov2": [{"image_processor_type": name} | sizes for name in ("BitImageProcessor", "BitImageProcessorFast")],
-        "clip": [
+        "clip_vision_model": [
             {"feature_extractor_type": "CLIPFeatureExtractor", "size": 36, "crop_size": 32},  # openai's of 2021
             {"image_processor_type": "CLIPImageProcessor"} | sizes,
         ],
@@ -235,50 +327,47 @@ def test_processor_files_of_the_hub_load_without_torchvision(tmp_path):
     for folder, configs in files.items():
         for config in configs:
             (tmp_path / folder / "preprocessor_config.json").write_text(json.dumps(common | config))
-            encoder, image_processor = load_vision_model(str(tmp_path / folder))
-            assert ImageTransform.from_processor(image_processor) == ImageTransform(36, (32, 32), 3)
+            model, image_processor = load_model(str(tmp_path / folder))
+            encoder = make_encoder(model, image_processor)
+            assert image_transform(image_processor) == ImageTransform(36, (32, 32), 3)
             torch.testing.assert_close(encoder.image_mean.flatten(), torch.tensor([0.5, 0.4, 0.3]))
             torch.testing.assert_close(encoder.image_std.flatten(), torch.tensor([0.2, 0.3, 0.4]))
 
 
-def test_the_backbone_of_a_classifier_loads(tmp_path):
-    model, _ = save_vision_model(tmp_path, Dinov2ForImageClassification)
-    x = photos(2)
-    encoder, _ = load_vision_model(str(tmp_path))
-    with torch.no_grad():
-        expected = model.dinov2((x - encoder.image_mean) / encoder.image_std).pooler_output
-        torch.testing.assert_close(encoder(x), expected, rtol=1e-5, atol=1e-5)
+def test_wrong_vision_models_are_named(tmp_path):
+    save_small_model(tmp_path / "dinov2", "dinov2")
+    with pytest.raises(
+        UserError, match=r"model type 'dinov2'; supported: clip, siglip, siglip2, vision-text-dual-encoder$"
+    ):
+        check_model(str(tmp_path / "dinov2"), "--model_name_or_path", CONTRASTIVE_MODEL_TYPES)
+    assert check_model(str(tmp_path / "dinov2"), "--model").model_type == "dinov2"
+    save_small_model(tmp_path / "dual", "convnext")
+    config = json.loads((tmp_path / "dual" / "config.json").read_text())
+    config["text_config"] = {"model_type": "bert"}
+    (tmp_path / "dual" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        UserError, match=r"its text_config is a 'bert'; of vision-text-dual-encoder supported: clip_text_model"
+    ):
+        load_model(str(tmp_path / "dual"), "--model")
 
-
-def test_wrong_vision_models_are_named(small_clip, tmp_path):
-    save_vision_model(tmp_path / "dinov2", Dinov2Model)
-    with pytest.raises(UserError, match=r"model type 'dinov2'; supported: clip$"):
-        check_model(str(tmp_path / "dinov2"), "--model_name_or_path")
-    supported = SUPPORTED_MODEL_TYPES + VISION_MODEL_TYPES
-    assert check_model(str(tmp_path / "dinov2"), "--model", supported).model_type == "dinov2"
-    with pytest.raises(UserError, match=r"^--model .* model type 'clip'; supported: clip_vision_model, dinov2$"):
-        load_vision_model(str(small_clip))
-
-    save_vision_model(tmp_path / "clip", CLIPVisionModel)
+    save_small_model(tmp_path / "clip", "clip_vision_model")
     processor_file = tmp_path / "clip" / "preprocessor_config.json"
     processor = json.loads(processor_file.read_text())
     processor_file.write_text(json.dumps(processor | {"crop_size": {"height": 24, "width": 24}}))
     with pytest.raises(UserError, match=r"its image processor gives 24 px, the model takes 32 px"):
-        load_vision_model(str(tmp_path / "clip"))
+        load_model(str(tmp_path / "clip"))
     processor_file.write_text(json.dumps(processor | {"do_center_crop": False}))
     with pytest.raises(UserError, match=r"its image processor gives no square images"):
-        load_vision_model(str(tmp_path / "clip"))
+        load_model(str(tmp_path / "clip"))
     processor_file.unlink()
     with pytest.raises(UserError, match=r"the model does not load: .*image processor"):
-        load_vision_model(str(tmp_path / "clip"))
+        load_model(str(tmp_path / "clip"))
 
 
-def test_a_vision_model_that_lacks_weights_is_refused(tmp_path):
-    model, _ = save_vision_model(tmp_path, Dinov2Model)
-    state = model.state_dict()
-    del state["encoder.layer.1.mlp.fc1.weight"], state["layernorm.bias"]
-    model.save_pretrained(tmp_path, state_dict=state)
-    with pytest.raises(
-        UserError, match=r"2 weights of a dinov2 are missing, the first is encoder.layer.1.mlp.fc1.weight"
-    ):
-        load_vision_model(str(tmp_path))
+@pytest.mark.parametrize(("name", "lost"), [("dinov2", "encoder.layer.1.mlp.fc1.weight"), ("clip", "logit_scale")])
+def test_a_model_that_lacks_weights_is_refused(name, lost, tmp_path):
+    save_small_model(tmp_path, name)
+    model = load_plainly(name, tmp_path)
+    model.save_pretrained(tmp_path, state_dict={key: value for key, value in model.state_dict().items() if key != lost})
+    with pytest.raises(UserError, match=rf"1 weights of a {name} are missing, the first is {lost}"):
+        load_model(str(tmp_path))

@@ -157,13 +157,13 @@ def test_interpretability_is_the_mean_cosine_to_the_descriptions_of_the_true_cla
     arguments, attribute_digits, tmp_path
 ):
     """Against CLIPModel's own features, image by image."""
-    from utils.encoders import load_clip
+    from utils.encoders import load_model
     from utils.images import ImageTransform
     from utils.measures import labelled_dataset
     from utils.zeroshot import interpretability_templates
 
     evaluate.main(arguments(measure="interpretability", num_samples=3))
-    clip, processor = load_clip(str(READING_CLIP))
+    clip, processor = load_model(str(READING_CLIP))
     settings = evaluate.parse_settings(evaluate.Settings, arguments())
     data = evaluate.open_data(settings, str(attribute_digits), attribute_digits)
     model = evaluate.Model("", None, ImageTransform.from_processor(processor.image_processor), torch.device("cpu"))

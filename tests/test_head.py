@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tests.conftest import run_script
 from tests.small_models import photos
 from utils.cli import UserError
-from utils.encoders import load_clip, make_encoder, save_clip
+from utils.encoders import load_model, make_encoder, save_model
 from utils.head import (
     Head,
     condition_number,
@@ -80,7 +80,7 @@ def test_orthogonality_penalty():
 @pytest.mark.parametrize("t", [-0.5, 0.0, 0.5, 1.0])
 def test_a_folded_model_gives_the_similarities_of_the_head(small_clip, tmp_path, t):
     """Through a directory and from_pretrained, against W_t applied to the original's embeddings."""
-    clip, processor = load_clip(str(small_clip))
+    clip, processor = load_model(str(small_clip))
     encoder, weight = make_encoder(clip, processor), trained_head()
     with torch.no_grad():
         images = encoder(photos(6))
@@ -89,8 +89,8 @@ def test_a_folded_model_gives_the_similarities_of_the_head(small_clip, tmp_path,
         per_prompt = F.normalize(texts @ weight_t.T, dim=-1).mean(dim=1)
         expected = F.normalize(images @ weight_t.T, dim=-1) @ F.normalize(per_prompt, dim=-1).T
     fold_head(clip, weight_t)
-    save_clip(tmp_path, clip, processor, {})
-    folded, processor = load_clip(str(tmp_path))
+    save_model(tmp_path, clip, processor, {})
+    folded, processor = load_model(str(tmp_path))
     with torch.no_grad():
         found = F.normalize(make_encoder(folded, processor)(photos(6)), dim=-1)
         found = found @ class_embeddings(folded, processor, TEXTS, TEMPLATES).T
@@ -98,13 +98,13 @@ def test_a_folded_model_gives_the_similarities_of_the_head(small_clip, tmp_path,
 
 
 def test_an_exported_model_can_be_given_another_t(small_clip, tmp_path):
-    clip, processor = load_clip(str(small_clip))
+    clip, processor = load_model(str(small_clip))
     weight = trained_head()
     original = {name: tensor.clone() for name, tensor in clip.state_dict().items()}
     save_head(tmp_path, weight, clip)
     fold_head(clip, weight)
-    save_clip(tmp_path, clip, processor, {})
-    exported, _ = load_clip(str(tmp_path))
+    save_model(tmp_path, clip, processor, {})
+    exported, _ = load_model(str(tmp_path))
     head = load_head(tmp_path)
     with unfolded(exported, head):
         for name, tensor in exported.state_dict().items():
@@ -117,7 +117,7 @@ def test_an_exported_model_can_be_given_another_t(small_clip, tmp_path):
     run_script(
         "examples/set_head_t.py", "--model", tmp_path, "--t", -0.5, "--output_dir", tmp_path / "inverted"
     )  # fmt: skip
-    inverted, _ = load_clip(str(tmp_path / "inverted"))
+    inverted, _ = load_model(str(tmp_path / "inverted"))
     torch.testing.assert_close(inverted.text_projection.weight, expected)
     assert torch.equal(load_head(tmp_path / "inverted")["weight"], weight)
 
@@ -128,7 +128,7 @@ def test_a_directory_without_a_head_is_named(small_clip):
 
 
 def test_a_head_of_another_model_is_named(small_clip, tmp_path):
-    clip, _ = load_clip(str(small_clip))
+    clip, _ = load_model(str(small_clip))
     save_head(tmp_path, trained_head(), clip)
     head = load_head(tmp_path)
     head["text_projection"] = head["text_projection"][:, :-1]

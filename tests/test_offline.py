@@ -304,14 +304,14 @@ import evaluate
 from pathlib import Path
 from utils.cli import UserError, parse_settings
 from utils.distributed import everywhere, start_accelerator
-from utils.encoders import load_clip
+from utils.encoders import load_model
 from utils.hub import fetch_model, folder_on_every_node, on_this_node
 from utils.shards import ShardIndex, ShardReader
 
 accelerator = start_accelerator()
 rank = accelerator.process_index
 folder = fetch_model(accelerator, "org/clip", "--model")
-everywhere(accelerator, lambda: load_clip(folder))
+everywhere(accelerator, lambda: load_model(folder))
 cache = os.environ["NODE_CACHE"]
 words = ["--model", "org/clip", "--data", "org/name", "--cache_dir", cache, "--output_dir", "x"]
 settings = parse_settings(evaluate.Settings, words)

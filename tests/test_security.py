@@ -26,7 +26,7 @@ from tests.mutations import png, seal
 from tests.shard_maker import ShardServer, add_member, image_bytes, make_shards, write_shard
 from utils import shard_sources, tar_index
 from utils.cli import UserError, parse_settings
-from utils.encoders import load_clip, load_vision_model
+from utils.encoders import load_model
 from utils.images import MAX_PIXELS, MAX_SIDE, ImageError, ImageTransform, decode
 from utils.pairs import PairDataset
 from utils.redaction import display_url, printable, shown_setting, without_secrets
@@ -126,12 +126,11 @@ def test_a_model_directory_runs_no_code(small_clip, tmp_path):
         settings["auto_map"] = dict.fromkeys(kinds, "evil.Evil") | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
         (model / name).write_text(json.dumps(settings))
     torch.save({"logit_scale": Touch(marker)}, model / "pytorch_model.bin")
-    for load in (load_clip, load_vision_model):
-        with pytest.raises(UserError, match=r"--model .*model"):
-            load(str(model), "--model")
+    with pytest.raises(UserError, match=r"--model .*model"):
+        load_model(str(model), "--model")
     (model / "model.safetensors").write_bytes((small_clip / "model.safetensors").read_bytes())
     (model / "pytorch_model.bin").unlink()
-    load_clip(str(model), "--model")
+    load_model(str(model), "--model")
     assert not marker.exists()
 
 
@@ -156,7 +155,7 @@ def test_a_broken_model_directory_is_one_line(small_clip, tmp_path, change):
         (model / path.name).write_bytes(path.read_bytes())
     (model / change[0]).write_bytes(change[1])
     with pytest.raises(UserError, match=r"^--model .*model: "):
-        load_clip(str(model), "--model")
+        load_model(str(model), "--model")
 
 
 def test_only_the_command_line_allows_pipes(tmp_path):

@@ -14,7 +14,7 @@ from tests.conftest import ROOT, accelerate_launch, run_script
 from tests.shard_maker import image_bytes, write_shard
 from tests.small_models import photos, save_small_clip, small_encoder
 from utils.cli import UserError
-from utils.encoders import load_clip, quiet_transformers
+from utils.encoders import load_model, quiet_transformers
 from utils.head import head_power, load_head
 from utils.zeroshot import class_embeddings
 
@@ -210,7 +210,7 @@ def test_export_t_gives_the_similarities_of_the_head(arguments, attribute_digits
     texts = ["zero", "a red digit"]
     similarities = []
     for directory, head in ((small_clip, weight), (tmp_path / "run", torch.eye(len(weight)))):
-        clip, processor = load_clip(str(directory))
+        clip, processor = load_model(str(directory))
         with torch.no_grad():
             image_embeds = torch.nn.functional.normalize(embeds(directory) @ head.T, dim=-1)
             text_embeds = class_embeddings(clip, processor, texts, ["{c}"]) @ head.T

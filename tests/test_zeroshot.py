@@ -12,8 +12,9 @@ from PIL import Image
 
 from tests.conftest import ROOT
 from tests.small_models import photos, small_encoder
+from utils.classifiers import LinearClassifier
 from utils.cli import UserError
-from utils.encoders import load_clip
+from utils.encoders import load_model
 from utils.losses import class_logits
 from utils.shard_sources import hub_set
 from utils.zeroshot import (
@@ -30,7 +31,7 @@ NAMES = ["cat", "dog", "fire truck"]
 
 
 def test_one_template_gives_clips_own_logits(small_clip):
-    clip, processor = load_clip(str(small_clip))
+    clip, processor = load_model(str(small_clip))
     images = (photos(4) * 255).round().byte()
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
     prompts = [f"a photo of a {name}." for name in NAMES]
@@ -43,7 +44,7 @@ def test_one_template_gives_clips_own_logits(small_clip):
 
 
 def test_class_embedding_is_the_unit_mean_over_templates(small_clip):
-    clip, processor = load_clip(str(small_clip))
+    clip, processor = load_model(str(small_clip))
     templates = ["a photo of a {c}.", "a drawing of the {c}", "{c}"]
     single = [class_embeddings(clip, processor, NAMES, [template]) for template in templates]
     mean = torch.stack(single).mean(0)
@@ -53,7 +54,7 @@ def test_class_embedding_is_the_unit_mean_over_templates(small_clip):
 
 
 def test_predictions_do_not_depend_on_the_batch_size_and_attacks_lower_them(small_clip):
-    clip, processor = load_clip(str(small_clip))
+    clip, processor = load_model(str(small_clip))
     encoder, embeds = small_encoder(small_clip), class_embeddings(clip, processor, NAMES, ["{c}"])
     images = (photos(24) * 255).round().byte()
     with torch.no_grad():
@@ -66,13 +67,13 @@ def test_predictions_do_not_depend_on_the_batch_size_and_attacks_lower_them(smal
             keys = list(map(str, positions.tolist()))
             yield {"images": images[positions], "labels": labels[positions], "positions": positions, "keys": keys}
 
-    device = torch.device("cpu")
-    positions, correct = predictions(encoder, batches(24), embeds, 10.0, device=device)
+    device, classifier = torch.device("cpu"), LinearClassifier(embeds, scale=10.0, normalise=True)
+    positions, correct = predictions(encoder, batches(24), classifier, device=device)
     assert positions.tolist() == list(range(24))
     assert correct.tolist() == [False] + [True] * 23
-    attacked = [predictions(encoder, batches(size), embeds, 10.0, device=device, eps=8 / 255) for size in (24, 7, 1)]
+    attacked = [predictions(encoder, batches(size), classifier, device=device, eps=8 / 255) for size in (24, 7, 1)]
     empty = {"images": images[:0], "labels": labels[:0], "positions": torch.arange(0), "keys": []}
-    positions, correct = predictions(encoder, [empty, *batches(24), empty], embeds, 10.0, device=device, eps=8 / 255)
+    positions, correct = predictions(encoder, [empty, *batches(24), empty], classifier, device=device, eps=8 / 255)
     assert positions.tolist() == list(range(24))
     assert correct.equal(attacked[0][1])
     assert attacked[0][1].sum() < 23

@@ -16,8 +16,10 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from utils.cli import UserError
+from utils.encoders import has_own_head
 from utils.losses import class_logits
 
 # scikit-learn's C = 0.316 of CLIP's linear probe weighs the losses, l2 = 1 / C the weights.
@@ -97,6 +99,21 @@ def read_linear_head(
     if normalise not in ("true", "false"):
         raise UserError(f"{flag} {path}: normalise is {normalise!r} in the metadata; expected 'true' or 'false'")
     return LinearClassifier(weight, bias, normalise=normalise == "true")
+
+
+def own_linear_head(model: PreTrainedModel, num_classes: int) -> LinearClassifier:
+    """The classifier that a model brings, of DINOv2 saved for image classification. Raises ``UserError``."""
+    if not has_own_head(model.config):
+        raise UserError(
+            f"a {model.config.model_type} has neither a text tower nor a head of its own to tell classes apart; give it one "
+            "with --linear_head"
+        )
+    if model.classifier.out_features != num_classes:
+        raise UserError(
+            f"the model's own head has {model.classifier.out_features} classes, the data set {num_classes}; give a head for "
+            "these with --linear_head"
+        )
+    return LinearClassifier(model.classifier.weight.detach(), model.classifier.bias.detach())
 
 
 def save_linear_head(path: str | Path, classifier: LinearClassifier) -> None:

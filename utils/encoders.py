@@ -1,4 +1,13 @@
-"""Encoders: pixels in [0,1] to un-normalised image embeddings, and back to what ``from_pretrained`` loads."""
+"""Encoders: pixels in [0,1] to un-normalised image embeddings, and back to what ``from_pretrained`` loads.
+
+A model is what transformers makes of a directory, with its processor. What an encoder takes from it depends on its type:
+
+    clip, siglip, siglip2, vision-text-dual-encoder   image tower (and projection) of a model with a text tower
+    clip_vision_model, siglip_vision_model            the image half alone
+    dinov2                                            Dinov2Model: the class token;
+                                                      Dinov2ForImageClassification: class token and mean of the patches,
+                                                      which its own linear head reads
+"""
 
 from __future__ import annotations
 
@@ -13,34 +22,69 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
+    AutoTokenizer,
     CLIPImageProcessorPil,
     CLIPModel,
     CLIPProcessor,
     CLIPVisionModel,
     CLIPVisionModelWithProjection,
+    Dinov2ForImageClassification,
     Dinov2Model,
     PreTrainedConfig,
+    PreTrainedModel,
+    Siglip2ImageProcessorPil,
+    Siglip2Model,
+    Siglip2Processor,
+    SiglipImageProcessorPil,
+    SiglipModel,
+    SiglipProcessor,
+    SiglipVisionModel,
+    VisionTextDualEncoderModel,
+    VisionTextDualEncoderProcessor,
 )
 from transformers.utils import logging as transformers_logging
 
 from utils.cli import UserError
 from utils.images import ImageTransform
-from utils.layers import ATTENTION, use_lean_layers
+from utils.layers import ATTENTION, recompute_convnext_layers, use_lean_layers
 from utils.shard_sources import BRING_IT
 
-SUPPORTED_MODEL_TYPES = ("clip",)
-VISION_MODEL_TYPES = ("clip_vision_model", "dinov2")  # without a text tower: evaluated, not trained
+CONTRASTIVE_MODEL_TYPES = ("clip", "siglip", "siglip2", "vision-text-dual-encoder")
+VISION_MODEL_TYPES = ("clip_vision_model", "siglip_vision_model", "dinov2")  # without a text tower
+MODEL_TYPES = CONTRASTIVE_MODEL_TYPES + VISION_MODEL_TYPES
+
+# Of a vision-text-dual-encoder: CLIP's text tower pools the end of text, whatever comes after it, as ``TextEncoder`` needs.
+DUAL_ENCODER_PARTS = {"vision_config": ("convnext", "clip_vision_model"), "text_config": ("clip_text_model",)}
+
+MODEL_CLASSES = {
+    "clip": CLIPModel,
+    "siglip": SiglipModel,
+    "siglip2": Siglip2Model,
+    "vision-text-dual-encoder": VisionTextDualEncoderModel,
+    "clip_vision_model": CLIPVisionModelWithProjection,
+    "siglip_vision_model": SiglipVisionModel,
+    "dinov2": Dinov2Model,
+}
+PROCESSOR_CLASSES = {
+    "clip": CLIPProcessor,
+    "siglip": SiglipProcessor,
+    "siglip2": Siglip2Processor,
+    "vision-text-dual-encoder": VisionTextDualEncoderProcessor,
+}
+FIXED_POSITIONS = ("clip_vision_model", "siglip_vision_model")  # towers that take images of one size only
 
 
 class ImageEncoder(nn.Module):
     """phi: an image tower and its projection, if it has one, with the normalisation of pixels inside.
 
-    Of a ``CLIPModel`` (``make_encoder``), of the image half of one, or of DINOv2, whose class token after the final layer
-    norm is the embedding. The modules are the model's own, not copies: training this trains the model it was made from.
+    The modules are those of the model that it was made from (``make_encoder``), not copies: training this trains that.
     Pixels, normalisation and the patch embedding stay in float32, the transformer blocks run under autocast in
     ``compute_dtype``: a normalised pixel near 2 would be rounded to steps of 1/64 by bfloat16, and an attack with
     steps of 1/1020 would vanish in that. Autocast is entered here, not by the training engine, so that the attack, the
     reference and the trained encoder all see the same arithmetic, wrapped or not.
+
+    mean_of_patches: the embedding is [class token; mean of the patch tokens], as DINOv2's linear heads take it, and not the
+    tower's own pooled output.
     """
 
     def __init__(
@@ -51,41 +95,53 @@ class ImageEncoder(nn.Module):
         image_mean: list[float],
         image_std: list[float],
         compute_dtype: torch.dtype = torch.float32,
+        mean_of_patches: bool = False,
     ) -> None:
         super().__init__()
         self.vision_model = vision_model
         self.visual_projection = visual_projection
         self.compute_dtype = compute_dtype
-        self.embed_dim = (
-            vision_model.config.hidden_size if visual_projection is None else visual_projection.out_features
-        )
+        self.mean_of_patches = mean_of_patches
+        if visual_projection is not None:
+            self.embed_dim = visual_projection.out_features
+        else:
+            self.embed_dim = vision_model.config.hidden_size * (2 if mean_of_patches else 1)
         self.image_size = image_size
         self.register_buffer("image_mean", torch.tensor(image_mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(image_std).view(1, 3, 1, 1), persistent=False)
         use_lean_layers(vision_model)
-        vision_model.config._attn_implementation = ATTENTION
+        if vision_model.config.model_type != "convnext":  # which has no attention
+            vision_model.config._attn_implementation = ATTENTION
+        # SigLIP 2's tower wants to be told where patches are; its embeddings here see that by themselves.
+        siglip2 = vision_model.config.model_type == "siglip2_vision_model"
+        self._arguments = {"pixel_attention_mask": None, "spatial_shapes": None} if siglip2 else {}
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, H, W) float32 in [0,1] -> image_embeds (B, D), float32, not normalised to unit length."""
         normalised = (pixel_values - self.image_mean) / self.image_std
         autocast = self.compute_dtype != torch.float32
         with torch.autocast(pixel_values.device.type, dtype=self.compute_dtype, enabled=autocast):
-            pooled = self.vision_model(normalised).pooler_output
+            output = self.vision_model(normalised, **self._arguments)
+            if self.mean_of_patches:
+                tokens = output.last_hidden_state
+                return torch.cat([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1).float()
+            pooled = output.pooler_output
             return (pooled if self.visual_projection is None else self.visual_projection(pooled)).float()
 
 
 class TextEncoder(nn.Module):
-    """The text tower and projection of a ``CLIPModel``: token ids to un-normalised text embeddings.
+    """The text tower of a contrastive model and its projection, if it has one: token ids to un-normalised text embeddings.
 
-    The modules are the ``CLIPModel``'s own. No attention mask: attention is causal and padding comes after the end of
-    text, which is what is pooled.
+    The modules are the model's own. No attention mask: CLIP's attention is causal and padding comes after the end of text,
+    which is what is pooled; SigLIP was trained on texts that are filled up to their full length, padding seen
+    (``utils.zeroshot.tokenize`` does so).
     """
 
-    def __init__(self, clip: CLIPModel, compute_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        use_lean_layers(clip.text_model)
-        self.text_model = clip.text_model
-        self.text_projection = clip.text_projection
+        use_lean_layers(model.text_model)
+        self.text_model = model.text_model
+        self.text_projection = getattr(model, "text_projection", None)
         self.compute_dtype = compute_dtype
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -93,10 +149,11 @@ class TextEncoder(nn.Module):
         autocast = self.compute_dtype != torch.float32
         with torch.autocast(input_ids.device.type, dtype=self.compute_dtype, enabled=autocast):
             pooled = self.text_model(input_ids=input_ids.flatten(0, -2)).pooler_output
-            return self.text_projection(pooled).float().unflatten(0, input_ids.shape[:-1])
+            embeds = pooled if self.text_projection is None else self.text_projection(pooled)
+            return embeds.float().unflatten(0, input_ids.shape[:-1])
 
 
-def check_model(name_or_path: str, flag: str, supported: Sequence[str] = SUPPORTED_MODEL_TYPES) -> PreTrainedConfig:
+def check_model(name_or_path: str, flag: str, supported: Sequence[str] = MODEL_TYPES) -> PreTrainedConfig:
     """The model's config, read before any weights are: raises ``UserError`` where there is none, or of another type."""
     path = Path(name_or_path)
     if path.exists() and not (path / "config.json").exists():
@@ -112,63 +169,81 @@ def check_model(name_or_path: str, flag: str, supported: Sequence[str] = SUPPORT
         ) from None
     if config.model_type not in supported:
         raise UserError(f"{flag} {name_or_path}: model type {config.model_type!r}; supported: {', '.join(supported)}")
+    if config.model_type == "vision-text-dual-encoder":
+        for name, kinds in DUAL_ENCODER_PARTS.items():
+            kind = getattr(config, name).model_type
+            if kind not in kinds:
+                raise UserError(
+                    f"{flag} {name_or_path}: its {name} is a {kind!r}; of vision-text-dual-encoder supported: "
+                    f"{', '.join(kinds)}"
+                )
     return config
 
 
-def load_clip(name_or_path: str, flag: str = "--model_name_or_path") -> tuple[CLIPModel, CLIPProcessor]:
-    """The whole float32 ``CLIPModel`` and its processor. Never partitioned, also where DeepSpeed's ZeRO-3 is on."""
-    check_model(name_or_path, flag)
+def load_model(
+    name_or_path: str, flag: str = "--model_name_or_path", supported: Sequence[str] = MODEL_TYPES
+) -> tuple[PreTrainedModel, Any]:
+    """The whole float32 model and its processor (without a text tower: its image processor).
+
+    Never partitioned, also where DeepSpeed's ZeRO-3 is on. A CLIP vision model saved without projection embeds into its
+    hidden size. Raises ``UserError`` for another type of model and for weights that are missing.
+    """
+    config = check_model(name_or_path, flag, supported)
     try:
         with unpartitioned(), quiet_transformers():
-            clip = CLIPModel.from_pretrained(name_or_path, dtype=torch.float32, trust_remote_code=False)
-            processor = CLIPProcessor.from_pretrained(name_or_path, trust_remote_code=False)
+            model_class = Dinov2ForImageClassification if has_own_head(config) else MODEL_CLASSES[config.model_type]
+            model, missing = _load_pretrained(model_class, name_or_path)
+            if config.model_type == "clip_vision_model" and "visual_projection.weight" in missing:
+                model, missing = _load_pretrained(CLIPVisionModel, name_or_path)
+            processor = _load_image_processor(name_or_path, config.model_type)
+            if config.model_type in CONTRASTIVE_MODEL_TYPES:
+                tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+                if config.model_type.startswith("siglip"):  # texts are filled up to this length
+                    tokenizer.model_max_length = config.text_config.max_position_embeddings
+                processor = PROCESSOR_CLASSES[config.model_type](image_processor=processor, tokenizer=tokenizer)
     except (
         Exception
     ) as error:  # of transformers, tokenizers, safetensors and torch, depending on the file that is wrong
         raise UserError(f"{flag} {name_or_path}: the model does not load: {_first_line(error)}") from None
-    return clip, processor
-
-
-def load_vision_model(
-    name_or_path: str, flag: str = "--model", compute_dtype: torch.dtype = torch.float32
-) -> tuple[ImageEncoder, Any]:
-    """The encoder of a model of ``VISION_MODEL_TYPES`` in eval mode, its weights float32, and its image processor.
-
-    A CLIP vision model saved without projection embeds into its hidden size. Raises ``UserError`` for another type of
-    model, for weights that are missing and for images of another size than the model takes.
-    """
-    config = check_model(name_or_path, flag, VISION_MODEL_TYPES)
-    try:
-        with unpartitioned(), quiet_transformers():
-            image_processor = _load_image_processor(name_or_path)
-            if config.model_type == "dinov2":
-                vision_model, missing = _load_pretrained(Dinov2Model, name_or_path)
-                projection = None
-            else:
-                model, missing = _load_pretrained(CLIPVisionModelWithProjection, name_or_path)
-                vision_model, projection = model.vision_model, model.visual_projection
-                if "visual_projection.weight" in missing:
-                    vision_model, missing = _load_pretrained(CLIPVisionModel, name_or_path)
-                    projection = None
-    except Exception as error:  # see ``load_clip``
-        raise UserError(f"{flag} {name_or_path}: the model does not load: {_first_line(error)}") from None
-    missing = sorted(missing - {"embeddings.mask_token"})  # that one is for pre-training
+    missing = sorted(name for name in missing if not name.endswith("mask_token"))  # that one is for pre-training
     if missing:
         raise UserError(
             f"{flag} {name_or_path}: {len(missing)} weights of a {config.model_type} are missing, the first is "
             f"{missing[0]}; expected a directory saved by save_pretrained"
         )
-    size = ImageTransform.from_processor(image_processor).output_size
+    size = image_transform(processor).output_size
     if size is None or size[0] != size[1]:
         raise UserError(f"{flag} {name_or_path}: its image processor gives no square images; set its crop_size")
-    # DINOv2 interpolates its position embeddings, CLIP does not.
-    if config.model_type == "clip_vision_model" and size[0] != config.image_size:
+    tower, _ = image_tower(model)
+    # The others interpolate their position embeddings, or have none.
+    if tower.config.model_type in FIXED_POSITIONS and size[0] != tower.config.image_size:
         raise UserError(
-            f"{flag} {name_or_path}: its image processor gives {size[0]} px, the model takes {config.image_size} px; "
+            f"{flag} {name_or_path}: its image processor gives {size[0]} px, the model takes {tower.config.image_size} px; "
             "correct crop_size in preprocessor_config.json"
         )
-    mean, std = image_processor.image_mean, image_processor.image_std
-    return ImageEncoder(vision_model, projection, size[0], mean, std, compute_dtype).eval(), image_processor
+    return model, processor
+
+
+def has_text(config: PreTrainedConfig) -> bool:
+    """Whether a model has a text tower, for class names and prompts."""
+    return config.model_type in CONTRASTIVE_MODEL_TYPES
+
+
+def has_own_head(config: PreTrainedConfig) -> bool:
+    """Whether a model brings a linear classifier of its embeddings: DINOv2 saved for image classification."""
+    return config.model_type == "dinov2" and "Dinov2ForImageClassification" in (config.architectures or ())
+
+
+def image_tower(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear | None]:
+    """A model's own image tower, whose output has what the encoder takes, and its projection, where it has one."""
+    if isinstance(model, Dinov2ForImageClassification):
+        return model.dinov2, None
+    return getattr(model, "vision_model", model), getattr(model, "visual_projection", None)
+
+
+def image_transform(processor: Any) -> ImageTransform:
+    """From encoded images to what the model of this processor takes."""
+    return ImageTransform.from_processor(getattr(processor, "image_processor", processor))
 
 
 def _first_line(error: Exception) -> str:
@@ -184,8 +259,11 @@ def _load_pretrained(model_class: type, name_or_path: str) -> tuple[Any, set[str
     return model, set(found["missing_keys"])
 
 
-def _load_image_processor(name_or_path: str) -> Any:
+def _load_image_processor(name_or_path: str, model_type: str) -> Any:
     """The processor that preprocessor_config.json describes, by Pillow: nothing here needs torchvision."""
+    siglip = {"siglip": SiglipImageProcessorPil, "siglip2": Siglip2ImageProcessorPil}.get(model_type)
+    if siglip is not None:
+        return siglip.from_pretrained(name_or_path, trust_remote_code=False)
     try:
         return AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False, backend="pil")
     except ImportError:
@@ -193,16 +271,20 @@ def _load_image_processor(name_or_path: str) -> Any:
         return CLIPImageProcessorPil.from_pretrained(name_or_path, trust_remote_code=False)
 
 
-def make_encoder(clip: CLIPModel, processor: CLIPProcessor, compute_dtype: torch.dtype = torch.float32) -> ImageEncoder:
-    """The image encoder inside ``clip``, normalising as its processor says."""
-    image_processor = processor.image_processor
+def make_encoder(model: PreTrainedModel, processor: Any, compute_dtype: torch.dtype = torch.float32) -> ImageEncoder:
+    """The image encoder inside ``model``, normalising as its processor says."""
+    image_processor = getattr(processor, "image_processor", processor)
+    tower, projection = image_tower(model)
+    if getattr(tower, "embeddings", None) is not None and getattr(tower.embeddings, "mask_token", None) is not None:
+        tower.embeddings.mask_token.requires_grad_(False)  # no forward here uses it: DDP would wait for its gradient
     return ImageEncoder(
-        clip.vision_model,
-        clip.visual_projection,
-        clip.config.vision_config.image_size,
+        tower,
+        projection,
+        image_transform(processor).output_size[0],
         image_processor.image_mean,
         image_processor.image_std,
         compute_dtype,
+        mean_of_patches=isinstance(model, Dinov2ForImageClassification),
     )
 
 
@@ -216,7 +298,7 @@ def load_reference(name_or_path: str | None, encoder: ImageEncoder) -> ImageEnco
     if name_or_path is None:
         return frozen_copy(encoder)
     flag = "--reference_model_name_or_path"
-    reference = make_encoder(*load_clip(name_or_path, flag), encoder.compute_dtype)
+    reference = make_encoder(*load_model(name_or_path, flag), encoder.compute_dtype)
     refuse_other_shape(reference, encoder, name_or_path)
     return frozen_copy(reference)
 
@@ -238,7 +320,8 @@ def keep_weights_in(name: str, reference: ImageEncoder) -> ImageEncoder:
     Everything else stays float32: patch embedding, positions, layer norms, projection.
     """
     if name == "bfloat16":
-        for module in reference.vision_model.encoder.layers.modules():
+        blocks = [module for module in reference.vision_model.encoder.modules() if isinstance(module, nn.ModuleList)]
+        for module in {part for block in blocks for part in block.modules()}:
             if isinstance(module, nn.Linear):
                 for part, parameter in list(module.named_parameters()):
                     setattr(module, part, nn.Parameter(parameter.to(torch.bfloat16), requires_grad=False))
@@ -257,21 +340,30 @@ def refuse_other_shape(reference: ImageEncoder, encoder: ImageEncoder, name_or_p
 def enable_gradient_checkpointing(encoder: ImageEncoder) -> None:
     """Recomputes activations in the backward pass, in train mode only. Non-reentrant, or autograd.grad refuses it."""
     settings = {"use_reentrant": False}
-    if hasattr(encoder.vision_model, "activation_checkpointing_enable"):  # transformers >= 5.20 or so
+    if encoder.vision_model.config.model_type == "convnext":  # transformers offers none for it
+        recompute_convnext_layers(encoder.vision_model)
+    elif hasattr(encoder.vision_model, "activation_checkpointing_enable"):  # transformers >= 5.20 or so
         encoder.vision_model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     else:
         encoder.vision_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
-def save_clip(
-    directory: str | Path, clip: CLIPModel, processor: CLIPProcessor, encoder_state: dict[str, Tensor]
-) -> None:
-    """Writes config, model.safetensors and processor files: the text tower of ``clip`` with the encoder's new weights.
+def save_model(directory: str | Path, model: PreTrainedModel, processor: Any, encoder_state: dict[str, Tensor]) -> None:
+    """Writes config, model.safetensors and processor files: ``model`` with the encoder's new weights, the rest as it was.
 
-    ``encoder_state`` is a full state dict of ``ImageEncoder`` (under ZeRO-3: the gathered one). Call on one process.
+    ``encoder_state`` is a full state dict of ``ImageEncoder`` (under ZeRO-3: the gathered one), maybe with that of
+    ``TextEncoder``. Call on one process.
     """
-    state = {name: tensor for name, tensor in clip.state_dict().items() if name not in encoder_state}
-    state.update({name: tensor.detach().to("cpu", torch.float32) for name, tensor in encoder_state.items()})
+    tower, _ = image_tower(model)
+    inside = next(name for name, module in model.named_modules() if module is tower)  # "" for a tower alone
+    trained = {
+        name.replace("vision_model.", f"{inside}." if inside else "", 1)
+        if name.startswith("vision_model.")
+        else name: tensor
+        for name, tensor in encoder_state.items()
+    }
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in trained}
+    state.update({name: tensor.detach().to("cpu", torch.float32) for name, tensor in trained.items()})
     empty = [name for name, tensor in state.items() if tensor.numel() == 0]
     if empty:
         raise RuntimeError(f"{empty[0]} is partitioned (shape {tuple(state[empty[0]].shape)}): refusing to save it")
@@ -279,7 +371,7 @@ def save_clip(
     if damaged:
         raise UserError(f"{directory}: {damaged[0]} is not finite, the model is not saved; lower --learning_rate")
     with quiet_transformers():
-        clip.save_pretrained(directory, state_dict=state)
+        model.save_pretrained(directory, state_dict=state)
         processor.save_pretrained(directory)
 
 

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 from utils.cli import UserError
 from utils.distributed import everywhere, from_main_process, gather_objects, on_every_node
-from utils.encoders import SUPPORTED_MODEL_TYPES, check_model
+from utils.encoders import MODEL_TYPES, check_model
 from utils.shard_sources import BRING_IT, ShardCache, hub_answered, hub_offline, one_line
 from utils.shards import ShardIndex, refuse_lacking_shards
 
@@ -40,9 +40,7 @@ def folder_on_every_node(accelerator: Accelerator, find: Callable[[bool], Path],
     return folder
 
 
-def fetch_model(
-    accelerator: Accelerator, name_or_path: str, flag: str, supported: Sequence[str] = SUPPORTED_MODEL_TYPES
-) -> str:
+def fetch_model(accelerator: Accelerator, name_or_path: str, flag: str, supported: Sequence[str] = MODEL_TYPES) -> str:
     """The local folder of a model on this node, downloaded once per node where it lacks it. Raises ``UserError``."""
     return str(
         folder_on_every_node(
@@ -56,7 +54,7 @@ def fetch_model(
 def model_folder(
     name_or_path: str,
     flag: str,
-    supported: Sequence[str] = SUPPORTED_MODEL_TYPES,
+    supported: Sequence[str] = MODEL_TYPES,
     *,
     local_files_only: bool = False,
 ) -> Path:

@@ -8,6 +8,7 @@ work on pixels; what leaves here is uint8, a quarter of the memory and of the co
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,8 +54,17 @@ class ImageTransform:
 
     @classmethod
     def from_processor(cls, image_processor: Any, *, draft: bool = False) -> ImageTransform:
-        """Reads size, crop_size and resample of a Hugging Face image processor; UserError for a kind not known here."""
+        """Reads size, crop_size and resample of a Hugging Face image processor; UserError for a kind not known here.
+
+        SigLIP 2's processor (NaFlex) makes images of any proportions into at most so many patches. Here they become the
+        square that holds as many: resized by the shorter edge and cropped, which for square images is the same.
+        """
         name = type(image_processor).__name__
+        if name.startswith("Siglip2ImageProcessor"):
+            side = math.isqrt(image_processor.max_num_patches) * image_processor.patch_size
+            if not 1 <= side <= MAX_OUTPUT_SIDE:
+                raise UserError(f"{name}: {side} pixels a side; expected 1 to {MAX_OUTPUT_SIDE}")
+            return cls(side, (side, side), int(image_processor.resample), draft)
         for step in ("do_pad", "do_flip_channel_order", "do_reduce_labels"):
             if getattr(image_processor, step, None):
                 raise UserError(f"{name}: {step} is not supported; expected resizing and centre cropping only")

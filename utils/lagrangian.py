@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.losses import class_logits, entropy
+from utils.losses import entropy
 
 
 def embedding_margin(ref_image_embeds: Tensor, kind: str) -> Tensor:
@@ -22,14 +22,14 @@ def embedding_margin(ref_image_embeds: Tensor, kind: str) -> Tensor:
     return ref_image_embeds.float().square().sum(dim=-1)
 
 
-def entropy_margin(ref_image_embeds: Tensor, class_embeds: Tensor, logit_scale: float, kind: str) -> Tensor:
+def entropy_margin(ref_logits: Tensor, kind: str) -> Tensor:
     """m(x) of the KL constraint: H(p0(.|x)) for ``relative`` (confident images are held tighter), 1 for ``fixed``.
 
-    (B, D), (C, D) with unit rows -> (B,), float32, in nats.
+    (B, C) -> (B,), float32, in nats.
     """
     if kind == "fixed":
-        return ref_image_embeds.new_ones(len(ref_image_embeds), dtype=torch.float32)
-    return entropy(class_logits(ref_image_embeds, class_embeds, logit_scale))
+        return ref_logits.new_ones(len(ref_logits), dtype=torch.float32)
+    return entropy(ref_logits)
 
 
 def violation(distance: Tensor, margin: Tensor, rho: float) -> Tensor:

@@ -10,9 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.activations import QuickGELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.convnext.modeling_convnext import ConvNextLayer
+from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings
 
 ATTENTION = (
     "lean"  # the name of ``attention`` in transformers' table; one with "flash" in it would mean another package
@@ -20,14 +23,16 @@ ATTENTION = (
 
 
 def use_lean_layers(tower: nn.Module) -> None:
-    """Replaces the classes of a transformer's layers by those below, in place: same parameters, same names.
+    """Replaces the classes of a tower's layers by those below, in place: same parameters, same names.
 
-    The patch embedding, the activations, and of the layer norms those inside of blocks: what the others return is added to
-    in float32, or is an embedding.
+    The patch embedding (of a ConvNeXt its stem, not its other convolutions), the activations, and of the layer norms those
+    inside of blocks: what the others return is added to in float32, or is an embedding.
     """
     for module in tower.modules():
-        if type(module) is nn.Conv2d:  # the only convolution of a ViT
+        if type(module) is nn.Conv2d and module.in_channels == 3 and module.stride == module.kernel_size:
             module.__class__ = Float32PatchEmbedding
+        elif type(module) is Siglip2VisionEmbeddings:
+            module.__class__ = SquareImageEmbeddings
         elif type(module) is QuickGELUActivation:
             module.__class__ = QuickGELU
         elif isinstance(module, nn.ModuleList):
@@ -36,28 +41,68 @@ def use_lean_layers(tower: nn.Module) -> None:
                     layer.__class__ = RoundedLayerNorm
 
 
-class Float32PatchEmbedding(nn.Conv2d):
-    """The patch embedding, which autocast leaves in float32: conv(x), (B, 3, H, W) -> (B, D, H/P, W/P), float32.
+def embed_patches(pixel_values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Non-overlapping patches times weights, float32 under autocast too: (B, 3, H, W), (D, 3, P, P) -> (B, D, H/P, W/P).
 
     On a CPU as one product of the patches with the weights, which it is: oneDNN takes more than twice as long for the
     convolution's gradient to the pixels, 14 % of an attack on ViT-B/32. On a GPU TF32 must be off for convolutions: see
     utils/distributed.py, which may turn it on for products.
     """
+    with torch.autocast(pixel_values.device.type, enabled=False):
+        pixel_values = pixel_values.float()
+        height, width = weight.shape[2:]
+        if pixel_values.device.type != "cpu":
+            return F.conv2d(pixel_values, weight, bias, stride=(height, width))
+        rows, columns = pixel_values.shape[2] // height, pixel_values.shape[3] // width
+        patches = pixel_values[:, :, : rows * height, : columns * width]
+        patches = patches.unflatten(2, (rows, height)).unflatten(4, (columns, width))
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, patches, 3 * P * P)
+        return F.linear(patches, weight.flatten(1), bias).transpose(1, 2).unflatten(2, (rows, columns))
+
+
+class Float32PatchEmbedding(nn.Conv2d):
+    """The patch embedding, which autocast leaves in float32: conv(x), (B, 3, H, W) -> (B, D, H/P, W/P), float32."""
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        if self.stride == self.kernel_size and self.padding in ((0, 0), "valid"):
+            return embed_patches(pixel_values, self.weight, self.bias)
         with torch.autocast(pixel_values.device.type, enabled=False):
-            pixel_values = pixel_values.float()
-            if (
-                pixel_values.device.type != "cpu"
-                or self.stride != self.kernel_size
-                or self.padding not in ((0, 0), "valid")
-            ):
-                return super().forward(pixel_values)
-            (height, width), rows, columns = self.stride, *(n // p for n, p in zip(pixel_values.shape[2:], self.stride))
-            patches = pixel_values[:, :, : rows * height, : columns * width]
-            patches = patches.unflatten(2, (rows, height)).unflatten(4, (columns, width))
-            patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # (B, patches, 3 * P * P)
-            return F.linear(patches, self.weight.flatten(1), self.bias).transpose(1, 2).unflatten(2, (rows, columns))
+            return super().forward(pixel_values.float())
+
+
+class SquareImageEmbeddings(Siglip2VisionEmbeddings):
+    """SigLIP 2's embeddings ("NaFlex"), of images of one size: (B, 3, H, W), normalised -> (B, patches, D), float32.
+
+    transformers takes lists of patches and resizes the position embeddings once for every image; here they are resized once
+    for the batch. The same parameters: a patch is P x P x 3 there, hence the order of the weights.
+    """
+
+    def forward(self, pixel_values: Tensor, spatial_shapes: None = None) -> Tensor:
+        patch, size = self.patch_size, self.position_embedding_size
+        weight = self.patch_embedding.weight.unflatten(1, (patch, patch, 3)).permute(0, 3, 1, 2)
+        patches = embed_patches(pixel_values, weight, self.patch_embedding.bias)
+        positions = self.position_embedding.weight.float().unflatten(0, (size, size)).permute(2, 0, 1)[None]
+        if patches.shape[2:] != positions.shape[2:]:
+            positions = F.interpolate(
+                positions, size=patches.shape[2:], mode="bilinear", align_corners=False, antialias=True
+            )
+        return (patches + positions).flatten(2).transpose(1, 2)
+
+
+class RecomputedConvNextLayer(ConvNextLayer):
+    """A block of ConvNeXt that keeps its input alone for the backward pass, in train mode. (B, C, H, W) -> the same."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            return checkpoint(super().forward, features, use_reentrant=False)
+        return super().forward(features)
+
+
+def recompute_convnext_layers(tower: nn.Module) -> None:
+    """Gradient checkpointing for a ConvNeXt, in place."""
+    for module in tower.modules():
+        if type(module) is ConvNextLayer:
+            module.__class__ = RecomputedConvNextLayer
 
 
 class RoundedLayerNorm(nn.LayerNorm):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import CLIPModel, CLIPProcessor
+from transformers import PreTrainedModel
 
 from utils.attacks import Point, attack_seeds, frozen, gaussian_noise, make_points, run_apgd, square
 from utils.attributes import AttributeDataset
@@ -84,8 +84,9 @@ class Model:
     encoder: nn.Module
     transform: ImageTransform
     device: torch.device
-    clip: CLIPModel | None = None
-    processor: CLIPProcessor | None = None
+    clip: PreTrainedModel | None = None
+    processor: Any = None
+    with_head: PreTrainedModel | None = None  # the whole model, where it brings a classifier of its own
     tables: dict[tuple, TextTable] = field(default_factory=dict)  # so that no text is encoded twice
 
     @property

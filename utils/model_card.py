@@ -34,25 +34,31 @@ def command_line() -> str:
 def model_card(
     *,
     method: str,
+    model_class: str,
     about: str,
     tags: list[str],
     base_model: str,
     settings: dict[str, Any],
     evaluations: list[dict[str, Any]],
     notes: list[str],
+    with_text: bool = True,
 ) -> str:
-    """Markdown with the hub's metadata header. ``evaluations`` are metrics rows that hold eval_ keys."""
+    """Markdown with the hub's metadata header. ``evaluations`` are metrics rows that hold eval_ keys.
+
+    ``model_class``: the class of transformers that loads the model. ``with_text``: whether it has a text tower.
+    """
+    processor_class = "AutoProcessor" if with_text else "AutoImageProcessor"
     lines = [
         "---",
         "library_name: transformers",
         *([] if Path(base_model).exists() else [f"base_model: {base_model}"]),
-        "pipeline_tag: zero-shot-image-classification",
-        f"tags: [{', '.join(['clip', *tags])}]",
+        f"pipeline_tag: {'zero-shot-image-classification' if with_text else 'image-feature-extraction'}",
+        f"tags: [{', '.join(tags)}]",
         "---",
         "",
         f"# {method} from {base_model}",
         "",
-        f"Load it with `CLIPModel.from_pretrained` and `CLIPProcessor.from_pretrained`. {about}",
+        f"Load it with `{model_class}.from_pretrained` and `{processor_class}.from_pretrained`. {about}",
         "",
     ]
     if evaluations:

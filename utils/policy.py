@@ -1,4 +1,4 @@
-"""The policy of preference optimisation: what is trained of a ``CLIPModel``, its logits, and how its choices are judged."""
+"""The policy of preference optimisation: what is trained of a contrastive model, its logits, and how its choices are judged."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPModel, CLIPProcessor
+from transformers import PreTrainedModel
 
 from utils.encoders import ImageEncoder, TextEncoder
 from utils.head import Head
@@ -55,8 +55,8 @@ class TextTable:
 
     def __init__(
         self,
-        clip: CLIPModel,
-        processor: CLIPProcessor,
+        clip: PreTrainedModel,
+        processor: Any,
         templates: Sequence[str],
         device: torch.device,
         *,
@@ -65,7 +65,8 @@ class TextTable:
         self.processor, self.templates, self.device = processor, list(templates), device
         self._clip, self._per_prompt = clip, per_prompt
         self._places: dict[str, int] = {}
-        self._embeds = torch.empty(0, len(templates) if per_prompt else 1, clip.config.projection_dim, device=device)
+        embed_dim = getattr(clip.config, "projection_dim", None) or clip.config.text_config.projection_size
+        self._embeds = torch.empty(0, len(templates) if per_prompt else 1, embed_dim, device=device)
         self._last: tuple[list[str], Tensor] = ([], self._embeds)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:

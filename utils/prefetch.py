@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.cli import UserError
-from utils.encoders import SUPPORTED_MODEL_TYPES, check_model
+from utils.encoders import MODEL_TYPES, check_model
 from utils.hub import model_folder
 from utils.progress import RunProgress
 from utils.shard_sources import (
@@ -45,18 +45,19 @@ def prefetch_training(
     *,
     cache_dir: str | None,
     cache_limit_gb: float | None,
+    supported: Sequence[str] = MODEL_TYPES,
 ) -> None:
     """Brings models, listings, texts and shards of a training run, and says where they are.
 
-    models: (flag, name or path or None). sets: the arguments of ``open_set``. Mistakes are found before anything large is
+    models: (flag, name or path or None), of the types ``supported``. sets: the arguments of ``open_set``. Mistakes are found before anything large is
     downloaded. Raises ``UserError``. Under a launcher the first process works alone, the others leave.
     """
     if int(os.environ.get("RANK", "0")) > 0:
         return
     sets = [options for options in sets if options["patterns"]]
-    named = [(flag, name, SUPPORTED_MODEL_TYPES) for flag, name in models if name is not None]
-    for flag, name, supported in named:
-        check_model(name, flag, supported)
+    named = [(flag, name, supported) for flag, name in models if name is not None]
+    for flag, name, kinds in named:
+        check_model(name, flag, kinds)
     urls: list[str] = []
     for options in sets:
         found = expand_shards(

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import CLIPModel, CLIPProcessor
+from transformers import PreTrainedModel, Siglip2Processor, SiglipProcessor
 
-from utils.attacks import attack_seeds, frozen, pgd, uniform_start
+from utils.attacks import Logits, attack_seeds, frozen, pgd, uniform_start
+from utils.classifiers import LinearClassifier, own_linear_head, read_linear_head
 from utils.cli import UserError
-from utils.encoders import ImageEncoder, TextEncoder
-from utils.losses import class_logits, cross_entropy
+from utils.encoders import ImageEncoder, TextEncoder, has_text
+from utils.losses import cross_entropy
 from utils.progress import RunProgress
 from utils.redaction import display_url
 from utils.shard_sources import default_cache_dir, expand_shards, is_remote, read_text, sibling
@@ -135,31 +136,37 @@ def open_set(
     return LabelledSet(index, names, templates)
 
 
-class ClassPrompts(NamedTuple):
-    """What images are compared with: unit class embeddings (C, D), and CLIP's exp(logit_scale)."""
+def set_classifier(
+    model: PreTrainedModel,
+    processor: Any,
+    encoder: ImageEncoder,
+    labelled: LabelledSet,
+    device: torch.device,
+    linear_head: str | None = None,
+) -> LinearClassifier:
+    """What tells the classes of a set apart: a linear head's file; else class texts by the text tower; else the model's head.
 
-    class_embeds: Tensor
-    logit_scale: float
-
-
-def class_prompts(
-    clip: CLIPModel, processor: CLIPProcessor, labelled: LabelledSet, device: torch.device
-) -> ClassPrompts:
-    """The class embeddings of a set by the model's own text tower."""
-    embeds = class_embeddings(clip, processor, labelled.classnames, labelled.templates, device)
-    return ClassPrompts(embeds, float(clip.logit_scale.detach().exp()))
+    The class texts' logits are s * cos(z, t_c), s = exp(logit_scale); SigLIP's bias, the same for all classes, is left out.
+    Raises ``UserError`` where there is none of them, or another number of classes.
+    """
+    if linear_head is not None:
+        return read_linear_head(linear_head, encoder.embed_dim, len(labelled.classnames)).to(device)
+    if not has_text(model.config):
+        return own_linear_head(model, len(labelled.classnames)).to(device)
+    embeds = class_embeddings(model, processor, labelled.classnames, labelled.templates, device)
+    return LinearClassifier(embeds, scale=float(model.logit_scale.detach().exp()), normalise=True)
 
 
 def class_embeddings(
-    clip: CLIPModel,
-    processor: CLIPProcessor,
+    model: PreTrainedModel,
+    processor: Any,
     classnames: Sequence[str],
     templates: Sequence[str],
     device: torch.device | str = "cpu",
     batch_size: int = 256,
 ) -> Tensor:
     """t_c: the mean over templates of unit text embeddings, made unit again. -> (C, D), float32, on ``device``."""
-    return ensemble(prompt_embeddings(clip, processor, classnames, templates, device, batch_size))
+    return ensemble(prompt_embeddings(model, processor, classnames, templates, device, batch_size))
 
 
 def ensemble(prompt_embeds: Tensor) -> Tensor:
@@ -169,8 +176,8 @@ def ensemble(prompt_embeds: Tensor) -> Tensor:
 
 @torch.no_grad()
 def prompt_embeddings(
-    clip: CLIPModel,
-    processor: CLIPProcessor,
+    model: PreTrainedModel,
+    processor: Any,
     texts: Sequence[str],
     templates: Sequence[str],
     device: torch.device | str = "cpu",
@@ -180,8 +187,8 @@ def prompt_embeddings(
 
     The text tower visits ``device`` for this and returns to where it was.
     """
-    home = clip.text_projection.weight.device
-    encoder = TextEncoder(clip).to(device)
+    home = next(model.text_model.parameters()).device
+    encoder = TextEncoder(model).to(device)
     prompts = [template.replace("{c}", text) for text in texts for template in templates]
     embeds = [
         encoder(tokenize(processor, prompts[first : first + batch_size]).to(device))
@@ -191,9 +198,10 @@ def prompt_embeddings(
     return torch.cat(embeds).view(len(texts), len(templates), -1)
 
 
-def tokenize(processor: CLIPProcessor, prompts: Sequence[str]) -> Tensor:
-    """input_ids (n, L) int64, cut at the model's length and filled up."""
-    tokens = processor.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt")
+def tokenize(processor: Any, prompts: Sequence[str]) -> Tensor:
+    """input_ids (n, L) int64, cut at the model's length and filled up: to the longest, for SigLIP to the model's length."""
+    padding = "max_length" if isinstance(processor, (SiglipProcessor, Siglip2Processor)) else True
+    tokens = processor.tokenizer(list(prompts), padding=padding, truncation=True, return_tensors="pt")
     return tokens["input_ids"]
 
 
@@ -264,8 +272,7 @@ def pgd_images(
 def predictions(
     encoder: ImageEncoder,
     batches: Iterable[dict[str, Any]],
-    class_embeds: Tensor,
-    logit_scale: float,
+    classifier: Logits,
     *,
     device: torch.device,
     eps: float | None = None,
@@ -274,14 +281,15 @@ def predictions(
 ) -> tuple[Tensor, Tensor]:
     """Whether each image is classified rightly: clean (``eps`` None) or under PGD with steps of eps / 4.
 
-    ``batches`` as in ``classified``; eps as a share of the pixel range.
+    ``batches`` as in ``classified``; ``classifier`` maps image_embeds (B, D) to logits (B, C); eps is a share of the pixel
+    range.
 
     Returns:
         positions (n,) int64 and correct (n,) bool, on the CPU, of this process's images in the order read.
     """
 
     def logits_fn(pixel_values: Tensor) -> Tensor:
-        return class_logits(encoder(pixel_values), class_embeds, logit_scale)
+        return classifier(encoder(pixel_values))
 
     perturb = None
     if eps is not None:
