@@ -483,7 +483,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             method=method_name(settings),
             model_class=type(clip).__name__,
             about=ABOUT[settings.trainable].format(t=settings.export_t),
-            tags=["clip", "preference-optimization"],
+            tags=[clip.config.model_type, "preference-optimization"],
             base_model=settings.model_name_or_path,
             settings=known_settings,
             evaluations=[row for row in metrics_file.read() if any(key.startswith("eval_") for key in row)],

@@ -5,6 +5,7 @@ Each was measured before and after (docs/performance.md). None changes a result 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -32,7 +33,9 @@ def use_lean_layers(tower: nn.Module) -> None:
         if type(module) is nn.Conv2d and module.in_channels == 3 and module.stride == module.kernel_size:
             module.__class__ = Float32PatchEmbedding
         elif type(module) is Siglip2VisionEmbeddings:
-            module.__class__ = SquareImageEmbeddings
+            module.__class__, module.patch_embedding.__class__ = SquareImageEmbeddings, Float32PatchProduct
+        elif type(module) is nn.MultiheadAttention:
+            module.__class__ = PoolingAttention
         elif type(module) is QuickGELUActivation:
             module.__class__ = QuickGELU
         elif isinstance(module, nn.ModuleList):
@@ -70,23 +73,47 @@ class Float32PatchEmbedding(nn.Conv2d):
             return super().forward(pixel_values.float())
 
 
+class Float32PatchProduct(nn.Linear):
+    """SigLIP 2's patch embedding, float32: (B, 3, H, W) -> (B, D, H/P, W/P). A patch is P x P x 3 in its weights (D, 3 P P)."""
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        patch = math.isqrt(self.in_features // 3)
+        weight = self.weight.unflatten(1, (patch, patch, 3)).permute(0, 3, 1, 2)
+        return embed_patches(pixel_values, weight, self.bias)
+
+
 class SquareImageEmbeddings(Siglip2VisionEmbeddings):
     """SigLIP 2's embeddings ("NaFlex"), of images of one size: (B, 3, H, W), normalised -> (B, patches, D), float32.
 
     transformers takes lists of patches and resizes the position embeddings once for every image; here they are resized once
-    for the batch. The same parameters: a patch is P x P x 3 there, hence the order of the weights.
+    for the batch.
     """
 
     def forward(self, pixel_values: Tensor, spatial_shapes: None = None) -> Tensor:
-        patch, size = self.patch_size, self.position_embedding_size
-        weight = self.patch_embedding.weight.unflatten(1, (patch, patch, 3)).permute(0, 3, 1, 2)
-        patches = embed_patches(pixel_values, weight, self.patch_embedding.bias)
-        positions = self.position_embedding.weight.float().unflatten(0, (size, size)).permute(2, 0, 1)[None]
+        patches, size = self.patch_embedding(pixel_values), self.position_embedding_size
+        # By a call of the module, not by its weight: ZeRO-3 gathers what is called.
+        positions = self.position_embedding(torch.arange(size * size, device=pixel_values.device)).float()
+        positions = positions.unflatten(0, (size, size)).permute(2, 0, 1)[None]
         if patches.shape[2:] != positions.shape[2:]:
             positions = F.interpolate(
                 positions, size=patches.shape[2:], mode="bilinear", align_corners=False, antialias=True
             )
         return (patches + positions).flatten(2).transpose(1, 2)
+
+
+class PoolingAttention(nn.MultiheadAttention):
+    """The attention of SigLIP's pooling, batch first: (B, Q, D), (B, T, D) twice -> (B, Q, D), and no weights.
+
+    torch's own reads the weights of its output projection without calling it, which ZeRO-3 does not gather in time.
+    """
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        parts = zip((query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
+        heads = [F.linear(*part).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts]
+        pooled, _ = attention(self, *heads, attn_mask, scaling=self.head_dim**-0.5, is_causal=False)
+        return self.out_proj(pooled.flatten(2)), None
 
 
 class RecomputedConvNextLayer(ConvNextLayer):
