@@ -10,17 +10,20 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
-from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
+from transformers import BitImageProcessorPil, Dinov2Config, Dinov2ForImageClassification, Dinov2Model
 
 import evaluate
 from tests.conftest import ROOT, flags, run_script, two_processes
 from tests.shard_maker import image_bytes, write_shard
-from tests.small_models import save_small_clip
+from tests.small_models import save_small_clip, save_small_model
 from utils.cli import UserError
 from utils.encoders import ImageEncoder
+from utils.images import ImageTransform
 from utils.measures import fairness_figures
 from utils.results import Results
+from utils.shards import ShardDataset, index_shards
 
 READING_CLIP = ROOT / "examples" / "reading_clip"  # classifies digits: robust figures of random weights say little
 
@@ -270,6 +273,38 @@ def test_encoders_without_text_are_measured_by_what_is_learnt_on_top(arguments, 
     save_file({"weight": torch.zeros(10, 5)}, tmp_path / "narrow.safetensors")
     with pytest.raises(UserError, match=r"--linear_head .*: weight is \(10, 5\), the model embeds into 32 dimensions"):
         evaluate.main(arguments(model=dinov2, classifier="linear_head", linear_head=tmp_path / "narrow.safetensors"))
+
+
+def test_a_model_with_a_head_of_its_own_is_measured_by_it(arguments, dinov2, digits, tmp_path):
+    """DINOv2 saved for image classification: its accuracy is what transformers' own logits give."""
+    save_small_model(tmp_path / "headed", "dinov2_head")
+    with pytest.raises(UserError, match=r"--classifier linear_head: --model .*, a dinov2, brings no head of its own"):
+        evaluate.main(arguments(model=dinov2, classifier="linear_head", attack="clean"))
+    names = tmp_path / "three.txt"
+    names.write_text("a\nb\nc\n")
+    few = arguments(model=tmp_path / "headed", classifier="linear_head", attack="clean", classnames=names)
+    with pytest.raises(UserError, match=r"own head has 10 classes, the data set 3"):
+        evaluate.main(few)
+    evaluate.main(
+        arguments(
+            model=tmp_path / "headed", data=digits, num_samples=60, classifier="linear_head", attack=["clean", "pgd"], eps=1,
+            output_dir=tmp_path / "own",
+        )
+    )  # fmt: skip
+    clean, attacked = results(tmp_path / "own")
+    model = Dinov2ForImageClassification.from_pretrained(tmp_path / "headed").eval()
+    processor = BitImageProcessorPil.from_pretrained(tmp_path / "headed")
+    index = index_shards([str(path) for path in sorted((digits / "test").glob("*.tar"))])
+    untouched = ShardDataset(index, ImageTransform(None, None), order="sequential", with_labels=True)
+    right = 0
+    for place in range(60):
+        sample = untouched[0, place, place]
+        picture = Image.fromarray(sample["image"].permute(1, 2, 0).numpy())
+        with torch.no_grad():
+            logits = model(**processor(picture, return_tensors="pt")).logits
+        right += int(logits.argmax()) == int(sample["label"])
+    assert clean["value"] == pytest.approx(right / 60)
+    assert attacked["value"] < clean["value"]
 
 
 def test_a_model_trained_anew_in_the_same_place_is_measured_anew(arguments, tmp_path):
