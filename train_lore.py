@@ -7,7 +7,8 @@
     --model_name_or_path openai/clip-vit-large-patch14 \\
     --train_shards "data/imagenet/train-{000000..001281}.tar" --eps 4 --rho 0.1 --output_dir runs/lore4-l14
 
-Other methods are settings: FARE is --constraint none --primal_steps 1; TeCoA is --objective tecoa --constraint none.
+Other methods are settings: FARE is --constraint none --primal_steps 1; TeCoA is --objective tecoa --constraint none;
+--config recipes/<name>.yaml sets all of an experiment of the paper but --eps and --rho.
 Precision (bf16, fp16, no) and sharding live in the accelerate config. Radii are in 1/255.
 """
 

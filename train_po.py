@@ -1,13 +1,14 @@
 """Preference optimisation of a CLIP: prefer the right text over a wrong one where an image tempts, and stay as before elsewhere.
 
   python train_po.py --model_name_or_path openai/clip-vit-base-patch32 --preference dpo \\
-    --train_shards data/imagenet100/train --output_dir runs/dpo
+    --train_shards data/imagenet-100/train --output_dir runs/dpo
 
   accelerate launch --config_file accelerate_configs/ddp.yaml train_po.py --task pairs --trainable head \\
     --model_name_or_path openai/clip-vit-large-patch14 --train_shards "data/vl-bias/train-{00..15}.tar" --output_dir runs/head
 
 The first writes wrong class names on labelled images (typographic attacks) and teaches the image tower not to follow them.
 The second takes pairs of texts from .json members and trains a head, whose strength t can be set after training.
+--config recipes/<name>.yaml sets all of an experiment of the paper.
 Precision (bf16, fp16, no) and sharding live in the accelerate config.
 """
 
