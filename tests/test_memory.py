@@ -218,7 +218,7 @@ def test_the_command_needs_neither_data_nor_weights(deep_clip, tmp_path, monkeyp
     with pytest.raises(UserError, match=r"holds no config\.json"):
         train_lore.main([*common, str(tmp_path)])
     with pytest.raises(
-        UserError, match="--global_batch_size 1000: .* 4 x 128 .* = 512; --per_device_train_batch_size 125"
+        UserError, match=r"--global_batch_size 1000: .* 4 x 128 .* = 512; --per_device_train_batch_size 125"
     ):
         train_lore.main([*common, str(config_alone), "--global_batch_size", "1000"])
     with pytest.raises(UserError, match="--reference_dtype bfloat16"):

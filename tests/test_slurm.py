@@ -285,27 +285,31 @@ def test_the_flags_of_a_job_are_flags_of_its_script_and_those_of_the_command_lin
     assert (settings.rho, settings.eps, settings.resume_from_checkpoint) == (0.05 if array else 0.1, 2, "latest")
 
 
-@pytest.mark.parametrize("script", [*TRAINING, "prefetch.sh"])
-@pytest.mark.parametrize("name", ["lore_vit-b-32_cifar10", "dpo_typographic_vit-b-32_imagenet-100"])
-def test_a_recipe_is_run_by_its_trainer_and_nothing_of_the_settings_wins_over_it(script, name, submit, tmp_path):
+RECIPE_JOBS = [
+    *((script, train_lore, "lore_vit-b-32_cifar10", {"seed": 3, "rho": 0.01}) for script in [*TRAINING, "prefetch.sh"]),
+    *(
+        (script, train_po, "dpo_typographic_vit-b-32_imagenet-100", {"seed": 3})
+        for script in ("train_single_node.sbatch", "prefetch.sh")
+    ),
+]
+
+
+@pytest.mark.parametrize(("script", "trainer", "name", "own"), RECIPE_JOBS)
+def test_a_recipe_is_run_by_its_trainer_and_nothing_of_the_settings_wins_over_it(
+    script, trainer, name, own, submit, tmp_path
+):
     recipe = ROOT / f"recipes/{name}.yaml"
-    trainer = {"lore": train_lore, "dpo": train_po}[name.split("_")[0]]
-    own = {"seed": 3} if trainer is train_po else {"seed": 3, "rho": 0.01}
     assert submit(script, "--config", str(recipe), *flags(own)).wait() == 0
     words = (tmp_path / "calls").read_text().split()
-    argv = words[words.index(f"{trainer.__name__}.py") + 1 :]
-    if "array" in script:
-        if trainer is train_po:  # it has no rho, and says so
-            with pytest.raises(UserError, match="--rho: no such flag"):
-                parse_settings(trainer.Settings, argv)
-            return
-        own["rho"] = 0.05
-    found = parse_settings(trainer.Settings, argv)
-    expected = parse_settings(trainer.Settings, ["--config", str(recipe), *flags(own)])
+    found = parse_settings(trainer.Settings, words[words.index(f"{trainer.__name__}.py") + 1 :])
+    array = "array" in script
+    expected = parse_settings(
+        trainer.Settings, ["--config", str(recipe), *flags(own | ({"rho": 0.05} if array else {}))]
+    )
     if script == "prefetch.sh":
         assert found.prefetch
     else:
-        assert found.output_dir == f"runs/{name}" + ("/rho-0.05" if "array" in script else "")
+        assert found.output_dir == f"runs/{name}" + ("/rho-0.05" if array else "")
     free = {"output_dir", "cache_dir", "resume_from_checkpoint", "prefetch"}
     assert {key for key, value in vars(found).items() if value != vars(expected)[key]} <= free
 
