@@ -7,7 +7,8 @@
     --model_name_or_path openai/clip-vit-large-patch14 \\
     --train_shards "data/imagenet/train-{000000..001281}.tar" --eps 4 --rho 0.1 --output_dir runs/lore4-l14
 
-Other methods are settings: FARE is --constraint none --primal_steps 1; TeCoA is --objective tecoa --constraint none.
+Other methods are settings: FARE is --constraint none --primal_steps 1; TeCoA is --objective tecoa --constraint none;
+--config recipes/<name>.yaml sets all of an experiment of the paper but --eps and --rho.
 Precision (bf16, fp16, no) and sharding live in the accelerate config. Radii are in 1/255.
 """
 
@@ -51,6 +52,7 @@ from utils.distributed import (
     from_main_process,
     gather_objects,
     gathered,
+    launched_processes,
     log_row,
     mean_over_processes,
     shard_frozen,
@@ -92,6 +94,7 @@ from utils.metrics import (
 )
 from utils.model_card import model_card
 from utils.optimization import (
+    accumulation_steps,
     cosine_learning_rate,
     count_steps,
     load_optimizer_state,
@@ -159,7 +162,8 @@ class Settings:
     optimizer: str = flag("adamw", "the 8-bit variants need bitsandbytes", group="optimisation", choices=("adamw", "adamw_8bit", "paged_adamw_8bit"))
     max_grad_norm: float = flag(0.0, "gradient clipping, 0 for none", group="optimisation", minimum=0)
     per_device_train_batch_size: int = flag(128, "images per process and micro-batch", group="optimisation", minimum=1)
-    gradient_accumulation_steps: int = flag(1, "micro-batches per step", group="optimisation", minimum=1)
+    gradient_accumulation_steps: int | None = flag(None, "micro-batches per step (default: 1, or what --global_batch_size needs)", group="optimisation", minimum=1)
+    global_batch_size: int | None = flag(None, "images per step over all processes and micro-batches, the same on any number of GPUs (default: what the other two give)", group="optimisation", minimum=1)
     epochs: int = flag(2, "passes over the training set", group="optimisation", minimum=1)
     train_num_samples: int | None = flag(None, "images per epoch (default: all)", group="optimisation", minimum=1)
     max_steps: int | None = flag(None, "steps in all, in place of --epochs; a step is one batch with its K updates", group="optimisation", minimum=1)
@@ -214,6 +218,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         return prefetch_training(models, sets, cache_dir=settings.cache_dir, cache_limit_gb=settings.cache_limit_gb)
     eps, step_size = settings.eps / 255, (settings.attack_step_size or settings.eps / 4) / 255
 
+    # Before the accelerator: DeepSpeed has to know it then.
+    settings.gradient_accumulation_steps = accumulation_steps(
+        settings.global_batch_size,
+        settings.per_device_train_batch_size,
+        launched_processes(),
+        settings.gradient_accumulation_steps,
+    )
     accelerator = start_accelerator(
         seed=settings.seed,
         per_device_batch_size=settings.per_device_train_batch_size,
@@ -658,6 +669,12 @@ def refuse_without_classes(settings: Settings, folder: str) -> None:
 def estimate_memory(settings: Settings) -> None:
     """Prints what a step with these settings needs on a device; the model is not loaded, its config is."""
     check_reference_dtype(settings.reference_dtype, MIXED_PRECISIONS[settings.estimate_precision])
+    accumulation = accumulation_steps(
+        settings.global_batch_size,
+        settings.per_device_train_batch_size,
+        settings.estimate_processes,
+        settings.gradient_accumulation_steps,
+    )
     name, config = settings.model_name_or_path, None
     if name:
         config = check_model(name, "--model_name_or_path", ("clip",))
@@ -671,7 +688,7 @@ def estimate_memory(settings: Settings) -> None:
         gradient_checkpointing=settings.gradient_checkpointing,
         processes=settings.estimate_processes,
         optimizer=settings.optimizer,
-        accumulation=settings.gradient_accumulation_steps,
+        accumulation=accumulation,
         compute_dtype=MIXED_PRECISIONS[settings.estimate_precision],
         reference_dtype=settings.reference_dtype,
         clean_in_primal=settings.constraint != "none" or settings.clean_weight > 0,

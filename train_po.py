@@ -1,13 +1,14 @@
 """Preference optimisation of a CLIP: prefer the right text over a wrong one where an image tempts, and stay as before elsewhere.
 
   python train_po.py --model_name_or_path openai/clip-vit-base-patch32 --preference dpo \\
-    --train_shards data/imagenet100/train --output_dir runs/dpo
+    --train_shards data/imagenet-100/train --output_dir runs/dpo
 
   accelerate launch --config_file accelerate_configs/ddp.yaml train_po.py --task pairs --trainable head \\
     --model_name_or_path openai/clip-vit-large-patch14 --train_shards "data/vl-bias/train-{00..15}.tar" --output_dir runs/head
 
 The first writes wrong class names on labelled images (typographic attacks) and teaches the image tower not to follow them.
 The second takes pairs of texts from .json members and trains a head, whose strength t can be set after training.
+--config recipes/<name>.yaml sets all of an experiment of the paper.
 Precision (bf16, fp16, no) and sharding live in the accelerate config.
 """
 
@@ -50,6 +51,7 @@ from utils.distributed import (
     everywhere,
     from_main_process,
     gather_objects,
+    launched_processes,
     log_row,
     mean_over_processes,
     on_every_node,
@@ -78,7 +80,14 @@ from utils.images import ImageTransform
 from utils.interruption import StopRequest
 from utils.metrics import MetricsFile, forward_flops, peak_memory_gib, preference_flops_per_sample
 from utils.model_card import model_card
-from utils.optimization import BetaAverage, cosine_learning_rate, count_steps, make_optimizer, set_learning_rate
+from utils.optimization import (
+    BetaAverage,
+    accumulation_steps,
+    cosine_learning_rate,
+    count_steps,
+    make_optimizer,
+    set_learning_rate,
+)
 from utils.pairs import PairDataset, PreferenceDataset, TypographicDataset, pair_shards
 from utils.policy import TRAINABLE, Policy, TextTable, batch_logits, judge
 from utils.preferences import (
@@ -152,7 +161,8 @@ class Settings:
     optimizer: str = flag("adamax", "the 8-bit variants need bitsandbytes", group="optimisation", choices=("adamax", "adamw", "adamw_8bit", "paged_adamw_8bit"))
     max_grad_norm: float = flag(0.0, "gradient clipping, 0 for none", group="optimisation", minimum=0)
     per_device_train_batch_size: int = flag(128, "samples per process and micro-batch; a typographic sample is 1 + attacks_per_image pictures", group="optimisation", minimum=1)
-    gradient_accumulation_steps: int = flag(1, "micro-batches per step", group="optimisation", minimum=1)
+    gradient_accumulation_steps: int | None = flag(None, "micro-batches per step (default: 1, or what --global_batch_size needs)", group="optimisation", minimum=1)
+    global_batch_size: int | None = flag(None, "samples per step over all processes and micro-batches, the same on any number of GPUs (default: what the other two give)", group="optimisation", minimum=1)
     epochs: int = flag(3, "passes over the training set", group="optimisation", minimum=1)
     train_num_samples: int | None = flag(None, "samples per epoch (default: all)", group="optimisation", minimum=1)
     max_steps: int | None = flag(None, "steps in all, in place of --epochs", group="optimisation", minimum=1)
@@ -199,6 +209,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             supported=CONTRASTIVE_MODEL_TYPES,
         )
 
+    # Before the accelerator: DeepSpeed has to know it then.
+    settings.gradient_accumulation_steps = accumulation_steps(
+        settings.global_batch_size,
+        settings.per_device_train_batch_size,
+        launched_processes(),
+        settings.gradient_accumulation_steps,
+    )
     accelerator = start_accelerator(
         seed=settings.seed,
         per_device_batch_size=settings.per_device_train_batch_size,

@@ -1,6 +1,6 @@
 """What writing a word costs a data worker: images per second with and without it, in one run, in turns.
 
-    python benchmarks/word_drawing.py --data data/imagenet100
+    python benchmarks/word_drawing.py --data data/imagenet-100
 
 Without: read, decode and resize (ShardDataset). With: the same and one word (TypographicDataset, attacks_per_image 1).
 Both read the same samples in the same process, a few at a time, every round with other words, as in training. Seconds

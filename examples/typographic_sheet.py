@@ -1,6 +1,6 @@
 """Draws a contact sheet of typographic attacks: images of a labelled set, clean and with a wrong class name written on them.
 
-    python examples/typographic_sheet.py --data data/imagenet100 --image_size 224 --output sheet.png
+    python examples/typographic_sheet.py --data data/imagenet-100 --image_size 224 --output sheet.png
 
 Above a clean image stands its class, above the attacked one "true / written". Words are those that train_po.py draws in
 its first epoch with the same seed, word flags and image size, where attacks_per_image is 1. Letters under 7 pixels

@@ -53,17 +53,3 @@ count_idle_starts() {
     exit 1
   fi
 }
-
-# last_value <flag> <default> <flags>...: the value that the script will see.
-last_value() {
-  local flag=$1 value=$2
-  shift 2
-  while [ $# -gt 0 ]; do
-    case $1 in
-      "$flag") value=${2:-} ;;
-      "$flag="*) value=${1#*=} ;;
-    esac
-    shift
-  done
-  echo "$value"
-}

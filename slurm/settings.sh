@@ -4,13 +4,15 @@
 # module load cuda
 source .venv/bin/activate
 
-# 2. What is trained on what. Flags after the script's name on the command line win over these.
+# 2. What is trained on what. Flags after the script's name on the command line win over these; a recipe there
+# (--config recipes/...) replaces them all, see the end of this file.
 trainer=train_lore.py
 arguments=(
   --model_name_or_path openai/clip-vit-large-patch14
   --train_shards "data/imagenet/train-{000000..001281}.tar"
   --eps 4 --rho 0.1 --checkpoint_steps 500
 )
+default_output_dir=runs/lore4
 
 # 3. Where indexes of shards, and the shards behind URLs, are kept: on the node's own disk.
 # Nodes without internet and shards behind URLs: a shared directory instead, for prefetch.sh to fill and for the jobs
@@ -21,3 +23,29 @@ cache_dir=${CACHE_DIR:-${SLURM_TMPDIR:-${TMPDIR:-/tmp}}/robust-clip-$(id -un)}
 # internet, and hundreds of processes that ask at once are turned away. HF_HOME (default ~/.cache/huggingface) must be
 # on a file system that all nodes see.
 export HF_HUB_OFFLINE=1
+
+# last_value <flag> <default> <flags>...: the value that the script will see.
+last_value() {
+  local flag=$1 value=$2
+  shift 2
+  while [ $# -gt 0 ]; do
+    case $1 in
+      "$flag") value=${2:-} ;;
+      "$flag="*) value=${1#*=} ;;
+    esac
+    shift
+  done
+  echo "$value"
+}
+
+# 5. A recipe of the command line says what is trained on what, so nothing of 2. may win over it. The trainer is the one
+# that its first line names, as in "# train_po.py: DPO ...".
+recipe=$(last_value --config "" "$@")
+if [ -n "$recipe" ]; then
+  [ -r "$recipe" ] || { echo "error: --config $recipe: cannot be read; expected a recipe as in recipes/" >&2; exit 2; }
+  named=$(sed -nE '1s/^# (train_[a-z]+\.py):.*/\1/p' "$recipe")
+  trainer=${named:-$trainer}
+  arguments=()
+  default_output_dir=$(sed -nE "s/^output_dir: *[\"']?([^\"'#]*[^\"'# ]).*/\1/p" "$recipe")
+  default_output_dir=${default_output_dir:-runs/$(basename "${recipe%.*}")}
+fi

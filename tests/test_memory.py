@@ -203,12 +203,24 @@ def test_the_command_needs_neither_data_nor_weights(deep_clip, tmp_path, monkeyp
     config_alone.mkdir()
     shutil.copy(deep_clip / "config.json", config_alone)
     common = ["--estimate_memory", "--estimate_processes", "4", "--model_name_or_path"]
-    train_lore.main([*common, str(config_alone), "--gradient_checkpointing"])
+    train_lore.main([*common, str(config_alone), "--gradient_checkpointing", "--global_batch_size", "1024"])
     output = capsys.readouterr().out
-    for expected in ("4 processes", "ViT-B/32", "config-alone", "ZeRO-3 + gc", "Largest", "activations"):
+    for expected in (
+        "4 processes",
+        "128 images each per micro-batch (x 2)",
+        "ViT-B/32",
+        "config-alone",
+        "ZeRO-3 + gc",
+        "Largest",
+        "activations",
+    ):
         assert expected in output
     with pytest.raises(UserError, match=r"holds no config\.json"):
         train_lore.main([*common, str(tmp_path)])
+    with pytest.raises(
+        UserError, match=r"--global_batch_size 1000: .* 4 x 128 .* = 512; --per_device_train_batch_size 125"
+    ):
+        train_lore.main([*common, str(config_alone), "--global_batch_size", "1000"])
     with pytest.raises(UserError, match="--reference_dtype bfloat16"):
         train_lore.main([*common, str(config_alone), "--estimate_precision", "no", "--reference_dtype", "bfloat16"])
 

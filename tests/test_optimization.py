@@ -1,11 +1,20 @@
+import itertools
 import math
+import re
 
 import pytest
 import torch
 from scipy.stats import beta
 
 from utils.cli import UserError
-from utils.optimization import BetaAverage, cosine_learning_rate, count_steps, make_optimizer, set_learning_rate
+from utils.optimization import (
+    BetaAverage,
+    accumulation_steps,
+    cosine_learning_rate,
+    count_steps,
+    make_optimizer,
+    set_learning_rate,
+)
 
 
 def test_the_rate_warms_up_linearly_and_falls_as_torchs_cosine():
@@ -30,6 +39,38 @@ def test_steps_of_a_run():
         count_steps(**sizes | {"samples_per_epoch": 104}, max_steps=None)
     with pytest.raises(UserError, match="global batch of 200"):
         count_steps(**sizes | {"global_batch_size": 200}, max_steps=None)
+
+
+def test_a_global_batch_is_reached_exactly_or_refused_with_what_would_fit():
+    """Over all small cases: the product is N, and each of the two ways out that a refusal names is accepted."""
+    assert accumulation_steps(None, 8, 2) == 1
+    assert accumulation_steps(None, 8, 2, given=3) == 3
+    assert accumulation_steps(3584, 448, 8) == 1
+    assert accumulation_steps(3584, 448, 1, given=8) == 8
+    refused = 0
+    for total, per_device, processes in itertools.product(range(1, 25), range(1, 13), range(1, 7)):
+        if total % (per_device * processes) == 0:
+            assert accumulation_steps(total, per_device, processes) * per_device * processes == total
+            continue
+        refused += 1
+        with pytest.raises(UserError, match=f"--global_batch_size {total}: ") as error:
+            accumulation_steps(total, per_device, processes)
+        smaller = re.search(r"; --per_device_train_batch_size (\d+) would fit", str(error.value))
+        assert bool(smaller) == (total % processes == 0)
+        if smaller:
+            assert int(smaller[1]) < per_device
+            accumulation_steps(total, int(smaller[1]), processes)
+        for batch in re.search(r"--global_batch_size ([\d or]+)$", str(error.value))[1].split(" or "):
+            accumulation_steps(int(batch), per_device, processes)
+    assert refused > 1000
+    with pytest.raises(
+        UserError, match=r"--gradient_accumulation_steps 3 with --global_batch_size 32: that is 2 times 2 x 8"
+    ) as error:
+        accumulation_steps(32, 8, 2, given=3)
+    assert "--global_batch_size 48" in str(error.value)
+    accumulation_steps(48, 8, 2, given=3)
+    with pytest.raises(UserError, match="would fit"):  # an answer, not a search without end
+        accumulation_steps(2**62 + 2, 2**61, 2)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamax", "adamw_8bit", "paged_adamw_8bit"])

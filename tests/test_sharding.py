@@ -1,6 +1,7 @@
 """The same run under any number of processes and any way to share the work: DDP, ZeRO-1, 2 and 3 equal one process."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 from tests.conftest import ROOT, accelerate_launch, run_script
 from tests.small_models import photos, save_small_model, small_encoder
 from tests.train_several import train
+from utils.cli import UserError
 from utils.encoders import quiet_transformers
 
 SHARDINGS = [
@@ -151,3 +153,47 @@ def test_two_processes_equal_one_for_every_kind_of_encoder(arguments, tmp_path, 
         for expected, found in zip(rows(tmp_path / "one" / kind), rows(tmp_path / "two" / kind), strict=True):
             for key in expected.keys() - TIMINGS:
                 assert found[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-5), key
+
+
+def card_settings(run_dir):
+    """The settings of a model card, as it shows them."""
+    return dict(re.findall(r"^\| (\w+) \| (.*) \|$", (run_dir / "README.md").read_text(), flags=re.MULTILINE))
+
+
+def test_a_global_batch_is_the_same_on_one_and_on_two_processes(arguments, tmp_path):
+    """--global_batch_size 32: 2 processes x 8 x 2 and 1 x 8 x 4, which both trainers find out themselves."""
+    methods = ["LORE", "PO head"]
+    common = {"per_device_train_batch_size": 8, "global_batch_size": 32, "checkpoint_steps": 2, "eval_steps": 100}
+
+    def entry(method, where, **changes):
+        words = arguments(method, tmp_path / where / method, **common, **changes)
+        at = words.index("--gradient_accumulation_steps")
+        return {"trainer": METHODS[method][0], "arguments": words[:at] + words[at + 2 :], "sgd": True}
+
+    run_script(
+        "tests/train_several.py",
+        plan(tmp_path, [entry(method, "two") for method in methods]),
+        launcher=accelerate_launch(ROOT / "accelerate_configs/cpu_2proc.yaml"),
+    )
+    for method in methods:
+        train(**entry(method, "one"))
+        one, two = tmp_path / "one" / method, tmp_path / "two" / method
+        settings = card_settings(one), card_settings(two)
+        assert [shown["gradient_accumulation_steps"] for shown in settings] == ["4", "2"]
+        assert [shown["global_batch_size"] for shown in settings] == ["32", "32"]
+        differing = {name for name in settings[0] if settings[0][name] != settings[1][name]}
+        assert differing == {"output_dir", "gradient_accumulation_steps"}
+        assert [row["samples"] for row in rows(two)] == [row["samples"] for row in rows(one)] == [0, 32, 64, 96]
+        found = parameters(two)
+        error = max((found[name] - expected).abs().max().item() for name, expected in parameters(one).items())
+        assert error <= 1e-6, f"{method}: {error}"
+
+    # What two processes began, one goes on with: the flag is the same, what follows from it may change.
+    whole = parameters(tmp_path / "two/LORE")
+    train(**entry("LORE", "two", resume_from_checkpoint=tmp_path / "two/LORE/checkpoints/step-2"))
+    resumed = parameters(tmp_path / "two/LORE")
+    assert max((resumed[name] - expected).abs().max().item() for name, expected in whole.items()) <= 1e-6
+    refused = entry("LORE", "two", resume_from_checkpoint="latest")
+    refused["arguments"][refused["arguments"].index("--global_batch_size") + 1] = "16"
+    with pytest.raises(UserError, match=r"global_batch_size was 32, is 16.*--global_batch_size 32 keeps it"):
+        train(**refused)

@@ -13,9 +13,10 @@ import pytest
 
 import evaluate
 import train_lore
+import train_po
 from slurm import rank as slurm_rank
 from slurm.rank import master, parse_command, task_cpus, tasks_per_node
-from tests.conftest import ROOT, accelerate_launch, free_port, run_script
+from tests.conftest import ROOT, accelerate_launch, flags, free_port, run_script
 from utils import interruption
 from utils.cli import UserError, parse_settings
 from utils.distributed import default_num_workers
@@ -282,6 +283,50 @@ def test_the_flags_of_a_job_are_flags_of_its_script_and_those_of_the_command_lin
     array = "array" in script
     assert settings.output_dir == ("elsewhere/rho-0.05" if array else "elsewhere")
     assert (settings.rho, settings.eps, settings.resume_from_checkpoint) == (0.05 if array else 0.1, 2, "latest")
+
+
+RECIPE_JOBS = [
+    *((script, train_lore, "lore_vit-b-32_cifar10", {"seed": 3, "rho": 0.01}) for script in [*TRAINING, "prefetch.sh"]),
+    *(
+        (script, train_po, "dpo_typographic_vit-b-32_imagenet-100", {"seed": 3})
+        for script in ("train_single_node.sbatch", "prefetch.sh")
+    ),
+]
+
+
+@pytest.mark.parametrize(("script", "trainer", "name", "own"), RECIPE_JOBS)
+def test_a_recipe_is_run_by_its_trainer_and_nothing_of_the_settings_wins_over_it(
+    script, trainer, name, own, submit, tmp_path
+):
+    recipe = ROOT / f"recipes/{name}.yaml"
+    assert submit(script, "--config", str(recipe), *flags(own)).wait() == 0
+    words = (tmp_path / "calls").read_text().split()
+    found = parse_settings(trainer.Settings, words[words.index(f"{trainer.__name__}.py") + 1 :])
+    array = "array" in script
+    expected = parse_settings(
+        trainer.Settings, ["--config", str(recipe), *flags(own | ({"rho": 0.05} if array else {}))]
+    )
+    if script == "prefetch.sh":
+        assert found.prefetch
+    else:
+        assert found.output_dir == f"runs/{name}" + ("/rho-0.05" if array else "")
+    free = {"output_dir", "cache_dir", "resume_from_checkpoint", "prefetch"}
+    assert {key for key, value in vars(found).items() if value != vars(expected)[key]} <= free
+
+
+def test_a_recipe_that_is_missing_ends_the_job_and_one_with_urls_needs_a_shared_cache(submit, tmp_path):
+    missing = submit(TRAINING[0], "--config", "none.yaml")
+    assert missing.wait() == 2
+    assert missing.stderr.read() == "error: --config none.yaml: cannot be read; expected a recipe as in recipes/\n"
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text('# see https://example.org/\noutput_dir: "runs/mine"  # quoted\n')
+    assert submit("prefetch.sh", f"--config={recipe}").wait() == 0  # a comment is no shard
+    assert submit(TRAINING[0], f"--config={recipe}").wait() == 0
+    assert "--output_dir runs/mine --resume" in (tmp_path / "calls").read_text()
+    recipe.write_text("train_shards: https://example.org/a.tar\n")
+    assert submit("prefetch.sh", f"--config={recipe}").wait() == 2
+    assert submit(TRAINING[0], f"--config={recipe}").wait() == 0
+    assert "--output_dir runs/own --resume" in (tmp_path / "calls").read_text()
 
 
 def test_prefetch_refuses_to_fill_a_cache_that_no_compute_node_sees(submit, tmp_path):

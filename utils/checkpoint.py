@@ -377,7 +377,10 @@ def refuse_changed_settings(before: dict[str, Any], now: dict[str, Any], free: s
         if name in before and name not in free and _known_by(before[name]) != _known_by(value)
     ]
     if changed:
-        batch = "; a global batch is --per_device_train_batch_size x processes x --gradient_accumulation_steps"
+        batch = (
+            "; a global batch is --per_device_train_batch_size x processes x --gradient_accumulation_steps, "
+            f"--global_batch_size {before.get('global_batch_size')} keeps it"
+        )
         raise UserError(
             f"--resume_from_checkpoint: the run was started with other settings ({'; '.join(changed)}); give the "
             f"same ones{batch if 'global_batch_size' in ' '.join(changed) else ''}, or start a new run in another --output_dir"

@@ -40,6 +40,11 @@ MIXED_PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.f
 logger = logging.getLogger(__name__)
 
 
+def launched_processes() -> int:
+    """Processes of the run, as the launcher says it: known before they are a group."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def start_accelerator(
     *,
     seed: int = 0,
@@ -90,10 +95,9 @@ def start_accelerator(
             f"the accelerate config asks for DeepSpeed but accelerate chose {accelerator.distributed_type.value}; leave "
             "use_cpu out of the config and ACCELERATE_USE_CPU out of the environment"
         )
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != world_size:
+    if accelerator.num_processes != launched_processes():
         raise UserError(
-            f"the launcher started {world_size} processes but accelerate formed a group of "
+            f"the launcher started {launched_processes()} processes but accelerate formed a group of "
             f"{accelerator.num_processes}: each would train alone; use a config of accelerate_configs/ (cpu_2proc.yaml shows what CPU processes need)"
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:

@@ -34,6 +34,36 @@ def make_optimizer(name: str, module: nn.Module, learning_rate: float, weight_de
     return optimizer_class(module.parameters(), lr=learning_rate, weight_decay=weight_decay)
 
 
+def accumulation_steps(
+    global_batch_size: int | None, per_device_batch_size: int, processes: int, given: int | None = None
+) -> int:
+    """Micro-batches per step: N / (processes x per-device batch), or without a global batch N what was ``given``, else 1.
+
+    Raises ``UserError``, which says what would fit, where that is no whole number or not the ``given`` one.
+    """
+    if global_batch_size is None:
+        return given or 1
+    at_once = processes * per_device_batch_size
+    product = f"{processes} x {per_device_batch_size} (processes x --per_device_train_batch_size)"
+    steps, rest = divmod(global_batch_size, at_once)
+    if rest:
+        batches = " or ".join(str(batch) for batch in (steps * at_once, (steps + 1) * at_once) if batch)
+        share, indivisible = divmod(global_batch_size, processes)
+        sizes = range(min(share, per_device_batch_size, 1 << 16), 0, -1)
+        smaller = next((size for size in sizes if share % size == 0), None) if not indivisible else None
+        raise UserError(
+            f"--global_batch_size {global_batch_size}: not a whole number of times {product} = {at_once}; "
+            f"{f'--per_device_train_batch_size {smaller} would fit, or ' if smaller else 'try '}--global_batch_size {batches}"
+        )
+    if given not in (None, steps):
+        raise UserError(
+            f"--gradient_accumulation_steps {given} with --global_batch_size {global_batch_size}: that is {steps} times "
+            f"{product}; leave --gradient_accumulation_steps out, or give --global_batch_size {given * at_once} (none: as "
+            "the others say)"
+        )
+    return steps
+
+
 def count_steps(
     *, samples_per_epoch: int, num_samples: int, global_batch_size: int, epochs: int, max_steps: int | None
 ) -> int:
@@ -45,8 +75,8 @@ def count_steps(
         )
     if samples_per_epoch < global_batch_size:
         raise UserError(
-            f"--per_device_train_batch_size: the global batch of {global_batch_size} (x processes x accumulation) is "
-            f"larger than an epoch of {samples_per_epoch} samples; make it smaller"
+            f"--per_device_train_batch_size: the global batch of {global_batch_size} (x processes x accumulation, or "
+            f"--global_batch_size) is larger than an epoch of {samples_per_epoch} samples; make it smaller"
         )
     return max_steps or epochs * (samples_per_epoch // global_batch_size)
 
