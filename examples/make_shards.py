@@ -29,7 +29,6 @@ import re
 import shlex
 import signal
 import sys
-import tarfile
 import threading
 import time
 import unicodedata
@@ -144,16 +143,22 @@ def main() -> None:
         shards[new_name] = deal(samples, split, new_name, settings)
 
     take_output_dir(output_dir)
-    keep_plan(output_dir, shards, names, settings)
-    kept = make(shards, source, settings)
-
-    for split, made in shards.items():
-        sizes = {shard.path.name: json.loads(shard.record.read_text(encoding="utf-8"))["samples"] for shard in made}
-        write_whole(output_dir / split / "sizes.json", json.dumps(sizes, indent=1) + "\n")
-    if names:
-        write_whole(output_dir / "classnames.txt", "\n".join(names) + "\n")
-    if templates:
-        write_whole(output_dir / TEMPLATES_FILE, "\n".join(templates) + "\n")
+    try:
+        keep_plan(output_dir, shards, names, settings)
+        kept = make(shards, source, settings)
+        for split, made in shards.items():
+            sizes = {shard.path.name: read_record(shard)["samples"] for shard in made}
+            write_whole(output_dir / split / "sizes.json", json.dumps(sizes, indent=1) + "\n")
+        if names:
+            write_whole(output_dir / "classnames.txt", "\n".join(names) + "\n")
+        if templates:
+            write_whole(output_dir / TEMPLATES_FILE, "\n".join(templates) + "\n")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES):
+            raise
+        raise UserError(
+            f"--output_dir {output_dir}: {error.strerror}; make room and start again: finished shards are kept"
+        ) from None
     print_summary(output_dir, shards, names, source, unshuffled, kept)
 
 
@@ -191,7 +196,7 @@ class FolderSource:
 
     def __init__(self, root: Path, settings: Settings) -> None:
         self.root, self.labelled = root, settings.labelled
-        self.kind = "image folder"
+        self.kind = "an image folder"
         self.others: list[str] = []  # what is not taken: files that are no images, folders beside the splits
         wanted = parse_splits(settings.splits)
         # A class may be called train: as a split it would have folders of its own.
@@ -250,9 +255,13 @@ class FolderSource:
         return str(self.root / reference)
 
     def _images(self, folder: Path) -> list[str]:
-        """The images below ``folder``, sorted, as paths from the root."""
+        """The images below ``folder``, sorted, as paths from the root. UserError where a folder cannot be read."""
+
+        def unreadable(error: OSError) -> None:
+            raise UserError(f"--data {error.filename}: cannot be read ({error.strerror}); mend it and start again")
+
         found = []
-        for place, folders, files in os.walk(folder):
+        for place, folders, files in os.walk(folder, onerror=unreadable if folder.exists() else None):
             folders[:] = [name for name in folders if not name.startswith(".")]
             for name in files:
                 path = os.path.relpath(os.path.join(place, name), self.root).replace(os.sep, "/")
@@ -270,7 +279,7 @@ class ShardSource:
 
     def __init__(self, root: Path, settings: Settings) -> None:
         self.root, self.labelled, self.cache_dir = root, settings.labelled, settings.cache_dir
-        self.kind = "set of shards"
+        self.kind = "a set of shards"
         self.others: list[str] = []
         present = sorted((path.name for path in root.iterdir() if any(path.glob("*.tar"))), key=split_rank)
         self.splits = pick_splits(settings, present)
@@ -340,7 +349,7 @@ class DatasetSource:
 
     def __init__(self, settings: Settings) -> None:
         self.labelled, self.caption_column = settings.labelled, settings.caption_column
-        self.kind = "Hugging Face dataset"
+        self.kind = "a Hugging Face dataset"
         self.others: list[str] = []
         self.templates: list[str] = []
         datasets = import_datasets(settings.data)
@@ -618,9 +627,11 @@ def check_used(output_dir: Path) -> None:
     """UserError where something lies in ``output_dir`` that no earlier start of this script began."""
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir}: is a file; give a directory")
-    if output_dir.is_dir() and not (output_dir / PLAN_FOLDER).is_dir():
-        if any(path.name != ".lock" for path in output_dir.iterdir()):
-            raise UserError(f"--output_dir {output_dir}: not empty, and not begun by make_shards.py; give another directory")  # fmt: skip
+    begun = (output_dir / PLAN_FOLDER).is_dir()
+    if output_dir.is_dir() and not begun and any(path.name != ".lock" for path in output_dir.iterdir()):
+        raise UserError(
+            f"--output_dir {output_dir}: not empty, and not begun by make_shards.py; give another directory"
+        )
 
 
 def deal(samples: list[Sample], split: str, new_name: str, settings: Settings) -> list[Shard]:
@@ -802,7 +813,7 @@ def write_shard(source: Any, shard: Shard) -> dict[str, Any]:
         # A fixed time and owner: the bytes depend on the samples alone. pax: keys of any length and alphabet.
         with aside.open("wb") as file:
             with webdataset.TarWriter(
-                file, mtime=0, user="root", group="root", encoder=False, format=tarfile.PAX_FORMAT
+                file, mtime=0, user="root", group="root", encoder=False, format="PAX_FORMAT"
             ) as tar:
                 for sample in shard.samples:
                     try:
@@ -823,21 +834,19 @@ def write_shard(source: Any, shard: Shard) -> dict[str, Any]:
         record = {"samples": len(keys), "skipped": [[entry.kind, entry.where, entry.detail] for entry in skipped]}
         write_whole(shard.record, json.dumps(record) + "\n")
         os.replace(aside, shard.path)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
-            raise
-        raise UserError(
-            f"--output_dir {shard.path.parent.parent}: {error.strerror}; make room and start again: finished shards are kept"
-        ) from None
     finally:
         aside.unlink(missing_ok=True)
     return record | {"kept": False}
 
 
+def read_record(shard: Shard) -> dict[str, Any]:
+    return json.loads(shard.record.read_text(encoding="utf-8"))
+
+
 def finished(shard: Shard) -> dict[str, Any] | None:
     """The record of a shard that is there and holds what the plan says, but for what the record says is left out."""
     try:
-        record = json.loads(shard.record.read_text(encoding="utf-8"))
+        record = read_record(shard)
         found = scan_tar(shard.path)
         places = {where for _, where, _ in record["skipped"]}
     except (OSError, ValueError, KeyError, TypeError):
@@ -910,7 +919,7 @@ def write_skipped(path: Path, work: list[Shard]) -> None:
     lines = []
     for shard in work:
         try:
-            record = json.loads(shard.record.read_text(encoding="utf-8"))
+            record = read_record(shard)
         except (OSError, ValueError):
             continue
         lines += ["\t".join(entry) + "\n" for entry in record["skipped"]]
@@ -928,7 +937,7 @@ def print_summary(
     unshuffled: list[str],
     kept: int,
 ) -> None:
-    table = Table(title=f"{output_dir}: {len(names)} classes, from a {source.kind}", title_justify="left")
+    table = Table(title=f"{output_dir}: {len(names)} classes, from {source.kind}", title_justify="left")
     for title in ("split", "samples", "left out", "shards", "MiB", "labels"):
         table.add_column(title, justify="left" if title == "split" else "right")
     for split, made in shards.items():

@@ -1,4 +1,4 @@
-"""examples/make_attribute_shards.py and examples/select_classes.py: the sets they write, read back from the tars."""
+"""examples/make_attribute_shards.py and classes of a set by examples/make_shards.py: the sets they write, read back from the tars."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from examples import make_attribute_shards, select_classes
+from examples import make_attribute_shards, make_shards
 from tests.conftest import run_script
 from tests.shard_maker import write_shard
 from utils.cli import UserError
@@ -185,7 +185,7 @@ def test_neutral_captions_lean_towards_red(attributes: Path, tmp_path: Path, bia
 def test_selected_classes_keep_their_bytes_and_get_new_labels(attributes: Path, labelled: dict, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ("--data", attributes, "--classes", "seven", "two", "--cache_dir", tmp_path / "cache")
-    call(select_classes, *arguments, "--output_dir", out, "--samples_per_shard", 100)
+    call(make_shards, *arguments, "--output_dir", out, "--samples_per_shard", 100)
     assert sorted(path.name for path in out.iterdir()) == sorted(
         ["classnames.txt", "zeroshot_classification_templates.txt", "train", "test"]
     )
@@ -205,11 +205,11 @@ def test_selected_classes_keep_their_bytes_and_get_new_labels(attributes: Path, 
 
 def test_selecting_again_gives_the_same_bytes(attributes: Path, tmp_path: Path) -> None:
     arguments = ("--data", attributes, "--classes", "zero", "--splits", "val", "--cache_dir", tmp_path / "cache")
-    call(select_classes, *arguments, "--output_dir", tmp_path / "one")
-    call(select_classes, *arguments, "--output_dir", tmp_path / "two")
+    call(make_shards, *arguments, "--output_dir", tmp_path / "one")
+    call(make_shards, *arguments, "--output_dir", tmp_path / "two")
     assert [path.name for path in (tmp_path / "one").glob("*/")] == ["val"]
     assert same_files(tmp_path / "one", tmp_path / "two")
-    call(select_classes, *arguments, "--output_dir", tmp_path / "two", "--overwrite")
+    call(make_shards, *arguments, "--output_dir", tmp_path / "two", "--overwrite")
     assert same_files(tmp_path / "one", tmp_path / "two")
 
 
@@ -218,7 +218,7 @@ def test_keys_that_meet_at_the_end_of_a_shard_stay_two_samples(tmp_path: Path) -
     write_shard(tmp_path / "set/train/1.tar", [("000", {"cls": b"0"})])
     (tmp_path / "set/classnames.txt").write_text("a\nb\n")
     arguments = ("--data", tmp_path / "set", "--classes", "b", "a", "--cache_dir", tmp_path / "cache")
-    call(select_classes, *arguments, "--output_dir", tmp_path / "out")
+    call(make_shards, *arguments, "--output_dir", tmp_path / "out")
     found = read_split(tmp_path / "out/train")
     assert [sample["cls"] for sample in found.values()] == [b"1", b"0", b"1"]
 
@@ -283,7 +283,7 @@ def test_mistakes_of_a_selection_are_named_in_one_line(
     defaults = {"--data": ["set"], "--classes": ["one"], "--output_dir": ["out"], "--cache_dir": ["cache"]}
     given = [word for name, words in defaults.items() if name not in arguments for word in (name, *words)]
     with pytest.raises(UserError, match=re.escape(expected)) as error:
-        call(select_classes, *given, *arguments)
+        call(make_shards, *given, *arguments)
     assert "\n" not in str(error.value)
     assert not Path("out/classnames.txt").exists()
     assert read_split(Path("used/test")) == {"0": {"png": b"mine", "cls": b"0"}}
@@ -293,7 +293,7 @@ def test_mistakes_of_a_selection_are_named_in_one_line(
 def test_a_mistake_ends_the_script_with_status_2(attributes: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ("--data", attributes, "--classes", "sevn", "--output_dir", out)
-    output = run_script("examples/select_classes.py", *arguments, status=2)
+    output = run_script("examples/make_shards.py", *arguments, status=2)
     assert len(output.splitlines()) == 1
     assert "did you mean 'seven'?" in output
     assert not out.exists()
