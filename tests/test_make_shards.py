@@ -22,6 +22,7 @@ from PIL import Image
 
 import train_lore
 from examples import make_shards
+from tests.conftest import run_script
 from tests.shard_maker import image_bytes, write_shard
 from tests.test_example_sets import call, read_split
 from utils.cli import UserError
@@ -378,6 +379,102 @@ def test_names_come_from_a_file_in_the_order_of_the_sorted_folders(pictures: Pat
     assert {source.split("/")[1]: label for _, _, label, source in plan_of(out, "val")} == {"owl": "0", "big_cat": "1"}
 
 
+# ----------------------------------------------------------------------------------------------------------- from shards
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A set of three classes in three splits, with members beside image and class, and templates."""
+    root = tmp_path_factory.mktemp("sets") / "set"
+    for split, sizes in (("train", [5, 4]), ("val", [4]), ("test", [3])):
+        for shard, size in enumerate(sizes):
+            keys = [f"{split}-{shard}-{n}" for n in range(size)]
+            samples = [
+                (key, {"webp": image_bytes(n, format="WEBP"), "cls": b"%d" % (n % 3), "json": b'{"n": %d}' % n})
+                for n, key in enumerate(keys)
+            ]
+            write_shard(root / split / f"{shard}.tar", samples)
+    (root / "classnames.txt").write_text("one\ntwo\nseven\n")
+    (root / make_shards.TEMPLATES_FILE).write_text("the number {c}.\n")
+    return root
+
+
+def test_selected_classes_keep_their_bytes_and_get_new_labels(shards: Path, tmp_path: Path) -> None:
+    out = make(shards, tmp_path / "out", "--classes", "seven", "one", "--samples_per_shard", 2, "--shuffle", "none")
+    assert (out / "classnames.txt").read_text() == "seven\none\n"
+    assert (out / make_shards.TEMPLATES_FILE).read_text() == "the number {c}.\n"
+    for split in ("train", "val", "test"):
+        new = {b"2": b"0", b"0": b"1"}
+        expected = {
+            key: {**sample, "cls": new[sample["cls"]]}
+            for key, sample in read_split(shards / split).items()
+            if sample["cls"] in new
+        }
+        found = read_split(out / split)
+        assert found == expected
+        assert list(found) == list(expected)
+
+
+def test_keys_that_come_again_in_another_shard_stay_two_samples(tmp_path: Path) -> None:
+    images = [image_bytes(n) for n in range(3)]
+    write_shard(tmp_path / "set/train/0.tar", [("1", {"jpg": images[0], "cls": b"0"}), ("0", {"jpg": images[1], "cls": b"1"})])  # fmt: skip
+    write_shard(tmp_path / "set/train/1.tar", [("0", {"jpg": images[2], "cls": b"0"})])
+    (tmp_path / "set/classnames.txt").write_text("a\nb\n")
+    found = read_split(make(tmp_path / "set", tmp_path / "out", "--classes", "b", "a", "--shuffle", "none") / "train")
+    assert found == {
+        key: {"jpg": image, "cls": label} for key, image, label in zip(("1", "0", "0-1"), images, (b"1", b"0", b"1"))
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--classes", "sevn"], "--classes 'sevn': no such class in set; did you mean 'seven'?"),
+        (["--data", "twins", "--classes", "crane"], "--classes 'crane': the name of 2 classes of twins"),
+        (["--splits", "dev"], "--splits dev: no such split in set; there is train, val, test"),
+        (["--data", "bare"], "bare/classnames.txt: no such file"),
+        (["--output_dir", "set"], "is where the samples come from"),
+        (["--data", "unlabelled"], "--data unlabelled/train/0.tar#0: .cls is ''; expected 0 ... 1"),
+        (["--data", "beyond"], "--data beyond/train/0.tar#0: .cls is '2'; expected 0 ... 1"),
+        (["--data", "broken"], "--data broken/train/0.tar: damaged shard"),
+        (["--data", "short"], "sizes.json promises 2 samples, the shard holds 1"),
+        (["--data", "long"], "outdated sizes.json"),
+        (["--data", "others"], "--data others: no image of these classes in its train"),
+    ],
+)
+def test_mistakes_of_a_selection_are_named_in_one_line(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], expected: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("set").symlink_to(shards)
+    before = shard_files(shards)
+    for name, keys, members in (
+        ("twins", "0", {"png": b"", "cls": b"0"}),
+        ("bare", "0", {"png": b"", "cls": b"0"}),
+        ("unlabelled", "0", {"png": b""}),
+        ("beyond", "0", {"png": b"", "cls": b"2"}),
+        ("broken", "012", {"png": b"", "cls": b"1"}),
+        ("short", "0", {"png": b"", "cls": b"1"}),
+        ("long", "01", {"png": b"", "cls": b"1"}),
+        ("others", "0", {"png": b"", "cls": b"0"}),
+    ):
+        write_shard(Path(name, "train/0.tar"), [(key, members) for key in keys])
+        if name != "bare":
+            names = "crane\none\ncrane\n" if name == "twins" else "zero\none\n"
+            Path(name, "classnames.txt").write_text(names)
+    for name, promised in (("short", 2), ("long", 1)):
+        Path(name, "train/sizes.json").write_text(json.dumps({"0.tar": promised}))
+    broken = Path("broken/train/0.tar")
+    broken.write_bytes(broken.read_bytes()[: 2 * 1536] + b"x" * 600)
+    defaults = {"--data": ["set"], "--classes": ["one"], "--output_dir": ["out"], "--cache_dir": ["cache"]}
+    given = [word for name, words in defaults.items() if name not in arguments for word in (name, *words)]
+    with pytest.raises(UserError, match=re.escape(expected)) as error:
+        call(make_shards, *given, *arguments)
+    assert "\n" not in str(error.value)
+    assert not Path("out").exists()
+    assert shard_files(shards) == before
+
+
 # --------------------------------------------------------------------------------------------------------- Hugging Face
 
 
@@ -501,6 +598,12 @@ def test_mistakes_are_named_in_one_line(
     assert not list(Path().glob("out/*/*.tar"))
     assert [path.name for path in Path("used").iterdir()] == ["notes.txt"]
     assert sorted(path.name for path in pictures.iterdir()) == ["train", "val"]
+
+
+def test_a_mistake_ends_the_script_with_status_2(pictures: Path, tmp_path: Path) -> None:
+    output = run_script("examples/make_shards.py", "--data", pictures, "--classes", "owll", "--output_dir", tmp_path / "out", status=2)  # fmt: skip
+    assert len(output.splitlines()) == 1
+    assert "did you mean 'owl'?" in output
 
 
 # --------------------------------------------------------------------------------------------------------- it trains on it
