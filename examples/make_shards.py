@@ -38,7 +38,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import webdataset
 from PIL import Image
 from rich.table import Table
@@ -46,6 +45,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.checkpoint import take_output_dir
 from utils.cli import UserError, flag, nearest, parse_settings, required, run
+from utils.data_order import permutation
 from utils.images import ImageError, ImageTransform, decode
 from utils.progress import RunProgress, wide_console
 from utils.shard_sources import expand_shards, one_line
@@ -62,6 +62,7 @@ from utils.zeroshot import (
 )
 
 FOLDER_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")  # what utils/images.py decodes
+SIDECARS = ("txt", "json")  # of an image, beside it: its caption; its attribute, or the texts of a preference pair
 SPLIT_NAMES = ("train", "val", "valid", "validation", "test")
 TEMPLATES_FILE = "zeroshot_classification_templates.txt"
 PLAN_FOLDER = "make_shards"
@@ -137,13 +138,15 @@ def main() -> None:
         if not samples:
             raise UserError(f"--data {settings.data}: no image of these classes in its {split}; expected at least one")
         if settings.shuffle == "all" or (settings.shuffle == "train" and new_name == "train"):
-            samples = [samples[place] for place in np.random.default_rng(settings.seed).permutation(len(samples))]
+            samples = [samples[place] for place in permutation(len(samples), settings.seed)]
         elif len(samples) > 1 and is_sorted([sample.label for sample in samples]):
             unshuffled.append(new_name)
         shards[new_name] = deal(samples, split, new_name, settings)
 
     take_output_dir(output_dir)
     try:
+        for leftover in output_dir.rglob(".*.part"):  # of a killed run
+            leftover.unlink(missing_ok=True)
         keep_plan(output_dir, shards, names, settings)
         kept = make(shards, source, settings)
         for split, made in shards.items():
@@ -192,6 +195,7 @@ class FolderSource:
     """<root>/<split>/<class>/*, where a folder has the name of a usual or given split; else <root>/<class>/*.
 
     The number of a class is its place among the sorted folders of all splits. Images are searched in subfolders too.
+    <image>.txt and <image>.json beside an image come along.
     """
 
     def __init__(self, root: Path, settings: Settings) -> None:
@@ -244,9 +248,9 @@ class FolderSource:
 
     def read(self, split: str, reference: str) -> tuple[str, bytes, dict[str, bytes]]:
         path = self.root / reference
-        texts = path.with_suffix(".txt")
+        beside = {extension: path.with_suffix(f".{extension}") for extension in SIDECARS}
         try:
-            members = {"txt": texts.read_bytes()} if texts.is_file() else {}
+            members = {extension: text.read_bytes() for extension, text in beside.items() if text.is_file()}
             return "", path.read_bytes(), members
         except OSError as error:
             raise BadSample("missing image", self.where(split, reference), error.strerror or one_line(error)) from None
@@ -269,7 +273,7 @@ class FolderSource:
                     continue
                 if name.lower().endswith(FOLDER_SUFFIXES):
                     found.append(path)
-                elif not name.endswith(".txt"):
+                elif not name.endswith(tuple(f".{extension}" for extension in SIDECARS)):
                     self.others.append(path)
         return sorted(found)
 
@@ -729,9 +733,6 @@ def make(shards: dict[str, list[Shard]], source: Any, settings: Settings) -> int
     skips = SkipCounter(ShardIndex([], [total], [], ""), settings.max_bad_fraction, report=None)
     num_workers = min(len(work), settings.num_workers or len(os.sched_getaffinity(0)))
     kept, left_out, said_at = 0, 0, time.monotonic()
-    for shard in work:
-        for leftover in shard.path.parent.glob(".*.part") if shard.path.name == "000000.tar" else ():
-            leftover.unlink(missing_ok=True)
     try:
         with (
             contextlib.closing(results(work, source, num_workers)) as records,
@@ -744,7 +745,7 @@ def make(shards: dict[str, list[Shard]], source: Any, settings: Settings) -> int
                 skips.add([Skipped(*entry) for entry in record["skipped"]])
                 report = time.monotonic() - said_at > 10 or skips.seen == total
                 said_at = time.monotonic() if report else said_at
-                progress.update(skips.seen, {"left out": left_out}, report=report)
+                progress.update(skips.seen, {"skipped": left_out}, report=report)
                 try:
                     skips.check()
                 except UserError as error:

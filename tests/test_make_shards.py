@@ -7,6 +7,7 @@ import filecmp
 import io
 import json
 import multiprocessing
+import os
 import re
 import signal
 import sys
@@ -19,15 +20,17 @@ import pytest
 import torch
 import webdataset
 from PIL import Image
+from scipy.io import savemat
 
 import train_lore
 from examples import make_shards
-from tests.conftest import run_script
+from tests.conftest import ROOT, run_script
 from tests.shard_maker import image_bytes, write_shard
 from tests.test_example_sets import call, read_split
 from utils.cli import UserError
 from utils.data_order import SequentialOrder
 from utils.images import ImageTransform, decode
+from utils.pairs import PairDataset
 from utils.shards import ShardDataset
 from utils.tar_index import scan_tar
 from utils.zeroshot import imagenet_prompts, imagenet_wordnet_ids, open_set
@@ -203,6 +206,18 @@ def test_workers_do_not_change_the_bytes(many: tuple[Path, Path], tmp_path: Path
     assert sum(name.endswith(".tar") for name in files) == 40
 
 
+def make_on_a_slow_disk(data: Path, out: Path) -> None:
+    """In a process of its own: time enough to be killed in the middle, however busy the machine is."""
+    sync = make_shards.os.fsync
+
+    def slow(descriptor: int) -> None:
+        time.sleep(0.05)
+        sync(descriptor)
+
+    make_shards.os.fsync = slow
+    make(data, out, *MANY, "--num_workers", 2)
+
+
 def children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
@@ -219,9 +234,7 @@ def test_killed_and_started_again_it_makes_the_same_bytes(many: tuple[Path, Path
     data, whole = many
     out = tmp_path / "out"
     # A process of its own, that need not import everything anew.
-    process = multiprocessing.get_context("fork").Process(
-        target=call, args=(make_shards, "--data", data, "--output_dir", out, *MANY, "--num_workers", 2)
-    )
+    process = multiprocessing.get_context("fork").Process(target=make_on_a_slow_disk, args=(data, out))
     process.start()
     limit = time.monotonic() + 60
     while len(list(out.glob("train/*.tar"))) < shards:
@@ -233,9 +246,12 @@ def test_killed_and_started_again_it_makes_the_same_bytes(many: tuple[Path, Path
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    while any(map(alive, workers)):  # they notice it
-        assert time.monotonic() < limit
+    while any(map(alive, workers)) and time.monotonic() < limit:
         time.sleep(0.05)
+    orphans = [worker for worker in workers if alive(worker)]
+    for orphan in orphans:
+        os.kill(orphan, signal.SIGKILL)
+    assert not orphans  # workers do not outlive the run
 
     left = sorted(out.glob("train/*.tar"))
     assert shards <= len(left) < 40
@@ -545,6 +561,64 @@ def test_without_the_library_one_line_says_so(tmp_path: Path, monkeypatch: pytes
         UserError, match=r"--data no/such: nothing is there, .* not installed; correct the path, or pip"
     ):
         make(Path("no/such"), tmp_path / "out")
+
+
+# ------------------------------------------------------------------------------------------------- the recipes of the docs
+
+
+def recipe(word: str) -> str:
+    """The Python block of docs/data.md that holds ``word``."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/data.md").read_text(encoding="utf-8"), re.DOTALL)
+    (block,) = [block for block in blocks if word in block]
+    return block
+
+
+def test_the_recipe_of_pairs_makes_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    people = [("man", "riding a horse"), ("woman", "riding a horse"), ("woman", "playing tennis")]
+    Path("images").mkdir()
+    for number in range(3):
+        Path(f"images/{number}.jpg").write_bytes(image_bytes(number))
+    lines = [f"images/{number}.jpg,{activity},{gender}" for number, (gender, activity) in enumerate(people)]
+    Path("images.csv").write_text("\n".join(["path,activity,gender", *lines, ""]))
+    exec(recipe("images.csv"), {})
+    out = make(Path("pairs"), Path("out"), "--labelled", "false")
+    index = open_set([str(out / "train")], flag="--data", with_classes=False, cache_dir="cache").index
+    data = PairDataset(index, ImageTransform(None, None), order="sequential")
+    rows = {item["key"]: item["rows"][0] for item in (data[0, slot, slot] for slot in range(6))}
+    assert sorted(rows) == [f"{number:06d}-{kind}" for number in range(3) for kind in ("neutral", "pair")]
+    for number, (gender, activity) in enumerate(people):
+        pair, clean = rows[f"{number:06d}-pair"], rows[f"{number:06d}-neutral"]
+        other = {"man": "woman", "woman": "man"}[gender]
+        assert pair.chosen == f"a photo of a {other} {activity}."
+        assert pair.rejected == [f"a photo of a {gender} {activity}."]
+        assert clean.reg
+        assert clean.candidates == ["a photo of a person playing tennis.", "a photo of a person riding a horse."]
+        assert torch.equal(pair.image, clean.image)
+        assert torch.equal(pair.image, decode(image_bytes(number), ImageTransform(None, None)))
+
+
+def test_the_recipe_of_imagenets_validation_images_sorts_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A development kit of the official form: its numbers are not in the order of the WordNet ids, groups follow them."""
+    monkeypatch.chdir(tmp_path)
+    kit = Path("ILSVRC2012_devkit_t12/data")
+    kit.mkdir(parents=True)
+    synsets = [(1, "n02123045", 0), (2, "n01440764", 0), (3, "n07753592", 0), (4, "n00001740", 3)]
+    fields = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("num_children", "O")]
+    savemat(kit / "meta.mat", {"synsets": np.array(synsets, dtype=fields)[:, None]})
+    truth = [3, 1, 2, 1]
+    (kit / "ILSVRC2012_validation_ground_truth.txt").write_text("".join(f"{label}\n" for label in truth))
+    Path("imagenet/val").mkdir(parents=True)
+    for number in range(1, 5):
+        Path(f"imagenet/val/ILSVRC2012_val_{number:08d}.JPEG").write_bytes(image_bytes(number))
+    exec(recipe("meta.mat"), {})
+    samples = read_split(make(Path("imagenet"), Path("out")) / "val")
+    assert Path("out/classnames.txt").read_text().splitlines() == ["tench", "tabby cat", "banana"]
+    labels = {1: b"1", 2: b"0", 3: b"2"}
+    assert samples == {
+        f"ILSVRC2012_val_{number:08d}": {"jpg": image_bytes(number), "cls": labels[label]}
+        for number, label in enumerate(truth, 1)
+    }
 
 
 # -------------------------------------------------------------------------------------------------------------- mistakes
