@@ -160,7 +160,7 @@ def main() -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES):
             raise
         raise UserError(
-            f"--output_dir {output_dir}: {error.strerror}; make room and start again: finished shards are kept"
+            f"--output_dir {output_dir}: {error.strerror}; make room, or mend it, and start again: finished shards are kept"
         ) from None
     print_summary(output_dir, shards, names, source, unshuffled, kept)
 
@@ -176,7 +176,7 @@ def open_source(settings: Settings) -> FolderSource | ShardSource | DatasetSourc
             return DatasetSource(settings)
         if any(path.glob("*/*.tar")):
             return ShardSource(path, settings)
-        if any(path.rglob("*.parquet")):
+        if any(path.glob("*.parquet")) or any(path.glob("*/*.parquet")):
             return DatasetSource(settings)
         if any(path.glob("*.tar")):
             raise UserError(
@@ -235,7 +235,7 @@ class FolderSource:
     def samples(self, split: str, new_labels: dict[int, int]) -> list[Sample]:
         root, found = self.folders[split], []
         classes = [(name, label) for label, name in enumerate(self.class_ids) if label in new_labels]
-        with RunProgress(f"listing {split or self.root}", max(1, len(classes)), transient=True) as progress:
+        with RunProgress(f"listing {split}", max(1, len(classes)), transient=True) as progress:
             for done, (name, label) in enumerate(classes if self.labelled else [("", None)], 1):
                 for path in self._images(root / name):
                     found.append((name, new_labels.get(label), path))
@@ -426,6 +426,11 @@ def import_datasets(data: str) -> Any:
             f"--data {data}: {'' if Path(data).exists() else 'nothing is there, and '}a Hugging Face dataset is read with the library "
             "datasets, which is not installed; correct the path, or pip install datasets"
         ) from None
+    if int(datasets.__version__.partition(".")[0]) < 4:
+        # They run a script that comes with a dataset; later ones refuse it.
+        raise UserError(
+            f"--data {data}: datasets {datasets.__version__} may run code of a dataset's author; expected 4 or later: pip install -U datasets"
+        )
     return datasets
 
 
@@ -492,7 +497,7 @@ def pick_column(flag_name: str, asked: str | None, features: dict[str, Any], can
 
 
 def choose_classes(source: Any, settings: Settings) -> tuple[list[str], dict[int, int]]:
-    """Names of the new classes, and label in the source -> new label. Sets the names of the source's classes.
+    """Names of the new classes, and label in the source -> new label. Tells the source what its classes are called.
 
     ImageNet's names follow from the WordNet ids where the classes have them, however few they are, else from the label.
     """
@@ -504,7 +509,7 @@ def choose_classes(source: Any, settings: Settings) -> tuple[list[str], dict[int
     by_id = bool(ids) and set(ids) <= set(imagenet_ids)
     aliases = [ids]
     if settings.classnames == IMAGENET or (settings.classnames is None and by_id):
-        names = imagenet_prompts()[0]
+        names, source.templates = imagenet_prompts()
         if by_id:
             names = [names[imagenet_ids.index(name)] for name in ids]
         elif ids and len(ids) != len(names):
@@ -556,7 +561,7 @@ def renumber(settings: Settings, aliases: list[list[str]]) -> tuple[list[str], d
 
 
 def choose_templates(source: Any, settings: Settings) -> list[str]:
-    if settings.templates == IMAGENET or (settings.templates is None and settings.classnames == IMAGENET):
+    if settings.templates == IMAGENET:
         return imagenet_prompts()[1]
     if settings.templates is None:
         return source.templates
@@ -939,7 +944,7 @@ def print_summary(
     kept: int,
 ) -> None:
     table = Table(title=f"{output_dir}: {len(names)} classes, from {source.kind}", title_justify="left")
-    for title in ("split", "samples", "left out", "shards", "MiB", "labels"):
+    for title in ("split", "samples", "left out", "shards", "MiB", "classes"):
         table.add_column(title, justify="left" if title == "split" else "right")
     for split, made in shards.items():
         sizes = json.loads((output_dir / split / "sizes.json").read_text(encoding="utf-8"))

@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -362,6 +363,7 @@ def test_a_class_list_of_a_folder_gives_its_labels_and_imagenets_names(tmp_path:
     (tmp_path / "list.txt").write_text("n07753592\nn02123045\nn01440764\n")
     out = make(tmp_path / "data", tmp_path / "out", "--classes", tmp_path / "list.txt")
     assert (out / "classnames.txt").read_text().splitlines() == ["banana", "tabby cat", "tench"]
+    assert (out / make_shards.TEMPLATES_FILE).read_text().splitlines() == imagenet_prompts()[1]
     for split in ("train", "val"):
         plan = {key: source for _, key, _, source in plan_of(out, split)}
         found = {plan[key]: sample for key, sample in read_split(out / split).items()}
@@ -555,7 +557,14 @@ def test_mistakes_with_a_hugging_face_dataset_end_in_one_line(tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
 
 
-def test_without_the_library_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_or_with_one_that_runs_scripts_one_line_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = ModuleType("datasets")
+    old.__version__ = "3.6.0"
+    monkeypatch.setitem(sys.modules, "datasets", old)
+    with pytest.raises(UserError, match=r"datasets 3.6.0 may run code .* expected 4 or later"):
+        make(Path("no/such"), tmp_path / "out")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
         UserError, match=r"--data no/such: nothing is there, .* not installed; correct the path, or pip"
