@@ -1,4 +1,4 @@
-"""examples/make_attribute_shards.py and examples/select_classes.py: the sets they write, read back from the tars."""
+"""examples/make_attribute_shards.py: the sets it writes, read back from the tars."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from examples import make_attribute_shards, select_classes
+from examples import make_attribute_shards
 from tests.conftest import run_script
-from tests.shard_maker import write_shard
 from utils.cli import UserError
 
 CLASSNAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -182,47 +181,6 @@ def test_neutral_captions_lean_towards_red(attributes: Path, tmp_path: Path, bia
     assert counts["blue"] / coloured["blue"] == pytest.approx(share, abs=3 * (share * (1 - share) / 538) ** 0.5)
 
 
-def test_selected_classes_keep_their_bytes_and_get_new_labels(attributes: Path, labelled: dict, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    arguments = ("--data", attributes, "--classes", "seven", "two", "--cache_dir", tmp_path / "cache")
-    call(select_classes, *arguments, "--output_dir", out, "--samples_per_shard", 100)
-    assert sorted(path.name for path in out.iterdir()) == sorted(
-        ["classnames.txt", "zeroshot_classification_templates.txt", "train", "test"]
-    )
-    assert (out / "classnames.txt").read_text() == "seven\ntwo\n"
-    templates = "zeroshot_classification_templates.txt"
-    assert (out / templates).read_bytes() == (attributes / templates).read_bytes()
-    for split in ("train", "test"):
-        chosen = {key: sample for key, sample in labelled[split].items() if sample["cls"] in (b"7", b"2")}
-        expected = {key: {**sample, "cls": {b"7": b"0", b"2": b"1"}[sample["cls"]]} for key, sample in chosen.items()}
-        found = read_split(out / split)
-        assert found == expected
-        assert list(found) == list(expected)
-        sizes = json.loads((out / split / "sizes.json").read_text())
-        assert sum(sizes.values()) == len(expected)
-        assert set(list(sizes.values())[:-1]) <= {100}
-
-
-def test_selecting_again_gives_the_same_bytes(attributes: Path, tmp_path: Path) -> None:
-    arguments = ("--data", attributes, "--classes", "zero", "--splits", "val", "--cache_dir", tmp_path / "cache")
-    call(select_classes, *arguments, "--output_dir", tmp_path / "one")
-    call(select_classes, *arguments, "--output_dir", tmp_path / "two")
-    assert [path.name for path in (tmp_path / "one").glob("*/")] == ["val"]
-    assert same_files(tmp_path / "one", tmp_path / "two")
-    call(select_classes, *arguments, "--output_dir", tmp_path / "two", "--overwrite")
-    assert same_files(tmp_path / "one", tmp_path / "two")
-
-
-def test_keys_that_meet_at_the_end_of_a_shard_stay_two_samples(tmp_path: Path) -> None:
-    write_shard(tmp_path / "set/train/0.tar", [("001", {"cls": b"0"}), ("000", {"cls": b"1"})])
-    write_shard(tmp_path / "set/train/1.tar", [("000", {"cls": b"0"})])
-    (tmp_path / "set/classnames.txt").write_text("a\nb\n")
-    arguments = ("--data", tmp_path / "set", "--classes", "b", "a", "--cache_dir", tmp_path / "cache")
-    call(select_classes, *arguments, "--output_dir", tmp_path / "out")
-    found = read_split(tmp_path / "out/train")
-    assert [sample["cls"] for sample in found.values()] == [b"1", b"0", b"1"]
-
-
 @pytest.mark.parametrize("name", ["used", "file"])
 def test_attribute_shards_leave_a_used_folder_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / "used").mkdir()
@@ -231,69 +189,3 @@ def test_attribute_shards_leave_a_used_folder_alone(tmp_path: Path, name: str) -
     with pytest.raises(UserError, match=re.escape(f"--output_dir {tmp_path / name}: ")):
         call(make_attribute_shards, "--output_dir", tmp_path / name)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "notes.txt", "used"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["--classes", "sevn"], "--classes 'sevn': no such class in set; did you mean 'seven'?"),
-        (["--classes", "xylophone"], "the 10 names are in its classnames.txt"),
-        (["--classes", "one", "one"], "--classes 'one': given twice"),
-        (["--data", "twins", "--classes", "crane"], "several lines of twins/classnames.txt"),
-        (["--splits", "valid"], "--splits valid: no .tar files in set/valid; there is test, train, val"),
-        (["--data", "nowhere"], "--data nowhere: no such directory"),
-        (["--data", "bare"], "bare/classnames.txt: no such file"),
-        (["--data", "twins"], "--data twins: no shards in train or test; expected <split>/*.tar"),
-        (["--output_dir", "used"], "--overwrite"),
-        (["--output_dir", "set", "--overwrite"], "is where the samples come from"),
-        (["--output_dir", "used", "--overwrite", "--splits", "train"], "its test/ would keep the labels"),
-        (["--data", "unlabelled"], "--data unlabelled/train/0.tar#0: .cls is ''; expected 0 ... 1"),
-        (["--data", "beyond"], "--data beyond/train/0.tar#0: .cls is '2'; expected 0 ... 1"),
-        (["--data", "broken"], "--data broken/train/0.tar: damaged shard"),
-        (["--data", "short"], "sizes.json promises 2 samples, the shard holds 1"),
-        (["--data", "long"], "outdated sizes.json"),
-        (["--data", "others"], "none of the 1 samples in others/train is of these classes"),
-        (["--class", "one"], "did you mean --classes"),
-    ],
-)
-def test_mistakes_of_a_selection_are_named_in_one_line(
-    attributes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], expected: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("set").symlink_to(attributes)
-    Path("bare").mkdir()
-    Path("used/test").mkdir(parents=True)
-    write_shard(Path("used/test/0.tar"), [("0", {"png": b"mine", "cls": b"0"})])
-    Path("twins").mkdir()
-    Path("twins/classnames.txt").write_text("crane\none\ncrane\n")
-    for name, keys, members in (
-        ("unlabelled", "0", {"png": b""}),
-        ("beyond", "0", {"png": b"", "cls": b"2"}),
-        ("broken", "012", {"png": b"", "cls": b"1"}),
-        ("short", "0", {"png": b"", "cls": b"1"}),
-        ("long", "01", {"png": b"", "cls": b"1"}),
-        ("others", "0", {"png": b"", "cls": b"0"}),
-    ):
-        write_shard(Path(name, "train/0.tar"), [(key, members) for key in keys])
-        Path(name, "classnames.txt").write_text("zero\none\n")
-    for name, promised in (("short", 2), ("long", 1)):
-        Path(name, "train/sizes.json").write_text(json.dumps({"0.tar": promised}))
-    broken = Path("broken/train/0.tar")
-    broken.write_bytes(broken.read_bytes()[: 2 * 1536] + b"x" * 600)
-    defaults = {"--data": ["set"], "--classes": ["one"], "--output_dir": ["out"], "--cache_dir": ["cache"]}
-    given = [word for name, words in defaults.items() if name not in arguments for word in (name, *words)]
-    with pytest.raises(UserError, match=re.escape(expected)) as error:
-        call(select_classes, *given, *arguments)
-    assert "\n" not in str(error.value)
-    assert not Path("out/classnames.txt").exists()
-    assert read_split(Path("used/test")) == {"0": {"png": b"mine", "cls": b"0"}}
-    assert (attributes / "test/000000.tar").is_file()
-
-
-def test_a_mistake_ends_the_script_with_status_2(attributes: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    arguments = ("--data", attributes, "--classes", "sevn", "--output_dir", out)
-    output = run_script("examples/select_classes.py", *arguments, status=2)
-    assert len(output.splitlines()) == 1
-    assert "did you mean 'seven'?" in output
-    assert not out.exists()

@@ -77,6 +77,11 @@ def imagenet_prompts() -> tuple[list[str], list[str]]:
     return prompts["classnames"], prompts["templates"]
 
 
+def imagenet_wordnet_ids() -> list[str]:
+    """The WordNet ids of ImageNet's 1000 classes, such as n01440764, in class order: the folders of the official files."""
+    return (PROMPTS / "imagenet_wordnet_ids.txt").read_text(encoding="utf-8").split()
+
+
 def interpretability_templates() -> list[str]:
     """150 everyday captions with ``{c}`` for the class name: the texts of the measure of interpretability."""
     return (PROMPTS / "interpretability_templates.txt").read_text(encoding="utf-8").splitlines()
