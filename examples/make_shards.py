@@ -1,9 +1,9 @@
 r"""Turns an image folder, a Hugging Face dataset or some classes of existing shards into a set of shards.
 
     python examples/make_shards.py --data pictures --output_dir data/pictures
-    python examples/make_shards.py --data ILSVRC/imagenet-1k --splits train validation=val --classnames imagenet \
+    python examples/make_shards.py --data ILSVRC/imagenet-1k --splits train validation=test --classnames imagenet \
       --output_dir data/imagenet
-    python examples/make_shards.py --data data/imagenet --classes imagenet100.txt --output_dir data/imagenet100
+    python examples/make_shards.py --data data/imagenet --classes imagenet100.txt --output_dir data/imagenet-100
 
 --data is an image folder (<split>/<class>/*, or <class>/* alone), shards in the project's layout (<split>/*.tar), or what
 the library `datasets` reads: a saved dataset, .parquet files, a name on the hub. Images are copied byte for byte. Each
@@ -456,7 +456,7 @@ def load_dataset(datasets: Any, settings: Settings) -> Any:
 
 
 def parse_splits(asked: list[str] | None) -> dict[str, str]:
-    """["train", "validation=val"] -> {"train": "train", "validation": "val"}."""
+    """["train", "validation=test"] -> {"train": "train", "validation": "test"}."""
     splits = {}
     for word in asked or []:
         name, _, new_name = word.partition("=")
