@@ -38,6 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import webdataset
 from PIL import Image
 from rich.table import Table
@@ -784,9 +785,13 @@ worker_source: Any = None  # of this worker process
 
 
 def start_worker(source: Any) -> None:
-    """Ctrl-C is for the main process, and a worker whose main process was killed must not go on."""
+    """Ctrl-C is for the main process, and a worker whose main process was killed must not go on.
+
+    One thread each: a forked process waits forever for OpenMP threads that its parent had and it has not.
+    """
     global worker_source
     worker_source = source
+    torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = os.getppid()
 
