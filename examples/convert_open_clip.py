@@ -16,16 +16,15 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import re
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -48,6 +47,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.checkpoint import replace_directory
 from utils.cli import UserError, flag, parse_settings, required, run
 from utils.encoders import check_model, quiet_transformers
+from utils.hub import model_folder
 from utils.strict_json import parse_json
 
 OPENAI_MEAN, OPENAI_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
@@ -69,6 +69,8 @@ CONVNEXTS = {
     "convnext_xlarge": ((3, 3, 27, 3), (256, 512, 1024, 2048)),
 }
 XXLARGE = ((3, 4, 30, 3), (384, 768, 1536, 3072))
+
+ONLY_FROM_OPEN_CLIP = ("activation", "vision_heads", "text_heads", "image_size", "image_mean", "image_std")
 
 State = dict[str, Tensor]
 
@@ -95,29 +97,32 @@ def main() -> None:
     output_dir = Path(settings.output_dir)
     if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
         raise UserError(f"--output_dir {output_dir}: exists and is not an empty directory; give another one")
+    if settings.to not in ("transformers", "open_clip"):
+        raise UserError(f"--to {settings.to}: expected transformers or open_clip")
+    other_way = ("custom_text",) if settings.to == "transformers" else ONLY_FROM_OPEN_CLIP
+    for name in other_way:
+        if getattr(settings, name):
+            raise UserError(f"--{name}: has no meaning with --to {settings.to}; leave it out")
     for name in ("image_mean", "image_std"):
         if len(getattr(settings, name)) not in (0, 3):
             raise UserError(f"--{name}: {len(getattr(settings, name))} numbers; expected three: red, green, blue")
     if any(value <= 0 for value in settings.image_std):
         raise UserError("--image_std: expected three numbers above 0")
-    if settings.to == "transformers":
-        write = prepare_transformers(settings)
-    elif settings.to == "open_clip":
-        write = prepare_open_clip(settings)
-    else:
-        raise UserError(f"--to {settings.to}: expected transformers or open_clip")
+    write = prepare_transformers(settings) if settings.to == "transformers" else prepare_open_clip(settings)
     aside = output_dir.with_name(f".{output_dir.name}.incomplete")
     try:
-        aside.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+        aside.mkdir(parents=True)
         write(aside)
         if output_dir.exists():
             output_dir.rmdir()
         replace_directory(aside, output_dir)
     except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"--output_dir {output_dir}: cannot be written ({error.strerror})") from None
 
 
-def prepare_transformers(settings: Settings) -> Any:
+def prepare_transformers(settings: Settings) -> Callable[[Path], None]:
     """Everything up to the first written byte; returns what writes the directory."""
     source = state_file(Path(settings.input))
     known = read_open_clip_config(source.parent / CONFIG_FILE)
@@ -159,14 +164,15 @@ def prepare_transformers(settings: Settings) -> Any:
     return write
 
 
-def prepare_open_clip(settings: Settings) -> Any:
+def prepare_open_clip(settings: Settings) -> Callable[[Path], None]:
     """Everything up to the first written byte; returns what writes the directory."""
-    config = check_model(settings.input, "--input", ("clip", DUAL_ENCODER))
-    described = open_clip_config(config, settings.custom_text, processor_normalisation(Path(settings.input)))
+    folder = model_folder(settings.input, "--input", ("clip", DUAL_ENCODER))
+    config = check_model(str(folder), "--input", ("clip", DUAL_ENCODER))
+    described = open_clip_config(config, settings.custom_text, processor_normalisation(folder))
     try:
         with quiet_transformers():
             model, found = _model_class(config).from_pretrained(
-                settings.input, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+                folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
             )
     except Exception as error:  # of transformers, safetensors and torch, depending on the file that is wrong
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
@@ -540,7 +546,7 @@ def read_state(path: Path) -> State:
             loaded = load_file(path)
         else:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # of safetensors, torch, zipfile and pickle, depending on the damage
         if "TorchScript" in str(error):
             raise UserError(
                 f"--input {path}: a TorchScript archive, which holds code; give the same weights as safetensors"
@@ -569,8 +575,8 @@ def read_open_clip_config(path: Path) -> dict[str, Any]:
         known = {"activation": "quick_gelu" if model.get("quick_gelu", False) else "gelu"}
         if "timm_model_name" in vision:
             known["image_size"] = int(vision["image_size"])
-        elif "head_width" in vision:
-            known["vision_heads"] = int(vision["width"]) // int(vision["head_width"])
+        else:
+            known["vision_heads"] = int(vision["width"]) // int(vision.get("head_width", 64))
         if "heads" in text:
             known["text_heads"] = int(text["heads"])
         if text.get("pool_type", "argmax") == "eos":

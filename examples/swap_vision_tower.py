@@ -28,9 +28,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.checkpoint import replace_directory
 from utils.cli import UserError, flag, parse_settings, required, run
 from utils.encoders import check_model, quiet_transformers
+from utils.hub import model_folder
 from utils.strict_json import parse_json
 
 ARCHITECTURE = ("hidden_size", "num_hidden_layers", "patch_size", "image_size", "hidden_act", "num_attention_heads", "intermediate_size", "layer_norm_eps")  # fmt: skip
+CLIP_TYPES = ("clip", "clip_vision_model")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 # transformers 5 writes vision_tower.embeddings..., 4 wrote vision_tower.vision_model.embeddings..., and inside of a whole
@@ -55,7 +57,9 @@ def main() -> None:
         raise UserError(f"--output_dir {output_dir}: exists and is not an empty directory; give another one")
     if not llava.is_dir():
         raise UserError(f"--llava {llava}: no such directory; bring it with `hf download <id> --local-dir <directory>`")
-    check_architecture(llava_vision_config(llava), settings.model)
+    vision_config = llava_vision_config(llava)
+    settings.model = str(model_folder(settings.model, "--model", CLIP_TYPES))
+    check_architecture(vision_config, settings.model)
     check_normalisation(llava, Path(settings.model))
     slots = find_tower(llava)
     tower = load_tower(settings.model)
@@ -100,7 +104,7 @@ def llava_vision_config(llava: Path) -> PreTrainedConfig:
 
 def check_architecture(there: PreTrainedConfig, model: str) -> None:
     """Raises ``UserError`` where the tower of ``model`` is another kind than LLaVA's."""
-    config = check_model(model, "--model", ("clip", "clip_vision_model"))
+    config = check_model(model, "--model", CLIP_TYPES)
     here = config.vision_config if config.model_type == "clip" else config
     for name in ARCHITECTURE:
         if getattr(here, name) != getattr(there, name):

@@ -44,7 +44,7 @@ def scores(model: str, image: str, labels: list[str], template: str) -> list[tup
     except (OSError, ValueError, SyntaxError) as error:  # of Pillow, depending on the damage
         raise UserError(f"--image {image}: no picture ({error}); give a JPEG, PNG or WebP") from None
     with quiet_transformers():
-        classify = pipeline("zero-shot-image-classification", model=model)
+        classify = pipeline("zero-shot-image-classification", model=model, trust_remote_code=False)
         # It formats with str.format: other braces would be places too.
         text = template.replace("{", "{{").replace("}", "}}").replace("{{c}}", "{}")
         answers = classify(picture, candidate_labels=labels, hypothesis_template=text)

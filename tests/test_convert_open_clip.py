@@ -349,6 +349,10 @@ def test_a_convnext_checkpoint_becomes_a_directory_and_comes_back(small_clip, tm
     [
         (["--to", "torch", "--input", "x", "--output_dir", "y"], "--to torch: expected transformers or open_clip"),
         (["--to", "transformers", "--input", "x", "--output_dir", "y", "--activation", "gelu"], "no such file"),
+        (["--to", "open_clip", "--input", "x", "--output_dir", "y", "--activation", "gelu"], "--activation: has no meaning"),
+        (["--to", "transformers", "--input", "x", "--output_dir", "y", "--custom_text"], "--custom_text: has no meaning"),
+        (["--to", "transformers", "--input", "x", "--output_dir", "y", "--image_std", "1", "0", "1"], "above 0"),
+        (["--to", "transformers", "--input", "x", "--output_dir", "y", "--image_mean", "1", "0"], "expected three"),
         (["--to", "transformers", "--input", "{state}", "--output_dir", "y"], "--activation: missing"),
         (["--to", "transformers", "--input", "{broken}", "--output_dir", "y", "--activation", "gelu"], "cannot be read"),
         (["--to", "transformers", "--input", "{state}", "--output_dir", "{full}", "--activation", "gelu"], "not an empty"),
@@ -370,6 +374,33 @@ def test_bad_input_ends_in_one_line(words, expected, tmp_path, monkeypatch):
     assert expected in str(caught.value)
     assert not Path("y").exists()
     assert (tmp_path / "full/something").read_text() == "here first"
+
+
+class Touch:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    torch.save({"state_dict": open_clip_state("vit"), "epoch": Touch(tmp_path / "ran")}, tmp_path / "bad.pt")
+    with pytest.raises(UserError, match="cannot be read as tensors alone"):
+        call(
+            "--to",
+            "transformers",
+            "--input",
+            tmp_path / "bad.pt",
+            "--activation",
+            "gelu",
+            "--output_dir",
+            tmp_path / "out",
+        )
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(small_clip, tmp_path):
