@@ -1,0 +1,292 @@
+r"""Puts a robust CLIP image tower into a LLaVA: a copy of the directory in which the tower's weights alone are others.
+
+    python examples/swap_vision_tower.py --llava models/llava-1.5-7b-hf --model runs/lore4-l14-336 \
+      --output_dir models/llava-1.5-7b-lore4
+
+--llava is a directory of a LlavaForConditionalGeneration or LlavaNextForConditionalGeneration with safetensors, --model the
+output_dir of train_lore.py or another directory with the image half of a CLIP, of the same architecture as LLaVA's tower.
+Nothing of the language model is loaded: files are copied, and the bytes of the tower's tensors written over in the copies
+that hold them, rounded to the file's precision. So a 13B model needs the memory of one tower, and every other byte stays.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import struct
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, CLIPVisionModel, PreTrainedConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from utils.checkpoint import replace_directory
+from utils.cli import UserError, flag, parse_settings, required, run
+from utils.encoders import check_model, quiet_transformers
+from utils.hub import model_folder
+from utils.strict_json import parse_json
+
+ARCHITECTURE = ("hidden_size", "num_hidden_layers", "patch_size", "image_size", "hidden_act", "num_attention_heads", "intermediate_size", "layer_norm_eps")  # fmt: skip
+CLIP_TYPES = ("clip", "clip_vision_model")
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+# transformers 5 writes vision_tower.embeddings..., 4 wrote vision_tower.vision_model.embeddings..., and inside of a whole
+# model it may stand under model. too.
+TOWER = re.compile(r"(?:^|\.)vision_tower\.(?:vision_model\.)?(.+)$")
+
+
+@dataclass
+class Settings:
+    llava: str = required("directory of a LLaVA or LLaVA-NeXT model, with safetensors", group="models")
+    model: str = required("directory (or Hugging Face id) of the CLIP whose image tower goes in", group="models")
+    output_dir: str = required("where the new LLaVA goes", group="output")
+    hard_links: bool = flag(
+        False, "link the files without a part of the tower, in place of copying: no space, but shared", group="output"
+    )
+
+
+def main() -> None:
+    settings = parse_settings(Settings, description=__doc__)
+    llava, output_dir = Path(settings.llava), Path(settings.output_dir)
+    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
+        raise UserError(f"--output_dir {output_dir}: exists and is not an empty directory; give another one")
+    if not llava.is_dir():
+        raise UserError(f"--llava {llava}: no such directory; bring it with `hf download <id> --local-dir <directory>`")
+    vision_config = llava_vision_config(llava)
+    settings.model = str(model_folder(settings.model, "--model", CLIP_TYPES))
+    check_architecture(vision_config, settings.model)
+    check_normalisation(llava, Path(settings.model))
+    slots = find_tower(llava)
+    tower = load_tower(settings.model)
+    check_tensors(slots, tower, settings)
+
+    aside = output_dir.with_name(f".{output_dir.name}.incomplete")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        copied = copy_files(llava, aside, {slot.file for slot in slots.values()}, settings.hard_links)
+        moved, norm = 0.0, 0.0
+        for name, slot in slots.items():
+            difference, before = overwrite(aside / slot.file, slot, tower[name])
+            moved, norm = moved + difference, norm + before
+        if output_dir.exists():
+            output_dir.rmdir()
+        replace_directory(aside, output_dir)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(f"--output_dir {output_dir}: cannot be written ({error.strerror})") from None
+    files = len({slot.file for slot in slots.values()})
+    print(
+        f"{output_dir}: {len(slots)} tensors of the image tower replaced in {files} of {copied} weight files; the tower moved by "
+        f"{100 * (moved / norm) ** 0.5:.2f} % of its length"
+    )
+
+
+def llava_vision_config(llava: Path) -> PreTrainedConfig:
+    """The config of LLaVA's image tower. Raises ``UserError``."""
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(llava, trust_remote_code=False)
+    except Exception as error:  # of transformers, depending on what is wrong
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise UserError(f"--llava {llava}: no model that transformers knows ({reason})") from None
+    if config.model_type not in ("llava", "llava_next"):
+        raise UserError(f"--llava {llava}: model type {config.model_type!r}; expected llava or llava_next")
+    if config.vision_config.model_type != "clip_vision_model":
+        raise UserError(f"--llava {llava}: its image tower is a {config.vision_config.model_type}; expected CLIP's")
+    return config.vision_config
+
+
+def check_architecture(there: PreTrainedConfig, model: str) -> None:
+    """Raises ``UserError`` where the tower of ``model`` is another kind than LLaVA's."""
+    config = check_model(model, "--model", CLIP_TYPES)
+    here = config.vision_config if config.model_type == "clip" else config
+    for name in ARCHITECTURE:
+        if getattr(here, name) != getattr(there, name):
+            raise UserError(
+                f"--model {model}: {name} is {getattr(here, name)}, LLaVA's image tower has {getattr(there, name)}; give a "
+                "model that was fine-tuned from LLaVA's own encoder"
+            )
+
+
+def check_normalisation(llava: Path, model: Path) -> None:
+    """Raises ``UserError`` where both directories have an image processor and they normalise differently."""
+    there, here = normalisation(llava), normalisation(model)
+    if there and here and there != here:
+        raise UserError(
+            f"--model {model}: normalises with {here[0]} and {here[1]}, LLaVA with {there[0]} and {there[1]}; the tower would see "
+            "other images than it was trained on"
+        )
+
+
+def normalisation(directory: Path) -> tuple[list[float], list[float]] | None:
+    """image_mean and image_std, to six digits; None where no file has them."""
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        try:
+            settings = parse_json((directory / name).read_text(encoding="utf-8"))
+            settings = settings.get("image_processor", settings)
+            mean, std = ([round(float(value), 6) for value in settings[f"image_{part}"]] for part in ("mean", "std"))
+            return mean, std
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return None
+
+
+class Slot(NamedTuple):
+    """Where a tensor of the tower lies."""
+
+    file: str
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int  # its first byte in the file
+    size: int  # bytes
+
+
+def find_tower(llava: Path) -> dict[str, Slot]:
+    """The image tower's tensors by their names in ``CLIPVisionModel``, found in the headers. Raises ``UserError``."""
+    slots: dict[str, Slot] = {}
+    for file in weight_files(llava):
+        for key, entry, start in read_header(llava / file, llava):
+            match = TOWER.search(key)
+            if match is None or match[1] == "embeddings.position_ids":  # a buffer, 0, 1, 2, ..., in old files
+                continue
+            if match[1] in slots:
+                raise UserError(f"--llava {llava}: {key} and {slots[match[1]].key} are the same tensor of the tower")
+            if entry["dtype"] not in DTYPES:
+                raise UserError(
+                    f"--llava {llava}: {key} is stored as {entry['dtype']}; expected one of {', '.join(DTYPES)}, a model that is "
+                    "not quantised"
+                )
+            first, last = entry["data_offsets"]
+            dtype = DTYPES[entry["dtype"]]
+            slots[match[1]] = Slot(file, key, dtype, tuple(entry["shape"]), start + first, last - first)
+    if not slots:
+        raise UserError(f"--llava {llava}: no tensor of a vision_tower in its safetensors files")
+    return slots
+
+
+def weight_files(llava: Path) -> list[str]:
+    """The names of the safetensors files: those of the index, or the only one. Raises ``UserError``."""
+    index = llava / "model.safetensors.index.json"
+    if not index.is_file():
+        if (llava / "model.safetensors").is_file():
+            return ["model.safetensors"]
+        raise UserError(
+            f"--llava {llava}: neither model.safetensors nor model.safetensors.index.json; save it by transformers' save_pretrained"
+        )
+    try:
+        files = sorted(set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        plain = all(Path(file).name == file for file in files)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"--llava {index}: not an index of safetensors files") from None
+    missing = [file for file in files if not (plain and (llava / file).is_file())]
+    if missing:
+        raise UserError(f"--llava {llava}: {missing[0]} of its index is not there; download the whole model")
+    return files
+
+
+def read_header(path: Path, llava: Path) -> list[tuple[str, dict, int]]:
+    """(key, entry, first byte of the data) of every tensor of a safetensors file. Raises ``UserError``.
+
+    The format: 8 bytes with the header's length, the header as JSON, then the tensors' bytes, little-endian.
+    """
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > MAX_HEADER_BYTES:
+                raise ValueError("a header that is too long")
+            header = parse_json(file.read(length))
+        size = path.stat().st_size - 8 - length
+        entries = [(key, entry, 8 + length) for key, entry in header.items() if key != "__metadata__"]
+        for key, entry, _ in entries:
+            first, last = entry["data_offsets"]
+            itemsize = DTYPES[entry["dtype"]].itemsize if entry["dtype"] in DTYPES else None
+            count = torch.Size(entry["shape"]).numel()
+            if not 0 <= first <= last <= size or (itemsize and last - first != itemsize * count):
+                raise ValueError(f"{key} lies outside of the file")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise UserError(
+            f"--llava {llava}: {path.name} is no whole safetensors file ({str(error)[:120]}); download it again"
+        ) from None
+    return entries
+
+
+def load_tower(model: str) -> dict[str, Tensor]:
+    """The state dict of the image tower of ``model``, float32. Raises ``UserError``."""
+    try:
+        with quiet_transformers():
+            tower, found = CLIPVisionModel.from_pretrained(
+                model, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+            )
+    except Exception as error:  # of transformers, safetensors and torch, depending on the file that is wrong
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"--model {model}: the model does not load: {reason}") from None
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(f"--model {model}: {missing[0]} is missing; expected a directory saved by save_pretrained")
+    state = dict(tower.state_dict())
+    damaged = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if damaged:
+        raise UserError(f"--model {model}: {damaged[0]} is not finite; the weights are damaged")
+    return state
+
+
+def check_tensors(slots: dict[str, Slot], tower: dict[str, Tensor], settings: Settings) -> None:
+    """Raises ``UserError`` unless the two towers have the same tensors, of the same shapes, that fit into the precision."""
+    for name in sorted(set(slots) | set(tower)):
+        if name not in slots:
+            raise UserError(
+                f"--llava {settings.llava}: its image tower lacks {name}, which --model {settings.model} has"
+            )
+        if name not in tower:
+            raise UserError(f"--model {settings.model}: lacks {name}, LLaVA's {slots[name].key}")
+        if slots[name].shape != tuple(tower[name].shape):
+            raise UserError(
+                f"--model {settings.model}: {name} is {tuple(tower[name].shape)}, LLaVA's {slots[name].key} {slots[name].shape}"
+            )
+        if tower[name].abs().max() > torch.finfo(slots[name].dtype).max:
+            raise UserError(
+                f"--model {settings.model}: {name} reaches {tower[name].abs().max():.3g}, more than the {slots[name].dtype} of "
+                "LLaVA's file can hold; save LLaVA in bfloat16 or float32 first"
+            )
+
+
+def copy_files(llava: Path, aside: Path, changed: set[str], hard_links: bool) -> int:
+    """Copies the directory; links weight files outside of ``changed`` where that is wished. -> number of safetensors files.
+
+    A second copy of the weights in .bin files would keep the old tower, and is left out.
+    """
+    weights = 0
+    for path in sorted(llava.rglob("*")):
+        name = path.relative_to(llava)
+        hidden = any(part.startswith(".") for part in name.parts)  # .cache/ of a download
+        if path.is_dir() or hidden or path.name.startswith("pytorch_model"):
+            continue
+        target = aside / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        weights += path.suffix == ".safetensors"
+        if hard_links and path.suffix == ".safetensors" and str(name) not in changed:
+            os.link(path.resolve(), target)  # of the hub's cache the blob, not the symbolic link to it
+        else:
+            shutil.copyfile(path, target)
+    return weights
+
+
+def overwrite(path: Path, slot: Slot, tensor: Tensor) -> tuple[float, float]:
+    """Writes ``tensor`` over the bytes of ``slot``. -> ||new - old||^2 and ||old||^2."""
+    new = tensor.to(slot.dtype).contiguous()
+    with path.open("r+b") as file:
+        file.seek(slot.start)
+        old = torch.frombuffer(bytearray(file.read(slot.size)), dtype=slot.dtype).view(slot.shape)
+        file.seek(slot.start)
+        file.write(new.flatten().view(torch.uint8).numpy().tobytes())
+    return float((new.double() - old.double()).square().sum()), float(old.double().square().sum())
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,55 @@
+r"""A trained directory in transformers' own pipeline: a picture and some labels in, scores out.
+
+    python examples/zero_shot_pipeline.py --model runs/lore4 --image cat.jpg --labels cat dog "a red car"
+
+The pipeline is not the project's: this shows that what the trainers leave needs nothing of it. Its scores are those of
+evaluate.py's zero-shot path for one template, softmax over the labels of exp(logit_scale) * cosine.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from transformers import pipeline
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from utils.cli import UserError, flag, parse_settings, required, run
+from utils.encoders import check_model, quiet_transformers
+
+
+@dataclass
+class Settings:
+    model: str = required("directory (or Hugging Face id) of a CLIP", group="what")
+    image: str = required("a picture", group="what")
+    labels: list[str] = required("what may be on it", group="what", many=True)
+    template: str = flag("a photo of a {c}.", "text of a label, {c} its place", group="what")
+
+
+def main() -> None:
+    settings = parse_settings(Settings, description=__doc__)
+    if "{c}" not in settings.template:
+        raise UserError(f"--template {settings.template!r}: has no {{c}}, the place of the label")
+    for label, score in scores(settings.model, settings.image, settings.labels, settings.template):
+        print(f"{score:8.4f}  {label}")
+
+
+def scores(model: str, image: str, labels: list[str], template: str) -> list[tuple[str, float]]:
+    """(label, score) from the highest score down; the scores sum to 1. Raises ``UserError``."""
+    check_model(model, "--model", ("clip",))
+    try:
+        picture = Image.open(image).convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:  # of Pillow, depending on the damage
+        raise UserError(f"--image {image}: no picture ({error}); give a JPEG, PNG or WebP") from None
+    with quiet_transformers():
+        classify = pipeline("zero-shot-image-classification", model=model, trust_remote_code=False)
+        # It formats with str.format: other braces would be places too.
+        text = template.replace("{", "{{").replace("}", "}}").replace("{{c}}", "{}")
+        answers = classify(picture, candidate_labels=labels, hypothesis_template=text)
+    return [(answer["label"], answer["score"]) for answer in answers]
+
+
+if __name__ == "__main__":
+    run(main)
