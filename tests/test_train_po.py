@@ -440,7 +440,7 @@ def plain_run(directory, trainable, steps, rate, dual_rate, rho):
     for number, (step, refs, embeds) in enumerate(zip(steps, references, texts)):
         for part, peak in ((optimizer, rate), (dual, dual_rate)):
             part.param_groups[0]["lr"] = train_po.cosine_learning_rate(number, peak, len(steps))
-        preferences, kls, held, distances = [], [], [], []
+        preferences, kls, held, distances, multipliers = [], [], [], [], []
         for batch, z0, t in zip(step, refs, embeds):
             z, clean = phi(batch, z0), slice(len(batch["reg_chosen"]))
             logits = logits_of(z, t @ weight.T if trainable == "head" else t, batch)
@@ -452,10 +452,12 @@ def plain_run(directory, trainable, steps, rate, dual_rate, rho):
                 preferences.append(-F.logsigmoid(row[chosen] - row[rejected[0]]))
             distances.append((z - z0)[clean].square().sum(1))
             v = distances[-1] - rho * z0[clean].square().sum(1)
-            held.append(multiplier(z0[clean]).detach() * v)
+            multipliers.append(multiplier(z0[clean]).detach())
+            held.append(multipliers[-1] * v)
         parts = [torch.stack(preferences), *map(torch.cat, (kls, held))]
         loss = sum(part.mean() for part in parts)
-        logged.append({"loss": loss.item(), "distance_clean": torch.cat(distances).mean().item()})
+        means = {"distance_clean": torch.cat(distances), "multiplier_mean": torch.cat(multipliers)}
+        logged.append({name: values.mean().item() for name, values in means.items()} | {"loss": loss.item()})
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -495,7 +497,8 @@ def test_the_constraint_is_the_plain_algorithm(
     assert max((tensor - before[name]).abs().max() for name, tensor in expected.items()) > 1e-3
     state = load_file(tmp_path / "run/checkpoints" / f"step-{steps}" / "extra.safetensors")
     for name, tensor in multiplier.items():
-        torch.testing.assert_close(state[f"multiplier/{name}"], tensor, rtol=0, atol=1e-6, msg=name)
+        # Updates are 1e-2; AdamW makes more of the rounding of gradients near zero than SGD does.
+        torch.testing.assert_close(state[f"multiplier/{name}"], tensor, rtol=0, atol=1e-4, msg=name)
     for row, plain in zip(rows(tmp_path / "run"), logged, strict=True):
         assert {key: row[key] for key in plain} == pytest.approx(plain, rel=1e-4, abs=1e-6)
     assert rows(tmp_path / "run")[-1]["violated_fraction"] > 0.5  # the constraint acts
