@@ -72,7 +72,7 @@ class Settings:
     po_learning_rate: float = flag(3e-4, "PO: of the image tower", group="training", minimum=0)
     head_learning_rate: float = flag(1e-2, "PO: of the head", group="training", minimum=0)
     po_rho: float = flag(0.05, "PO + l2: tolerance of the constraint, from the model that the stage starts from", group="training", minimum=0)
-    po_dual_learning_rate: float = flag(5e-3, "PO + l2: of the multiplier", group="training", minimum=0)
+    po_dual_learning_rate: float = flag(1e-3, "PO + l2: of the multiplier", group="training", minimum=0)
     fonts: list[str] = flag(["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"], "of the words trained on", group="training")
     word_size_min: float = flag(40.0, "letters, in pixels at an image side of 224", group="training", above=0)
     word_size_max: float = flag(60.0, "in the same unit", group="training", above=0)
