@@ -9,6 +9,7 @@
 The first writes wrong class names on labelled images (typographic attacks) and teaches the image tower not to follow them.
 The second takes pairs of texts from .json members and trains a head, whose strength t can be set after training.
 --config recipes/<name>.yaml sets all of an experiment of the paper.
+With --constraint embedding --rho 0.1 LORE's constraint holds every clean embedding near the reference's meanwhile.
 Precision (bf16, fp16, no) and sharding live in the accelerate config.
 """
 
@@ -46,6 +47,7 @@ from utils.cli import UserError, flag, parse_settings, required, run
 from utils.data_order import TrainBatchSampler
 from utils.data_speed import TimedBatches, measured_workers
 from utils.distributed import (
+    average_gradients,
     compute_dtype,
     end_training,
     everywhere,
@@ -78,13 +80,22 @@ from utils.head import Head, fold_head, head_power, orthogonality_penalty, save_
 from utils.hub import fetch_model, on_this_node
 from utils.images import ImageTransform
 from utils.interruption import StopRequest
-from utils.metrics import MetricsFile, forward_flops, peak_memory_gib, preference_flops_per_sample
+from utils.lagrangian import Multiplier, dual_lagrangian, embedding_margin, primal_lagrangian, violation
+from utils.losses import squared_distance
+from utils.metrics import (
+    MetricsFile,
+    forward_flops,
+    peak_memory_gib,
+    preference_flops_per_sample,
+    violation_statistics,
+)
 from utils.model_card import model_card
 from utils.optimization import (
     BetaAverage,
     accumulation_steps,
     cosine_learning_rate,
     count_steps,
+    load_optimizer_state,
     make_optimizer,
     set_learning_rate,
 )
@@ -153,9 +164,14 @@ class Settings:
     label_smoothing: float = flag(0.0, "dpo: share of pairs taken to be the wrong way round, below 0.5", group="method", minimum=0)
     reg_weight: float = flag(1.0, "weight of KL(reference || policy) on clean images", group="method", minimum=0)
     orthogonality_weight: float = flag(0.0, "--trainable head: weight of ||W^T W - I||_F^2", group="method", minimum=0)
+    constraint: str = flag("none", "what holds clean images in place besides the KL", group="method", choices=("none", "embedding"))
+    multiplier: str = flag("network", "form of the Lagrange multiplier", group="method", choices=("network", "linear", "scalar"))
+    margin: str = flag("relative", "tolerance relative to ||z0||^2, or fixed", group="method", choices=("relative", "fixed"))
+    rho: float = flag(0.1, "tolerance: how far a clean embedding may move, as a share of the margin", group="method", minimum=0)
     export_t: float = flag(1.0, "--trainable head: strength t at which the head is folded into the saved model", group="method", minimum=-10, maximum=10)
 
     learning_rate: float | None = flag(None, "cosine to 0 (default: 2e-5, for a head 1e-3)", group="optimisation", minimum=0)
+    dual_learning_rate: float = flag(5e-4, "of the multiplier (AdamW), same schedule", group="optimisation", minimum=0)
     weight_decay: float = flag(0.0, "of what is trained", group="optimisation", minimum=0)
     warmup_steps: int = flag(0, "steps of linear warm-up", group="optimisation", minimum=0)
     optimizer: str = flag("adamax", "the 8-bit variants need bitsandbytes", group="optimisation", choices=("adamax", "adamw", "adamw_8bit", "paged_adamw_8bit"))
@@ -167,7 +183,7 @@ class Settings:
     train_num_samples: int | None = flag(None, "samples per epoch (default: all)", group="optimisation", minimum=1)
     max_steps: int | None = flag(None, "steps in all, in place of --epochs", group="optimisation", minimum=1)
     weight_average: str = flag("none", "save and evaluate the run's weights averaged with Beta(0.7, 0.7)", group="optimisation", choices=("none", "beta"))
-    seed: int = flag(0, "of data order and words", group="optimisation", minimum=0, maximum=2**32 - 1)
+    seed: int = flag(0, "of data order, words and multiplier", group="optimisation", minimum=0, maximum=2**32 - 1)
 
     output_dir: str = required("directory of the run: the trained model, metrics.jsonl, checkpoints/", group="output")
     eval_steps: int = flag(500, "steps between evaluations; one more at step 0 and at the end", group="output", minimum=1)
@@ -189,9 +205,19 @@ FREE_SETTINGS = {
 }  # fmt: skip
 
 
+@dataclass
+class CleanRows:
+    """What the dual step sees again of a micro-batch: R clean pictures, R >= 0, and the reference's view of them."""
+
+    inputs: Tensor  # (R, 3, H, W), float32 in [0,1]; for a head (R, D)
+    ref_image_embeds: Tensor  # (R, D), float32, un-normalised
+    margin: Tensor  # (R,), float32
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse_settings(Settings, argv, description=__doc__)
     check_settings(settings)
+    constrained = settings.constraint != "none"
     if settings.beta is None:
         settings.beta = DEFAULT_BETA[settings.preference]
     if settings.learning_rate is None:
@@ -259,13 +285,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Shown and stored without what may be a token.
     known_settings = {name: shown_setting(value) for name, value in known_settings.items()}
     if resumed:
-        refuse_changed_settings(resumed["settings"], known_settings, FREE_SETTINGS)
+        # Checkpoints from before there was a constraint have no multiplier to go on with.
+        before = {"constraint": "none"} | resumed["settings"]
+        refuse_changed_settings(before, known_settings, FREE_SETTINGS)
         from_main_process(accelerator, lambda: set_aside_later(output_dir, resumed["step"]))
     # Model files come by the first process of every node; the others find them.
     folder = fetch_model(accelerator, settings.model_name_or_path, "--model_name_or_path", CONTRASTIVE_MODEL_TYPES)
     everywhere(accelerator, lambda: refuse_head_without_projections(settings, folder))
 
-    # The policy, and its frozen reference: pictures and texts to unit embeddings.
+    # The policy, and its frozen reference: pictures and texts to embeddings.
     clip, processor = everywhere(accelerator, lambda: load_model(folder))
     encoder = make_encoder(clip, processor, compute_dtype(accelerator))
     logit_scale = float(clip.logit_scale.detach().exp())
@@ -284,7 +312,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         reference = frozen_copy(encoder)
     keep_weights_in(settings.reference_dtype, reference).to(device)
     pictures = 1 + settings.attacks_per_image if settings.task == "typographic" else 1
-    sample_flops = preference_flops_per_sample(forward_flops(reference), pictures, settings.trainable == "head")
+    sample_flops = preference_flops_per_sample(
+        forward_flops(reference), pictures, settings.trainable == "head", dual=constrained
+    )
     if settings.shard_reference:
         reference = shard_frozen(accelerator, reference)
     # The text table of a tower that is trained serves its tokenizer alone.
@@ -304,7 +334,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         encoder.compile()
         reference.compile()
 
+    # Only the policy is prepared. The multiplier stays outside the engine; its own optimizer ascends.
     optimizer = make_optimizer(settings.optimizer, policy, settings.learning_rate, settings.weight_decay)
+    if constrained:
+        multiplier = Multiplier(settings.multiplier, encoder.embed_dim).to(device)
+        dual_optimizer = torch.optim.AdamW(
+            multiplier.parameters(), lr=settings.dual_learning_rate, weight_decay=0.0, maximize=True, fused=True
+        )
     policy.train()
     if resumed:
         load_parameters(policy, checkpoint)
@@ -319,6 +355,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         extra_state = load_checkpoint(accelerator, policy, optimizer, checkpoint, resumed)
         if average:
             average.load_state_dict(extra_state["average"])
+        if constrained:
+            multiplier.load_state_dict(extra_state["multiplier"])
+            load_optimizer_state(dual_optimizer, extra_state.get("dual_optimizer", {}))
         skips = skips.merge([resumed["skips"]] if accelerator.is_main_process else [])
         best = best_so_far(resumed, known_settings, output_dir, best)
 
@@ -365,7 +404,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     batches = train_batches(datasets["train"], **share, num_workers=num_workers, pin_memory=device.type == "cuda")
     batches = TimedBatches(count_skipped(batches, skips))
 
-    # The method. Pictures and texts to unit embeddings (N, D) and (T, D), by the policy and by the reference.
+    # The method. Pictures and texts to embeddings (N, D) and unit (T, D), by the policy and by the reference.
     def to_input(images: Tensor) -> Tensor:
         """uint8 pixels to [0,1], for a head on to embeddings; embeddings stay."""
         if images.dtype != torch.uint8:
@@ -388,14 +427,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         prompt_embeds = reference_text_table(texts)
         if settings.trainable == "all" and template is not None:
             prompt_embeds = prompt_embeds[:, template : template + 1]
-        return F.normalize(image_embeds, dim=-1), ensemble(prompt_embeds)
+        return image_embeds, ensemble(prompt_embeds)
 
-    def losses_of(batch: dict[str, Any], template: int, totals: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """A micro-batch's share of the mean loss over the global batch, and what the diagnostics are made of."""
+    def unit(image_embeds: Tensor, text_embeds: Tensor) -> tuple[Tensor, Tensor]:
+        return F.normalize(image_embeds, dim=-1), text_embeds
+
+    def losses_of(batch: dict[str, Any], template: int, totals: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """A micro-batch's share of the mean loss over the global batch, and what diagnostics and dual step are made of."""
         inputs = to_input(batch["images"])
         chosen, rejected = batch["chosen"].to(device), batch["rejected"].to(device)
-        ref_logits = batch_logits(*reference_embeds(inputs, batch["texts"], template), logit_scale, batch)
-        logits = batch_logits(*policy(inputs, texts_of(batch["texts"], template)), logit_scale, batch)
+        ref_image_embeds, ref_text_embeds = reference_embeds(inputs, batch["texts"], template)
+        ref_logits = batch_logits(*unit(ref_image_embeds, ref_text_embeds), logit_scale, batch)
+        image_embeds, text_embeds = policy(inputs, texts_of(batch["texts"], template))
+        logits = batch_logits(*unit(image_embeds, text_embeds), logit_scale, batch)
         kl = retention_kl(ref_logits.reg, logits.reg)
         baseline = kl_baseline(kl) if settings.preference == "kto" else kl.new_zeros(())
         preference = preference_loss(
@@ -410,12 +454,34 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         # Sums over the rows here, divided by the rows of the whole global batch: the processes may hold unequally many.
         num_pairs, num_reg = totals.clamp_min(1).unbind()
-        loss = preference.sum() / num_pairs + settings.reg_weight * kl.sum() / num_reg
-        loss = loss * world_size * settings.gradient_accumulation_steps
+        parts = {"preference": preference, "kl": kl, "baseline": baseline, "logits": logits, "ref_logits": ref_logits}
+        parts |= {"chosen": chosen, "rejected": rejected}
+        if constrained:
+            inputs, z0, image_embeds = (rows[: len(kl)] for rows in (inputs, ref_image_embeds, image_embeds))
+            clean = CleanRows(inputs, z0, embedding_margin(z0, settings.margin))
+            distance = squared_distance(image_embeds, z0)
+            with torch.no_grad():
+                multipliers = multiplier(z0)
+            v = violation(distance, clean.margin, settings.rho)
+            held = primal_lagrangian(settings.reg_weight * kl, v, multipliers, num_reg)
+            parts |= {"clean": clean, "measured": torch.stack([distance.detach(), clean.margin, multipliers], dim=1)}
+        else:
+            held = settings.reg_weight * kl.sum() / num_reg
+        loss = (preference.sum() / num_pairs + held) * world_size * settings.gradient_accumulation_steps
         if settings.orthogonality_weight > 0:
             loss = loss + settings.orthogonality_weight * orthogonality_penalty(head_weight())
-        parts = {"preference": preference, "kl": kl, "baseline": baseline, "logits": logits, "ref_logits": ref_logits}
-        return loss, parts | {"chosen": chosen, "rejected": rejected}
+        return loss, parts
+
+    def dual_loss(clean: CleanRows, totals: Tensor) -> Tensor:
+        """A micro-batch's share of what the multiplier ascends on, at the violation of the updated policy."""
+        inputs, num_clean = clean.inputs, len(clean.inputs)
+        if not num_clean:  # a black image: under ZeRO-3 all processes make equal forwards
+            inputs = inputs.new_zeros(1, *inputs.shape[1:])
+        with torch.no_grad():
+            image_embeds = module.embed_images(inputs)[:num_clean]
+        v = violation(squared_distance(image_embeds, clean.ref_image_embeds), clean.margin, settings.rho)
+        # Gradients become their mean over the processes, and this the mean over the clean rows of the global batch.
+        return dual_lagrangian(v, multiplier(clean.ref_image_embeds), totals[1].clamp_min(1)) * world_size
 
     def kl_baseline(kl: Tensor) -> Tensor:
         """z: mean over the clean images of this micro-batch on all processes, a constant."""
@@ -448,7 +514,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         sums = accelerator.reduce(torch.stack(columns).sum(dim=0))
         means = sums / torch.cat([num_pairs.expand(6), num_reg.view(1)])
         names = ("preference_loss", "margin_mean", "reward_chosen", "reward_rejected", "reward_accuracy", "pair_accuracy", "kl")  # fmt: skip
-        return dict(zip(names, means.tolist())) | {"kl_baseline": float(parts[0]["baseline"])}
+        found = dict(zip(names, means.tolist())) | {"kl_baseline": float(parts[0]["baseline"])}
+        return found | (measure_constraint(parts) if constrained else {})
+
+    def measure_constraint(parts: list[dict[str, Any]]) -> dict[str, float]:
+        """Distances, violations and multipliers over the clean rows of the global batch; empty where it has none."""
+        held = torch.cat([part["measured"] for part in parts]).cpu()
+        rows = torch.cat(gather_objects(accelerator, held))  # by objects: the processes hold unequally many
+        if not len(rows):
+            return {}
+        distance, margins, multipliers = rows.unbind(dim=1)
+        return {
+            "distance_clean": distance.mean().item(),
+            **violation_statistics(distance, margins, settings.rho),
+            "multiplier_mean": multipliers.mean().item(),
+            "multiplier_min": multipliers.min().item(),
+            "multiplier_max": multipliers.max().item(),
+        }
 
     def evaluate(step: int) -> dict[str, float]:
         loader = eval_loader(
@@ -464,8 +546,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         with torch.no_grad(), average.applied(module) if average else contextlib.nullcontext():
             rows = judge(
                 count_skipped(loader, eval_skips),
-                lambda images, texts: module(to_input(images), texts_of(texts, None)),
-                lambda images, texts: reference_embeds(to_input(images), texts, None),
+                lambda images, texts: unit(*module(to_input(images), texts_of(texts, None))),
+                lambda images, texts: unit(*reference_embeds(to_input(images), texts, None)),
                 logit_scale,
             )
         means = {
@@ -499,7 +581,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         card = model_card(
             method=method_name(settings),
             model_class=type(clip).__name__,
-            about=ABOUT[settings.trainable].format(t=settings.export_t),
+            about=ABOUT[settings.trainable].format(t=settings.export_t) + (HELD if constrained else ""),
             tags=[clip.config.model_type, "preference-optimization"],
             base_model=settings.model_name_or_path,
             settings=known_settings,
@@ -507,6 +589,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             notes=[f"Skipped samples: {line}." for line in all_skips.summary().splitlines()],
         )
         (directory / "README.md").write_text(card, encoding="utf-8")
+
+    def dual_state() -> dict[str, Any]:
+        return {"multiplier": multiplier.state_dict(), "dual_optimizer": dual_optimizer.state_dict()["state"]}
 
     def record(row: dict[str, Any]) -> None:
         if accelerator.is_main_process:
@@ -539,20 +624,27 @@ def main(argv: Sequence[str] | None = None) -> None:
             done = step + 1
             last = done == total_steps
             log_now = last or done % settings.logging_steps == 0
-            rate = cosine_learning_rate(step, settings.learning_rate, total_steps, settings.warmup_steps)
-            set_learning_rate(optimizer, rate)
+            rates = {
+                name: cosine_learning_rate(step, getattr(settings, name), total_steps, settings.warmup_steps)
+                for name in ("learning_rate", *(["dual_learning_rate"] if constrained else []))
+            }
+            set_learning_rate(optimizer, rates["learning_rate"])
+            if constrained:
+                set_learning_rate(dual_optimizer, rates["dual_learning_rate"])
 
-            # One update on the mean over the rows of the global batch. A trained text tower sees the templates in turn.
+            # 1. One update on the mean over the rows of the global batch. A trained text tower sees the templates in turn.
             micro_batches = [next(batches) for _ in range(settings.gradient_accumulation_steps)]
             rows = [(len(batch["chosen"]), len(batch["reg_chosen"])) for batch in micro_batches]
             stop.ask()
             totals = accelerator.reduce(torch.tensor(rows, dtype=torch.float32, device=device).sum(dim=0))
-            parts, row = [], {}
+            parts, clean_rows, row = [], [], {}
             for batch in micro_batches:
                 with accelerator.accumulate(policy):
                     loss, part = losses_of(batch, step % len(templates), totals)
                     accelerator.backward(loss)  # under DeepSpeed this is the update too, clipped by its own config
                     losses.append(loss.detach())
+                    if constrained:
+                        clean_rows.append(part["clean"])
                     if log_now:
                         parts.append(part)
                     if accelerator.sync_gradients and (settings.max_grad_norm > 0 or log_now):
@@ -561,6 +653,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                             row["grad_norm"] = norm
                     optimizer.step()
                     optimizer.zero_grad()
+
+            # 2. One dual update on the mean over the clean rows, at the violation of the updated policy.
+            if constrained:
+                for clean in clean_rows:
+                    dual_loss(clean, totals).backward()
+                average_gradients(accelerator, multiplier)
+                dual_optimizer.step()
+                dual_optimizer.zero_grad()
             if average:
                 average.update(module, done)
 
@@ -588,7 +688,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     "loss": accelerator.reduce(mean_loss, reduction="mean").item(),
                     **measure(parts, totals),
                     "grad_norm": float(row["grad_norm"]),
-                    "learning_rate": rate,
+                    **rates,
                     "images_per_second": images_per_second,
                     "data_wait_fraction": max(gather_objects(accelerator, batches.wait_fraction(seconds))),
                     "peak_memory_gib": peak_memory_gib(device),
@@ -608,6 +708,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                     "pairs right": row["pair_accuracy"],
                     "kl": row["kl"],
                 }
+                if "multiplier_mean" in row:
+                    shown |= {"multiplier": row["multiplier_mean"], "violation": row["violation_ratio_mean"]}
             if eval_now:
                 row |= evaluate(done)
                 shown |= {f"eval {name}": row[key] for name, key in EVAL_KEYS.items() if key in row}
@@ -632,7 +734,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                         "best": best,
                         "sizes": train_set.index.sizes,
                     },
-                    extra_state={"average": average.state_dict()} if average else {},
+                    extra_state={
+                        **({"average": average.state_dict()} if average else {}),
+                        **(dual_state() if constrained else {}),
+                    },
                     write_model=write_model,
                     total_limit=settings.checkpoints_total_limit,
                 )
@@ -658,6 +763,12 @@ ABOUT = {
     "image": "The image tower was fine-tuned; the text tower is the base model's.",
     "all": "Both towers were fine-tuned; the logit scale is the base model's.",
 }
+
+
+HELD = (
+    " Lagrange multipliers held the embeddings of clean images near those of the reference; how near they stayed is in "
+    "metrics.jsonl."
+)
 
 
 def check_settings(settings: Settings) -> None:
@@ -703,10 +814,11 @@ def note_idle_terms(settings: Settings, totals: list[float], progress: RunProgre
     num_pairs, num_reg = totals
     if not num_pairs:
         progress.note("warning: this step held no preference; samples with reg alone teach nothing new")
-    if not num_reg and settings.reg_weight > 0:
-        progress.note(
-            "warning: this step held no sample with reg: true; nothing holds the model where it was, and z of kto is 0"
-        )
+    if not num_reg and (settings.reg_weight > 0 or settings.constraint != "none"):
+        idle = "nothing holds the model where it was, and z of kto is 0"
+        if settings.constraint != "none":
+            idle += f"; --constraint {settings.constraint} constrains such samples alone"
+        progress.note(f"warning: this step held no sample with reg: true; {idle}")
 
 
 def open_shards(settings: Settings, name: str) -> LabelledSet | None:
@@ -767,7 +879,8 @@ def feature_settings(settings: Settings, dataset: PreferenceDataset, dtype: torc
 def method_name(settings: Settings) -> str:
     """Preference and what it trains, as tables call it."""
     what = {"head": "head", "image": "image tower", "all": "both towers"}[settings.trainable]
-    return f"{settings.preference.upper()} ({what})"
+    constraint = {"none": "", "embedding": " + l2"}[settings.constraint]
+    return f"{settings.preference.upper()}{constraint} ({what})"
 
 
 if __name__ == "__main__":

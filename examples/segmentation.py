@@ -32,7 +32,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.attacks import attack_seeds, frozen, pgd, seed_from, uniform_start
 from utils.cli import UserError, flag, parse_settings, required, run
-from utils.encoders import ImageEncoder, check_model, load_clip, load_vision_model, make_encoder
+from utils.encoders import ImageEncoder, check_model, load_model, make_encoder
 from utils.figures import draw_grid
 from utils.losses import squared_distance
 from utils.model_card import versions
@@ -40,7 +40,7 @@ from utils.progress import wide_console
 
 CLASSES = ("background", "disc", "square", "triangle", "cross")
 PALETTE = [(40, 40, 40), (0, 114, 178), (213, 94, 0), (0, 158, 115), (240, 228, 66)]  # Okabe and Ito's
-VISION_TYPES = ("clip_vision_model", "dinov2")
+SUPPORTED = ("clip", "clip_vision_model", "dinov2")  # towers with a class token before those of the patches
 PICTURES = 6  # rows of predictions.png
 
 
@@ -66,7 +66,7 @@ def main() -> None:
     settings = parse_settings(Settings, description=__doc__)
     settings.model, settings.eps = list(dict.fromkeys(settings.model)), sorted(set(settings.eps))
     for name in settings.model:
-        check_model(name, "--model", ("clip", *VISION_TYPES))
+        check_model(name, "--model", SUPPORTED)
     output_dir = Path(settings.output_dir)
     if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
         raise UserError(f"--output_dir {output_dir}: exists and is not an empty directory; give another one")
@@ -106,11 +106,7 @@ def main() -> None:
 
 def load_encoder(name: str) -> ImageEncoder:
     """The frozen image encoder of a model, in eval mode."""
-    if check_model(name, "--model", ("clip", *VISION_TYPES)).model_type == "clip":
-        encoder = make_encoder(*load_clip(name, "--model"))
-    else:
-        encoder, _ = load_vision_model(name, "--model")
-    return encoder.eval().requires_grad_(False)
+    return make_encoder(*load_model(name, "--model", SUPPORTED)).eval().requires_grad_(False)
 
 
 # ----------------------------------------------------------------------------------------------------------------- data

@@ -19,6 +19,7 @@ from utils.cli import UserError
 from utils.cost import (
     METHODS,
     PO,
+    PO_L2,
     Collective,
     Network,
     bytes_per_step,
@@ -36,7 +37,7 @@ from utils.cost import (
 )
 from utils.losses import squared_distance
 from utils.memory import TOWERS, _random_encoder, tower_config
-from utils.metrics import forward_flops
+from utils.metrics import forward_flops, preference_flops_per_sample
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8, "projection_dim": 24}  # fmt: skip
 CONFIGS = [
@@ -111,11 +112,40 @@ def test_a_whole_step_counts_what_the_formula_says(clean_in_primal):
     assert float32_flops_per_image(tower, method, num_steps, updates) == convolutions
 
 
+def test_a_preference_step_counts_what_the_formula_says():
+    """A clean and an attacked picture: reference, policy forward and backward, dual step on the clean one."""
+    config = CLIPVisionConfig(**SMALL)
+    encoder, tower = _random_encoder(config, torch.float32), tower_cost(config)
+    encoder.vision_model.embeddings.patch_embedding.__class__ = torch.nn.Conv2d  # to be told from the other products
+    pictures = torch.rand(2, 3, 32, 32)
+    for method in (PO, PO_L2):
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            with torch.no_grad():
+                target = encoder(pictures)
+            squared_distance(encoder(pictures), target + 1).sum().backward()
+            if method == PO_L2:
+                with torch.no_grad():
+                    encoder(pictures[:1])
+        assert counter.get_total_flops() == pytest.approx(2 * counted_flops_per_image(tower, method, 0, 1), rel=1e-3)
+        convolutions = [n for name, n in counter.get_flop_counts()["Global"].items() if "convolution" in str(name)]
+        assert 2 * float32_flops_per_image(tower, method, 0, 1) == sum(convolutions)
+
+
+def test_the_dual_step_of_preferences_sends_its_multiplier_and_gathers_once(large):
+    for stage in range(4):
+        sent = [
+            {one.what for one in step_collectives(large, method, stage=stage, processes=8, **LORE)}
+            for method in (PO, PO_L2)
+        ]
+        assert sent[1] - sent[0] == {"multiplier's gradients"} | ({"weights, dual"} if stage == 3 else set())
+
+
 def test_the_multiples_of_the_methods():
     assert forwards_per_image("LORE", 10, 5) == 52
     assert forwards_per_image("FARE", 10, 1) == forwards_per_image("TeCoA", 10, 1) == 24
     assert forwards_per_image("TeCoA + l2", 10, 5) == forwards_per_image("TeCoA + KL", 10, 5) == 52
     assert forwards_per_image(PO, 10, 5) == 4
+    assert forwards_per_image(PO_L2, 10, 5) == preference_flops_per_sample(1, 2, head=False, dual=True) / 2
     assert forwards_per_image("LORE", 10, 5, recompute=True) == 52 + 10 + 2 * 5
 
 
@@ -159,7 +189,7 @@ def test_a_ring_of_four_by_hand(kind, expected):
 
 
 @pytest.mark.parametrize("stage", range(4))
-@pytest.mark.parametrize("method", [*METHODS, PO])
+@pytest.mark.parametrize("method", [*METHODS, PO, PO_L2])
 def test_one_process_sends_nothing(large, stage, method):
     assert step_collectives(large, method, stage=stage, processes=1, **LORE) == []
     times = step_time(large, method, rate=1e14, batch_size=8, stage=stage, processes=1, network=Network(), **LORE)

@@ -119,6 +119,8 @@ def test_waiting_is_timed_and_said_once():
 def test_flops_of_a_preference_step():
     assert preference_flops_per_sample(10, 2, head=False) == 2 * (10 + 30)
     assert preference_flops_per_sample(10, 1, head=True) == 10
+    assert preference_flops_per_sample(10, 2, head=False, dual=True) == 2 * (10 + 30) + 10
+    assert preference_flops_per_sample(10, 1, head=True, dual=True) == 10
 
 
 @pytest.fixture

@@ -44,6 +44,28 @@ def test_words_fool_it_and_preferences_repair_it(world, tmp_path):
     assert end["eval_accuracy_clean"] > start["eval_accuracy_clean"] - 0.04
 
 
+def test_the_constraint_holds_clean_embeddings_while_words_lose_their_pull(world, tmp_path):
+    """Equal runs but for the constraint, measured on test images."""
+    common = {"train_shards": world / "train", "model_name_or_path": MODEL, "beta": 0.5, "learning_rate": 3e-4}
+    common |= {"max_steps": 16, "per_device_train_batch_size": 16, "report_to": "none", "rho": 0.005}
+    words = dict(zip((word[2:] for word in WORDS[::2]), WORDS[1::2]))
+    for constraint in ("none", "embedding"):
+        call(train_po, constraint=constraint, output_dir=tmp_path / constraint, **common, **words)
+    call(
+        evaluate, model=[MODEL, tmp_path / "none", tmp_path / "embedding"], data=world, num_samples=80,
+        measure=["accuracy", "fidelity"], attack="typographic", reference_model_name_or_path=MODEL,
+        output_dir=tmp_path / "eval", **words,
+    )  # fmt: skip
+    results = json.loads((tmp_path / "eval/results.json").read_text())["results"]
+    moved, right = (
+        [cell["value"] for cell in results if cell["measure"] == measure] for measure in ("fidelity", "accuracy")
+    )
+    print(f"moved {moved}, right with words {right}")
+    assert moved[0] == 0
+    assert moved[2] < 0.5 * moved[1]
+    assert right[2] > right[0] + 0.05
+
+
 def test_the_head_turns_a_concept_round_and_the_dial_neutralises_it(world, tmp_path):
     call(
         train_po, model_name_or_path=MODEL, task="pairs", trainable="head", train_shards=world / "pairs/train", beta=0.05,

@@ -25,6 +25,9 @@ METHODS = {
     "PO head": ("train_po", {"trainable": "head", "task": "pairs", "preference": "kto", "orthogonality_weight": 1}),
     "PO image": ("train_po", {"trainable": "image", "preference": "kto", "max_grad_norm": 0.5}),
     "PO both": ("train_po", {"trainable": "all", "task": "pairs"}),
+    # Some micro-batches of these pairs hold no clean image.
+    "PO image + l2": ("train_po", {"trainable": "image", "task": "pairs", "constraint": "embedding", "rho": 0.001}),
+    "PO head + l2": ("train_po", {"trainable": "head", "task": "pairs", "constraint": "embedding", "rho": 0.001}),
 }
 TIMINGS = {"images_per_second", "peak_memory_gib", "data_wait_fraction"}
 

@@ -1,4 +1,4 @@
-"""train_po.py as users start it, and its invariants: processes, accumulation, kept embeddings, exported heads, resume."""
+"""train_po.py as users start it, and its invariants: processes, accumulation, kept embeddings, exported heads, resume, constraint."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPProcessor
 
@@ -13,15 +14,22 @@ import train_po
 from tests.conftest import ROOT, accelerate_launch, run_script
 from tests.shard_maker import image_bytes, write_shard
 from tests.small_models import photos, save_small_clip, small_encoder
+from tests.test_train_step import Flops, ScalarsRead, flops_of
 from utils.cli import UserError
 from utils.encoders import load_model, quiet_transformers
 from utils.head import head_power, load_head
+from utils.lagrangian import Multiplier
+from utils.metrics import preference_flops_per_sample
 from utils.zeroshot import class_embeddings
 
 KEYS = {
     "step", "samples", "loss", "preference_loss", "margin_mean", "reward_chosen", "reward_rejected", "reward_accuracy",
     "pair_accuracy", "kl", "kl_baseline", "grad_norm", "learning_rate", "images_per_second", "peak_memory_gib",
     "data_wait_fraction",
+}  # fmt: skip
+CONSTRAINT_KEYS = {
+    "distance_clean", "violation_ratio_mean", "violation_ratio_median", "violation_ratio_p95", "violation_ratio_max",
+    "violated_fraction", "multiplier_mean", "multiplier_min", "multiplier_max", "dual_learning_rate",
 }  # fmt: skip
 EVAL_KEYS = {"eval_accuracy_clean", "eval_accuracy_attacked", "eval_follows_rejected", "eval_pair_accuracy", "eval_kl"}
 TIMINGS = {"images_per_second", "peak_memory_gib", "data_wait_fraction"}
@@ -81,7 +89,8 @@ def assert_equal_runs(first, second):
         at_reference = (
             {"reward_accuracy"} if abs(expected.get("margin_mean", 0)) < 1e-4 else set()
         )  # the sign of rounding
-        for key in (KEYS - TIMINGS - at_reference) & expected.keys():
+        assert found.keys() == expected.keys()
+        for key in ((KEYS | CONSTRAINT_KEYS) - TIMINGS - at_reference) & expected.keys():
             assert found[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-5), key
 
 
@@ -125,6 +134,9 @@ def test_a_run_from_the_command_line_ends_in_a_model_that_loads(arguments, small
         ({"preference": "kto", "orthogonality_weight": 0.1}, 0.5, "head"),
         ({"preference": "ipo", "task": "pairs"}, 25, "head"),
         ({"preference": "dpo", "task": "pairs"}, math.log(2), "all"),
+        # With rho 0 nothing is violated at the reference.
+        ({"preference": "kto", "constraint": "embedding", "rho": 0, "multiplier": "linear", "margin": "fixed"}, 0.5, "image"),
+        ({"preference": "dpo", "constraint": "embedding", "rho": 0, "multiplier": "scalar"}, math.log(2), "head"),
     ],
 )  # fmt: skip
 def test_every_method_trains_what_it_says(
@@ -135,6 +147,8 @@ def test_every_method_trains_what_it_says(
     metrics = rows(tmp_path / "run")
     assert [row["step"] for row in metrics] == [1, 2]
     assert all(row.keys() >= KEYS for row in metrics)
+    logged = CONSTRAINT_KEYS if "constraint" in changes else set()
+    assert all(row.keys() & CONSTRAINT_KEYS == logged for row in metrics)
     if first_loss is not None:  # at the reference, where the KL is zero too
         assert metrics[0]["loss"] == pytest.approx(first_loss, rel=1e-4)
         assert metrics[0]["margin_mean"] == pytest.approx(0, abs=1e-4)
@@ -167,16 +181,25 @@ def test_the_margin_grows_and_the_regulariser_holds_the_model(arguments, attribu
 
 
 @pytest.mark.parametrize(
-    ("trainable", "task", "preference"),
-    [("image", "typographic", "dpo"), ("head", "pairs", "dpo"), ("all", "pairs", "ipo")],
+    ("trainable", "task", "preference", "constraint"),
+    [
+        ("image", "typographic", "dpo", "none"),
+        ("head", "pairs", "dpo", "none"),
+        ("all", "pairs", "ipo", "none"),
+        ("image", "pairs", "dpo", "embedding"),
+        ("head", "pairs", "dpo", "embedding"),
+        ("all", "pairs", "dpo", "embedding"),
+    ],
 )
 def test_accumulated_micro_batches_equal_one_batch(
-    arguments, attribute_digits, tmp_path, monkeypatch, trainable, task, preference
+    arguments, attribute_digits, tmp_path, monkeypatch, trainable, task, preference, constraint
 ):
-    """Pairs are the hard case: micro-batches hold unequally many preferences."""
+    """Pairs are the hard case: micro-batches hold unequally many preferences, and some no clean image."""
     with_sgd(monkeypatch)
     shards = attribute_digits / ("pairs/train" if task == "pairs" else "train")
     common = {"train_shards": shards, "trainable": trainable, "task": task, "preference": preference}
+    if constraint != "none":
+        common |= {"constraint": constraint, "rho": 0.001, "dual_learning_rate": 0.01, "max_steps": 4}
     train_po.main(arguments(output_dir=tmp_path / "one", **common))
     train_po.main(
         arguments(output_dir=tmp_path / "four", per_device_train_batch_size=2, gradient_accumulation_steps=4, **common)
@@ -222,7 +245,14 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("changes", [{"weight_average": "beta"}, {"trainable": "head", "optimizer": "adamw"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"weight_average": "beta"},
+        {"trainable": "head", "optimizer": "adamw"},
+        {"constraint": "embedding", "rho": 0.001, "dual_learning_rate": 0.01, "weight_average": "beta"},
+    ],
+)
 def test_resumed_run_equals_an_uninterrupted_one(arguments, digits, tmp_path, monkeypatch, changes):
     common = {"max_steps": 10, "checkpoint_steps": 4, "train_shards": digits / "test"} | changes
     train_po.main(arguments(output_dir=tmp_path / "whole", **common))
@@ -360,3 +390,188 @@ def test_a_mistake_ends_the_script_with_status_2(arguments):
     output = run_script("train_po.py", *arguments(label_smoothing=0.7), status=2)
     assert output.strip().count("\n") == 0
     assert output.startswith("train_po.py: error: --label_smoothing 0.7: expected less than 0.5")
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The micro-batches that a run reads, in their order."""
+    batches = []
+
+    class Recorded(train_po.TimedBatches):
+        def __next__(self):
+            batches.append(super().__next__())
+            return batches[-1]
+
+    monkeypatch.setattr(train_po, "TimedBatches", Recorded)
+    return batches
+
+
+def plain_run(directory, trainable, steps, rate, dual_rate, rho):
+    """DPO + KL + lambda v and the dual ascent as an algorithm box, float32: transformers' own layers, SGD, AdamW operation by
+    operation. ``steps``: the micro-batches of every step. -> what was trained by name, the multiplier, a row per step."""
+    with quiet_transformers():
+        clip = CLIPModel.from_pretrained(directory, dtype=torch.float32)
+        processor = CLIPProcessor.from_pretrained(directory)
+    images = processor.image_processor
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (images.image_mean, images.image_std))
+    scale, weight = clip.logit_scale.exp().item(), torch.eye(clip.config.projection_dim, requires_grad=True)
+    trained = {"head": [weight], "image": [*clip.vision_model.parameters(), *clip.visual_projection.parameters()]}
+    names = {parameter: name for name, parameter in clip.named_parameters()}
+
+    def embed(pixels):
+        return clip.get_image_features(pixel_values=(pixels.float() / 255 - mean) / std).pooler_output
+
+    with torch.no_grad():  # phi0: before anything moves
+        references = [[embed(batch["images"]) for batch in step] for step in steps]
+        texts = [[class_embeddings(clip, processor, batch["texts"], ["{c}"]) for batch in step] for step in steps]
+
+    def phi(batch, reference):
+        return reference @ weight.T if trainable == "head" else embed(batch["images"])
+
+    def logits_of(z, t, batch):
+        logits = scale * F.normalize(z, dim=1) @ F.normalize(t, dim=1).T
+        return logits.masked_fill(~torch.cat([batch["reg_candidates"], batch["candidates"]]), -1e4)
+
+    torch.manual_seed(0)
+    multiplier = Multiplier("network", clip.config.projection_dim)
+    optimizer = torch.optim.SGD(trained[trainable], lr=rate)
+    dual = torch.optim.AdamW(multiplier.parameters(), lr=dual_rate, weight_decay=0.0, maximize=True, foreach=False)
+    logged = []
+    for number, (step, refs, embeds) in enumerate(zip(steps, references, texts)):
+        for part, peak in ((optimizer, rate), (dual, dual_rate)):
+            part.param_groups[0]["lr"] = train_po.cosine_learning_rate(number, peak, len(steps))
+        preferences, kls, held, distances, multipliers = [], [], [], [], []
+        for batch, z0, t in zip(step, refs, embeds):
+            z, clean = phi(batch, z0), slice(len(batch["reg_chosen"]))
+            logits = logits_of(z, t @ weight.T if trainable == "head" else t, batch)
+            ref_logits = logits_of(z0, t, batch)
+            ref_logps, logps = ref_logits[clean].log_softmax(1), logits[clean].log_softmax(1)
+            kls.append((ref_logps.exp() * (ref_logps - logps)).sum(1))
+            gained = (logits - ref_logits)[clean.stop :]
+            for row, chosen, rejected in zip(gained, batch["chosen"], batch["rejected"]):
+                preferences.append(-F.logsigmoid(row[chosen] - row[rejected[0]]))
+            distances.append((z - z0)[clean].square().sum(1))
+            v = distances[-1] - rho * z0[clean].square().sum(1)
+            multipliers.append(multiplier(z0[clean]).detach())
+            held.append(multipliers[-1] * v)
+        parts = [torch.stack(preferences), *map(torch.cat, (kls, held))]
+        loss = sum(part.mean() for part in parts)
+        means = {"distance_clean": torch.cat(distances), "multiplier_mean": torch.cat(multipliers)}
+        logged.append({name: values.mean().item() for name, values in means.items()} | {"loss": loss.item()})
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        ascended = []
+        for batch, z0 in zip(step, refs):
+            clean = slice(len(batch["reg_chosen"]))
+            with torch.no_grad():
+                v = ((phi(batch, z0) - z0).square().sum(1) - rho * z0.square().sum(1))[clean]
+            ascended.append(multiplier(z0[clean]) * v)
+        dual.zero_grad()
+        torch.cat(ascended).mean().backward()
+        dual.step()
+    return {names.get(part, "weight"): part.detach() for part in trained[trainable]}, multiplier.state_dict(), logged
+
+
+@pytest.mark.parametrize(("trainable", "rate"), [("image", 3e-3), ("head", 0.02)])
+def test_the_constraint_is_the_plain_algorithm(
+    arguments, attribute_digits, small_clip, tmp_path, monkeypatch, seen, trainable, rate
+):
+    """In two micro-batches a step that hold unequally many clean images and preferences."""
+    with_sgd(monkeypatch)
+    dual_rate, rho, steps = 1e-2, 1e-4, 4
+    train_po.main(
+        arguments(
+            train_shards=attribute_digits / "pairs/train", task="pairs", trainable=trainable, learning_rate=rate,
+            constraint="embedding", rho=rho, dual_learning_rate=dual_rate, gradient_accumulation_steps=2,
+            per_device_train_batch_size=6, max_steps=steps, checkpoint_steps=steps, cache_features="false",
+        )
+    )  # fmt: skip
+    assert len({len(batch["reg_chosen"]) for batch in seen}) > 1
+    by_step = [seen[2 * step : 2 * step + 2] for step in range(steps)]
+    expected, multiplier, logged = plain_run(small_clip, trainable, by_step, rate, dual_rate, rho)
+    found = load_head(tmp_path / "run") if trainable == "head" else weights(tmp_path / "run")
+    before = {"weight": torch.eye(24)} if trainable == "head" else weights(small_clip)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6, msg=name)
+    assert max((tensor - before[name]).abs().max() for name, tensor in expected.items()) > 1e-3
+    state = load_file(tmp_path / "run/checkpoints" / f"step-{steps}" / "extra.safetensors")
+    for name, tensor in multiplier.items():
+        # Updates are 1e-2; AdamW makes more of the rounding of gradients near zero than SGD does.
+        torch.testing.assert_close(state[f"multiplier/{name}"], tensor, rtol=0, atol=1e-4, msg=name)
+    for row, plain in zip(rows(tmp_path / "run"), logged, strict=True):
+        assert {key: row[key] for key in plain} == pytest.approx(plain, rel=1e-4, abs=1e-6)
+    assert rows(tmp_path / "run")[-1]["violated_fraction"] > 0.5  # the constraint acts
+
+
+@pytest.mark.parametrize("trainable", ["image", "head", "all"])
+def test_a_multiplier_of_zero_is_no_constraint(arguments, tmp_path, monkeypatch, trainable):
+    monkeypatch.setattr(Multiplier, "forward", lambda self, z0: 0 * self.raw(z0).squeeze(-1))
+    common = {"trainable": trainable, "max_steps": 3}
+    train_po.main(arguments(output_dir=tmp_path / "free", **common))
+    train_po.main(arguments(output_dir=tmp_path / "zero", constraint="embedding", **common))
+    found = weights(tmp_path / "zero")
+    assert all(found[name].equal(tensor) for name, tensor in weights(tmp_path / "free").items())
+
+
+def test_checkpoints_from_before_the_constraint_do_not_take_one_on(arguments, tmp_path):
+    train_po.main(arguments(max_steps=4, checkpoint_steps=2))
+    state = tmp_path / "run/checkpoints/step-2/trainer_state.json"
+    known = json.loads(state.read_text())
+    for name in ("constraint", "multiplier", "margin", "rho", "dual_learning_rate"):
+        del known["settings"][name]
+    state.write_text(json.dumps(known))
+    again = arguments(max_steps=4, checkpoint_steps=2, resume_from_checkpoint=state.parent)
+    with pytest.raises(UserError, match=r"constraint was none, is embedding\)"):
+        train_po.main([*again, "--constraint", "embedding"])
+    before = rows(tmp_path / "run")[-1]["loss"]
+    train_po.main(again)
+    assert rows(tmp_path / "run")[-1]["loss"] == before
+
+
+def test_steps_without_clean_images_say_so_and_go_on(arguments, tmp_path, capfd):
+    pair = json.dumps({"chosen": "a cat", "rejected": ["a dog"]}).encode()
+    shard = write_shard(
+        tmp_path / "pairs.tar",
+        [(f"p{number}", {"png": image_bytes(number, (32, 32), "PNG"), "json": pair}) for number in range(8)],
+    )
+    train_po.main(
+        arguments(
+            train_shards=shard, task="pairs", train_num_samples=None, reg_weight=0, constraint="embedding", max_steps=3
+        )
+    )
+    assert "no sample with reg: true; nothing holds the model where it was" in (said := capfd.readouterr().err)
+    assert "--constraint embedding constrains such samples alone" in said
+    assert all(not row.keys() & (CONSTRAINT_KEYS - {"dual_learning_rate"}) for row in rows(tmp_path / "run"))
+
+
+def test_the_dual_step_costs_a_forward_of_the_clean_images(arguments, small_clip, tmp_path):
+    """Counted: the FLOPs that runs are charged, less the first layer's gradient to the pixels."""
+    forward, patches = flops_of(small_clip)
+    found = {}
+    for constraint in ("none", "embedding"):
+        counts = []
+        for steps in (1, 2):
+            run_dir = tmp_path / f"{constraint}-{steps}"
+            common = {"attacks_per_image": 2, "logging_steps": 100, "output_dir": run_dir, "max_steps": steps}
+            with Flops() as counter:
+                train_po.main(arguments(constraint=constraint, multiplier="scalar", **common))
+            counts.append(counter.total)
+        found[constraint] = (counts[1] - counts[0]) / 8
+        charged = preference_flops_per_sample(forward, 3, head=False, dual=constraint == "embedding")
+        assert found[constraint] == pytest.approx(charged - 3 * patches, rel=0.01)
+    assert found["embedding"] - found["none"] == forward
+
+
+@pytest.mark.parametrize("constraint", ["none", "embedding"])
+def test_a_step_reads_no_value_from_the_device(arguments, tmp_path, constraint):
+    counts = []
+    for steps in (1, 3):
+        with ScalarsRead() as read:
+            train_po.main(
+                arguments(
+                    constraint=constraint, optimizer="adamw", max_steps=steps, logging_steps=100, output_dir=tmp_path / str(steps)
+                )
+            )  # fmt: skip
+        counts.append(read.count)
+    assert counts[1] == counts[0] > 0

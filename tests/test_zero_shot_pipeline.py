@@ -13,7 +13,7 @@ from PIL import Image
 from examples import zero_shot_pipeline
 from tests.small_models import photos
 from utils.cli import UserError
-from utils.encoders import load_clip, make_encoder
+from utils.encoders import load_model, make_encoder
 from utils.images import ImageTransform, decode
 from utils.losses import class_logits
 from utils.zeroshot import class_embeddings, to_pixel_values
@@ -36,7 +36,7 @@ def test_scores_are_those_of_the_projects_own_path(small_clip, tmp_path, size):
     answers = dict(zero_shot_pipeline.scores(str(small_clip), str(picture), LABELS, template))
     assert list(answers.values()) == sorted(answers.values(), reverse=True)
 
-    clip, processor = load_clip(str(small_clip))
+    clip, processor = load_model(str(small_clip))
     encoder = make_encoder(clip, processor).eval()
     image = decode(picture.read_bytes(), ImageTransform.from_processor(processor.image_processor))[None]
     with torch.no_grad():

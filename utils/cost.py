@@ -27,7 +27,9 @@ METHODS = {
     "TeCoA + l2": (True, True),
     "TeCoA + KL": (True, True),
 }
-PO = "PO image"
+# Preference optimisation of the image tower: share of a step's pictures, the clean ones, that a dual step encodes once more.
+PREFERENCES = {"PO image": 0, "PO image + l2": 0.5}  # clean and attacked in pairs, one word to an image
+PO, PO_L2 = PREFERENCES
 
 
 @dataclass(frozen=True)
@@ -67,41 +69,41 @@ def tower_cost(config: CLIPVisionConfig) -> Tower:
     )
 
 
-def forwards_per_image(method: str, attack_steps: int, primal_steps: int, recompute: bool = False) -> int:
+def forwards_per_image(method: str, attack_steps: int, primal_steps: int, recompute: bool = False) -> float:
     """FLOPs of one image in one step, as a multiple of F. Preference optimisation of the image tower has neither n nor K.
 
-    ``METHODS``: 1 + 2 n + 3 K (6 K with clean images) + 1 with a dual step. PO: 4, the reference's forward and the policy's
-    forward and backward. ``recompute``: with gradient checkpointing every backward pass takes one more forward; that is
+    ``METHODS``: 1 + 2 n + 3 K (6 K with clean images) + 1 with a dual step. PO: 4 a picture, the reference's forward and the
+    policy's forward and backward; 4.5 with a dual step on the clean half. ``recompute``: with gradient checkpointing every backward pass takes one more forward; that is
     work, but not of the model, and no utilisation counts it.
     """
-    if method == PO:
-        return 4 + (1 if recompute else 0)
+    if method in PREFERENCES:
+        return 4 + PREFERENCES[method] + (1 if recompute else 0)
     clean_in_primal, dual = METHODS[method]
     forwards = lore_flops_per_image(1, attack_steps, primal_steps, clean_in_primal, dual)
     backwards = attack_steps + primal_steps * (2 if clean_in_primal else 1)
     return forwards + (backwards if recompute else 0)
 
 
-def counted_flops_per_image(tower: Tower, method: str, attack_steps: int, primal_steps: int) -> int:
+def counted_flops_per_image(tower: Tower, method: str, attack_steps: int, primal_steps: int) -> float:
     """What a counter finds in place of ``forwards_per_image`` * F: + n a - c K (2 c K with clean images).
 
     A backward pass to the input is taken to cost F, but attention's products have two factors that need a gradient, a more
     in each attack step. Pixels need none in an update, c less for each image.
     """
     flops = forwards_per_image(method, attack_steps, primal_steps) * tower.forward
-    if method == PO:
+    if method in PREFERENCES:
         return flops - tower.patch_embedding
     images = 2 if METHODS[method][0] else 1
     return flops + attack_steps * tower.attention - primal_steps * images * tower.patch_embedding
 
 
-def float32_flops_per_image(tower: Tower, method: str, attack_steps: int, primal_steps: int) -> int:
+def float32_flops_per_image(tower: Tower, method: str, attack_steps: int, primal_steps: int) -> float:
     """FLOPs of one image in one step that bf16 does not speed up: every pass through the patch embedding.
 
     c (1 + 2 n + 2 K, 4 K with clean images, + 1 with a dual step).
     """
-    if method == PO:
-        return 3 * tower.patch_embedding
+    if method in PREFERENCES:
+        return (3 + PREFERENCES[method]) * tower.patch_embedding
     clean_in_primal, dual = METHODS[method]
     passes = 1 + 2 * attack_steps + 2 * primal_steps * (2 if clean_in_primal else 1) + (1 if dual else 0)
     return passes * tower.patch_embedding
@@ -174,8 +176,8 @@ def step_collectives(
     """
     if processes == 1:
         return []
-    if method == PO:
-        attack_steps, primal_steps, dual = 0, 1, False
+    if method in PREFERENCES:
+        attack_steps, primal_steps, dual = 0, 1, method == PO_L2
     else:
         dual = METHODS[method][1]
     whole = FLOAT32 * tower.parameters
@@ -211,7 +213,7 @@ def step_collectives(
         found.append(
             Collective("multiplier's gradients", "all-reduce", 4, FLOAT32 * (512 * tower.embed_dim + 1025) / 4)
         )
-    if method == PO:
+    if method in PREFERENCES:
         found.append(Collective("row counts", "all-reduce", 1, 8))
     found.append(Collective("stop flag", "all-gather", 1, 8 * processes))
     return found
@@ -293,15 +295,15 @@ def step_time(
     )
     forward = batch_size * tower.forward / rate
     compute = accumulation * forward * forwards_per_image(method, attack_steps, primal_steps)
-    updates = 1 if method == PO else primal_steps
-    update = forward * 3 * (2 if method != PO and METHODS[method][0] else 1)
+    updates = 1 if method in PREFERENCES else primal_steps
+    update = forward * 3 * (2 if method not in PREFERENCES and METHODS[method][0] else 1)
     reductions = updates * (accumulation if stage >= 2 else 1)
     windows = {
         "nothing": 0.0,
         "backward": reductions * update * 2 / 3,
         "update": updates * accumulation * update,
         "attack": accumulation * 2 * attack_steps * forward,
-        "dual": accumulation * forward,
+        "dual": accumulation * forward * PREFERENCES.get(method, 1),
     }
     total = exposed = 0.0
     for hidden_by, window in windows.items():

@@ -37,14 +37,22 @@ def violation(distance: Tensor, margin: Tensor, rho: float) -> Tensor:
     return distance - rho * margin
 
 
-def primal_lagrangian(objective: Tensor, violation: Tensor, multiplier: Tensor) -> Tensor:
-    """mean[objective + stopgrad(multiplier) * violation], minimised over the encoder. Three (B,) -> scalar."""
-    return (objective + multiplier.detach() * violation).mean()
+def primal_lagrangian(objective: Tensor, violation: Tensor, multiplier: Tensor, count: Tensor | None = None) -> Tensor:
+    """mean[objective + stopgrad(multiplier) * violation], minimised over the encoder. Three (B,) -> scalar.
+
+    ``count``: what the sum is divided by in place of B, where these are but some of the rows of a mean.
+    """
+    values = objective + multiplier.detach() * violation
+    return values.mean() if count is None else values.sum() / count
 
 
-def dual_lagrangian(violation: Tensor, multiplier: Tensor) -> Tensor:
-    """mean[multiplier * stopgrad(violation)], maximised over the multiplier's parameters. Two (B,) -> scalar."""
-    return (multiplier * violation.detach()).mean()
+def dual_lagrangian(violation: Tensor, multiplier: Tensor, count: Tensor | None = None) -> Tensor:
+    """mean[multiplier * stopgrad(violation)], maximised over the multiplier's parameters. Two (B,) -> scalar.
+
+    ``count``: as in ``primal_lagrangian``.
+    """
+    values = multiplier * violation.detach()
+    return values.mean() if count is None else values.sum() / count
 
 
 class Multiplier(nn.Module):

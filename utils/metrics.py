@@ -84,12 +84,13 @@ def lore_flops_per_image(
     return forward * ((1 if reference else 0) + 2 * attack_steps + updates + (1 if dual else 0))
 
 
-def preference_flops_per_sample(forward: int, pictures: int, head: bool) -> int:
+def preference_flops_per_sample(forward: int, pictures: int, head: bool, dual: bool = False) -> int:
     """FLOPs that one sample's pictures need in one step: reference F each, and 3F an image tower that is trained.
 
-    ``head``: none is, the reference's embeddings are the input. Texts are left out: few in comparison.
+    ``head``: none is, the reference's embeddings are the input. Texts are left out: few in comparison. ``dual``: F more, a
+    constraint's dual step encodes the clean picture once again; of pairs not every sample is clean, so that it is the most.
     """
-    return forward * pictures * (1 if head else 4)
+    return forward * (pictures if head else 4 * pictures + (1 if dual else 0))
 
 
 # Dense bf16 peaks from the vendors' data sheets, FLOP/s. Other devices report no utilisation.

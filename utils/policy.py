@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -19,7 +18,7 @@ TRAINABLE = ("head", "image", "all")
 
 
 class Policy(nn.Module):
-    """Pictures and texts to unit embeddings, through those parts that are trained.
+    """Pictures and texts to embeddings, through those parts that are trained.
 
     ``head``: both come as embeddings and pass the head. ``image``: pixels pass the image tower, texts come as embeddings.
     ``all``: pixels and token ids pass both towers.
@@ -35,15 +34,18 @@ class Policy(nn.Module):
         self.image_encoder, self.text_encoder, self.head = image_encoder, text_encoder, head
 
     def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, 3, H, W) in [0,1] or (N, D); (T, P, L) int64 or (T, P, D) -> unit (N, D) and (T, D), float32.
+        """(N, 3, H, W) in [0,1] or (N, D); (T, P, L) int64 or (T, P, D) -> (N, D) as they come and unit (T, D), float32.
 
         P prompts of a text are averaged as in zero-shot classification, after the head, so that a folded head is exact.
         """
-        image_embeds = images if self.image_encoder is None else self.image_encoder(images)
+        image_embeds = self.embed_images(images)
         prompt_embeds = texts if self.text_encoder is None else self.text_encoder(texts)
-        if self.head is not None:
-            image_embeds, prompt_embeds = self.head(image_embeds), self.head(prompt_embeds)
-        return F.normalize(image_embeds.float(), dim=-1), ensemble(prompt_embeds)
+        return image_embeds, ensemble(prompt_embeds if self.head is None else self.head(prompt_embeds))
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """image_embeds (N, D), float32, not normalised to unit length: what a constraint on distances measures."""
+        image_embeds = images if self.image_encoder is None else self.image_encoder(images)
+        return (image_embeds if self.head is None else self.head(image_embeds)).float()
 
 
 class TextTable:
