@@ -24,7 +24,7 @@ README = (ROOT / "recipes/README.md").read_text()
 METHODS = {
     "lore": "LORE", "fare": "FARE", "tecoa": "TeCoA", "tecoa-l2": "TeCoA + l2", "tecoa-kl": "TeCoA + KL",
     "dpo": "DPO (image tower)", "ipo": "IPO (image tower)", "kto": "KTO (image tower)", "ce": "CE (image tower)",
-    "gender-head": "DPO (head)",
+    "dpo-l2": "DPO + l2 (image tower)", "gender-head": "DPO (head)",
 }  # fmt: skip
 # What differs from lore_vit-b-32_imagenet-100, and nothing else does.
 ABLATIONS = {
@@ -175,6 +175,8 @@ def test_siblings_differ_in_what_is_compared_and_in_nothing_else():
     for preference, beta in {"ipo": 0.01, "kto": 1.5, "ce": None}.items():
         found = differences(f"{preference}_typographic_vit-b-32_imagenet-100", "dpo_typographic_vit-b-32_imagenet-100")
         assert found == {"preference": preference, "beta": beta}
+    constrained = differences("dpo-l2_typographic_vit-b-32_imagenet-100", "dpo_typographic_vit-b-32_imagenet-100")
+    assert constrained == {"constraint": "embedding"}
 
 
 def test_the_commands_of_the_documents_are_accepted():
