@@ -261,8 +261,8 @@ def _load_pretrained(model_class: type, name_or_path: str) -> tuple[Any, set[str
 
 def _load_image_processor(name_or_path: str, model_type: str) -> Any:
     """The processor that preprocessor_config.json describes, by Pillow: nothing here needs torchvision."""
-    siglip = {"siglip": SiglipImageProcessorPil, "siglip2": Siglip2ImageProcessorPil}.get(model_type)
-    if siglip is not None:
+    if model_type.startswith("siglip"):
+        siglip = Siglip2ImageProcessorPil if model_type == "siglip2" else SiglipImageProcessorPil
         return siglip.from_pretrained(name_or_path, trust_remote_code=False)
     try:
         return AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False, backend="pil")
