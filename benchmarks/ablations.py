@@ -128,7 +128,8 @@ def make_tables(settings: Settings) -> dict[str, dict[str, Variant]]:
 def train_command(settings: Settings, variant: Variant, seed: int, run_dir: Path) -> list[str]:
     return [
         *launcher("train_lore.py"), "--config", str(ROOT / RECIPE.format(variant.recipe)),
-        "--model_name_or_path", settings.model, "--train_shards", f"{settings.data}/train", "--eps", f"{settings.eps:g}",
+        "--model_name_or_path", settings.model, "--train_shards", f"{settings.data}/train", "--eval_shards", f"{settings.data}/test", "--eval_num_samples", "100",
+        "--eval_steps", str(settings.steps), "--eps", f"{settings.eps:g}",
         "--max_steps", str(settings.steps), "--per_device_train_batch_size", str(settings.batch_size),
         "--global_batch_size", str(settings.batch_size), "--learning_rate", f"{settings.learning_rate:g}",
         "--logging_steps", "10", "--checkpoint_steps", "0", "--num_workers", "0", "--report_to", "none",
