@@ -3,17 +3,22 @@ import json
 import pytest
 import torch
 from PIL import Image
+from torch._subclasses import FakeTensorMode
 from transformers import (
     AutoTokenizer,
     CLIPImageProcessorPil,
     CLIPModel,
     CLIPProcessor,
+    CLIPVisionConfig,
     CLIPVisionModel,
     CLIPVisionModelWithProjection,
+    Dinov2Config,
     Dinov2ForImageClassification,
     Dinov2Model,
+    PreTrainedModel,
     Siglip2Model,
     SiglipModel,
+    SiglipVisionConfig,
     SiglipVisionModel,
     VisionTextDualEncoderModel,
 )
@@ -24,10 +29,12 @@ from utils.attacks import frozen
 from utils.cli import UserError
 from utils.encoders import (
     CONTRASTIVE_MODEL_TYPES,
+    ImageEncoder,
     check_model,
     check_reference_dtype,
     enable_gradient_checkpointing,
     frozen_copy,
+    image_tower,
     image_transform,
     keep_weights_in,
     load_model,
@@ -370,3 +377,50 @@ def test_a_model_that_lacks_weights_is_refused(name, lost, tmp_path):
     model.save_pretrained(tmp_path, state_dict={key: value for key, value in model.state_dict().items() if key != lost})
     with pytest.raises(UserError, match=rf"1 weights of a {name} are missing, the first is {lost}"):
         load_model(str(tmp_path))
+
+
+def vit(width, layers, heads, patch, size, embed_dim, activation, mlp=None):
+    return CLIPVisionModelWithProjection, CLIPVisionConfig(
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=mlp or 4 * width,
+        patch_size=patch, image_size=size, projection_dim=embed_dim, hidden_act=activation,
+    )  # fmt: skip
+
+
+def dinov2(width, layers, heads):
+    config = Dinov2Config(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, patch_size=14)
+    config.image_size = 518
+    return Dinov2Model, config
+
+
+# The image towers of published models: model and config, image size, embedding, and the millions of weights that are
+# published for CLIP's (open_clip's model profile) and, rounded, for DINOv2's. ConvNeXt's constructor reads values: not here.
+PUBLISHED = {
+    "CLIP ViT-B/32": (*vit(768, 12, 12, 32, 224, 512, "quick_gelu"), 224, 512, 87.85),
+    "CLIP ViT-B/16": (*vit(768, 12, 12, 16, 224, 512, "quick_gelu"), 224, 512, 86.19),
+    "CLIP ViT-L/14": (*vit(1024, 24, 16, 14, 224, 768, "quick_gelu"), 224, 768, 303.97),
+    "CLIP ViT-L/14-336": (*vit(1024, 24, 16, 14, 336, 768, "quick_gelu"), 336, 768, 304.29),
+    "CLIP ViT-H/14": (*vit(1280, 32, 16, 14, 224, 1024, "gelu"), 224, 1024, 632.08),
+    "CLIP ViT-bigG/14": (*vit(1664, 48, 16, 14, 224, 1280, "gelu", mlp=8192), 224, 1280, 1844.91),
+    "SigLIP ViT-B/16": (SiglipVisionModel, SiglipVisionConfig(), 224, 768, None),
+    "DINOv2 ViT-S/14": (*dinov2(384, 12, 6), 224, 384, 22.06),
+    "DINOv2 ViT-B/14": (*dinov2(768, 12, 12), 224, 768, 86.58),
+    "DINOv2 ViT-L/14": (*dinov2(1024, 24, 16), 224, 1024, 304.37),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_encoders_of_published_sizes_embed_and_give_gradients(name, monkeypatch):
+    """Shapes and dtypes alone, no weights and no memory: what would run is not computed."""
+    model_class, config, size, embed_dim, millions = PUBLISHED[name]
+    monkeypatch.setattr(PreTrainedModel, "init_weights", lambda self: None)
+    with FakeTensorMode():
+        model = model_class(config)
+        encoder = ImageEncoder(*image_tower(model), size, [0.5] * 3, [0.5] * 3, torch.bfloat16)
+        pixel_values = torch.rand(2, 3, size, size).requires_grad_(True)
+        embeds = encoder(pixel_values)
+        with frozen(encoder):
+            (gradient,) = torch.autograd.grad(encoder(pixel_values).square().sum(), pixel_values)
+    assert (embeds.shape, embeds.dtype, encoder.embed_dim) == ((2, embed_dim), torch.float32, embed_dim)
+    assert (gradient.shape, gradient.dtype) == (pixel_values.shape, torch.float32)
+    if millions is not None:
+        assert sum(parameter.numel() for parameter in encoder.parameters()) == pytest.approx(millions * 1e6, rel=1e-3)
