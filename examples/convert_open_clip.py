@@ -46,7 +46,7 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.checkpoint import replace_directory
 from utils.cli import UserError, flag, parse_settings, required, run
-from utils.encoders import check_model, quiet_transformers
+from utils.encoders import check_model, load_weights, quiet_transformers
 from utils.hub import model_folder
 from utils.strict_json import parse_json
 
@@ -169,16 +169,7 @@ def prepare_open_clip(settings: Settings) -> Callable[[Path], None]:
     folder = model_folder(settings.input, "--input", ("clip", DUAL_ENCODER))
     config = check_model(str(folder), "--input", ("clip", DUAL_ENCODER))
     described = open_clip_config(config, settings.custom_text, processor_normalisation(folder))
-    try:
-        with quiet_transformers():
-            model, found = _model_class(config).from_pretrained(
-                folder, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-            )
-    except Exception as error:  # of transformers, safetensors and torch, depending on the file that is wrong
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"--input {settings.input}: the model does not load: {reason}") from None
-    if missing := sorted(found["missing_keys"]):
-        raise UserError(f"--input {settings.input}: {missing[0]} is missing; expected a directory from save_pretrained")
+    model = load_weights(_model_class(config), folder, "--input")
     state = to_open_clip(model.state_dict(), text_prefix="text." if settings.custom_text else "")
 
     def write(directory: Path) -> None:

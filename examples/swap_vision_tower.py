@@ -27,7 +27,7 @@ from transformers import AutoConfig, CLIPVisionModel, PreTrainedConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.checkpoint import replace_directory
 from utils.cli import UserError, flag, parse_settings, required, run
-from utils.encoders import check_model, quiet_transformers
+from utils.encoders import check_model, load_weights, quiet_transformers
 from utils.hub import model_folder
 from utils.strict_json import parse_json
 
@@ -219,17 +219,7 @@ def read_header(path: Path, llava: Path) -> list[tuple[str, dict, int]]:
 
 def load_tower(model: str) -> dict[str, Tensor]:
     """The state dict of the image tower of ``model``, float32. Raises ``UserError``."""
-    try:
-        with quiet_transformers():
-            tower, found = CLIPVisionModel.from_pretrained(
-                model, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-            )
-    except Exception as error:  # of transformers, safetensors and torch, depending on the file that is wrong
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"--model {model}: the model does not load: {reason}") from None
-    if missing := sorted(found["missing_keys"]):
-        raise UserError(f"--model {model}: {missing[0]} is missing; expected a directory saved by save_pretrained")
-    state = dict(tower.state_dict())
+    state = dict(load_weights(CLIPVisionModel, model, "--model").state_dict())
     damaged = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if damaged:
         raise UserError(f"--model {model}: {damaged[0]} is not finite; the weights are damaged")

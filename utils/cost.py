@@ -73,8 +73,8 @@ def forwards_per_image(method: str, attack_steps: int, primal_steps: int, recomp
     """FLOPs of one image in one step, as a multiple of F. Preference optimisation of the image tower has neither n nor K.
 
     ``METHODS``: 1 + 2 n + 3 K (6 K with clean images) + 1 with a dual step. PO: 4 a picture, the reference's forward and the
-    policy's forward and backward; 4.5 with a dual step on the clean half. ``recompute``: with gradient checkpointing every backward pass takes one more forward; that is
-    work, but not of the model, and no utilisation counts it.
+    policy's forward and backward; 4.5 with a dual step on the clean half. ``recompute``: with gradient checkpointing every
+    backward pass takes one more forward; that is work, but not of the model, and no utilisation counts it.
     """
     if method in PREFERENCES:
         return 4 + PREFERENCES[method] + (1 if recompute else 0)

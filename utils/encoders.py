@@ -205,12 +205,7 @@ def load_model(
         Exception
     ) as error:  # of transformers, tokenizers, safetensors and torch, depending on the file that is wrong
         raise UserError(f"{flag} {name_or_path}: the model does not load: {_first_line(error)}") from None
-    missing = sorted(name for name in missing if not name.endswith("mask_token"))  # that one is for pre-training
-    if missing:
-        raise UserError(
-            f"{flag} {name_or_path}: {len(missing)} weights of a {config.model_type} are missing, the first is "
-            f"{missing[0]}; expected a directory saved by save_pretrained"
-        )
+    _refuse_missing(missing, model, name_or_path, flag)
     size = image_transform(processor).output_size
     if size is None or size[0] != size[1]:
         raise UserError(f"{flag} {name_or_path}: its image processor gives no square images; set its crop_size")
@@ -222,6 +217,17 @@ def load_model(
             "correct crop_size in preprocessor_config.json"
         )
     return model, processor
+
+
+def load_weights(model_class: type, name_or_path: str | Path, flag: str) -> PreTrainedModel:
+    """A float32 model alone, without any processor. Raises ``UserError`` where it does not load, or lacks weights."""
+    try:
+        with unpartitioned(), quiet_transformers():
+            model, missing = _load_pretrained(model_class, name_or_path)
+    except Exception as error:  # see ``load_model``
+        raise UserError(f"{flag} {name_or_path}: the model does not load: {_first_line(error)}") from None
+    _refuse_missing(missing, model, name_or_path, flag)
+    return model
 
 
 def has_text(config: PreTrainedConfig) -> bool:
@@ -249,6 +255,16 @@ def image_transform(processor: Any) -> ImageTransform:
 def _first_line(error: Exception) -> str:
     """The beginning of an error's text, or its kind where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _refuse_missing(missing: set[str], model: PreTrainedModel, name_or_path: str | Path, flag: str) -> None:
+    """Raises ``UserError`` for weights that a file lacks: they would be drawn at random."""
+    lacking = sorted(name for name in missing if not name.endswith("mask_token"))  # that one is for pre-training
+    if lacking:
+        raise UserError(
+            f"{flag} {name_or_path}: {len(lacking)} weights of a {model.config.model_type} are missing, the first is "
+            f"{lacking[0]}; expected a directory saved by save_pretrained"
+        )
 
 
 def _load_pretrained(model_class: type, name_or_path: str) -> tuple[Any, set[str]]:

@@ -49,8 +49,8 @@ def prefetch_training(
 ) -> None:
     """Brings models, listings, texts and shards of a training run, and says where they are.
 
-    models: (flag, name or path or None), of the types ``supported``. sets: the arguments of ``open_set``. Mistakes are found before anything large is
-    downloaded. Raises ``UserError``. Under a launcher the first process works alone, the others leave.
+    models: (flag, name or path or None), of the types ``supported``. sets: the arguments of ``open_set``.
+    Mistakes are found before anything large is downloaded. Raises ``UserError``. Under a launcher the first process works alone, the others leave.
     """
     if int(os.environ.get("RANK", "0")) > 0:
         return
