@@ -1,4 +1,5 @@
 # make demo      everything once, on a CPU, without downloads: LORE beside FARE, then preference optimisation
+# make results-quick   every table and figure of docs/results.md in small: digits, one seed, no download
 # make test      the test suite; make test-slow adds what takes minutes
 # make lint      ruff, as continuous integration runs it
 
@@ -7,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo demo-lore demo-preferences test test-slow lint clean
+.PHONY: demo demo-lore demo-preferences results-quick test test-slow lint clean
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,7 +24,7 @@ demo-lore: $(VENV)/.installed
 	  --hidden_size 64 --flip false --crop_padding 2 --batch_size 32 --epochs 6
 	$(BIN)/python benchmarks/compare_methods.py --model runs/demo/base --data runs/demo/digits --output_dir runs/demo/compare \
 	  --eps 16 --rho 0.1 --steps 40 --curve_steps 5 --eval_eps 4 8 16 --num_samples 360 --jobs 2
-	cp runs/demo/compare/eval/report.html runs/demo/report.html
+	cp runs/demo/compare/eval-compare/report.html runs/demo/report.html
 
 # The small CLIP that can read comes with the repository: examples/reading_clip/README.md has the command that makes it.
 WORDS := --word_kind label --word_place bottom --word_size_min 40 --word_size_max 60
@@ -42,6 +43,9 @@ demo-preferences: $(VENV)/.installed
 	  evaluate.py --model runs/demo/head \
 	  --data runs/demo/attributes/pairs runs/demo/attributes --measure head_t fairness --top_k 20 $(WORDS) \
 	  --query "a photo of the red digit seven." "a photo of the digit seven." --output_dir runs/demo/dial
+
+results-quick: $(VENV)/.installed
+	$(BIN)/python benchmarks/results_quick.py --output_dir runs/results-quick
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not slow"

@@ -1,171 +1,204 @@
-"""The ablations of LORE at a scale that fits a CPU: rho, K, the form of the multiplier, the margin, and no constraint at all.
+"""LORE with one setting changed at a time, and TeCoA with and without constraints, at a scale that fits a CPU.
 
-  python benchmarks/ablations.py --model runs/small-clip --data data/cifar10 --seeds 0 1 2 --output_dir runs/ablations
+  python benchmarks/ablations.py --model runs/small-clip --data data/cifar10 --seeds 0 1 2 --output_dir runs/results
 
-Starts train_lore.py on the ablation recipes (recipes/ablation_*.yaml), which differ in one setting each, with the model,
-data, batch and steps of this command in place of theirs; then evaluate.py once on all models. Prints a table for each
-ablation (mean and standard deviation over seeds) and writes them to table.md. The row that an ablation shares with the
-others is one run.
+Tables: K, the form of the multiplier, the margin, the steps of the training attack, the supervised objective. What the
+recipes ablation_*.yaml and tecoa*.yaml change is changed here, on the small model; the row that the tables share is one run.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.comparison import ROOT, claim_directory, in_parallel, launcher, markdown, percent, print_table
-from utils.cli import flag, parse_settings, required, run
+from benchmarks.comparison import FARE, START, Flags, LoreSettings, evaluate, lore_runs
+from benchmarks.evidence import (
+    CONFIRMED,
+    NOT_CONFIRMED,
+    Claim,
+    Numbers,
+    Table,
+    difference,
+    error_bars,
+    new_figure,
+    number,
+    share,
+    show,
+    verdict,
+    write_numbers,
+)
+from utils.cli import flag, parse_settings, run
+from utils.figures import line_style
 from utils.metrics import MetricsFile
 
-RECIPE = "recipes/ablation_{}_vit-b-32_imagenet-100.yaml"
-START = "start model"
+K, FORM, MARGIN, STEPS, SUPERVISED = (
+    "updates per batch",
+    "multiplier",
+    "margin",
+    "steps of the training attack",
+    "supervised",
+)
+TECOA = "TeCoA, K = {}"
 
 
 @dataclass
-class Settings:
+class Settings(LoreSettings):
     # fmt: off
-    model: str = required("the model that every run starts from", group="what")
-    data: str = required("labelled set with train/ and test/", group="what")
-    seeds: list[int] = flag([0], "one run of each variant per seed", group="what", minimum=0)
-    output_dir: str = required("runs, evaluation and table.md go here", group="what")
     eps: float = flag(4.0, "radius of the training attack, in 1/255", group="training", above=0, maximum=255)
-    rho: float = flag(0.02, "tolerance wherever it is not what varies", group="training", minimum=0)
-    rhos: list[float] = flag([0.005, 0.02, 0.05, 0.1, 0.2], "tolerances of the first table", group="training", minimum=0)
+    rho: float = flag(0.02, "tolerance of the embedding constraint", group="training", minimum=0)
+    kl_rho: float = flag(0.02, "tolerance of the KL constraint, a share of the entropy", group="training", minimum=0)
     fixed_rhos: list[float] = flag([3.2, 6.3, 12.7], "squared distances allowed under a fixed margin", group="training", minimum=0)
-    primal_steps: list[int] = flag([1, 2, 3, 5, 7, 10], "K of the second table", group="training", minimum=1)
-    clean_weights: list[float] = flag([1.0, 10.0], "weights of the clean distance in place of the constraint", group="training", above=0)
+    primal_steps: list[int] = flag([1, 2, 3, 5, 7, 10], "K; 5 is everywhere else", group="training", minimum=1)
+    attack_steps: list[int] = flag([1, 2, 5, 10, 20], "PGD steps; 10 is everywhere else", group="training", minimum=1)
     steps: int = flag(60, "training steps", group="training", minimum=1)
-    batch_size: int = flag(64, "images per step", group="training", minimum=1)
-    learning_rate: float = flag(3e-4, "of the encoder, the same for every variant", group="training", minimum=0)
-    eval_eps: list[float] = flag([2.0, 4.0], "radii of the PGD evaluation, in 1/255", group="evaluation", above=0, maximum=255)
-    num_samples: int = flag(1000, "test images of the evaluation", group="evaluation", minimum=1)
-    jobs: int = flag(1, "runs at a time, one thread each where more than one; then processes of the evaluation", group="run", minimum=1)
+    eval_eps: float = flag(4.0, "radius of APGD, in 1/255", group="evaluation", above=0, maximum=255)
     # fmt: on
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One row: the recipe (by the word in its name) and what the command line adds to it."""
-
-    recipe: str
-    flags: tuple[str, ...] = ()
-
-    @property
-    def folder(self) -> str:
-        return "_".join([self.recipe, *(word.strip("-") for word in self.flags)])
 
 
 def main() -> None:
     settings = parse_settings(Settings, description=__doc__)
-    started = time.monotonic()
-    output_dir = Path(settings.output_dir)
-    kept = ("model", "data", "eps", "rho", "steps", "batch_size", "learning_rate")
-    claim_directory(output_dir, {name: getattr(settings, name) for name in kept})
-    tables = make_tables(settings)
-    variants = dict.fromkeys(variant for rows in tables.values() for variant in rows.values())
-    runs = {
-        (variant, seed): output_dir / f"{variant.folder}-seed{seed}" for seed in settings.seeds for variant in variants
-    }
-    in_parallel(
-        settings.jobs,
-        [
-            train_command(settings, variant, seed, run_dir)
-            for (variant, seed), run_dir in runs.items()
-            if not (run_dir / "model.safetensors").exists()
-        ],
-    )
-    in_parallel(settings.jobs, [evaluation_command(settings, [settings.model, *map(str, runs.values())])])
-    values = read_values(settings, output_dir)
+    rows = make_rows(settings)
+    runs = lore_runs(settings, {(title, label): flags for title, of in rows.items() for label, flags in of.items()})
+    models = [folder for folders in runs.values() for folder in folders]
+    asked = {
+        "attack": ["clean", "apgd"], "eps": settings.eval_eps, "measure": ["accuracy", "fidelity"],
+        "reference_model_name_or_path": settings.model,
+    }  # fmt: skip
+    cells = evaluate(settings, "ablations", models, asked)
+    values = {(cell["model"], cell["measure"], cell["attack"]): cell["value"] for cell in cells}
 
-    written = []
-    for title, rows in tables.items():
-        table = [["", "clean", *(f"PGD {eps:g}/255" for eps in settings.eval_eps), "clean distance, % of norm²", "λ"]]
-        if not written:
-            table.append([START, *cells(settings, values, [settings.model]), ""])
-        for label, variant in rows.items():
-            folders = [runs[variant, seed] for seed in settings.seeds]
-            table.append([label, *cells(settings, values, list(map(str, folders))), multiplier(folders)])
-        print_table(title, table)
-        written.append(f"**{title}**\n\n{markdown(table)}")
-    (output_dir / "table.md").write_text("\n".join(written), encoding="utf-8")
-    print(f"{output_dir / 'table.md'} written; {time.monotonic() - started:.0f} s in all")
+    def read(names: list[str], multiplier: list[float]) -> dict[str, list[float]]:
+        columns = {"clean": ("accuracy", "clean"), "robust": ("accuracy", "apgd"), "distance": ("fidelity", "clean")}
+        found = {key: [values[name, *column] for name in names] for key, column in columns.items()}
+        return found | {"multiplier": multiplier}
+
+    found = {START: {START: read([settings.model], [])}} | {title: {} for title in rows}
+    for (title, label), folders in runs.items():
+        last = [MetricsFile(folder / "metrics.jsonl").read()[-1].get("multiplier_mean", 0.0) for folder in folders]
+        found[title][label] = read(list(map(str, folders)), last if any(last) else [])
+    numbers = write_numbers(settings, [*models, Path(settings.output_dir) / "eval-ablations"], found)
+    show(tables(numbers))
 
 
-def make_tables(settings: Settings) -> dict[str, dict[str, Variant]]:
-    """Title -> row -> variant. Everything but what the title names is the recipe's, rho as given."""
-    rho = ("--rho", f"{settings.rho:g}")
-    base = Variant("rho", rho)
-    tables = {
-        "rho": {f"rho {value:g}": Variant("rho", ("--rho", f"{value:g}")) for value in settings.rhos},
-        "primal steps": {
-            f"K = {k}": base if k == 5 else Variant("primal-steps", (*rho, "--primal_steps", str(k)))
-            for k in settings.primal_steps
-        },
-        "multiplier": {
-            "network": base,
-            "linear": Variant("multiplier-linear", rho),
-            "scalar": Variant("multiplier-scalar", rho),
-        },
-        "margin": {f"relative, rho {settings.rho:g}": base}
-        | {f"fixed, {value:g}": Variant("margin-fixed", ("--rho", f"{value:g}")) for value in settings.fixed_rhos},
-        "constraint": {
-            f"LORE, rho {settings.rho:g}": base,
-            "FARE, K = 5": Variant("fare-equal-updates"),
-        }
-        | {
-            f"FARE + {weight:g} x clean distance": Variant("clean-weight", ("--clean_weight", f"{weight:g}"))
-            for weight in settings.clean_weights
-        },
-    }
-    return tables
-
-
-def train_command(settings: Settings, variant: Variant, seed: int, run_dir: Path) -> list[str]:
-    return [
-        *launcher("train_lore.py"), "--config", str(ROOT / RECIPE.format(variant.recipe)),
-        "--model_name_or_path", settings.model, "--train_shards", f"{settings.data}/train", "--eval_shards", f"{settings.data}/test", "--eval_num_samples", "100",
-        "--eval_steps", str(settings.steps), "--eps", f"{settings.eps:g}",
-        "--max_steps", str(settings.steps), "--per_device_train_batch_size", str(settings.batch_size),
-        "--global_batch_size", str(settings.batch_size), "--learning_rate", f"{settings.learning_rate:g}",
-        "--logging_steps", "10", "--checkpoint_steps", "0", "--num_workers", "0", "--report_to", "none",
-        "--seed", str(seed), "--resume_from_checkpoint", "latest", "--output_dir", str(run_dir), *variant.flags,
-    ]  # fmt: skip
-
-
-def evaluation_command(settings: Settings, models: list[str]) -> list[str]:
-    return [
-        *launcher("evaluate.py", settings.jobs), "--model", *models, "--data", settings.data, "--attack", "clean", "pgd",
-        "--eps", *(f"{eps:g}" for eps in settings.eval_eps), "--measure", "accuracy", "fidelity",
-        "--reference_model_name_or_path", settings.model, "--num_samples", str(settings.num_samples),
-        "--num_workers", "0", "--output_dir", f"{settings.output_dir}/eval",
-    ]  # fmt: skip
-
-
-def read_values(settings: Settings, output_dir: Path) -> dict[tuple[str, str, float | None], float]:
-    """(model, measure, eps or None) -> figure on the first ``num_samples`` images."""
-    report = json.loads((output_dir / "eval" / "results.json").read_text(encoding="utf-8"))
+def make_rows(settings: Settings) -> dict[str, dict[str, Flags]]:
+    """Title -> label -> flags. Everything but what the title names is the common run's."""
+    common = {"eps": settings.eps, "max_steps": settings.steps, "primal_steps": 5}
+    base = common | {"rho": settings.rho}
+    tecoa = {"objective": "tecoa"}
     return {
-        (cell["model"], cell["measure"], cell["eps"]): cell["value"]
-        for cell in report["results"]
-        if cell["settings"]["num_samples"] == settings.num_samples
+        K: {f"K = {k}": base | {"primal_steps": k} for k in settings.primal_steps},
+        FORM: {"network": base} | {form: base | {"multiplier": form} for form in ("linear", "scalar")},
+        MARGIN: {f"relative, rho {settings.rho:g}": base}
+        | {f"fixed, {rho:g}": base | {"rho": rho, "margin": "fixed"} for rho in settings.fixed_rhos},
+        STEPS: {
+            f"{n} step{'s' * (n > 1)}": base | ({} if n == 10 else {"attack_steps": n}) for n in settings.attack_steps
+        },
+        SUPERVISED: {
+            TECOA.format(1): tecoa | FARE | common | {"primal_steps": 1},
+            TECOA.format(5): tecoa | FARE | common,
+            f"TeCoA + l2, rho {settings.rho:g}": tecoa | base,
+            f"TeCoA + KL, rho {settings.kl_rho:g}": tecoa | common | {"constraint": "kl", "rho": settings.kl_rho},
+        },
     }
 
 
-def cells(settings: Settings, values: dict, models: list[str]) -> list[str]:
-    """Accuracies in %, and the mean of ||z - z0||^2 / ||z0||^2 on the test images in %."""
-    keys = [("accuracy", eps) for eps in (None, *settings.eval_eps)] + [("fidelity", None)]
-    return [percent([values[model, measure, eps] for model in models]) for measure, eps in keys]
+def tables(numbers: Numbers) -> list[Table]:
+    settings, found = numbers["settings"], numbers["results"]
+    n = settings["num_samples"]
+    heading = ["", "clean", f"APGD {settings['eval_eps']:g}/255", "clean distance, % of norm²", "λ"]
+    made = []
+    for title in (K, FORM, MARGIN, STEPS, SUPERVISED):
+        rows = [heading]
+        for label, of in (found[START] | found[title]).items():
+            multiplier = f"{statistics.mean(of['multiplier']):.2g}" if of["multiplier"] else "-"
+            rows.append(
+                [label, share(of["clean"], n), share(of["robust"], n), number(of["distance"], 1, 100), multiplier]
+            )
+        made.append((title[0].upper() + title[1:], rows))
+    return made
 
 
-def multiplier(folders: list[Path]) -> str:
-    """Mean multiplier at the last logged step, over images and seeds."""
-    last = [MetricsFile(folder / "metrics.jsonl").read()[-1]["multiplier_mean"] for folder in folders]
-    return f"{statistics.mean(last):.2g}" if any(last) else "-"
+def figures(numbers: Numbers) -> dict[str, Figure]:
+    found = numbers["results"]
+    titles = [title for title in found if title != START]
+    figure, axes = new_figure(3, 2)
+    for axis in axes[len(titles) :]:
+        axis.set_axis_off()
+    for axis, title in zip(axes, titles):
+        for place, (label, of) in enumerate((found[START] | found[title]).items()):
+            x, y = ([100 * statistics.mean(of[key])] for key in ("clean", "robust"))
+            style = line_style(place)
+            axis.errorbar(
+                x, y, xerr=error_bars([of["clean"]]), yerr=error_bars([of["robust"]]), linestyle="none",
+                color=style["color"], marker=style["marker"], capsize=2, elinewidth=0.8, label=label,
+                markerfacecolor="white" if place % 2 else style["color"],
+            )  # fmt: skip
+        axis.set(
+            title=title, xlabel="clean accuracy, %", ylabel=f"under APGD {numbers['settings']['eval_eps']:g}/255, %"
+        )
+        axis.legend(fontsize=6.5, frameon=False, loc="best")
+    return {"ablations": figure}
+
+
+def claims(numbers: Numbers) -> list[Claim]:
+    settings, found = numbers["settings"], numbers["results"]
+    n = settings["num_samples"]
+    rows = []
+    ks = list(found[K])
+    clean, robust = (difference(found[K][ks[-1]][key], found[K][ks[0]][key], n) for key in ("clean", "robust"))
+    said = f"{ks[-1]} less {ks[0]}: clean {clean}, APGD {robust} points"
+    rows.append(Claim("LORE", "robust accuracy rises with K", said, verdict(robust)))
+    rows.append(Claim("LORE", "clean accuracy rises with K (the paper's text)", said, verdict(clean)))
+    falls = CONFIRMED if clean.high < 0 else NOT_CONFIRMED
+    rows.append(Claim("LORE", "clean accuracy falls with K (the paper's table)", said, falls))
+
+    distances = {form: 100 * statistics.mean(of["distance"]) for form, of in found[FORM].items()}
+    gap = difference(found[FORM]["scalar"]["distance"], found[FORM]["network"]["distance"], n)
+    enforced = verdict(gap) if len(settings["seeds"]) > 1 else NOT_CONFIRMED + ": one seed"
+    said = "clean distance, % of norm²: " + ", ".join(f"{form} {value:.1f}" for form, value in distances.items())
+    rows.append(
+        Claim(
+            "LORE",
+            "a network enforces the constraint better than a scalar multiplier, at one learning rate",
+            said,
+            enforced,
+        )
+    )
+
+    # The fixed threshold whose distance is nearest to the relative one's: like against like.
+    relative, *fixed = found[MARGIN]
+    mean = {label: statistics.mean(of["distance"]) for label, of in found[MARGIN].items()}
+    nearest = min(fixed, key=lambda label: abs(mean[label] - mean[relative]))
+    clean, robust = (
+        difference(found[MARGIN][relative][key], found[MARGIN][nearest][key], n) for key in ("clean", "robust")
+    )
+    rows.append(
+        Claim(
+            "LORE", "a relative margin beats a fixed one", f"{relative} - {nearest} (the nearest distance): clean {clean}, APGD {robust} points",
+            CONFIRMED if CONFIRMED in (verdict(clean), verdict(robust)) else NOT_CONFIRMED,
+        )
+    )  # fmt: skip
+    tecoa, *constrained = [label for label in found[SUPERVISED] if label != TECOA.format(1)]
+    for label in constrained:
+        clean, robust = (
+            difference(found[SUPERVISED][label][key], found[SUPERVISED][tecoa][key], n) for key in ("clean", "robust")
+        )
+        both = [verdict(clean), verdict(robust)]
+        partly = {(CONFIRMED, CONFIRMED): ""} | {
+            (CONFIRMED, second): ": clean only" for second in both if second != CONFIRMED
+        }
+        rows.append(
+            Claim(
+                "LORE", f"{label.split(',')[0]} beats TeCoA, clean and attacked", f"{label} - {tecoa}: clean {clean}, APGD {robust} points",
+                CONFIRMED if both == [CONFIRMED] * 2 else NOT_CONFIRMED + partly.get(tuple(both), ""),
+            )
+        )  # fmt: skip
+    return rows
 
 
 if __name__ == "__main__":

@@ -8,17 +8,42 @@ import shlex
 import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.cli import UserError
+from utils.cli import UserError, flag, required
 from utils.progress import wide_console
 
 ROOT = Path(__file__).resolve().parents[1]
+FARE = {"constraint": "none"}
+START = "start model"
+COMMANDS = "commands.jsonl"  # in an output directory: what each command that was started there took
+
+Flags = Mapping[str, Any]  # of a script, without the dashes
+
+
+@dataclass
+class LoreSettings:
+    """Flags of every comparison that is made of runs of train_lore.py."""
+
+    # fmt: off
+    model: str = required("the model that every run starts from", group="what")
+    data: str = required("labelled set with train/ and test/", group="what")
+    seeds: list[int] = flag([0], "one run of each variant per seed", group="what", minimum=0)
+    output_dir: str = required("runs and evaluations go here; scripts that train alike can share it", group="what")
+    numbers_dir: str | None = flag(None, "what was found goes here as <script>.json, for benchmarks/results.py (default: --output_dir)", group="what")
+    batch_size: int = flag(64, "images per step", group="training", minimum=1)
+    learning_rate: float = flag(3e-4, "of the encoder, the same for every variant", group="training", minimum=0)
+    num_samples: int = flag(500, "test images of the evaluation", group="evaluation", minimum=1)
+    jobs: int = flag(1, "runs at a time, one thread each where more than one; then processes of the evaluation", group="run", minimum=1)
+    # fmt: on
 
 
 def claim_directory(output_dir: Path, kept: dict[str, Any]) -> None:
@@ -32,27 +57,112 @@ def claim_directory(output_dir: Path, kept: dict[str, Any]) -> None:
     note.write_text(json.dumps(kept, indent=1), encoding="utf-8")
 
 
-def launcher(script: str, processes: int = 1, config: str | None = None) -> list[str]:
+def launcher(script: str, processes: int = 1, config: str | None = None, precision: str | None = None) -> list[str]:
     """The start of the command, with the project's files as seen from where the user is; on CPUs unless ``config`` is given."""
     config = config or ("cpu.yaml" if processes == 1 else "cpu_2proc.yaml")
     config, script = (os.path.relpath(ROOT / path) for path in (f"accelerate_configs/{config}", script))
     more = ["--num_processes", str(processes)] if processes > 2 else []
+    more += ["--mixed_precision", precision] if precision else []
     return ["accelerate", "launch", "--quiet", "--config_file", config, *more, script]
 
 
-def in_parallel(jobs: int, commands: list[list[str]]) -> None:
-    """Runs the commands, ``jobs`` at a time; each is shown as a user would type it."""
+def lore_runs(
+    settings: LoreSettings,
+    variants: Mapping[str, Flags],
+    names: Mapping[str, str] | None = None,
+    kept: Sequence[str] = (),
+) -> dict[str, list[Path]]:
+    """Trains what is not there yet: label -> the run's directory for each seed.
+
+    A run is called by its flags: two labels, or two scripts with one --output_dir, that ask for the same share it. ``names``
+    are shorter ones by label, which need the other settings in ``kept`` to be the same when the script is started again.
+    """
+    output_dir = Path(settings.output_dir)
+    kept = ("model", "data", "batch_size", "learning_rate", *kept)
+    claim_directory(output_dir, {name: getattr(settings, name) for name in kept})
+    runs = {
+        label: [
+            output_dir / f"{names[label]}-seed{seed}" if names else output_dir / f"{run_name(flags)}_seed-{seed}"
+            for seed in settings.seeds
+        ]
+        for label, flags in variants.items()
+    }
+    commands = {
+        run_dir: lore_command(settings, variants[label], seed, run_dir)
+        for place, seed in enumerate(settings.seeds)
+        for label, folders in runs.items()
+        if not ((run_dir := folders[place]) / "model.safetensors").exists()
+    }
+    in_parallel(settings.jobs, list(commands.values()), log=output_dir / COMMANDS)
+    return runs
+
+
+def run_name(flags: Flags) -> str:
+    """A folder's name: all that makes the weights what they are."""
+    named = {name: value for name, value in sorted(flags.items()) if not name.startswith("eval_")}
+    return "_".join(f"{name}-{_text(value)}" for name, value in named.items())
+
+
+def lore_command(settings: LoreSettings, flags: Flags, seed: int, run_dir: Path) -> list[str]:
+    common = {
+        "model_name_or_path": settings.model, "train_shards": f"{settings.data}/train",
+        "per_device_train_batch_size": settings.batch_size, "learning_rate": settings.learning_rate,
+        "logging_steps": 1, "checkpoint_steps": 0, "num_workers": 0, "report_to": "none",
+        "resume_from_checkpoint": "latest", "seed": seed, "output_dir": run_dir,
+    }  # fmt: skip
+    precision = flags.get("mixed_precision")  # the launcher's own flag
+    flags = {name: value for name, value in flags.items() if name != "mixed_precision"}
+    return [*launcher("train_lore.py", precision=precision), *words(common | flags)]
+
+
+def evaluate(
+    settings: LoreSettings, name: str, models: Sequence[str | Path], flags: Flags, data: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Cells of results.json: evaluate.py on the start model and ``models``, in <output_dir>/eval-<name>.
+
+    What is finished there is not measured again; cells of other settings are left out.
+    """
+    folder = Path(settings.output_dir) / f"eval-{name}"
+    asked = {
+        "model": [settings.model, *dict.fromkeys(map(str, models))], "data": list(data) or [settings.data],
+        "num_samples": settings.num_samples, "num_workers": 0, "output_dir": folder,
+    }  # fmt: skip
+    command = [*launcher("evaluate.py", settings.jobs), *words(asked | flags)]
+    in_parallel(settings.jobs, [command], log=Path(settings.output_dir) / COMMANDS)
+    cells = json.loads((folder / "results.json").read_text(encoding="utf-8"))["results"]
+    return [cell for cell in cells if cell["settings"]["num_samples"] == settings.num_samples]
+
+
+def words(flags: Flags) -> list[str]:
+    """The flags as they are typed."""
+    typed = []
+    for name, value in flags.items():
+        typed += [f"--{name}", *(map(_text, value) if isinstance(value, (list, tuple)) else [_text(value)])]
+    return typed
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def in_parallel(jobs: int, commands: list[list[str]], log: Path | None = None) -> None:
+    """Runs the commands, ``jobs`` at a time; each is shown as a user would type it. ``log``: takes a line per command."""
+    at_a_time = max(1, min(jobs, len(commands)))
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
 
     def start(command: list[str]) -> None:
         sys.stdout.write(f"\n$ {shlex.join(command)}\n")  # in one piece: another run may be writing too
         sys.stdout.flush()
-        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:]]
-        status = subprocess.run(command, env=environment, check=False).returncode
+        started = time.monotonic()
+        started_command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:]]
+        status = subprocess.run(started_command, env=environment, check=False).returncode
         if status:
-            raise UserError(
-                f"{next(word for word in command if word.endswith('.py'))} ended with status {status}; its own message is above"
-            )
+            script = next(word for word in command if word.endswith(".py"))
+            raise UserError(f"{script} ended with status {status}; its own message is above")
+        if log is not None:
+            row = {"output_dir": command[command.index("--output_dir") + 1], "seconds": time.monotonic() - started}
+            with log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row | {"at_a_time": at_a_time}) + "\n")
 
     with ThreadPoolExecutor(jobs) as pool:
         for finished in [pool.submit(start, command) for command in commands]:

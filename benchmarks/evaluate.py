@@ -24,8 +24,9 @@ from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 
 from benchmarks.comparison import markdown, print_table
 from utils.attacks import frozen, make_points, run_apgd, seed_from, sphere_start
+from utils.classifiers import LinearClassifier
 from utils.cli import flag, parse_settings, required, run
-from utils.encoders import load_model, make_encoder
+from utils.encoders import ImageEncoder, load_model, make_encoder
 from utils.images import ImageTransform
 from utils.shards import ShardDataset, eval_loader
 from utils.zeroshot import open_set, set_classifier, to_pixel_values
@@ -92,6 +93,22 @@ class SeededReference(APGDAttack_targeted):
         return APGDAttack_targeted.perturb(self, x, y)
 
 
+def load(
+    name: str, data: str, num_samples: int, device: torch.device
+) -> tuple[ImageEncoder, LinearClassifier, Tensor, Tensor]:
+    """Encoder and classifier of a model, the first pixel_values (N, 3, H, W) of a set's test/ and their labels (N,)."""
+    clip, processor = load_model(name, "--model")
+    encoder = make_encoder(clip, processor).to(device).eval()
+    labelled = open_set([f"{data}/test"], flag="--data", with_classes=True)
+    classifier = set_classifier(clip, processor, encoder, labelled, device)
+    transform = ImageTransform.from_processor(processor.image_processor)
+    dataset = ShardDataset(labelled.index, transform, order="sequential", with_labels=True)
+    reading = {"num_samples": num_samples, "batch_size": 500, "rank": 0, "world_size": 1, "num_workers": 0}
+    batches = list(eval_loader(dataset, **reading))
+    images = torch.cat([to_pixel_values(batch["images"], device) for batch in batches])
+    return encoder, classifier, images, torch.cat([batch["labels"] for batch in batches]).to(device)
+
+
 def by_reference(model: Counted, images: Tensor, labels: Tensor, eps: float, settings: Settings) -> tuple[Tensor, int]:
     """Robust mask (N,) and the floor, as AutoAttack's own loop goes: CE over all batches, then T over who is left."""
     attack = SeededReference(model, n_iter=settings.num_steps, eps=eps, seed=settings.seed, device=images.device)
@@ -142,16 +159,7 @@ def main() -> None:
         ]
     ]  # fmt: skip
     for name in settings.model:
-        clip, processor = load_model(name, "--model")
-        encoder = make_encoder(clip, processor).to(device).eval()
-        data = open_set([f"{settings.data}/test"], flag="--data", with_classes=True)
-        classifier = set_classifier(clip, processor, encoder, data, device)
-        transform = ImageTransform.from_processor(processor.image_processor)
-        dataset = ShardDataset(data.index, transform, order="sequential", with_labels=True)
-        reading = {"num_samples": settings.num_samples, "batch_size": 500, "rank": 0, "world_size": 1, "num_workers": 0}
-        batches = list(eval_loader(dataset, **reading))
-        images = torch.cat([to_pixel_values(batch["images"], device) for batch in batches])
-        labels = torch.cat([batch["labels"] for batch in batches]).to(device)
+        encoder, classifier, images, labels = load(name, settings.data, settings.num_samples, device)
         with frozen(encoder):
             for eps in settings.eps:
                 results, seconds, counts = [], [], []

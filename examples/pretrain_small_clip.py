@@ -6,7 +6,7 @@ published weights can be had, in tests, in the demo and on a laptop.
 
 The captions are the class names in the set's templates. Each step draws some of the templates, and the image embeddings
 are classified against the text embeddings of the classes in each of them (the image-to-text half of CLIP's loss, where
-images of one class do not count as each other's negatives). The whole set is decoded once and kept in memory as
+images of one class do not count as each other's negatives). Several sets are one with the classes of all. The whole is decoded once and kept in memory as
 uint8. What --output_dir holds in the end is a complete Hugging Face directory: CLIPModel.from_pretrained and
 CLIPProcessor.from_pretrained load it. One process, one GPU if there is one, float32.
 """
@@ -36,10 +36,10 @@ from utils.metrics import MetricsFile
 from utils.model_card import command_line, versions
 from utils.optimization import cosine_learning_rate, set_learning_rate
 from utils.progress import RunProgress
-from utils.shards import ShardDataset, ShardIndex, eval_loader
+from utils.shards import ShardDataset, eval_loader
 from utils.skipped import SkipCounter
 from utils.typographic import KINDS, PLACES, Draws, WordStyle, word_style, write_word
-from utils.zeroshot import class_embeddings, open_set, read_templates, to_pixel_values
+from utils.zeroshot import LabelledSet, class_embeddings, open_set, read_templates, to_pixel_values
 
 MAX_TEXT_LENGTH = 77  # tokens, as in the published CLIPs
 MAX_SET_BYTES = 8 * 2**30
@@ -49,15 +49,18 @@ MAX_LOGIT_SCALE = 4.6052  # ln 100
 
 @dataclass
 class Settings:
-    train_data: str = required(
-        "set directory: classnames.txt, train/*.tar and, for the accuracy, test/*.tar", group="data"
+    train_data: list[str] = required(
+        "set directories: classnames.txt, train/*.tar and, for the accuracy, test/*.tar; several are learnt as one",
+        group="data",
     )
     image_size: int = flag(32, "side of the images, in pixels", group="data", minimum=8)
     classnames: str | None = flag(None, "class names, one per line; default classnames.txt of the set", group="data")
     templates: str | None = flag(
         None, "templates, one per line, {c} the class name; default the set's, else 'a photo of a {c}.'", group="data"
     )
-    train_num_samples: int | None = flag(None, "use the first N training images; default all", group="data", minimum=1)
+    train_num_samples: int | None = flag(
+        None, "use the first N training images of each set; default all", group="data", minimum=1
+    )
     num_workers: int = flag(0, "processes that decode images, once, at the start", group="data", minimum=0)
     max_bad_fraction: float = flag(
         0.01, "share of unusable samples at which the run stops", group="data", minimum=0, maximum=1
@@ -126,15 +129,9 @@ class Settings:
 def main() -> None:
     settings = parse_settings(Settings, description=__doc__)
     check(settings)
-    root = Path(settings.train_data)
-    train = open_set(
-        [str(root / "train")],
-        flag="--train_data",
-        with_classes=True,
-        classnames=settings.classnames,
-        cache_dir=settings.cache_dir,
-    )
-    classnames, templates = train.classnames, train.templates
+    train = open_split(settings, "train")
+    classnames = list(dict.fromkeys(name for one in train for name in one.classnames))
+    templates = list(dict.fromkeys(template for one in train for template in one.templates))
     if settings.templates is not None:
         templates = read_templates(settings.templates)
     words = read_words(settings.words, classnames)
@@ -144,13 +141,10 @@ def main() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, if installed, warns when the model is saved
     torch.manual_seed(settings.seed)
 
-    train_images, train_labels = decode(
-        train.index, settings, len(classnames), settings.train_num_samples, "decoding train"
-    )
-    has_test = any((root / "test").glob("*.tar"))
+    train_images, train_labels = decode(train, classnames, settings, settings.train_num_samples, "decoding train")
+    has_test = all(any((Path(root) / "test").glob("*.tar")) for root in settings.train_data)
     if has_test:
-        test = open_set([str(root / "test")], flag="--train_data", with_classes=False, cache_dir=settings.cache_dir)
-        test_images, test_labels = decode(test.index, settings, len(classnames), None, "decoding test")
+        test_images, test_labels = decode(open_split(settings, "test"), classnames, settings, None, "decoding test")
 
     if settings.start_from is None:
         processor = make_processor(classnames, templates, settings)
@@ -270,54 +264,80 @@ def check(settings: Settings) -> None:
         raise UserError(f"--output_dir {output_dir}: is a file; give a directory")
     if output_dir.is_dir() and any(output_dir.iterdir()) and not settings.overwrite:
         raise UserError(f"--output_dir {output_dir}: not empty; give another directory, or add --overwrite")
-    root = Path(settings.train_data)
-    if not root.is_dir():
-        raise UserError(f"--train_data {root}: no such directory; expected a set with classnames.txt and train/*.tar")
-    if not any((root / "train").glob("*.tar")):
-        raise UserError(f"--train_data {root}: no .tar files in {root / 'train'}; expected the shards of the set there")
+    for root in map(Path, settings.train_data):
+        if not root.is_dir():
+            raise UserError(
+                f"--train_data {root}: no such directory; expected a set with classnames.txt and train/*.tar"
+            )
+        if not any((root / "train").glob("*.tar")):
+            raise UserError(
+                f"--train_data {root}: no .tar files in {root / 'train'}; expected the shards of the set there"
+            )
+    if settings.classnames is not None and len(settings.train_data) > 1:
+        raise UserError("--classnames: names the classes of one set; leave it out with several of --train_data")
     for name in ("classnames", "templates", "words"):
         path = getattr(settings, name)
         if path is not None and not Path(path).is_file():
             raise UserError(f"--{name} {path}: no such file; expected a text file, one entry per line")
 
 
-def decode(
-    index: ShardIndex, settings: Settings, num_classes: int, limit: int | None, progress_title: str
-) -> tuple[Tensor, Tensor]:
-    """All (or the first ``limit``) images of a split, in order: uint8 (n, 3, S, S), labels (n,) int64."""
-    size = settings.image_size
-    num_samples = min(limit or index.num_samples, index.num_samples)
-    if (num_bytes := num_samples * 3 * size * size) > MAX_SET_BYTES:
-        raise UserError(
-            f"--train_data {settings.train_data}: {num_samples} images of {size} px take {num_bytes / 2**30:.1f} GiB "
-            f"of memory, more than the {MAX_SET_BYTES / 2**30:.0f} allowed; lower --train_num_samples or --image_size"
+def open_split(settings: Settings, split: str) -> list[LabelledSet]:
+    return [
+        open_set(
+            [f"{root}/{split}"],
+            flag="--train_data",
+            with_classes=True,
+            classnames=settings.classnames,
+            cache_dir=settings.cache_dir,
         )
-    dataset = ShardDataset(
-        index, ImageTransform(size, (size, size)), order="sequential", with_labels=True, num_classes=num_classes
-    )
-    loader = eval_loader(
-        dataset,
-        num_samples=num_samples,
-        batch_size=DECODE_BATCH,
-        rank=0,
-        world_size=1,
-        num_workers=settings.num_workers,
-    )
-    images = torch.empty((num_samples, 3, size, size), dtype=torch.uint8)
-    labels = torch.empty(num_samples, dtype=torch.int64)
+        for root in settings.train_data
+    ]
+
+
+def decode(
+    sets: list[LabelledSet], classnames: list[str], settings: Settings, limit: int | None, progress_title: str
+) -> tuple[Tensor, Tensor]:
+    """All (or the first ``limit``) images of each set, in order: uint8 (n, 3, S, S), int64 labels (n,) into ``classnames``."""
+    size = settings.image_size
+    counts = [min(limit or one.index.num_samples, one.index.num_samples) for one in sets]
+    if (num_bytes := sum(counts) * 3 * size * size) > MAX_SET_BYTES:
+        raise UserError(
+            f"--train_data {' '.join(settings.train_data)}: {sum(counts)} images of {size} px take "
+            f"{num_bytes / 2**30:.1f} GiB of memory, more than the {MAX_SET_BYTES / 2**30:.0f} allowed; "
+            "lower --train_num_samples or --image_size"
+        )
+    images = torch.empty((sum(counts), 3, size, size), dtype=torch.uint8)
+    labels = torch.empty(sum(counts), dtype=torch.int64)
     filled = 0
-    with RunProgress(progress_title, num_samples) as progress:
-        skipped = SkipCounter(index, settings.max_bad_fraction, report=progress.note)
-        for batch in loader:
-            here = slice(filled, filled + len(batch["labels"]))
-            images[here], labels[here] = batch["images"], batch["labels"]
-            filled = here.stop
-            skipped.add(batch["skipped"])
-            skipped.seen = min(skipped.seen + DECODE_BATCH, num_samples)
-            skipped.check()
-            progress.update(skipped.seen, report=skipped.seen == num_samples)
-        if skipped.summary():
-            progress.note(skipped.summary())
+    for one, num_samples in zip(sets, counts):
+        dataset = ShardDataset(
+            one.index,
+            ImageTransform(size, (size, size)),
+            order="sequential",
+            with_labels=True,
+            num_classes=len(one.classnames),
+        )
+        loader = eval_loader(
+            dataset,
+            num_samples=num_samples,
+            batch_size=DECODE_BATCH,
+            rank=0,
+            world_size=1,
+            num_workers=settings.num_workers,
+        )
+        label_of = torch.tensor([classnames.index(name) for name in one.classnames])
+        with RunProgress(progress_title, num_samples) as progress:
+            skipped = SkipCounter(one.index, settings.max_bad_fraction, report=progress.note)
+            for batch in loader:
+                here = slice(filled, filled + len(batch["labels"]))
+                images[here], labels[here] = batch["images"], label_of[batch["labels"]]
+                filled = here.stop
+                skipped.add(batch["skipped"])
+                skipped.seen = min(skipped.seen + DECODE_BATCH, num_samples)
+                skipped.check()
+                progress.update(skipped.seen, report=skipped.seen == num_samples)
+            if skipped.summary():
+                progress.note(skipped.summary())
     return images[:filled], labels[:filled]
 
 

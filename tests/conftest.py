@@ -40,12 +40,19 @@ def attribute_digits(tmp_path_factory) -> Path:
     return directory
 
 
-def run_script(script: str, *arguments: object, status: int = 0, launcher: tuple[str, ...] = (), **env: str) -> str:
+def run_script(
+    script: str, *arguments: object, status: int = 0, launcher: tuple[str, ...] = (), timeout: float = 600, **env: str
+) -> str:
     """Runs a script of the project in a process of its own and returns stdout and stderr together."""
     command = [*(launcher or (sys.executable,)), str(ROOT / script), *map(str, arguments)]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     result = subprocess.run(
-        command, cwd=ROOT, text=True, capture_output=True, timeout=600, env=inherited | {"OMP_NUM_THREADS": "1"} | env
+        command,
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=timeout,
+        env=inherited | {"OMP_NUM_THREADS": "1"} | env,
     )
     output = result.stdout + result.stderr
     assert result.returncode == status, f"status {result.returncode}, expected {status}:\n{output[-6000:]}"

@@ -17,4 +17,4 @@ def test_all_methods_are_trained_evaluated_and_tabulated(small_clip, digits, tmp
     assert "| method | 0 | 1 | 2 |" in table
     assert (tmp_path / "compare/curves.png").stat().st_size > 10_000
     assert output.count("$ accelerate launch") == 2 * 3 + 1
-    assert (tmp_path / "compare/eval/report.html").exists()
+    assert (tmp_path / "compare/eval-compare/report.html").exists()

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, CLIPModel, CLIPProcessor
 
-from examples import make_digit_shards, pretrain_small_clip
+from examples import make_digit_shards, make_shards, pretrain_small_clip
 from tests.conftest import run_script
 from utils.cli import UserError
 from utils.typographic import WordStyle
@@ -102,6 +102,32 @@ def test_the_same_seed_gives_the_same_model(digits: Path, tmp_path: Path) -> Non
         )
     for file in ("model.safetensors", "tokenizer.json"):
         assert filecmp.cmp(tmp_path / "one" / file, tmp_path / "two" / file, shallow=False), file
+
+
+def test_several_sets_are_one_with_the_classes_of_all(digits: Path, tmp_path: Path) -> None:
+    """Of five digits and of other five, by name: labels are the place in the names of all."""
+    names = (digits / "classnames.txt").read_text().split()
+    for name, classes in (("high", names[5:]), ("low", names[:6])):  # "five" is in both
+        call(make_shards, "--data", digits, "--classes", *classes, "--output_dir", tmp_path / name)
+    settings = pretrain_small_clip.Settings(
+        train_data=[str(tmp_path / "high"), str(tmp_path / "low")], output_dir="", cache_dir=str(tmp_path / "cache")
+    )
+    sets = pretrain_small_clip.open_split(settings, "test")
+    together = list(dict.fromkeys(name for one in sets for name in one.classnames))
+    assert together == [*names[5:], *names[:5]]
+    images, labels = pretrain_small_clip.decode(sets, together, settings, None, "decoding")
+    whole = pretrain_small_clip.Settings(train_data=[str(digits)], output_dir="", cache_dir=str(tmp_path / "cache"))
+    all_images, all_labels = pretrain_small_clip.decode(
+        pretrain_small_clip.open_split(whole, "test"), names, whole, None, "decoding"
+    )
+    truth = {image.numpy().tobytes(): names[label] for image, label in zip(all_images, all_labels)}
+    assert [together[label] for label in labels] == [truth[image.numpy().tobytes()] for image in images]
+    assert len(images) == len(all_images) + (all_labels == 5).sum()
+    with pytest.raises(UserError, match="--classnames: names the classes of one set"):
+        call(
+            pretrain_small_clip, "--train_data", tmp_path / "high", tmp_path / "low", "--classnames", tmp_path / "high/classnames.txt",
+            "--output_dir", tmp_path / "out",
+        )  # fmt: skip
 
 
 def test_saved_model_gives_the_accuracy_it_was_saved_with(
@@ -249,7 +275,7 @@ def test_all_present_classes_get_a_caption() -> None:
 def test_augmented_images_are_crops_of_the_padded_ones() -> None:
     images = torch.randint(256, (64, 3, 8, 8), dtype=torch.uint8)
     for flip in (False, True):
-        settings = pretrain_small_clip.Settings(train_data="", output_dir="", crop_padding=1, flip=flip)
+        settings = pretrain_small_clip.Settings(train_data=[], output_dir="", crop_padding=1, flip=flip)
         augmented = pretrain_small_clip.augment(images, settings, torch.Generator().manual_seed(0))
         padded = F.pad(images, (1, 1, 1, 1))
         mirrored = 0
@@ -266,7 +292,7 @@ def test_printed_words_name_their_class() -> None:
     images = torch.randint(256, (5, 3, 64, 64), dtype=torch.uint8)
     style = WordStyle(("DejaVuSans",), (40, 60), "label")
     settings = pretrain_small_clip.Settings(
-        train_data="", output_dir="", image_size=64, words_per_step=60, words_on_images=0.5
+        train_data=[], output_dir="", image_size=64, words_per_step=60, words_on_images=0.5
     )
     words, image_labels = [(0, "zero"), (2, "two")], torch.full((5,), 7)
     draw = lambda step: pretrain_small_clip.print_words(words, images, image_labels, style, settings, step)  # noqa: E731

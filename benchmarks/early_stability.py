@@ -1,0 +1,211 @@
+"""The first updates of FARE and LORE: clean accuracy, the multiplier, and how far clean embeddings move, over the radius.
+
+  python benchmarks/early_stability.py --model runs/small-clip --data data/cifar10 --seeds 0 1 2 --eps 2 4 8 16 \\
+    --output_dir runs/early-stability
+
+Per radius and seed three runs of train_lore.py that make the same number of encoder updates: FARE with one update a batch,
+FARE with K, LORE with K. Clean and PGD accuracy on held-out images every few updates.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.comparison import FARE, Flags, LoreSettings, lore_runs
+from benchmarks.evidence import (
+    CONFIRMED,
+    NOT_CONFIRMED,
+    Claim,
+    Numbers,
+    Table,
+    difference,
+    draw_spread,
+    legend_below,
+    new_figure,
+    number,
+    plain_log,
+    share,
+    show,
+    verdict,
+    write_numbers,
+)
+from utils.cli import flag, parse_settings, run
+from utils.metrics import MetricsFile
+
+LORE = "LORE"
+QUANTILES = ("median", "p95", "max")
+
+
+@dataclass
+class Settings(LoreSettings):
+    # fmt: off
+    eps: list[float] = flag([2.0, 4.0, 8.0, 16.0], "radii of the training attack, in 1/255", group="training", above=0, maximum=255)
+    rho: float = flag(0.1, "LORE's tolerance", group="training", minimum=0)
+    updates: int = flag(200, "updates of the encoder", group="training", minimum=1)
+    primal_steps: int = flag(5, "K, updates per batch", group="training", minimum=1)
+    curve_updates: int = flag(10, "updates between evaluations; a multiple of K", group="evaluation", minimum=1)
+    # fmt: on
+
+
+def main() -> None:
+    settings = parse_settings(Settings, description=__doc__)
+    methods = make_methods(settings)
+    variants = {(eps, name): flags | {"eps": eps} for eps in settings.eps for name, flags in methods.items()}
+    runs = lore_runs(settings, variants)
+    found: dict[str, dict] = {f"{eps:g}": {} for eps in settings.eps}
+    for (eps, name), folders in runs.items():
+        histories = [MetricsFile(folder / "metrics.jsonl").read() for folder in folders]
+        found[f"{eps:g}"][name] = read_curves(histories, methods[name]["primal_steps"], settings.primal_steps)
+    folders = [folder for per_seed in runs.values() for folder in per_seed]
+    numbers = write_numbers(settings, folders, found)
+    show(tables(numbers))
+
+
+def make_methods(settings: Settings) -> dict[str, Flags]:
+    def of(k: int) -> Flags:
+        return {
+            "primal_steps": k, "max_steps": settings.updates // k, "eval_steps": max(1, settings.curve_updates // k),
+            "eval_shards": f"{settings.data}/test", "eval_num_samples": settings.num_samples,
+        }  # fmt: skip
+
+    k = settings.primal_steps
+    return {
+        "FARE, K = 1": FARE | of(1),
+        f"FARE, K = {k}": FARE | of(k),
+        LORE: {"rho": settings.rho} | of(k),
+    }
+
+
+def read_curves(histories: list[list[dict]], primal_steps: int, every: int) -> dict:
+    """Over the updates made: accuracies at evaluations; every so many updates the multiplier and the distance over the margin.
+
+    A step's distances are those before its first update.
+    """
+    evaluated = [[row for row in history if "eval_accuracy_clean" in row] for history in histories]
+    logged = [[row for row in history if "violation_ratio_mean" in row] for history in histories]
+    logged = [rows[:: -(every // primal_steps)][::-1] for rows in logged]
+    return {
+        "updates": [row["step"] * primal_steps for row in evaluated[0]],
+        "clean": [[row["eval_accuracy_clean"] for row in rows] for rows in evaluated],
+        "robust": [[row["eval_accuracy_pgd"] for row in rows] for rows in evaluated],
+        "logged_updates": [(row["step"] - 1) * primal_steps for row in logged[0]],
+        "multiplier": [[row.get("multiplier_mean", 0.0) for row in rows] for rows in logged],
+        "violated": [[row["violated_fraction"] for row in rows] for rows in logged],
+        **{
+            f"ratio_{name}": [[row[f"violation_ratio_{name}"] for row in rows] for rows in logged] for name in QUANTILES
+        },
+    }
+
+
+def tables(numbers: Numbers) -> list[Table]:
+    n, rho = numbers["settings"]["num_samples"], numbers["settings"]["rho"]
+    stability = [["eps", "method", "clean, lowest", "at update", "clean, at the end", "PGD at eps, at the end"]]
+    distances = [["eps", "method", "median", "95th percentile", "largest", f"share above rho = {rho:g}", "multiplier"]]
+    for eps, methods in numbers["results"].items():
+        for name, curves in methods.items():
+            lowest = [min(curve) for curve in curves["clean"]]
+            where = [curves["updates"][curve.index(low)] for curve, low in zip(curves["clean"], lowest)]
+            last = [share([curve[-1] for curve in curves[key]], n) for key in ("clean", "robust")]
+            stability.append([f"{eps}/255", name, share(lowest, n), " / ".join(map(str, where)), *last])
+            ends = [[number([curve[-1] for curve in curves[f"ratio_{q}"]], 3)] for q in QUANTILES]
+            violated = number([curve[-1] for curve in curves["violated"]], 0, 100) + " %"
+            path = "-"
+            if name == LORE:
+                means = [statistics.mean(values) for values in zip(*curves["multiplier"])]
+                path = f"{means[0]:.2f}, at most {max(means):.2f}, last {means[-1]:.2g}"
+            distances.append([f"{eps}/255", name, *(text for [text] in ends), violated, path])
+    return [
+        (f"Clean accuracy in % on {n} test images over the first {numbers['settings']['updates']} updates", stability),
+        ("Clean distance ||z - z0||^2 / ||z0||^2 on the images of the last step, and the mean multiplier", distances),
+    ]
+
+
+def figures(numbers: Numbers) -> dict[str, Figure]:
+    found, rho = numbers["results"], numbers["settings"]["rho"]
+    figure, axes = new_figure(len(found), 3, height=2.6)
+    clean, multiplier, distance = (axes[i * len(found) : (i + 1) * len(found)] for i in range(3))
+    for column, (eps, methods) in enumerate(found.items()):
+        for place, (name, curves) in enumerate(methods.items()):
+            percent = [[100 * value for value in curve] for curve in curves["clean"]]
+            draw_spread(clean[column], curves["updates"], percent, place, name)
+            if name == LORE:
+                draw_spread(multiplier[column], curves["logged_updates"], curves["multiplier"], place, name)
+            moved = [curve[1:] for curve in curves["ratio_p95"]]  # nothing has moved before the first update
+            draw_spread(distance[column], curves["logged_updates"][1:], moved, place, name)
+        clean[column].set(title=f"eps {eps}/255", ylabel="clean accuracy, %" if column == 0 else None)
+        multiplier[column].set(ylabel="LORE's mean multiplier" if column == 0 else None)
+        distance[column].set(xlabel="updates", ylabel="clean distance / margin, 95th percentile" if column == 0 else None)  # fmt: skip
+        plain_log(distance[column], "y")
+        distance[column].axhline(rho, color="black", linewidth=0.8, linestyle=(0, (1, 1)))
+        distance[column].annotate("rho", (0, rho), xytext=(2, 3), textcoords="offset points", fontsize=7)
+    limits = [axis.get_ylim() for axis in clean]
+    for axis in clean:
+        axis.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+    legend_below(figure, clean[0], 3)
+    return {"early_stability": figure}
+
+
+def claims(numbers: Numbers) -> list[Claim]:
+    n, rho = numbers["settings"]["num_samples"], numbers["settings"]["rho"]
+    found = []
+    for eps, methods in numbers["results"].items():
+        lowest = {name: [min(curve) for curve in curves["clean"]] for name, curves in methods.items()}
+        gaps = {name: difference(lowest[LORE], lowest[name], n) for name in lowest if name != LORE}
+        published, *_ = gaps
+        said = ", ".join(f"LORE - {name}: {gap}" for name, gap in gaps.items())
+        found.append(
+            Claim(
+                "LORE", f"Fig. 1a, 9: FARE loses clean accuracy in its first updates, LORE does not (eps {eps}/255)",
+                f"lowest clean accuracy, {said} points", verdict(gaps[published]),
+            )
+        )  # fmt: skip
+    fare = published
+    relaxes, settles = [], []
+    shares: dict[str, dict[str, float]] = {}
+    for eps, methods in numbers["results"].items():
+        means = [statistics.mean(values) for values in zip(*methods[LORE]["multiplier"])]
+        relaxes += [eps] if max(means) > 1.1 * means[-1] else []
+        shares[eps] = {name: late_share(curves) for name, curves in methods.items()}
+        settles += [eps] if shares[eps][LORE] < 0.05 < shares[eps][fare] else []
+    found.append(
+        Claim(
+            "LORE", "the multiplier is high at first and relaxes",
+            "; ".join(_multiplier_path(eps, methods[LORE]) for eps, methods in numbers["results"].items()), at_all(relaxes, shares),
+        )
+    )  # fmt: skip
+    said = "; ".join(
+        f"eps {eps}: LORE {100 * of[LORE]:.0f} %, {fare} {100 * of[fare]:.0f} %" for eps, of in shares.items()
+    )
+    text = f"Fig. 6, 7: LORE's clean distances settle below rho = {rho:g}, FARE's do not"
+    found.append(
+        Claim("LORE", text, f"images above rho in the last tenth of the steps, {said}", at_all(settles, shares))
+    )
+    return found
+
+
+def late_share(curves: dict) -> float:
+    """Share of images above rho, over the last tenth of the steps and all seeds."""
+    tail = max(1, len(curves["logged_updates"]) // 10)
+    return statistics.mean(statistics.mean(values[-tail:]) for values in curves["violated"])
+
+
+def at_all(those: Sequence[str], radii: Iterable[str]) -> str:
+    if len(those) == len(list(radii)):
+        return CONFIRMED
+    return NOT_CONFIRMED + (f": at eps {', '.join(those)} only" if those else "")
+
+
+def _multiplier_path(eps: str, curves: dict) -> str:
+    means = [statistics.mean(values) for values in zip(*curves["multiplier"])]
+    return f"eps {eps}: {means[0]:.2f} -> {max(means):.2f} -> {means[-1]:.2g}"
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,220 @@
+"""What was found: numbers on disk, and the intervals, tables, figures and verdicts that are made of them.
+
+A script of the evidence leaves ``<script>.json`` (``write_numbers``) and has three functions of what is in there:
+``tables``, ``figures`` and ``claims``. benchmarks/results.py makes the page of all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.comparison import COMMANDS, print_table
+from utils.figures import STYLE, line_style
+from utils.metrics import wilson_interval
+from utils.model_card import command_line, versions
+
+Numbers = dict[str, Any]
+Table = tuple[str, list[list[str]]]  # caption, rows; the first row has the headings
+CONFIRMED, NOT_CONFIRMED, NOT_TESTED = "confirmed", "not confirmed", "not tested"
+FIGURES = (".svg", ".png")
+
+
+class Difference(NamedTuple):
+    """A mean difference with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
+
+
+class Claim(NamedTuple):
+    """One row of the summary: what a paper says, what was found, and whether that says the same."""
+
+    paper: str  # LORE or CLIP-PO
+    claim: str
+    found: str
+    verdict: str
+
+
+def difference(first: Sequence[float], second: Sequence[float], n: int, scale: float = 100.0) -> Difference:
+    """first - second, times ``scale``, of shares of ``n`` images with one value per seed.
+
+    Several seeds: the mean of paired differences and its t-interval over seeds (the images are the same ones). One seed:
+    Newcombe's interval of two shares of n images as if they were independent, which is wide where they are the same images.
+    """
+    from scipy.stats import t
+
+    pairs = [scale * (a - b) for a, b in zip(first, second, strict=True)]
+    mean = statistics.mean(pairs)
+    if len(pairs) > 1:
+        half = float(t.ppf(0.975, len(pairs) - 1)) * statistics.stdev(pairs) / math.sqrt(len(pairs))
+        return Difference(mean, mean - half, mean + half)
+    (a,), (b,) = first, second
+    (a_low, a_high), (b_low, b_high) = (wilson_interval(round(share * n), n) for share in (a, b))
+    return Difference(
+        mean, mean - scale * math.hypot(a - a_low, b_high - b), mean + scale * math.hypot(a_high - a, b - b_low)
+    )
+
+
+def verdict(found: Difference) -> str:
+    """confirmed where the whole interval is above 0; where it is below, the opposite was found."""
+    if found.low > 0:
+        return CONFIRMED
+    return NOT_CONFIRMED + (": the opposite" if found.high < 0 else "")
+
+
+def share(values: Sequence[float], n: int) -> str:
+    """In %: mean ± standard deviation over seeds; for one seed the Wilson 95 % interval of a share of n images."""
+    mean = f"{100 * statistics.mean(values):.1f}"
+    if len(values) > 1:
+        return f"{mean} ± {100 * statistics.stdev(values):.1f}"
+    low, high = wilson_interval(round(values[0] * n), n)
+    return f"{mean} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def number(values: Sequence[float], digits: int = 1, scale: float = 1.0) -> str:
+    """Mean ± standard deviation over seeds."""
+    mean = f"{scale * statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {scale * statistics.stdev(values):.{digits}f}"
+
+
+def dominated_area(points: Sequence[tuple[float, float]], corner: tuple[float, float]) -> float:
+    """Area of what lies between ``corner`` and any of the points: their hypervolume in two dimensions, both better upwards."""
+    area, reached = 0.0, corner[1]
+    for x, y in sorted(points, reverse=True):
+        if x > corner[0] and y > reached:
+            area += (x - corner[0]) * (y - reached)
+            reached = y
+    return area
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other beats in both coordinates, by the first."""
+    return sorted(p for p in points if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in points))
+
+
+def write_numbers(settings: Any, folders: Sequence[str | Path], results: dict[str, Any]) -> Numbers:
+    """<numbers_dir>/<script>.json: ``results`` with the command, settings, machine and the minutes that it took.
+
+    ``folders``: runs and evaluations that it is made of. Minutes add up what their commands took, those of earlier calls and
+    of other scripts with the same --output_dir included; where several ran at a time, their share.
+    """
+    minutes = 0.0
+    wanted = set(map(str, folders))
+    log = Path(settings.output_dir) / COMMANDS
+    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
+        row = json.loads(line)
+        if row["output_dir"] in wanted:
+            minutes += row["seconds"] / row["at_a_time"] / 60
+    script = Path(sys.argv[0])
+    numbers = {
+        "command": command_line().replace(str(script), f"benchmarks/{script.name}", 1),
+        "machine": f"{os.cpu_count()} cores ({processor_name()}), torch {versions()['torch']}",
+        "minutes": round(minutes, 1),
+        "settings": asdict(settings),
+        "results": results,
+    }
+    folder = Path(settings.numbers_dir or settings.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{script.stem}.json"
+    path.write_text(compact_json(numbers) + "\n", encoding="utf-8")
+    print(f"{path} written; {minutes:.1f} minutes of runs and evaluations")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def compact_json(value: Any) -> str:
+    """Floats of five digits, and a list of numbers on one line: files that are committed."""
+
+    def rounded(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {name: rounded(of) for name, of in part.items()}
+        if isinstance(part, list):
+            return [rounded(of) for of in part]
+        return float(f"{part:.5g}") if isinstance(part, float) else part
+
+    text = json.dumps(rounded(value), indent=1)
+    return re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text)
+
+
+def processor_name() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def show(tables: Sequence[Table]) -> None:
+    for caption, rows in tables:
+        print_table(caption, rows)
+
+
+def new_figure(columns: int, rows: int = 1, height: float = 3.2) -> tuple[Figure, list[Axes]]:
+    """Panels in a row, or in several."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(max(6.4, 3.6 * columns), height * rows), layout="constrained")
+        return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def draw_spread(axis: Axes, xs: Sequence[float], per_seed: Sequence[Sequence[float]], place: int, label: str) -> None:
+    """The mean over seeds as a line, from the least to the greatest as a shade. ``per_seed``: a curve for each seed."""
+    columns = list(zip(*per_seed, strict=True))
+    means = [statistics.mean(column) for column in columns]
+    style = line_style(place)
+    axis.plot(xs, means, **style, label=label, markevery=max(1, len(means) // 8))
+    if len(per_seed) > 1:
+        axis.fill_between(
+            xs, [min(c) for c in columns], [max(c) for c in columns], color=style["color"], alpha=0.2, lw=0
+        )
+
+
+def error_bars(per_label: Sequence[Sequence[float]]) -> list[float] | None:
+    """Standard deviations over seeds, in %; None where there is one seed."""
+    if any(len(values) < 2 for values in per_label):
+        return None
+    return [100 * statistics.stdev(values) for values in per_label]
+
+
+def plain_log(axis: Axes, which: str) -> None:
+    """A logarithmic axis with 0.1 written as 0.1: STYLE takes every text as it is, and 10^-1 would be shown as mathematics."""
+    axis.set(**{f"{which}scale": "log"})
+    ticks = getattr(axis, f"{which}axis")
+    ticks.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+    ticks.set_major_formatter("{x:g}")
+    ticks.set_minor_formatter(NullFormatter())
+
+
+def legend_below(figure: Figure, axis: Axes, columns: int) -> None:
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
+
+
+def save_figures(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
+    """Each as a vector and as pixels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, figure in figures.items():
+        with matplotlib.rc_context(STYLE):
+            for suffix in FIGURES:
+                path = folder / f"{name}{suffix}"
+                metadata = {"Date": None} if suffix == ".svg" else None  # the same numbers give the same bytes
+                figure.savefig(path, dpi=130, metadata=metadata)
+                written.append(path)
+    return written

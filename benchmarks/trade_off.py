@@ -1,0 +1,281 @@
+"""Clean against robust accuracy: LORE over rho, a fixed weight on the clean distance over the weight, FARE at equal updates.
+
+  python benchmarks/trade_off.py --model runs/small-clip --data data/cifar10 --seeds 0 1 2 --output_dir runs/results
+
+All runs see the same batches and make K updates on each; two more FARE runs make one, over as many batches and over K times as
+many. The encoders are judged by APGD, and by what became of their clean embeddings: cosine to 150 descriptions of the true
+class, distance to the start model's embeddings, and the largest change of a cosine to any text that this allows.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.comparison import FARE, START, Flags, LoreSettings, evaluate, lore_runs
+from benchmarks.evidence import (
+    CONFIRMED,
+    NOT_CONFIRMED,
+    Claim,
+    Difference,
+    Numbers,
+    Table,
+    difference,
+    dominated_area,
+    error_bars,
+    front,
+    new_figure,
+    number,
+    plain_log,
+    share,
+    show,
+    verdict,
+    write_numbers,
+)
+from utils.cli import flag, parse_settings, run
+from utils.figures import line_style
+from utils.results import Results
+
+LORE, WEIGHT, EQUAL = "LORE", "FARE + weight", "FARE, K = {}"
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
+
+
+@dataclass
+class Settings(LoreSettings):
+    # fmt: off
+    eps: float = flag(4.0, "radius of the training attack, in 1/255", group="training", above=0, maximum=255)
+    rhos: list[float] = flag([0.005, 0.01, 0.02, 0.05, 0.1], "LORE's tolerances", group="training", minimum=0)
+    clean_weights: list[float] = flag([30.0, 10.0, 3.0, 1.0, 0.3], "weights of the clean distance in place of the constraint", group="training", above=0)
+    steps: int = flag(60, "batches of every run", group="training", minimum=1)
+    primal_steps: int = flag(5, "K, updates per batch", group="training", minimum=1)
+    eval_eps: float = flag(4.0, "radius of APGD, in 1/255", group="evaluation", above=0, maximum=255)
+    # fmt: on
+
+
+def main() -> None:
+    settings = parse_settings(Settings, description=__doc__)
+    runs = lore_runs(settings, make_variants(settings))
+    models = [str(folder) for folders in runs.values() for folder in folders]
+    asked = {
+        "attack": ["clean", "apgd"], "eps": settings.eval_eps, "measure": ["accuracy", "interpretability", "fidelity"],
+        "reference_model_name_or_path": settings.model,
+    }  # fmt: skip
+    cells = evaluate(settings, "trade-off", models, asked)
+    folder = Path(settings.output_dir) / "eval-trade-off"
+    report = Results(folder)
+    by_label = {START: [settings.model]} | {label: list(map(str, folders)) for label, folders in runs.items()}
+    found = {label: read_model(cells, report, names) for label, names in by_label.items()}
+    numbers = write_numbers(settings, [*models, folder], found)
+    show(tables(numbers))
+
+
+def make_variants(settings: Settings) -> dict[str, Flags]:
+    k = settings.primal_steps
+    common = {"eps": settings.eps, "max_steps": settings.steps, "primal_steps": k}
+    once = FARE | common | {"primal_steps": 1}
+    return {
+        "FARE, K = 1": once,
+        f"FARE, K = 1, {k} x the images": once | {"max_steps": k * settings.steps},
+        EQUAL.format(k): FARE | common,
+        **{f"{WEIGHT} {w:g}": FARE | common | {"clean_weight": w} for w in settings.clean_weights},
+        **{f"{LORE}, rho {rho:g}": common | {"rho": rho} for rho in settings.rhos},
+    }
+
+
+def read_model(cells: list[dict], report: Results, names: list[str]) -> dict[str, list]:
+    """Figures of a variant, one per seed; quantiles over the images of all seeds.
+
+    The largest change of a cosine: over all unit vectors t, |cos(z, t) - cos(z0, t)| <= ||z/|z| - z0/|z0||| =
+    sqrt(2 - 2 cos(z, z0)), reached by one of them; and at most 2 sqrt(||z - z0||^2 / ||z0||^2).
+    """
+
+    def of(measure: str, attack: str = "clean") -> list[dict]:
+        return [
+            next(c for c in cells if (c["model"], c["measure"], c["attack"]) == (name, measure, attack))
+            for name in names
+        ]
+
+    moved = [row for cell in of("fidelity") for row in report.records(cell)]
+    distance = np.array([row["value"] for row in moved])
+    change = np.sqrt(np.maximum(0, 2 - 2 * np.array([row["cosine"] for row in moved])))
+    described = np.array([row["value"] for cell in of("interpretability") for row in report.records(cell)])
+    bound = 2 * np.sqrt(distance)
+    return {
+        "clean": [cell["value"] for cell in of("accuracy")],
+        "robust": [cell["value"] for cell in of("accuracy", "apgd")],
+        "cosine": [cell["value"] for cell in of("interpretability")],
+        "cosine_quantiles": np.quantile(described, QUANTILES).tolist(),
+        "distance": [cell["value"] for cell in of("fidelity")],
+        "distance_quantiles": np.quantile(distance, QUANTILES).tolist(),
+        "cosine_change_quantiles": np.quantile(change, QUANTILES).tolist(),
+        # A cosine of 1 - 1e-7, one rounding, is a change of 4e-4.
+        "beyond_bound": int((change > bound + 1e-3).sum()),
+        "images": len(distance),
+    }  # fmt: skip
+
+
+def family(found: Numbers, name: str) -> list[str]:
+    return [label for label in found if label.startswith(name)]
+
+
+def tables(numbers: Numbers) -> list[Table]:
+    settings, found = numbers["settings"], numbers["results"]
+    n, apgd = settings["num_samples"], f"APGD {settings['eval_eps']:g}/255"
+    accuracies = [["", "clean", apgd, "clean distance, % of norm²"]]
+    fidelity = [["", "distance, % of norm²: median", "95th percentile", "largest", "change of a cosine: median", "largest", "2 sqrt(rho)", "cosine to descriptions"]]  # fmt: skip
+    for label, of in found.items():
+        accuracies.append([label, share(of["clean"], n), share(of["robust"], n), number(of["distance"], 1, 100)])
+        if label == START or label.startswith((LORE, EQUAL.format(settings["primal_steps"]))):
+            distance, change = of["distance_quantiles"], of["cosine_change_quantiles"]
+            bound = f"{2 * float(label.split('rho ')[1]) ** 0.5:.2f}" if "rho " in label else "-"
+            ends = [f"{100 * distance[i]:.1f}" for i in (2, 4, 5)] + [f"{change[i]:.2f}" for i in (2, 5)]
+            fidelity.append([label, *ends, bound, number(of["cosine"], 3)])
+    areas = [["", "area", "less the fixed weight's"]]
+    per_seed = {name: front_areas(numbers, name) for name in (WEIGHT, LORE)}
+    for name, values in per_seed.items():
+        gap = "-" if name == WEIGHT else str(area_gap(per_seed[name], per_seed[WEIGHT]))
+        areas.append([name, number(values), gap])
+    return [
+        (f"Accuracy in % on {n} test images, trained at eps {settings['eps']:g}/255", accuracies),
+        ("Area under the front of clean and robust accuracy, in points², above the lowest of either", areas),
+        ("Clean embeddings against the start model's, and the bound on any cosine", fidelity),
+    ]
+
+
+def front_areas(numbers: Numbers, name: str) -> list[float]:
+    """For each seed: the area that the points of a family dominate, above the lowest accuracies of all points."""
+    found = numbers["results"]
+    both = [label for each in (WEIGHT, LORE) for label in family(found, each)]
+    corner = tuple(100 * min(min(found[label][key]) for label in both) for key in ("clean", "robust"))
+    return [
+        dominated_area([(100 * found[x]["clean"][seed], 100 * found[x]["robust"][seed]) for x in family(found, name)], corner)
+        for seed in range(len(numbers["settings"]["seeds"]))
+    ]  # fmt: skip
+
+
+def area_gap(first: list[float], second: list[float]) -> Difference | str:
+    """Over seeds; one seed has no interval."""
+    if len(first) == 1:
+        return f"{first[0] - second[0]:+.1f}"
+    return difference(first, second, n=0, scale=1.0)
+
+
+def figures(numbers: Numbers) -> dict[str, Figure]:
+    settings, found = numbers["settings"], numbers["results"]
+    figure, (plane, cosines, distances) = new_figure(3, height=3.6)
+    singles = ["FARE, K = 1", EQUAL.format(settings["primal_steps"]), START]
+    for place, name in enumerate([LORE, WEIGHT]):
+        labels = family(found, name)
+        means = [[100 * statistics.mean(found[x][key]) for x in labels] for key in ("clean", "robust")]
+        style = line_style(place)
+        line = front(list(zip(*means)))
+        plane.plot(*zip(*line), color=style["color"], linestyle=style["linestyle"])
+        plane.errorbar(
+            *means, xerr=error_bars([found[x]["clean"] for x in labels]), yerr=error_bars([found[x]["robust"] for x in labels]),
+            color=style["color"], marker=style["marker"], linestyle="none", capsize=2, elinewidth=0.8, label=f"{name}, {'over rho' if name == LORE else 'over the weight'}",
+        )  # fmt: skip
+        for label, x, y in zip(labels, *means):
+            plane.annotate(
+                label.split()[-1], (x, y), xytext=(4, 4), textcoords="offset points", fontsize=6.5, color=style["color"]
+            )
+    for place, label in enumerate(singles, 2):
+        means = [100 * statistics.mean(found[label][key]) for key in ("clean", "robust")]
+        style = line_style(place)
+        plane.errorbar(*([value] for value in means), xerr=error_bars([found[label]["clean"]]), yerr=error_bars([found[label]["robust"]]), color="black", marker=style["marker"], markerfacecolor="white", linestyle="none", capsize=2, elinewidth=0.8, label=label)  # fmt: skip
+    plane.set(xlabel="clean accuracy, %", ylabel=f"accuracy under APGD {settings['eval_eps']:g}/255, %")
+    plane.legend(fontsize=7, frameon=False)
+
+    shown = [START, EQUAL.format(settings["primal_steps"]), *reversed(family(found, LORE))]
+    for axis, key, label in [
+        (cosines, "cosine_quantiles", "cosine to descriptions of the true class"),
+        (distances, "distance_quantiles", "clean distance, share of norm²"),
+    ]:
+        boxes = [
+            dict(zip(("whislo", "q1", "med", "q3", "whishi"), found[x][key][:5]), label=x)
+            for x in (shown if axis is cosines else shown[1:])
+        ]
+        axis.bxp(boxes, vert=False, showfliers=False, medianprops={"color": "black"}, widths=0.6)
+        axis.set(xlabel=label)
+        axis.tick_params(axis="y", labelsize=7)
+    plain_log(distances, "x")
+    for place, box in enumerate(shown[1:], 1):
+        if "rho" in box:
+            rho = float(box.split()[-1])
+            distances.plot(
+                [rho, rho],
+                [place - 0.4, place + 0.4],
+                color="#D55E00",
+                linewidth=2,
+                label="rho" if place == 2 else None,
+            )
+    distances.legend(fontsize=7, frameon=False)
+    return {"trade_off": figure}
+
+
+def claims(numbers: Numbers) -> list[Claim]:
+    settings, found = numbers["settings"], numbers["results"]
+    n, k = settings["num_samples"], settings["primal_steps"]
+    equal = EQUAL.format(k)
+    lore = family(found, LORE)
+    loosest = max(lore, key=lambda label: float(label.split()[-1]))
+    rows = []
+
+    def compared(first: str, second: str, text: str) -> None:
+        clean, robust = (difference(found[first][key], found[second][key], n) for key in ("clean", "robust"))
+        both = CONFIRMED if verdict(clean) == verdict(robust) == CONFIRMED else NOT_CONFIRMED
+        said = f"{first} - {second}: clean {clean}, APGD {robust} points"
+        if both == NOT_CONFIRMED and CONFIRMED in (verdict(clean), verdict(robust)):
+            both += ": " + ("clean only" if verdict(clean) == CONFIRMED else "robust only")
+        rows.append(Claim("LORE", text, said, both))
+
+    compared(
+        loosest,
+        "FARE, K = 1",
+        "more accurate than FARE, clean and attacked, on the same images (60.5 / 3.0 to 60.0 / 1.8 and up)",
+    )
+    compared(loosest, equal, "the same against FARE with as many updates (not in the paper)")
+    areas = {name: front_areas(numbers, name) for name in (LORE, WEIGHT)}
+    gap = area_gap(areas[LORE], areas[WEIGHT])
+    says = verdict(gap) if isinstance(gap, Difference) else NOT_CONFIRMED + ": one seed"
+    rows.append(
+        Claim("LORE", "Fig. 1b, 3: a better front than a fixed weight", f"area under the front, LORE - {WEIGHT}: {gap} points²", says)
+    )  # fmt: skip
+    for label in lore:
+        rho = float(label.split()[-1])
+        p95 = found[label]["distance_quantiles"][4]
+        if label == loosest or rho == sorted(float(x.split()[-1]) for x in lore)[0]:
+            rows.append(
+                Claim(
+                    "LORE", f"the constraint holds for test images: clean distance at most rho ({rho:g})",
+                    f"mean {number(found[label]['distance'], 4)}, 95th percentile {p95:.4f}", CONFIRMED if p95 <= rho else NOT_CONFIRMED,
+                )
+            )  # fmt: skip
+    beyond = sum(found[label]["beyond_bound"] for label in found)
+    images = sum(found[label]["images"] for label in found)
+    rows.append(
+        Claim(
+            "LORE", "a cosine to any text changes by at most 2 sqrt(clean distance / margin)",
+            f"{beyond} of {images} embeddings beyond the bound", NOT_CONFIRMED if beyond else CONFIRMED,
+        )
+    )  # fmt: skip
+    gap = difference(found[loosest]["cosine"], found[equal]["cosine"], n, 1.0) if len(settings["seeds"]) > 1 else None
+    start = statistics.mean(found[START]["cosine"])
+    values = {label: statistics.mean(found[label]["cosine"]) for label in (loosest, equal)}
+    rows.append(
+        Claim(
+            "LORE", "Fig. 4b: LORE's images are closer to descriptions of their class than FARE's",
+            f"mean cosine: {loosest} {values[loosest]:.3f}, {equal} {values[equal]:.3f}, start {start:.3f}",
+            NOT_CONFIRMED + ": one seed" if gap is None else verdict(gap),
+        )
+    )  # fmt: skip
+    return rows
+
+
+if __name__ == "__main__":
+    run(main)
