@@ -51,7 +51,7 @@ class Settings(LoreSettings):
     # fmt: off
     eps: float = flag(4.0, "radius of the training attack, in 1/255", group="training", above=0, maximum=255)
     rho: float = flag(0.02, "tolerance of the embedding constraint", group="training", minimum=0)
-    kl_rho: float = flag(0.02, "tolerance of the KL constraint, a share of the entropy", group="training", minimum=0)
+    supervised_rho: float = flag(0.1, "tolerance of TeCoA's constraints: of ||z0||^2, of the entropy", group="training", minimum=0)
     fixed_rhos: list[float] = flag([3.2, 6.3, 12.7], "squared distances allowed under a fixed margin", group="training", minimum=0)
     primal_steps: list[int] = flag([1, 2, 3, 5, 7, 10], "K; 5 is everywhere else", group="training", minimum=1)
     attack_steps: list[int] = flag([1, 2, 5, 10, 20], "PGD steps; 10 is everywhere else", group="training", minimum=1)
@@ -89,7 +89,7 @@ def make_rows(settings: Settings) -> dict[str, dict[str, Flags]]:
     """Title -> label -> flags. Everything but what the title names is the common run's."""
     common = {"eps": settings.eps, "max_steps": settings.steps, "primal_steps": 5}
     base = common | {"rho": settings.rho}
-    tecoa = {"objective": "tecoa"}
+    tecoa, held = {"objective": "tecoa"}, common | {"rho": settings.supervised_rho}
     return {
         K: {f"K = {k}": base | {"primal_steps": k} for k in settings.primal_steps},
         FORM: {"network": base} | {form: base | {"multiplier": form} for form in ("linear", "scalar")},
@@ -101,8 +101,8 @@ def make_rows(settings: Settings) -> dict[str, dict[str, Flags]]:
         SUPERVISED: {
             TECOA.format(1): tecoa | FARE | common | {"primal_steps": 1},
             TECOA.format(5): tecoa | FARE | common,
-            f"TeCoA + l2, rho {settings.rho:g}": tecoa | base,
-            f"TeCoA + KL, rho {settings.kl_rho:g}": tecoa | common | {"constraint": "kl", "rho": settings.kl_rho},
+            f"TeCoA + l2, rho {settings.supervised_rho:g}": tecoa | held,
+            f"TeCoA + KL, rho {settings.supervised_rho:g}": tecoa | held | {"constraint": "kl"},
         },
     }
 
@@ -123,7 +123,7 @@ def tables(numbers: Numbers) -> list[Table]:
     return made
 
 
-def figures(numbers: Numbers) -> dict[str, Figure]:
+def draw(numbers: Numbers) -> Figure:
     found = numbers["results"]
     titles = [title for title in found if title != START]
     figure, axes = new_figure(3, 2)
@@ -142,7 +142,7 @@ def figures(numbers: Numbers) -> dict[str, Figure]:
             title=title, xlabel="clean accuracy, %", ylabel=f"under APGD {numbers['settings']['eval_eps']:g}/255, %"
         )
         axis.legend(fontsize=6.5, frameon=False, loc="best")
-    return {"ablations": figure}
+    return figure
 
 
 def claims(numbers: Numbers) -> list[Claim]:

@@ -159,7 +159,7 @@ def tables(numbers: Numbers) -> list[Table]:
     ]
 
 
-def figures(numbers: Numbers) -> dict[str, Figure]:
+def draw(numbers: Numbers) -> Figure:
     found, n = numbers["results"], numbers["settings"]["num_samples"]
     figure, (bars,) = new_figure(1, height=3.2)
     figure.set_size_inches(6.4, 3.4)
@@ -174,7 +174,7 @@ def figures(numbers: Numbers) -> dict[str, Figure]:
     bars.set(ylabel="accuracy, %")
     bars.set_xticks(range(len(found)), list(found), fontsize=7)
     legend_below(figure, bars, len(columns))
-    return {"attack_check": figure}
+    return figure
 
 
 def claims(numbers: Numbers) -> list[Claim]:

@@ -127,7 +127,7 @@ def tables(numbers: Numbers) -> list[Table]:
     ]
 
 
-def figures(numbers: Numbers) -> dict[str, Figure]:
+def draw(numbers: Numbers) -> Figure:
     found, rho = numbers["results"], numbers["settings"]["rho"]
     figure, axes = new_figure(len(found), 3, height=2.6)
     clean, multiplier, distance = (axes[i * len(found) : (i + 1) * len(found)] for i in range(3))
@@ -149,11 +149,11 @@ def figures(numbers: Numbers) -> dict[str, Figure]:
     for axis in clean:
         axis.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
     legend_below(figure, clean[0], 3)
-    return {"early_stability": figure}
+    return figure
 
 
 def claims(numbers: Numbers) -> list[Claim]:
-    n, rho = numbers["settings"]["num_samples"], numbers["settings"]["rho"]
+    n, rho, updates = (numbers["settings"][name] for name in ("num_samples", "rho", "updates"))
     found = []
     for eps, methods in numbers["results"].items():
         lowest = {name: [min(curve) for curve in curves["clean"]] for name, curves in methods.items()}
@@ -162,7 +162,7 @@ def claims(numbers: Numbers) -> list[Claim]:
         said = ", ".join(f"LORE - {name}: {gap}" for name, gap in gaps.items())
         found.append(
             Claim(
-                "LORE", f"Fig. 1a, 9: FARE loses clean accuracy in its first updates, LORE does not (eps {eps}/255)",
+                "LORE", f"Fig. 1a, 9: FARE loses clean accuracy in its first updates, LORE does not (eps {eps}/255, {updates} updates)",
                 f"lowest clean accuracy, {said} points", verdict(gaps[published]),
             )
         )  # fmt: skip
@@ -176,14 +176,14 @@ def claims(numbers: Numbers) -> list[Claim]:
         settles += [eps] if shares[eps][LORE] < 0.05 < shares[eps][fare] else []
     found.append(
         Claim(
-            "LORE", "the multiplier is high at first and relaxes",
+            "LORE", f"the multiplier is high at first and relaxes within {updates} updates",
             "; ".join(_multiplier_path(eps, methods[LORE]) for eps, methods in numbers["results"].items()), at_all(relaxes, shares),
         )
     )  # fmt: skip
     said = "; ".join(
         f"eps {eps}: LORE {100 * of[LORE]:.0f} %, {fare} {100 * of[fare]:.0f} %" for eps, of in shares.items()
     )
-    text = f"Fig. 6, 7: LORE's clean distances settle below rho = {rho:g}, FARE's do not"
+    text = f"Fig. 6, 7: within {updates} updates LORE's clean distances settle below rho = {rho:g}, FARE's do not"
     found.append(
         Claim("LORE", text, f"images above rho in the last tenth of the steps, {said}", at_all(settles, shares))
     )

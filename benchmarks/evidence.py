@@ -1,7 +1,7 @@
 """What was found: numbers on disk, and the intervals, tables, figures and verdicts that are made of them.
 
 A script of the evidence leaves ``<script>.json`` (``write_numbers``) and has three functions of what is in there:
-``tables``, ``figures`` and ``claims``. benchmarks/results.py makes the page of all of them.
+``tables``, ``draw`` and ``claims``. benchmarks/results.py makes the page of all of them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import platform
 import re
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,7 +113,7 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def write_numbers(settings: Any, folders: Sequence[str | Path], results: dict[str, Any]) -> Numbers:
-    """<numbers_dir>/<script>.json: ``results`` with the command, settings, machine and the minutes that it took.
+    """<numbers_dir>/<numbers_name>.json: ``results`` with the command, settings, machine and the minutes that it took.
 
     ``folders``: runs and evaluations that it is made of. Minutes add up what their commands took, those of earlier calls and
     of other scripts with the same --output_dir included; where several ran at a time, their share.
@@ -135,7 +135,7 @@ def write_numbers(settings: Any, folders: Sequence[str | Path], results: dict[st
     }
     folder = Path(settings.numbers_dir or settings.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{script.stem}.json"
+    path = folder / f"{settings.numbers_name or script.stem}.json"
     path.write_text(compact_json(numbers) + "\n", encoding="utf-8")
     print(f"{path} written; {minutes:.1f} minutes of runs and evaluations")
     return json.loads(path.read_text(encoding="utf-8"))
@@ -206,15 +206,10 @@ def legend_below(figure: Figure, axis: Axes, columns: int) -> None:
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
 
 
-def save_figures(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
-    """Each as a vector and as pixels."""
+def save_figure(figure: Figure, folder: Path, name: str) -> None:
+    """As a vector and as pixels."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, figure in figures.items():
-        with matplotlib.rc_context(STYLE):
-            for suffix in FIGURES:
-                path = folder / f"{name}{suffix}"
-                metadata = {"Date": None} if suffix == ".svg" else None  # the same numbers give the same bytes
-                figure.savefig(path, dpi=130, metadata=metadata)
-                written.append(path)
-    return written
+    with matplotlib.rc_context(STYLE):
+        for suffix in FIGURES:
+            metadata = {"Date": None} if suffix == ".svg" else None  # the same numbers give the same bytes
+            figure.savefig(folder / f"{name}{suffix}", dpi=100, metadata=metadata)

@@ -47,7 +47,8 @@ KEYS = ["original", "typographic", "follows", "kl"]
 @dataclass
 class Settings(compare_preferences.Settings):
     # fmt: off
-    numbers_dir: str | None = flag(None, "what was found goes here as preferences.json, for benchmarks/results.py (default: --output_dir)", group="what")
+    numbers_dir: str | None = flag(None, "what was found goes here, for benchmarks/results.py (default: --output_dir)", group="what")
+    numbers_name: str | None = flag(None, "as NAME.json (default: the script's)", group="what")
     pairs: str | None = flag(None, "preference pairs with train/, val/ and test/, for the head (default: no head)", group="what")
     beta_factors: list[float] = flag([0.1, 0.3, 3.0], "multiples of beta", group="curves", above=0)
     reg_factors: list[float] = flag([0.0, 0.3, 3.0], "multiples of the weight of the KL", group="curves", minimum=0)
@@ -212,7 +213,7 @@ def _at(head: dict, key: str, t: float | None) -> list[float]:
     return [curve[place] for curve, place in zip(head[key], places)]
 
 
-def figures(numbers: Numbers) -> dict[str, Figure]:
+def draw(numbers: Numbers) -> Figure:
     settings, found = numbers["settings"], numbers["results"]
     of = next(iter(found["methods"].values()))
     figure, axes = new_figure(3 if found["head"] else 2, height=3.6)
@@ -236,7 +237,7 @@ def figures(numbers: Numbers) -> dict[str, Figure]:
             axes[2].axvline(star, color="black", linewidth=0.7, linestyle=":")
         axes[2].set(title="a head, dotted: t*", xlabel="t", ylabel="%")
         axes[2].legend(fontsize=7, frameon=False)
-    return {"preferences": figure}
+    return figure
 
 
 def claims(numbers: Numbers) -> list[Claim]:

@@ -2,7 +2,7 @@
 
   python benchmarks/results.py --numbers_dir docs/results --page docs/results.md
 
-In a page that exists, what stands between `<!-- NAME -->` and `<!-- end NAME -->` is replaced, NAME a script or `summary`; the rest,
+In a page that exists, what stands between `<!-- NAME -->` and `<!-- end NAME -->` is replaced, NAME.json being numbers, or `summary`; the rest,
 written by hand, stays. A page that does not exist is made of these blocks alone. Figures go into figures/ beside the page.
 """
 
@@ -18,13 +18,14 @@ from types import ModuleType
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import ablations, attack_check, early_stability, preferences, trade_off, transfer
 from benchmarks.comparison import markdown
-from benchmarks.evidence import NOT_TESTED, Claim, Numbers, save_figures
+from benchmarks.evidence import NOT_TESTED, Claim, Numbers, save_figure
 from utils.cli import UserError, flag, parse_settings, required, run
 from utils.results import replace_file
 
-# In the order of the page.
+# Numbers by name, in the order of the page: the script that makes them, and a title.
 SCRIPTS: dict[str, tuple[ModuleType, str]] = {
     "early_stability": (early_stability, "The first updates, the multiplier and the constraint"),
+    "constraint": (early_stability, "A longer run: does the constraint hold in the end?"),
     "trade_off": (trade_off, "Clean against robust accuracy, equal updates, fidelity"),
     "ablations": (ablations, "Ablations, and the supervised objective"),
     "transfer": (transfer, "Sets that training never saw"),
@@ -43,7 +44,7 @@ ELSEWHERE = [
 
 @dataclass
 class Settings:
-    numbers_dir: str = required("directory of <script>.json", group="what")
+    numbers_dir: str = required("directory of what the scripts left", group="what")
     page: str = required("Markdown file to fill or to make", group="what")
     title: str = flag("Results", "heading of a page that is made", group="what")
 
@@ -52,9 +53,8 @@ def main() -> None:
     settings = parse_settings(Settings, description=__doc__)
     folder, page = Path(settings.numbers_dir), Path(settings.page)
     found = read_numbers(folder)
-    written = []
     for name in found:
-        written += save_figures(SCRIPTS[name][0].figures(found[name]), page.parent / "figures")
+        save_figure(SCRIPTS[name][0].draw(found[name]), page.parent / "figures", name)
     blocks = make_blocks(found)
     if page.exists():
         text = page.read_text(encoding="utf-8")
@@ -66,11 +66,11 @@ def main() -> None:
         parts += [f"## {headings[name]}\n\n{marked(name, block)}" for name, block in blocks.items()]
         text = "\n\n".join(parts) + "\n"
     replace_file(page, text.encode())
-    print(f"{page} written, and {len(written)} files in {page.parent / 'figures'}")
+    print(f"{page} written, and {len(found)} figures in {page.parent / 'figures'}")
 
 
 def read_numbers(folder: Path) -> dict[str, Numbers]:
-    """Script -> what it left, in the page's order; those that have not run are left out."""
+    """Name -> what a script left, in the page's order; what has not run is left out."""
     found = {}
     for name in SCRIPTS:
         path = folder / f"{name}.json"
@@ -78,7 +78,7 @@ def read_numbers(folder: Path) -> dict[str, Numbers]:
             try:
                 found[name] = json.loads(path.read_text(encoding="utf-8"))
             except ValueError as error:
-                raise UserError(f"{path}: is not JSON ({error}); run benchmarks/{name}.py again") from None
+                raise UserError(f"{path}: is not JSON ({error}); run its script again") from None
     if not found:
         raise UserError(f"--numbers_dir {folder}: holds none of {', '.join(f'{name}.json' for name in SCRIPTS)}; run the scripts first")  # fmt: skip
     return found
@@ -93,7 +93,7 @@ def make_blocks(found: dict[str, Numbers]) -> dict[str, str]:
     for name, numbers in found.items():
         script, title = SCRIPTS[name]
         parts = [f"**{caption}.**\n\n{markdown(table)}".rstrip("\n") for caption, table in script.tables(numbers)]
-        parts += [f"![{title}](figures/{figure}.png)" for figure in script.figures(numbers)]
+        parts.append(f"![{title}](figures/{name}.png)")
         seeds = numbers["settings"]["seeds"]
         several = "mean ± standard deviation over seeds" if len(seeds) > 1 else "brackets: Wilson 95 % interval"
         parts.append(

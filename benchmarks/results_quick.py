@@ -71,6 +71,8 @@ def main() -> None:
     }  # fmt: skip
     for name, flags in scripts.items():
         start(f"benchmarks/{name}.py", flags | (tiny[name] if settings.tiny else {}))
+    longer = {"eps": 16, "updates": 10 if settings.tiny else 500, "curve_updates": 50, "numbers_name": "constraint"}
+    start("benchmarks/early_stability.py", scripts["early_stability"] | (less if settings.tiny else {}) | longer)
     page = out / "results.md"
     page.unlink(missing_ok=True)
     start(

@@ -166,7 +166,7 @@ def area_gap(first: list[float], second: list[float]) -> Difference | str:
     return difference(first, second, n=0, scale=1.0)
 
 
-def figures(numbers: Numbers) -> dict[str, Figure]:
+def draw(numbers: Numbers) -> Figure:
     settings, found = numbers["settings"], numbers["results"]
     figure, (plane, cosines, distances) = new_figure(3, height=3.6)
     singles = ["FARE, K = 1", EQUAL.format(settings["primal_steps"]), START]
@@ -215,7 +215,7 @@ def figures(numbers: Numbers) -> dict[str, Figure]:
                 label="rho" if place == 2 else None,
             )
     distances.legend(fontsize=7, frameon=False)
-    return {"trade_off": figure}
+    return figure
 
 
 def claims(numbers: Numbers) -> list[Claim]:

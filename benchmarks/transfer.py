@@ -138,7 +138,7 @@ def tables(numbers: Numbers) -> list[Table]:
     return [(f"Accuracy in % after {settings['steps']} steps on {trained}, eps {settings['eps']:g}/255", rows)]
 
 
-def figures(numbers: Numbers) -> dict[str, Figure]:
+def draw(numbers: Numbers) -> Figure:
     found = numbers["results"]
     sets = list(found[START])
     drawn, axes = new_figure(2, 2, height=2.6)
@@ -153,7 +153,7 @@ def figures(numbers: Numbers) -> dict[str, Figure]:
         axis.set(title=heading, ylabel="accuracy, %")
         axis.set_xticks(range(len(sets)), [name.replace(" (probe)", "\nprobe") for name in sets], fontsize=6.5)
     legend_below(drawn, axes[0], len(found))
-    return {"transfer": drawn}
+    return drawn
 
 
 def claims(numbers: Numbers) -> list[Claim]:
