@@ -30,7 +30,6 @@ from benchmarks.evidence import (
     difference,
     legend_below,
     new_figure,
-    number,
     share,
     show,
     write_numbers,
@@ -196,7 +195,7 @@ def claims(numbers: Numbers) -> list[Claim]:
         ),
         Claim(
             "this project", "training attacks in bfloat16 are as strong as in float32", f"at least {100 * weakest:.1f} % of the distance; "
-            f"APGD accuracy, trained in bfloat16 less in float32: {number([gap.mean])} [{gap.low:+.1f}, {gap.high:+.1f}] points",
+            f"APGD accuracy, trained in bfloat16 less in float32: {gap} points",
             CONFIRMED if weakest >= 0.98 and gap.low <= 0 <= gap.high else NOT_CONFIRMED,
         ),
     ]  # fmt: skip

@@ -13,7 +13,7 @@ import platform
 import re
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +43,8 @@ class Difference(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
+        interval = f"[{self.low:+.1f}, {self.high:+.1f}]" if math.isfinite(self.low) else "(one seed)"
+        return f"{self.mean:+.1f} {interval}"
 
 
 class Claim(NamedTuple):
@@ -55,11 +56,12 @@ class Claim(NamedTuple):
     verdict: str
 
 
-def difference(first: Sequence[float], second: Sequence[float], n: int, scale: float = 100.0) -> Difference:
-    """first - second, times ``scale``, of shares of ``n`` images with one value per seed.
+def difference(first: Sequence[float], second: Sequence[float], n: int | None, scale: float = 100.0) -> Difference:
+    """first - second, times ``scale``; one value per seed: shares of ``n`` images, or with n None any other figure.
 
     Several seeds: the mean of paired differences and its t-interval over seeds (the images are the same ones). One seed:
-    Newcombe's interval of two shares of n images as if they were independent, which is wide where they are the same images.
+    Newcombe's interval of two shares of n images as if they were independent, which is wide where they are the same images;
+    of other figures everything is possible.
     """
     from scipy.stats import t
 
@@ -68,6 +70,8 @@ def difference(first: Sequence[float], second: Sequence[float], n: int, scale: f
     if len(pairs) > 1:
         half = float(t.ppf(0.975, len(pairs) - 1)) * statistics.stdev(pairs) / math.sqrt(len(pairs))
         return Difference(mean, mean - half, mean + half)
+    if n is None:
+        return Difference(mean, -math.inf, math.inf)
     (a,), (b,) = first, second
     (a_low, a_high), (b_low, b_high) = (wilson_interval(round(share * n), n) for share in (a, b))
     return Difference(
@@ -80,6 +84,13 @@ def verdict(found: Difference) -> str:
     if found.low > 0:
         return CONFIRMED
     return NOT_CONFIRMED + (": the opposite" if found.high < 0 else "")
+
+
+def at_all(where: Sequence[str], everywhere: Iterable[str], name: str) -> str:
+    """confirmed where it was at every value of a setting; else it says at which."""
+    if len(where) == len(list(everywhere)):
+        return CONFIRMED
+    return NOT_CONFIRMED + (f": at {name} {', '.join(where)} only" if where else "")
 
 
 def share(values: Sequence[float], n: int) -> str:
