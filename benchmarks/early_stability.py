@@ -85,7 +85,7 @@ def read_curves(histories: list[list[dict]], primal_steps: int, every: int) -> d
     """
     evaluated = [[row for row in history if "eval_accuracy_clean" in row] for history in histories]
     logged = [[row for row in history if "violation_ratio_mean" in row] for history in histories]
-    logged = [rows[:: -(every // primal_steps)][::-1] for rows in logged]
+    logged = [rows[:: -max(1, every // primal_steps)][::-1] for rows in logged]
     return {
         "updates": [row["step"] * primal_steps for row in evaluated[0]],
         "clean": [[row["eval_accuracy_clean"] for row in rows] for rows in evaluated],
