@@ -127,7 +127,8 @@ def draw(numbers: Numbers) -> Figure:
     figure, axes = new_figure(len(found), 3, height=2.6)
     clean, multiplier, distance = (axes[i * len(found) : (i + 1) * len(found)] for i in range(3))
     for column, (eps, methods) in enumerate(found.items()):
-        for place, (name, curves) in enumerate(methods.items()):
+        for name, curves in methods.items():
+            place = 2 if name == LORE else int(not name.endswith("= 1"))  # the same in every figure
             percent = [[100 * value for value in curve] for curve in curves["clean"]]
             draw_spread(clean[column], curves["updates"], percent, place, name)
             if name == LORE:
