@@ -118,9 +118,8 @@ def by_authors_code(settings: Settings, name: str) -> tuple[float, int]:
 
 def attack_strength(settings: Settings, name: str, eps: float) -> float:
     """Embedding distance that training attacks in bfloat16 reach, as a share of the float32 ones', both judged in float32."""
-    clip, processor = load_model(name, "--model")
-    exact, rounded = (make_encoder(clip, processor, dtype).eval() for dtype in (None, torch.bfloat16))
-    _, _, images, _ = side_by_side.load(name, settings.data, min(128, settings.num_samples), torch.device("cpu"))
+    exact, _, images, _ = side_by_side.load(name, settings.data, min(128, settings.num_samples), torch.device("cpu"))
+    rounded = make_encoder(*load_model(name, "--model"), torch.bfloat16).eval()
     start = uniform_start(images, eps / 255, attack_seeds(0, 0, range(len(images))))
     reached = []
     for encoder in (exact, rounded):

@@ -20,6 +20,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.cli import UserError, flag, required
 from utils.progress import wide_console
+from utils.results import Results
 
 ROOT = Path(__file__).resolve().parents[1]
 FARE = {"constraint": "none"}
@@ -46,6 +47,9 @@ class LoreSettings:
     jobs: int = flag(1, "runs at a time, one thread each where more than one; then processes of the evaluation", group="run", minimum=1)
     # fmt: on
 
+    def __post_init__(self) -> None:
+        self.model, self.data = as_in_results(self.model), as_in_results(self.data)
+
 
 def claim_directory(output_dir: Path, kept: dict[str, Any]) -> None:
     """Starts, or goes on where an interrupted comparison with the same settings ``kept`` stopped."""
@@ -65,6 +69,11 @@ def launcher(script: str, processes: int = 1, config: str | None = None, precisi
     more = ["--num_processes", str(processes)] if processes > 2 else []
     more += ["--mixed_precision", precision] if precision else []
     return ["accelerate", "launch", "--quiet", "--config_file", config, *more, script]
+
+
+def as_in_results(name: str) -> str:
+    """How results.json calls a model or a set: a directory without a slash at the end; a name on the hub as it is."""
+    return os.path.normpath(name) if name and Path(name).exists() else name
 
 
 def lore_runs(
@@ -130,8 +139,18 @@ def evaluate(
     }  # fmt: skip
     command = [*launcher("evaluate.py", settings.jobs), *words(asked | flags)]
     in_parallel(settings.jobs, [command], log=Path(settings.output_dir) / COMMANDS)
-    cells = json.loads((folder / "results.json").read_text(encoding="utf-8"))["results"]
-    return [cell for cell in cells if cell["settings"]["num_samples"] == settings.num_samples]
+    return [cell for cell in Results(folder).current() if was_asked(cell, asked | flags)]
+
+
+def was_asked(cell: Mapping[str, Any], flags: Flags) -> bool:
+    """Whether evaluate.py measures this cell of results.json under these flags; what neither names does not matter."""
+    listed = {"dataset": "data", "eps": "eps", "sigma": "sigma", "severity": "severities"}
+    for key, name in listed.items():
+        values = flags.get(name)
+        values = values if isinstance(values, (list, tuple)) else [values]
+        if name in flags and cell[key] is not None and cell[key] not in values:
+            return False
+    return all(cell["settings"].get(name, value) == value for name, value in flags.items())
 
 
 def words(flags: Flags) -> list[str]:

@@ -173,7 +173,7 @@ def claims(numbers: Numbers) -> list[Claim]:
     found.append(
         Claim(
             "LORE", f"the multiplier is high at first and relaxes within {updates} updates",
-            "; ".join(_multiplier_path(eps, methods[LORE]) for eps, methods in numbers["results"].items()), at_all(relaxes, shares, "eps"),
+            "; ".join(_multiplier_path(eps, methods[LORE]) for eps, methods in numbers["results"].items()), at_all(relaxes, shares, "at eps"),
         )
     )  # fmt: skip
     said = "; ".join(
@@ -181,7 +181,9 @@ def claims(numbers: Numbers) -> list[Claim]:
     )
     text = f"Fig. 6, 7: within {updates} updates LORE's clean distances settle below rho = {rho:g}, FARE's do not"
     found.append(
-        Claim("LORE", text, f"images above rho in the last tenth of the steps, {said}", at_all(settles, shares, "eps"))
+        Claim(
+            "LORE", text, f"images above rho in the last tenth of the steps, {said}", at_all(settles, shares, "at eps")
+        )
     )
     return found
 

@@ -90,7 +90,7 @@ def at_all(where: Sequence[str], everywhere: Iterable[str], name: str) -> str:
     """confirmed where it was at every value of a setting; else it says at which."""
     if len(where) == len(list(everywhere)):
         return CONFIRMED
-    return NOT_CONFIRMED + (f": at {name} {', '.join(where)} only" if where else "")
+    return NOT_CONFIRMED + (f": {name} {', '.join(where)} only" if where else "")
 
 
 def share(values: Sequence[float], n: int) -> str:

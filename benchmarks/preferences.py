@@ -22,13 +22,14 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import compare_preferences
 from benchmarks.compare_preferences import FIGURES, HEADINGS, evaluation_command, read_figures, train_command
-from benchmarks.comparison import COMMANDS, START, claim_directory, in_parallel, launcher, words
+from benchmarks.comparison import COMMANDS, START, as_in_results, claim_directory, in_parallel, launcher, words
 from benchmarks.evidence import (
     CONFIRMED,
     NOT_CONFIRMED,
     Claim,
     Numbers,
     Table,
+    at_all,
     difference,
     draw_spread,
     new_figure,
@@ -60,19 +61,21 @@ class Settings(compare_preferences.Settings):
 def main() -> None:
     settings = parse_settings(Settings, description=__doc__)
     output_dir = Path(settings.output_dir)
-    free = (
+    free = {
         "seeds",
         "preferences",
-        "eval_data",
         "numbers_dir",
+        "numbers_name",
         "pairs",
         "beta_factors",
         "reg_factors",
         "output_dir",
         "num_samples",
         "jobs",
-    )
-    claim_directory(output_dir, {name: value for name, value in vars(settings).items() if name not in free and not name.startswith("eval_")})  # fmt: skip
+    }
+    kept = {name: value for name, value in vars(settings).items() if name not in free and not name.startswith("eval_")}
+    settings.model, settings.data = as_in_results(settings.model), as_in_results(settings.data)
+    claim_directory(output_dir, kept)
     variants = make_variants(settings)
     runs = {
         variant: [output_dir / f"{preference}_beta-{beta:g}_reg-{reg:g}_seed-{seed}" for seed in settings.seeds]
@@ -142,19 +145,17 @@ def measure_head(settings: Settings) -> tuple[list[Path], dict]:
     cells = [cell for cell in cells if cell["settings"]["num_samples"] == settings.num_samples]
 
     def curves(measure: str, attack: str, data: str) -> dict[float, list[float]]:
+        """t -> a value for each head."""
         at: dict[float, list[float]] = {}
         for head in map(str, heads):
+            asked = {"model": head, "measure": measure, "attack": attack, "dataset": data}
             for cell in cells:
-                if (cell["model"], cell["measure"], cell["attack"], cell["dataset"]) == (
-                    head,
-                    measure,
-                    attack,
-                    data,
-                ) and "t" in cell["settings"]:
+                if asked.items() <= cell.items() and "t" in cell["settings"]:
                     at.setdefault(cell["settings"]["t"], []).append(cell["value"])
         return dict(sorted(at.items()))
 
-    flipped, right = curves("pair_accuracy", "typographic", settings.pairs), curves("accuracy", "clean", settings.data)
+    pairs = as_in_results(settings.pairs)
+    flipped, right = curves("pair_accuracy", "typographic", pairs), curves("accuracy", "clean", settings.data)
     neutral = [
         next(c["value"] for c in cells if (c["model"], c["measure"]) == (str(head), "neutral_t")) for head in heads
     ]
@@ -185,16 +186,9 @@ def tables(numbers: Numbers) -> list[Table]:
         made.append((what[0].upper() + what[1:], rows))
     if found["head"]:
         head = found["head"]
-        at = {"t = 0": 0.0, "t*": None, "t = 1": 1.0}
-        rows = [
-            [
-                "",
-                *(
-                    name if t is not None else f"t* = {' / '.join(f'{x:g}' for x in head['neutral_t'])}"
-                    for name, t in at.items()
-                ),
-            ]
-        ]
+        stars = " / ".join(f"{t:g}" for t in head["neutral_t"])
+        at = {"t = 0": 0.0, f"t* = {stars}": None, "t = 1": 1.0}
+        rows = [["", *at]]
         for text, key in [("the other text over the right one", "flipped"), ("right on the set", "right")]:
             rows.append([text, *(number(_at(head, key, t), 1, 100) for t in at.values())])
         made.append(("A concept over t, in %", rows))
@@ -265,15 +259,14 @@ def claims(numbers: Numbers) -> list[Claim]:
         )  # fmt: skip
         kls = {p: difference(methods["ce"]["kl"], methods[p]["kl"], None, 1.0) for p in ours}
         said = "KL to the start, nats: " + ", ".join(f"{p.upper()} {number(m['kl'], 3)}" for p, m in methods.items())
-        kept = [p for p, gap in kls.items() if gap.low > 0]
-        good = CONFIRMED if kept and len(kept) == len(kls) else NOT_CONFIRMED
-        if kept and good != CONFIRMED:
-            good += f": {', '.join(map(str.upper, kept))} only"
-        rows.append(Claim("CLIP-PO", "it keeps more of the original model than cross-entropy", said, good))  # fmt: skip
+        kept = [p.upper() for p, gap in kls.items() if verdict(gap) == CONFIRMED]
+        rows.append(
+            Claim("CLIP-PO", "it keeps more of the original model than cross-entropy", said, at_all(kept, ours, "by"))
+        )
     if found["head"]:
         head = found["head"]
         zero, star, one_t = (statistics.mean(_at(head, "flipped", t)) for t in (0.0, None, 1.0))
-        task = [difference(_at(head, "right", None), _at(head, "right", 0.0), n)]
+        task = difference(_at(head, "right", None), _at(head, "right", 0.0), n)
         rows.append(
             Claim(
                 "CLIP-PO", "t turns a concept after training: original at 0, reversed at 1",
@@ -283,8 +276,8 @@ def claims(numbers: Numbers) -> list[Claim]:
         rows.append(
             Claim(
                 "CLIP-PO", "between them is a neutral t* that keeps the task (coloured digits in place of gender)",
-                f"the other text at t*: {100 * star:.1f} %; accuracy at t* less the original's: {task[0]} points",
-                CONFIRMED if abs(star - 0.5) < 0.1 and task[0].mean > -2 else NOT_CONFIRMED,
+                f"the other text at t*: {100 * star:.1f} %; accuracy at t* less the original's: {task} points",
+                CONFIRMED if abs(star - 0.5) < 0.1 and task.mean > -2 else NOT_CONFIRMED,
             )
         )  # fmt: skip
     return rows

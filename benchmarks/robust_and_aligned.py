@@ -12,7 +12,6 @@ images have moved from the start model's. Writes table.md and scatter.png. Whate
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 import time
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.comparison import claim_directory, in_parallel, launcher, markdown, percent, print_table
+from benchmarks.comparison import as_in_results, claim_directory, in_parallel, launcher, markdown, percent, print_table
 from utils.cli import flag, parse_settings, required, run
 from utils.preferences import PREFERENCES
 from utils.typographic import KINDS, PLACES
@@ -90,8 +89,7 @@ class Settings:
 def main() -> None:
     settings = parse_settings(Settings, description=__doc__)
     started = time.monotonic()
-    for name in ("model", "data"):  # as results.json calls them
-        setattr(settings, name, os.path.normpath(value) if Path(value := getattr(settings, name)).exists() else value)
+    settings.model, settings.data = as_in_results(settings.model), as_in_results(settings.data)
     output_dir = Path(settings.output_dir)
     free = ("methods", "seeds", "output_dir", "eval_eps", "eval_fonts", "apgd_steps", "num_samples", "jobs")
     claim_directory(output_dir, {name: value for name, value in vars(settings).items() if name not in free})

@@ -244,7 +244,7 @@ def claims(numbers: Numbers) -> list[Claim]:
         Claim(
             "LORE", "the constraint holds for images never trained on: clean distance at most rho",
             "95th percentile: " + ", ".join(f"{value:.3f} (rho {rho})" for rho, value in p95.items()),
-            at_all([rho for rho in rhos if p95[rho] <= float(rho)], rhos, "rho"),
+            at_all([rho for rho in rhos if p95[rho] <= float(rho)], rhos, "at rho"),
         )
     )  # fmt: skip
     beyond = sum(found[label]["beyond_bound"] for label in found)
@@ -264,7 +264,7 @@ def claims(numbers: Numbers) -> list[Claim]:
     rows.append(
         Claim(
             "LORE", "Fig. 4b: LORE's images are closer to descriptions of their class than FARE's",
-            "mean cosine: " + ", ".join(f"{label} {mean:.3f}" for label, mean in means.items()), at_all(closer, rhos, "rho"),
+            "mean cosine: " + ", ".join(f"{label} {mean:.3f}" for label, mean in means.items()), at_all(closer, rhos, "at rho"),
         )
     )  # fmt: skip
     return rows

@@ -22,7 +22,7 @@ import webdataset as wds
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.comparison import FARE, START, LoreSettings, evaluate, lore_runs
+from benchmarks.comparison import FARE, START, LoreSettings, as_in_results, evaluate, lore_runs
 from benchmarks.evidence import (
     CONFIRMED,
     NOT_CONFIRMED,
@@ -71,7 +71,7 @@ def main() -> None:
         "attack": ["clean", "apgd", "gaussian_noise", "corruptions"], "eps": settings.eval_eps, "sigma": settings.sigma,
         "severities": settings.severities,
     }  # fmt: skip
-    zero_shot = settings.zero_shot_data or [settings.data]
+    zero_shot = [as_in_results(name) for name in settings.zero_shot_data or [settings.data]]
     cells = evaluate(settings, "zero-shot", models, asked, zero_shot)
     names = {name: Path(name).name for name in zero_shot}
     if settings.probe_data:

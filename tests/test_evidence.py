@@ -9,8 +9,8 @@ import pytest
 import webdataset as wds
 from scipy import stats
 
-from benchmarks import results
-from benchmarks.comparison import run_name, words
+from benchmarks import attack_check, results
+from benchmarks.comparison import run_name, was_asked, words
 from benchmarks.evidence import (
     CONFIRMED,
     NOT_CONFIRMED,
@@ -74,6 +74,28 @@ def test_a_run_is_named_by_all_that_makes_its_weights():
     assert run_name(base) == run_name(same)
     assert len({run_name(base | {key: 1}) for key in (*base, "margin")} | {run_name(base)}) == 5
     assert words(same)[-4:] == ["--eval_shards", "a/b", "--eval_steps", "3"]
+
+
+def test_cells_of_other_settings_are_left_out():
+    cell = {
+        "dataset": "d",
+        "eps": 4.0,
+        "sigma": None,
+        "severity": None,
+        "settings": {"num_samples": 9, "apgd_steps": 100},
+    }
+    asked = {"data": ["d"], "eps": 4, "num_samples": 9, "sigma": 32.0, "severities": [3], "batch_size": 5}
+    assert was_asked(cell, asked)
+    for other in ({"eps": [2, 8]}, {"data": ["e"]}, {"num_samples": 8}, {"apgd_steps": 10}):
+        assert not was_asked(cell, asked | other)
+    assert not was_asked(cell | {"eps": None, "severity": 5}, asked)
+
+
+def test_attacks_in_bfloat16_are_compared_with_others(small_clip, digits):
+    settings = attack_check.Settings(model=str(small_clip), data=str(digits), output_dir="", num_samples=16)
+    ratio = attack_check.attack_strength(settings, str(small_clip), 4.0)
+    assert 0.9 < ratio < 1.1
+    assert ratio != 1.0
 
 
 def test_halves_share_no_image_and_leave_none_out(digits, tmp_path):
