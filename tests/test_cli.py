@@ -1,9 +1,10 @@
 import dataclasses
+import signal
 
 import pytest
 
 import train_lore
-from tests.conftest import run_script
+from tests.conftest import ROOT, run_script
 from utils.cli import UserError, flag, parse_settings, required
 
 
@@ -134,6 +135,37 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path):
         "train_lore.py: error: --learning_rat: no such flag, did you mean --learning_rate?; --help lists all flags"
     )
     assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("status", [0, 85])
+def test_a_process_of_several_ends_without_the_interpreters_end(status, tmp_path):
+    """There gloo's threads would abort it. What else happens at the end happens: threads, handlers, what is still in a buffer."""
+    script = tmp_path / "ends.py"
+    script.write_text(f"""
+import atexit, os, sys, threading, time
+sys.path.insert(0, {str(ROOT)!r})
+from utils.cli import run
+
+
+class Last:
+    def __del__(self, abort=os.abort):
+        abort()
+
+
+last = Last()
+
+
+def main():
+    atexit.register(print, "handlers")
+    threading.Thread(target=lambda: (time.sleep(0.3), print("threads"))).start()
+    print("main")
+    sys.exit({status})
+
+
+run(main)
+""")
+    run_script(str(script), status=-signal.SIGABRT)
+    assert run_script(str(script), status=status, RANK="0").split() == ["main", "threads", "handlers"]
 
 
 def test_a_file_name_that_is_too_long_is_one_line(small_clip):

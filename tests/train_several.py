@@ -58,9 +58,6 @@ def main():
         GradientState._reset_state()
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # without the end of the interpreter, which may meet threads of a group that nobody has closed
 
 
 if __name__ == "__main__":

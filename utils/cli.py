@@ -13,6 +13,7 @@ the defaults. Whatever the user got wrong ends as one line on stderr and exit st
 from __future__ import annotations
 
 import argparse
+import atexit
 import dataclasses
 import difflib
 import errno
@@ -20,11 +21,12 @@ import math
 import os
 import re
 import sys
+import threading
 import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 
@@ -140,7 +142,7 @@ def run(main: Callable[[], Any]) -> None:
     """Calls ``main`` and turns ``UserError`` into one line on stderr and exit status 2, Ctrl-C into status 130.
 
     Under several processes rank 0 speaks for all; another rank speaks where the error is its own. A process whose partner
-    has died says so in one line and ends with status 1.
+    has died says so in one line and ends with status 1. A process of several ends here in every case.
     """
     script = Path(sys.argv[0]).name
     rank = int(os.environ.get("RANK", "0"))
@@ -182,6 +184,25 @@ def run(main: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr, flush=True)
         os._exit(130)
+    except SystemExit as error:
+        if "RANK" not in os.environ or not isinstance(error.code, int):
+            raise
+        _leave(error.code)
+    if "RANK" in os.environ:
+        _leave(0)
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends a process of several without the interpreter's own end.
+
+    A thread of gloo that lets go of its last tensor during that end aborts the process, whatever its status was to be; and
+    DistributedDataParallel keeps these threads alive beyond ``destroy_process_group``.
+    """
+    threading._shutdown()  # what the interpreter's end would have done: threads, handlers, streams
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def nearest(name: str, known: Sequence[str]) -> str | None:
@@ -196,7 +217,7 @@ def _did_you_mean(name: str, known: Sequence[str], prefix: str = "") -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
+    def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
 
