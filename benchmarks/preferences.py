@@ -219,7 +219,7 @@ def draw(numbers: Numbers) -> Figure:
             axis.plot(*points, **line_style(index), label=preference.upper())
             for key, x, y in zip(keys, *points):
                 axis.annotate(key.split()[place], (x, y), xytext=(3, 3), textcoords="offset points", fontsize=6)
-        axis.set(title=f"{what}, as a multiple of its own", xlabel="original images, %", ylabel="with wrong words, %")
+        axis.set(title=f"{what}, x its own", xlabel="original images, %", ylabel="with wrong words, %")
         axis.legend(fontsize=7, frameon=False)
     if found["head"]:
         head = found["head"]
