@@ -529,6 +529,8 @@ def choose_classes(source: Any, settings: Settings) -> tuple[list[str], dict[int
             )
     elif source.names:
         names = source.names
+        if names == imagenet_prompts()[0]:
+            aliases.append(imagenet_ids)
     else:
         raise UserError(f"--data {settings.data}: its labels have no names; give a file with --classnames")
     source.names = names

@@ -1,0 +1,67 @@
+"""The commands that README, docs and docstrings tell users to type, and a directory in which they can be tried at tiny size."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+# A line is a command if it starts with one of these, after variables of its environment.
+HEADS = ("python", "accelerate", "make", "sbatch", "pip", "hf")
+SHELL = re.compile(rf"(?:[A-Z_]+=\S+ )*(?:{'|'.join(HEADS)}) ")
+
+
+@dataclass(frozen=True)
+class Command:
+    where: str  # the file
+    words: tuple[str, ...]  # without variables, comments and the "..." of what is left to the reader
+    whole: bool  # had no "..."
+
+    @property
+    def script(self) -> str | None:
+        """The script of the project that it starts."""
+        return next(
+            (word for word in self.words if (ROOT / word).is_file() and word.endswith((".py", ".sbatch"))), None
+        )
+
+    @property
+    def arguments(self) -> list[str]:
+        return list(self.words[self.words.index(self.script) + 1 :])
+
+    def __str__(self) -> str:
+        return f"{self.where}: {shlex.join(self.words)}"
+
+
+def documented() -> list[Command]:
+    """Every command, once, in the order of the documents: README first."""
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    pages += [ROOT / "recipes/README.md", *sorted((ROOT / "examples").glob("*/README.md"))]
+    scripts = [path for folder in ("", "examples", "benchmarks") for path in sorted((ROOT / folder).glob("*.py"))]
+    found = [command for page in pages if page.exists() for command in _in_markdown(page)]
+    found += [command for script in scripts for command in _in_lines(script, ast.get_docstring(_parsed(script)) or "")]
+    return list({command.words: command for command in reversed(found)}.values())[::-1]
+
+
+def _parsed(script: Path) -> ast.Module:
+    return ast.parse(script.read_text(encoding="utf-8"))
+
+
+def _in_markdown(page: Path) -> Iterator[Command]:
+    text = page.read_text(encoding="utf-8")
+    code = re.findall(r"^```(?:bash|sh)?\n(.*?)^```|^( {4}.*)$", text, flags=re.DOTALL | re.MULTILINE)
+    yield from _in_lines(page, "\n".join(fenced or indented for fenced, indented in code))
+
+
+def _in_lines(path: Path, text: str) -> Iterator[Command]:
+    for line in re.sub(r"\\\n\s*", "", text).splitlines():
+        if SHELL.match(line.strip()):
+            words = shlex.split(line, comments=True)
+            while "=" in words[0]:
+                words.pop(0)
+            kept = [word for word in words if word != "..."]
+            yield Command(str(path.relative_to(ROOT)), tuple(kept), len(kept) == len(words))

@@ -1,0 +1,301 @@
+"""Every command in README, docs and docstrings: its flags are known, its files are there, and it runs at tiny size."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+from tests.documented_commands import Command, documented
+from tests.shard_maker import image_bytes
+from tests.small_models import save_small_model
+from tests.test_swap_vision_tower import save_llava
+from utils.cli import parse_settings
+from utils.zeroshot import imagenet_prompts, imagenet_wordnet_ids
+
+COMMANDS = documented()
+SCRIPTS = [command for command in COMMANDS if command.script and command.words[:2] != ("python", "-m")]
+HUB = re.compile(r"hf://|https://|^ILSVRC/")  # needs the network
+
+CLIP = "openai/clip-vit-base-patch32"
+
+# What makes a command small, put behind its own flags, which it overrides.
+TRAINING = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 4,
+    "eval_num_samples": 8,
+    "num_workers": 0,
+    "report_to": "none",
+}
+RUNS = {"seeds": 0, "steps": 1, "batch_size": 4, "num_samples": 8}
+SMALLER = {
+    "train_lore.py": TRAINING | {"attack_steps": 1},
+    "train_po.py": TRAINING | {"train_num_samples": 16},
+    "evaluate.py": {"num_samples": 12, "apgd_steps": 3, "apgd_targets": 1, "square_queries": 5, "attack_steps": 2, "severities": 1, "sigma": 8, "num_workers": 0, "t": [0, 1]},
+    "examples/pretrain_small_clip.py": {"epochs": 1, "train_num_samples": 64, "batch_size": 8, "captions_per_step": 16, "words_per_step": 8},
+    "examples/segmentation.py": {"num_train": 4, "num_test": 4, "head_epochs": 1, "attack_steps": 1, "eps": 4},
+    "benchmarks/attack_check.py": RUNS | {"square_queries": 20, "apgd_steps": 5},
+    "benchmarks/ablations.py": RUNS | {"fixed_rhos": 10, "primal_steps": [1, 5], "attack_steps": [1, 10]},
+    "benchmarks/compare_methods.py": RUNS | {"curve_num_samples": 8, "curve_steps": 1},
+    "benchmarks/compare_preferences.py": RUNS | {"preferences": ["ce", "dpo"]},
+    "benchmarks/early_stability.py": RUNS | {"updates": 10, "eps": 4, "fare_primal_steps": 5},
+    "benchmarks/evaluate.py": {"num_samples": 8, "num_steps": 3, "eps": 4},
+    "benchmarks/head_features.py": {"batch_size": 8, "steps": 3, "recomputed_steps": 2},
+    "benchmarks/input_pipeline.py": {"image_sizes": "32x32", "num_images": 2, "batch_size": 2, "rounds": 1, "seconds": 0.2, "workers": [0, 1], "train_steps": 2},
+    "benchmarks/memory.py": {"models": "ViT-B/32", "batch_size": 1, "attack_steps": 1, "primal_steps": 1, "gradient_checkpointing": "false"},
+    "benchmarks/preferences.py": RUNS | {"preferences": ["ce", "dpo"], "beta_factors": 0.3, "reg_factors": 0.3, "head_epochs": 1},
+    "benchmarks/robust_and_aligned.py": {"seeds": 0, "batch_size": 4, "num_samples": 8, "lore_steps": 1, "po_steps": 1, "apgd_steps": 3, "methods": ["lore", "lore_po_l2"]},
+    "benchmarks/time_to_robust.py": {"steps": 2, "check_steps": 1, "batch_size": 4, "num_samples": 8, "compile": "false"},
+    "benchmarks/trade_off.py": RUNS | {"rhos": [0.02, 0.1], "clean_weights": [3, 1]},
+    "benchmarks/train_step.py": {"encoders": "small", "batch_size": 4, "rounds": 1, "attack_steps": 1, "primal_steps": 1, "methods": "LORE", "variants": ["plain", "+ lean"], "trainer": "false"},
+    "benchmarks/transfer.py": RUNS | {"rhos": 0.05},
+    "benchmarks/word_drawing.py": {"num_images": 2, "rounds": 1},
+    "benchmarks/zero3_gathers.py": {"steps": 2, "attack_steps": 1, "primal_steps": 1},
+}  # fmt: skip
+# Where a command says "...": what a reader has to add.
+ADDED = {
+    "model_name_or_path": "openai/clip-vit-base-patch32",
+    "train_shards": "data/imagenet/train",
+    "output_dir": "runs/added",
+}
+# Which flags name what has to exist beforehand.
+MODELS = {"model", "model_name_or_path", "reference_model_name_or_path", "llava", "start_from", "input"}
+DATA = {"data", "eval_data", "train_data", "train_shards", "eval_shards", "zero_shot_data", "probe_data", "pairs"}
+
+
+def settings_class(script: str) -> type:
+    name = f"documented_{Path(script).stem}_{Path(script).parent.name}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / script)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name].Settings
+
+
+def flag_words(flags: dict[str, object]) -> list[str]:
+    return [
+        word
+        for name, value in flags.items()
+        for word in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))
+    ]
+
+
+def values(arguments: list[str]) -> dict[str, list[str]]:
+    """{"eps": ["1", "4"], ...}"""
+    found: dict[str, list[str]] = {}
+    for word in arguments:
+        if word.startswith("--"):
+            of = found.setdefault(word[2:], [])
+        else:
+            of.append(word)
+    return found
+
+
+def completed(command: Command) -> list[str]:
+    return command.arguments if command.whole else [*flag_words(ADDED), *command.arguments]
+
+
+def test_the_documents_have_commands():
+    assert len(SCRIPTS) > 80
+    assert {command.where for command in COMMANDS} >= {
+        "README.md",
+        "docs/results.md",
+        "train_po.py",
+        "recipes/README.md",
+    }
+
+
+@pytest.mark.parametrize("command", SCRIPTS, ids=str)
+def test_the_flags_of_a_documented_command_are_accepted(command, monkeypatch):
+    script, arguments = command.script, completed(command)
+    if script.endswith(".sbatch"):  # as slurm/settings.sh does: a recipe replaces what is trained on what
+        recipe = values(arguments).get("config", [None])[0]
+        arguments = [*flag_words({"output_dir": "runs/job"} if recipe else ADDED), *arguments]
+        script = "train_lore.py" if recipe is None else re.match(r"# (train_\w+\.py): ", (ROOT / recipe).read_text())[1]
+        if command.script == "slurm/evaluate.sbatch":
+            script, arguments = "evaluate.py", ["--output_dir", "runs/job", *command.arguments]
+    monkeypatch.chdir(ROOT)
+    parse_settings(settings_class(script), arguments)
+    for config in re.findall(r"accelerate_configs/\w+\.yaml", " ".join(command.words)):
+        assert (ROOT / config).is_file()
+
+
+def test_what_else_is_documented_is_there():
+    """make, pip, pytest: what they name exists. What comes from the hub cannot be tried without a network."""
+    requirements = (ROOT / "requirements.txt").read_text().lower()
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    for command in COMMANDS:
+        if command.words[0] == "make":
+            assert set(command.words[1:]) <= set(targets), command
+        elif command.words[:2] == ("pip", "install"):
+            for package in command.words[2:]:
+                if package != "-r" and not package.endswith(".txt"):
+                    assert re.search(
+                        rf"^{re.split('[<>=]', package)[0].lower()}==", requirements, flags=re.MULTILINE
+                    ), command
+        elif command.words[:3] == ("python", "-m", "pytest"):
+            assert all((ROOT / word).exists() for word in command.words[3:] if "/" in word), command
+        elif command.words[:2] == ("python", "-m"):
+            assert command.words[2] == "venv" or (ROOT / f"{command.words[2].replace('.', '/')}.py").exists(), command
+        else:
+            assert command.script or command.words[0] == "hf", command
+
+
+# --------------------------------------------------------------------------------------------------- run at tiny size
+
+
+class Sandbox:
+    """A directory like a user's clone, in which whatever a command reads stands ready, small."""
+
+    def __init__(self, root: Path, digits: Path, attributes: Path) -> None:
+        self.root, self.attributes = root, attributes
+        for path in ROOT.iterdir():
+            if path.name in ("docs", "Makefile"):  # written to
+                shutil.copytree(path, root / path.name) if path.is_dir() else shutil.copy(path, root)
+            elif path.name not in ("data", "runs", ".git") and not (path.is_dir() and path.name.startswith(".")):
+                (root / path.name).symlink_to(path)
+        # CIFAR-10's names, which some commands give, on digits.
+        self.photographs = root.parent / "photographs"
+        shutil.copytree(digits, self.photographs)
+        names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+        (self.photographs / "classnames.txt").write_text("\n".join(names) + "\n")
+        self.shard = self.few_of(digits / "train")
+        self.pair_shard = self.few_of(attributes / "pairs/train")
+        for folder in (
+            "pictures/cat",
+            "pictures/dog",
+            *(f"imagenet/{split}/{name}" for split in ("train", "val") for name in imagenet_wordnet_ids()[:2]),
+        ):
+            (root / folder).mkdir(parents=True)
+            for number in range(4):
+                (root / folder / f"{number}.jpg").write_bytes(image_bytes(number))
+        (root / "pairs").mkdir()
+        (root / "pairs/0.jpg").write_bytes(image_bytes(0))
+        (root / "pairs/0.json").write_text('{"chosen": "a photo of a woman.", "rejected": ["a photo of a man."]}')
+        (root / "imagenet100.txt").write_text("\n".join(imagenet_wordnet_ids()[:2]) + "\n")
+        (root / "cat.jpg").write_bytes(image_bytes(0))
+
+    def few_of(self, folder: Path) -> Path:
+        """A shard with some samples of the first one there."""
+        shard = self.root.parent / f"{folder.parent.name}.tar"
+        with tarfile.open(sorted(folder.glob("*.tar"))[0]) as whole, tarfile.open(shard, "w") as few:
+            for member in whole.getmembers()[:24]:
+                few.addfile(member, whole.extractfile(member))
+        return shard
+
+    def model(self, flag: str, name: str) -> None:
+        path = self.root / name
+        if path.exists():
+            return
+        if flag == "start_from":
+            shutil.copytree(ROOT / "examples/reading_clip", path)
+        elif flag == "llava":
+            save_llava(path, image_size=32)
+        elif path.name == "head":
+            words = {"model_name_or_path": CLIP, "train_shards": "runs/attributes/pairs/train", "output_dir": name}
+            self.start("train_po.py", words | {"task": "pairs", "trainable": "head"} | SMALLER["train_po.py"])
+        elif path.suffix == ".safetensors":
+            save_small_clip(self.root / "runs/wide", hidden_size=64)  # a width of open_clip's, which shows the heads
+            self.start(
+                "examples/convert_open_clip.py", {"to": "open_clip", "input": "runs/wide", "output_dir": "runs/converted"}
+            )
+            (self.root / "runs/converted" / path.name).rename(path)
+        else:
+            kinds = {"siglip": "siglip", "dinov2": "dinov2_head", "convnext": "convnext"}
+            save_small_model(path, next((kind for part, kind in kinds.items() if part in name), "clip"))
+
+    def data(self, flag: str, name: str) -> None:
+        path = self.root / name
+        if path.exists():
+            return
+        if braces := re.search(r"\{(\d+)\.\.(\d+)\}", name):
+            for number in range(int(braces[1]), int(braces[2]) + 1):
+                self.data(flag, name.replace(braces[0], f"{number:0{len(braces[1])}d}"))
+        elif path.suffix == ".tar":
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_name(path.name.replace("*", "0")).symlink_to(self.pair_shard if "vl-bias" in name else self.shard)
+        elif "attributes" in name:
+            shutil.copytree(self.attributes, self.root / name[: name.index("attributes")] / "attributes")
+        elif flag.endswith("_shards") and path.name not in ("train", "test", "val"):
+            path.mkdir(parents=True)
+            (path / "0.tar").symlink_to(self.shard)
+        else:
+            path = path.parent if path.name in ("train", "test", "val") else path
+            pairs = path.name in ("gender-pairs", "vl-bias")
+            shutil.copytree(self.attributes / "pairs" if pairs else self.photographs, path)
+
+    def start(self, script: str, flags: dict[str, object]) -> None:
+        self.prepare(flag_words(flags))
+        result = self.run(script, flag_words(flags))
+        assert result.returncode == 0, result.stdout
+
+    def run(self, script: str, arguments: list[str]) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, script, *arguments],
+            cwd=self.root,
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=600,
+        )
+
+    def clear(self) -> None:
+        for name in ("data", "runs", "models", "scratch", "shared", "open_clip_model.safetensors"):
+            path = self.root / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def prepare(self, arguments: list[str]) -> None:
+        named_by = values(arguments)
+        for recipe in named_by.get("config", []):
+            read = yaml.safe_load((ROOT / recipe).read_text())
+            named_by = {flag: [str(value)] for flag, value in read.items()} | named_by
+        for flag, named in named_by.items():
+            for name in named:
+                if flag in MODELS:
+                    self.model(flag, name)
+                elif flag in DATA:
+                    self.data(flag, name)
+
+
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory, digits, attribute_digits) -> Sandbox:
+    root = tmp_path_factory.mktemp("user") / "clone"
+    root.mkdir()
+    return Sandbox(root, digits, attribute_digits)
+
+
+def tried(command: Command) -> bool:
+    """Whether it can be run here: no hub, no SLURM, and not what other tests start in small (make results-quick)."""
+    elsewhere = command.script.endswith(".sbatch") or command.script == "benchmarks/results_quick.py"
+    return not elsewhere and not any(HUB.search(word) for word in command.words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [command for command in SCRIPTS if tried(command)], ids=str)
+def test_a_documented_command_runs(command, sandbox):
+    script, arguments = command.script, completed(command)
+    arguments = [word.replace("/scratch/", "scratch/").replace("/shared/", "shared/") for word in arguments]
+    known = {field.name for field in dataclasses.fields(settings_class(script))}
+    smaller = {name: value for name, value in SMALLER.get(script, {}).items() if name in known}
+    if "config" in values(arguments) and script != "evaluate.py":
+        smaller["global_batch_size"] = 4
+    arguments += flag_words(smaller)
+    sandbox.clear()
+    sandbox.prepare(arguments)
+    if script == "examples/make_shards.py" and "data/imagenet" in values(arguments)["data"]:
+        (sandbox.root / "data/imagenet/classnames.txt").write_text("\n".join(imagenet_prompts()[0]) + "\n")
+    result = sandbox.run(script, arguments)
+    assert result.returncode == 0, result.stdout[-4000:]
+    if "output_dir" in values(arguments) and "prefetch" not in values(arguments):
+        assert any((sandbox.root / values(arguments)["output_dir"][0]).iterdir())
