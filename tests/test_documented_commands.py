@@ -18,7 +18,7 @@ import yaml
 from tests.conftest import ROOT
 from tests.documented_commands import Command, documented
 from tests.shard_maker import image_bytes
-from tests.small_models import save_small_model
+from tests.small_models import save_small_clip, save_small_model
 from tests.test_swap_vision_tower import save_llava
 from utils.cli import parse_settings
 from utils.zeroshot import imagenet_prompts, imagenet_wordnet_ids
