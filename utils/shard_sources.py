@@ -566,9 +566,11 @@ def read_text(location: str, cache_dir: str | os.PathLike) -> str | None:
 
     A text behind a URL is asked for afresh every time. A copy is kept in ``cache_dir``, also the answer that there is no
     such file, and used, with a word in the log, where the server cannot be reached. UserError where it cannot be reached
-    and no copy was kept, and where the file is not text or larger than MAX_TEXT_BYTES.
+    and no copy was kept, where the file is not text or larger than MAX_TEXT_BYTES, and for a pipe: no text is worth a command.
     """
     shown = display_url(location)
+    if url_scheme(location) == "pipe":
+        raise UserError(f"{shown}: runs a shell command; give a path or URL")
     try:
         limit = MAX_TEXT_BYTES + 1
         data = _remote_text(location, Path(cache_dir)) if is_remote(location) else _read_at_most(location, limit)
