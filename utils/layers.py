@@ -164,12 +164,13 @@ def attention(
     """softmax(scaling * Q K^T) V, (B, heads, T, d) each -> (B, T, heads, d). torch's flash attention but for bfloat16 on a CPU.
 
     There it takes about five times as long, backward included, as the two products and the softmax written out, which
-    keep the weights (B, heads, T, T) for the backward pass.
+    keep the weights (B, heads, T, T) for the backward pass. ``scaling`` None: 1 / sqrt(d).
     """
     if query.device.type != "cpu" or query.dtype != torch.bfloat16 or attention_mask is not None or dropout:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     weights = ((query * scaling) @ key.transpose(-1, -2)).softmax(dim=-1)
     return (weights.to(value.dtype) @ value).transpose(1, 2), None
 
