@@ -89,7 +89,7 @@ class SquareImageEmbeddings(Siglip2VisionEmbeddings):
     for the batch.
     """
 
-    def forward(self, pixel_values: Tensor, spatial_shapes: None = None) -> Tensor:
+    def forward(self, pixel_values: Tensor, spatial_shapes: Tensor | None = None) -> Tensor:
         patches, size = self.patch_embedding(pixel_values), self.position_embedding_size
         # By a call of the module, not by its weight: ZeRO-3 gathers what is called.
         positions = self.position_embedding(torch.arange(size * size, device=pixel_values.device)).float()
@@ -104,15 +104,16 @@ class SquareImageEmbeddings(Siglip2VisionEmbeddings):
 class PoolingAttention(nn.MultiheadAttention):
     """The attention of SigLIP's pooling, batch first: (B, Q, D), (B, T, D) twice -> (B, Q, D), and no weights.
 
-    torch's own reads the weights of its output projection without calling it, which ZeRO-3 does not gather in time.
+    torch's own reads the weights of its output projection without calling it, which ZeRO-3 does not gather in time. What
+    else torch's takes, SigLIP does not give.
     """
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None
     ) -> tuple[Tensor, None]:
         parts = zip((query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
-        heads = [F.linear(*part).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts]
-        pooled, _ = attention(self, *heads, attn_mask, scaling=self.head_dim**-0.5, is_causal=False)
+        query, key, value = (F.linear(*part).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
+        pooled, _ = attention(self, query, key, value, attn_mask, scaling=self.head_dim**-0.5, is_causal=False)
         return self.out_proj(pooled.flatten(2)), None
 
 
