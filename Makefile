@@ -1,7 +1,7 @@
 # make demo      everything once, on a CPU, without downloads: LORE beside FARE, then preference optimisation
 # make results-quick   every table and figure of docs/results.md in small: digits, one seed, no download
 # make test      the test suite; make test-slow adds what takes minutes
-# make lint      ruff, as continuous integration runs it
+# make lint      ruff and mypy, as continuous integration runs it
 
 PYTHON ?= python3
 VENV := .venv
@@ -56,6 +56,7 @@ test-slow: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) runs

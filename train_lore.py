@@ -675,15 +675,15 @@ def estimate_memory(settings: Settings) -> None:
         settings.estimate_processes,
         settings.gradient_accumulation_steps,
     )
-    name, config = settings.model_name_or_path, None
+    name, model = settings.model_name_or_path, None
     if name:
         config = check_model(name, "--model_name_or_path", ("clip",))
         config.vision_config.projection_dim = config.projection_dim
+        model = Path(name).resolve().name if Path(name).exists() else name, config.vision_config
     if int(os.environ.get("RANK", "0")):
         return
     print_estimate(
-        Path(name).resolve().name if name and Path(name).exists() else name,
-        config and config.vision_config,
+        model,
         batch_size=settings.per_device_train_batch_size,
         gradient_checkpointing=settings.gradient_checkpointing,
         processes=settings.estimate_processes,

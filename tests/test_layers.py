@@ -97,6 +97,13 @@ def test_attention_in_bfloat16_is_as_exact_as_torchs():
         torch.testing.assert_close(found, same, rtol=0, atol=0)
 
 
+def test_attention_without_a_scaling_takes_torchs():
+    query, key, value = (torch.randn(1, 2, 5, 16).bfloat16() for _ in range(3))
+    found, _ = attention(nn.Module(), query, key, value, None)
+    expected, _ = attention(nn.Module(), query, key, value, None, scaling=0.25)
+    assert torch.equal(found, expected)
+
+
 def test_a_lean_tower_has_the_same_parameters_values_and_gradients():
     torch.manual_seed(0)
     plain = CLIPVisionModelWithProjection(CONFIG)

@@ -36,7 +36,7 @@ from utils.shards import MAX_SAMPLE_BYTES, ShardDataset, ShardReader, index_shar
 from utils.skipped import BadSample, Skipped
 from utils.strict_json import parse_json
 from utils.tar_index import scan_tar
-from utils.zeroshot import read_classnames
+from utils.zeroshot import find_classes, read_classnames
 
 # ---------------------------------------------------------------------------------------------------- what runs no code
 
@@ -156,6 +156,13 @@ def test_a_broken_model_directory_is_one_line(small_clip, tmp_path, change):
     (model / change[0]).write_bytes(change[1])
     with pytest.raises(UserError, match=r"^--model .*model: "):
         load_model(str(model), "--model")
+
+
+def test_class_names_run_no_command(tmp_path):
+    """They may come from a recipe."""
+    with pytest.raises(UserError, match="runs a shell command"):
+        find_classes(["0.tar"], f"pipe:touch {tmp_path / 'ran'}; echo cat", "--train_shards", str(tmp_path / "cache"))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_only_the_command_line_allows_pipes(tmp_path):

@@ -93,8 +93,8 @@ def uniform_start(pixel_values: Tensor, eps: float, seeds: Sequence[int]) -> Ten
     return project(delta, pixel_values, eps)
 
 
-def attack_seeds(seed: int, step: int, positions: Sequence[int]) -> list[int]:
-    """A 63-bit seed for every sample from (run's seed, training step, position in the global batch)."""
+def attack_seeds(seed: int, step: int | str, positions: Sequence[int]) -> list[int]:
+    """A 63-bit seed for every sample from (run's seed, training step or another purpose, position in the global batch)."""
     return [seed_from(seed, step, position) for position in positions]
 
 
@@ -413,7 +413,8 @@ def run_apgd(
     Yields:
         the points, in the order in which they are decided.
     """
-    points, under_attack = iter(points), []
+    points = iter(points)
+    under_attack: list[Point] = []
     runs: Runs | None = None
     owners: list[tuple[Point, int]] = []  # point and run of every row
     free: list[int] = []  # rows whose run is over
@@ -421,7 +422,7 @@ def run_apgd(
     while True:
         entering = _next_runs(points, under_attack, batch_size - len(owners) + len(free))
         runs, owners = _exchange(runs, owners, free, entering, eps, seed)
-        if not owners:
+        if runs is None:
             return
         logits, loss, gradient = loss_and_gradient(logits_fn, runs)
         runs.observe(loss, gradient)
@@ -488,11 +489,11 @@ def _exchange(
     eps: float,
     seed: int,
 ) -> tuple[Runs | None, list[tuple[Point, int]]]:
-    """Puts ``entering`` in the ``free`` rows, or behind the others; rows that stay free are taken out."""
+    """Puts ``entering`` in the ``free`` rows, or behind the others; rows that stay free are taken out. None: no row."""
     if entering:
         begun = _begin_runs(entering, eps, seed)
         device, taken = begun.labels.device, min(len(free), len(entering))
-        if taken:
+        if runs is not None and taken:
             runs.replace(torch.tensor(free[:taken], device=device), begun.select(torch.arange(taken, device=device)))
             for row, owner in zip(free, entering):
                 owners[row] = owner
@@ -501,7 +502,7 @@ def _exchange(
             runs = added if runs is None else runs.join(added)
             owners = owners + entering[taken:]
         free = free[taken:]
-    if free:
+    if runs is not None and free:
         left = sorted(set(range(len(owners))) - set(free))
         owners = [owners[row] for row in left]
         runs = runs.select(torch.tensor(left, dtype=torch.int64, device=runs.labels.device)) if left else None

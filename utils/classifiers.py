@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from utils.cli import UserError
@@ -103,17 +103,18 @@ def read_linear_head(
 
 def own_linear_head(model: PreTrainedModel, num_classes: int) -> LinearClassifier:
     """The classifier that a model brings, of DINOv2 saved for image classification. Raises ``UserError``."""
-    if not has_own_head(model.config):
+    head = model.get_submodule("classifier") if has_own_head(model.config) else None
+    if not isinstance(head, nn.Linear):
         raise UserError(
             f"a {model.config.model_type} has neither a text tower nor a head of its own to tell classes apart; give it one "
             "with --linear_head"
         )
-    if model.classifier.out_features != num_classes:
+    if head.out_features != num_classes:
         raise UserError(
-            f"the model's own head has {model.classifier.out_features} classes, the data set {num_classes}; give a head for "
+            f"the model's own head has {head.out_features} classes, the data set {num_classes}; give a head for "
             "these with --linear_head"
         )
-    return LinearClassifier(model.classifier.weight.detach(), model.classifier.bias.detach())
+    return LinearClassifier(head.weight.detach(), head.bias.detach())
 
 
 def save_linear_head(path: str | Path, classifier: LinearClassifier) -> None:

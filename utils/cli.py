@@ -24,17 +24,20 @@ import sys
 import threading
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import yaml
 
 from utils.redaction import printable, shown_setting, without_secrets
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 MAX_RECIPE_BYTES = 1 << 20  # a recipe has some hundred lines
 
-SettingsT = TypeVar("SettingsT")
+SettingsT = TypeVar("SettingsT", bound="DataclassInstance")
 
 
 class UserError(Exception):
@@ -198,21 +201,22 @@ def _leave(status: int) -> NoReturn:
     A thread of gloo that lets go of its last tensor during that end aborts the process, whatever its status was to be; and
     DistributedDataParallel keeps these threads alive beyond ``destroy_process_group``.
     """
-    threading._shutdown()  # what the interpreter's end would have done: threads, handlers, streams
+    # What the interpreter's end would have done: threads, handlers, streams.
+    threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
 
-def nearest(name: str, known: Sequence[str]) -> str | None:
+def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name most like ``name``, or None where nothing is near."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return matches[0] if matches else None
 
 
-def _did_you_mean(name: str, known: Sequence[str], prefix: str = "") -> str:
-    match = nearest(name, list(known))
+def _did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    match = nearest(name, known)
     return f", did you mean {prefix}{match}?" if match else ""
 
 
@@ -233,10 +237,10 @@ class _HelpFormatter(argparse.HelpFormatter):
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings or action.nargs == 0:
             return super()._format_action_invocation(action)
-        return f"{action.option_strings[-1]} {self._format_args(action, action.metavar or '')}"
+        return f"{action.option_strings[-1]} {self._format_args(action, '')}"
 
 
-def _build_parser(settings_class: type, description: str | None) -> argparse.ArgumentParser:
+def _build_parser(settings_class: type[DataclassInstance], description: str | None) -> argparse.ArgumentParser:
     """Every flag takes plain strings here; ``_convert`` gives flags and recipes the same errors."""
     parser = _Parser(
         description=description,
@@ -265,7 +269,7 @@ def _build_parser(settings_class: type, description: str | None) -> argparse.Arg
 
 
 def _help_text(field: dataclasses.Field) -> str:
-    default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     text = field.metadata["help"].replace("%", "%%")
     if field.metadata.get("required"):
         return f"{text} (required)"
@@ -325,10 +329,8 @@ def _refuse_what_no_recipe_needs(text: str, path: str) -> None:
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         if found:
-            raise UserError(
-                f"--config {path}: line {event.start_mark.line + 1}: {found}; expected 'flag: value' or "
-                "'flag: [value, ...]' lines"
-            )
+            line = f"line {event.start_mark.line + 1}: " if event.start_mark else ""
+            raise UserError(f"--config {path}: {line}{found}; expected 'flag: value' or 'flag: [value, ...]' lines")
 
 
 def _unpack_type(hint: Any) -> tuple[type, bool, bool]:

@@ -14,9 +14,7 @@ The strengths were chosen for 224 px. At 32 px the same numbers are harsher than
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,13 +23,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from utils.attacks import seed_from
 from utils.cli import UserError
 from utils.images import MAX_IMAGE_BYTES, ImageError, ImageTransform, decode
 from utils.shard_sources import one_line
-from utils.shards import IMAGE_EXTENSIONS, ShardDataset, ShardIndex, ShardReader, collate
+from utils.shards import IMAGE_EXTENSIONS, SampleDataset, ShardDataset, ShardIndex, ShardReader
 from utils.skipped import BadSample, Skipped
 
 # fmt: off
@@ -288,21 +285,18 @@ class FolderImages:
 
 @dataclass
 class PublishedIndex:
-    """What ``utils.skipped.SkipCounter`` asks of a data set."""
+    """A ``utils.skipped.SampleIndex``: of published files nothing is missing."""
 
     num_samples: int
     skipped: list[Skipped] = field(default_factory=list)
 
 
-class PublishedDataset(Dataset):
-    """Samples by (epoch, slot, position); an item is that of a sequential ``ShardDataset`` with labels."""
+class PublishedDataset(SampleDataset):
+    """An item is that of a sequential ``ShardDataset`` with labels."""
 
     def __init__(self, images: ArrayImages | FolderImages, transform: ImageTransform) -> None:
-        self.images, self.transform = images, transform
-        self.index = PublishedIndex(len(images))
-
-    def __len__(self) -> int:
-        return self.index.num_samples
+        super().__init__(PublishedIndex(len(images)), transform)
+        self.images = images
 
     def __getitem__(self, reference: tuple[int, int, int]) -> dict[str, Any]:
         _, slot, position = reference
@@ -311,11 +305,6 @@ class PublishedDataset(Dataset):
         except BadSample as bad:
             item, skipped = {"image": None, "key": bad.skipped.where}, [bad.skipped]
         return {**item, "position": position, "skipped": skipped}
-
-    @property
-    def collate_fn(self) -> Callable[[Sequence[dict[str, Any]]], dict[str, Any]]:
-        """Makes batches of items."""
-        return partial(collate, image_size=self.transform.output_size)
 
 
 def _read_array(path: Path, expected: str) -> np.ndarray:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from transformers import CLIPVisionConfig
 
+from utils.encoders import square_side
 from utils.metrics import lore_flops_per_image
 
 FLOAT32 = 4  # bytes: parameters, gradients and optimizer states, and what DDP and DeepSpeed send of them
@@ -52,8 +53,8 @@ def tower_cost(config: CLIPVisionConfig) -> Tower:
     projection. P = d + 3 p^2 d + t d + 4 d + L (4 d^2 + 2 d m + 9 d + m) + d D.
     """
     d, m, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    patch, embed_dim = config.patch_size, config.projection_dim
-    patches = (config.image_size // patch) ** 2
+    patch, embed_dim = square_side(config.patch_size), config.projection_dim
+    patches = (square_side(config.image_size) // patch) ** 2
     t = patches + 1
     patch_embedding = 2 * patches * 3 * patch**2 * d
     blocks = layers * (8 * t * d**2 + 4 * t**2 * d + 4 * t * d * m)
@@ -275,7 +276,6 @@ def step_time(
     network: Network,
     accumulation: int = 1,
     spread: bool = True,
-    **options: bool | int,
 ) -> StepTime:
     """Seconds of a step at ``rate``, the model FLOP/s that one device sustains in a whole step by itself.
 
@@ -291,7 +291,6 @@ def step_time(
         attack_steps=attack_steps,
         primal_steps=primal_steps,
         accumulation=accumulation,
-        **options,
     )
     forward = batch_size * tower.forward / rate
     compute = accumulation * forward * forwards_per_image(method, attack_steps, primal_steps)

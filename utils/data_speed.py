@@ -53,8 +53,10 @@ def seconds_per_sample(
     Of at most ``SAMPLES``, in about ``patience`` seconds. What cannot be read is left out, as are remote shards that are
     not in the cache yet: they would have to come first. None where nothing is left.
     """
+    if not references:
+        return None
     urls, timed, started = dataset.index.urls, [], time.perf_counter()
-    order = EpochOrder(dataset.index.sizes, dataset.seed, references[0][0]) if references else None
+    order = EpochOrder(dataset.index.sizes, dataset.seed, references[0][0])
     # A reader of its own: no descriptor and no prefetch thread is there when the workers are forked.
     with closing(ShardReader(dataset.index)) as reader, said_when_slow(SLOW_BATCH):
         for epoch, slot, _ in references[: SAMPLES + 1]:

@@ -79,7 +79,7 @@ def start_accelerator(
             # Accelerator(cpu=True), DeepSpeed is silently turned off.
             os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     if "RANK" in os.environ:
-        group = {} if torch.cuda.is_available() else {"backend": "gloo"}
+        group: dict[str, Any] = {} if torch.cuda.is_available() else {"backend": "gloo"}
         if days_of_patience is not None:
             group["timeout"] = timedelta(days=days_of_patience)
         if group:
@@ -255,7 +255,9 @@ def gathered(module: nn.Module, enabled: bool = True) -> Iterator[None]:
     Without it each forward and each backward gathers every layer again: for an attack of n steps 2 n times. It costs the
     memory of the whole parameters. All processes have to enter and leave together; parameters are not to be changed inside.
     """
-    sharded = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")] if enabled else []
+    sharded: list[Any] = (
+        [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")] if enabled else []
+    )
     if not sharded:
         yield
         return

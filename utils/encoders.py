@@ -87,9 +87,12 @@ class ImageEncoder(nn.Module):
     tower's own pooled output.
     """
 
+    image_mean: Tensor
+    image_std: Tensor
+
     def __init__(
         self,
-        vision_model: nn.Module,
+        vision_model: PreTrainedModel,
         visual_projection: nn.Linear | None,
         image_size: int,
         image_mean: list[float],
@@ -139,9 +142,9 @@ class TextEncoder(nn.Module):
 
     def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        use_lean_layers(model.text_model)
-        self.text_model = model.text_model
-        self.text_projection = getattr(model, "text_projection", None)
+        self.text_model = model.get_submodule("text_model")
+        self.text_projection: nn.Module | None = getattr(model, "text_projection", None)
+        use_lean_layers(self.text_model)
         self.compute_dtype = compute_dtype
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -206,20 +209,21 @@ def load_model(
     ) as error:  # of transformers, tokenizers, safetensors and torch, depending on the file that is wrong
         raise UserError(f"{flag} {name_or_path}: the model does not load: {_first_line(error)}") from None
     _refuse_missing(missing, model, name_or_path, flag)
-    size = image_transform(processor).output_size
-    if size is None or size[0] != size[1]:
-        raise UserError(f"{flag} {name_or_path}: its image processor gives no square images; set its crop_size")
+    try:
+        size = image_size(processor)
+    except ValueError as error:
+        raise UserError(f"{flag} {name_or_path}: {error}") from None
     tower, _ = image_tower(model)
     # The others interpolate their position embeddings, or have none.
-    if tower.config.model_type in FIXED_POSITIONS and size[0] != tower.config.image_size:
+    if tower.config.model_type in FIXED_POSITIONS and size != tower.config.image_size:
         raise UserError(
-            f"{flag} {name_or_path}: its image processor gives {size[0]} px, the model takes {tower.config.image_size} px; "
+            f"{flag} {name_or_path}: its image processor gives {size} px, the model takes {tower.config.image_size} px; "
             "correct crop_size in preprocessor_config.json"
         )
     return model, processor
 
 
-def load_weights(model_class: type, name_or_path: str | Path, flag: str) -> PreTrainedModel:
+def load_weights(model_class: type[PreTrainedModel], name_or_path: str | Path, flag: str) -> PreTrainedModel:
     """A float32 model alone, without any processor. Raises ``UserError`` where it does not load, or lacks weights."""
     try:
         with unpartitioned(), quiet_transformers():
@@ -240,7 +244,7 @@ def has_own_head(config: PreTrainedConfig) -> bool:
     return config.model_type == "dinov2" and "Dinov2ForImageClassification" in (config.architectures or ())
 
 
-def image_tower(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear | None]:
+def image_tower(model: PreTrainedModel) -> tuple[PreTrainedModel, nn.Linear | None]:
     """A model's own image tower, whose output has what the encoder takes, and its projection, where it has one."""
     if isinstance(model, Dinov2ForImageClassification):
         return model.dinov2, None
@@ -250,6 +254,26 @@ def image_tower(model: PreTrainedModel) -> tuple[nn.Module, nn.Linear | None]:
 def image_transform(processor: Any) -> ImageTransform:
     """From encoded images to what the model of this processor takes."""
     return ImageTransform.from_processor(getattr(processor, "image_processor", processor))
+
+
+def image_size(processor: Any) -> int:
+    """Of the square images that the model of this processor takes, in pixels. Raises ``ValueError`` for any others."""
+    size = image_transform(processor).output_size
+    if size is None or size[0] != size[1]:
+        raise ValueError("its image processor gives no square images; set its crop_size")
+    return size[0]
+
+
+def square_side(size: int | list[int] | tuple[int, int] | None) -> int:
+    """An image's or a patch's side in a config, in pixels. Raises ``UserError`` where it is not one number."""
+    if not isinstance(size, int):
+        raise UserError(f"config.json: a size of {size}; expected one number, the side of a square")
+    return size
+
+
+def logit_scale(model: PreTrainedModel) -> float:
+    """s = exp(logit_scale), by which a contrastive model multiplies cosines."""
+    return float(model.get_parameter("logit_scale").detach().exp())
 
 
 def _first_line(error: Exception) -> str:
@@ -267,11 +291,12 @@ def _refuse_missing(missing: set[str], model: PreTrainedModel, name_or_path: str
         )
 
 
-def _load_pretrained(model_class: type, name_or_path: str) -> tuple[Any, set[str]]:
+def _load_pretrained(model_class: type[PreTrainedModel], name_or_path: str | Path) -> tuple[PreTrainedModel, set[str]]:
     """A float32 model and the names of its weights that the file lacks: they are drawn at random."""
-    model, found = model_class.from_pretrained(
+    loaded: Any = model_class.from_pretrained(
         name_or_path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
     )
+    model, found = loaded
     return model, set(found["missing_keys"])
 
 
@@ -291,12 +316,13 @@ def make_encoder(model: PreTrainedModel, processor: Any, compute_dtype: torch.dt
     """The image encoder inside ``model``, normalising as its processor says."""
     image_processor = getattr(processor, "image_processor", processor)
     tower, projection = image_tower(model)
-    if getattr(tower, "embeddings", None) is not None and getattr(tower.embeddings, "mask_token", None) is not None:
-        tower.embeddings.mask_token.requires_grad_(False)  # no forward here uses it: DDP would wait for its gradient
+    mask_token = getattr(getattr(tower, "embeddings", None), "mask_token", None)
+    if mask_token is not None:
+        mask_token.requires_grad_(False)  # no forward here uses it: DDP would wait for its gradient
     return ImageEncoder(
         tower,
         projection,
-        image_transform(processor).output_size[0],
+        image_size(processor),
         image_processor.image_mean,
         image_processor.image_std,
         compute_dtype,
@@ -336,7 +362,11 @@ def keep_weights_in(name: str, reference: ImageEncoder) -> ImageEncoder:
     Everything else stays float32: patch embedding, positions, layer norms, projection.
     """
     if name == "bfloat16":
-        blocks = [module for module in reference.vision_model.encoder.modules() if isinstance(module, nn.ModuleList)]
+        blocks = [
+            module
+            for module in reference.vision_model.get_submodule("encoder").modules()
+            if isinstance(module, nn.ModuleList)
+        ]
         for module in {part for block in blocks for part in block.modules()}:
             if isinstance(module, nn.Linear):
                 for part, parameter in list(module.named_parameters()):
@@ -355,13 +385,13 @@ def refuse_other_shape(reference: ImageEncoder, encoder: ImageEncoder, name_or_p
 
 def enable_gradient_checkpointing(encoder: ImageEncoder) -> None:
     """Recomputes activations in the backward pass, in train mode only. Non-reentrant, or autograd.grad refuses it."""
-    settings = {"use_reentrant": False}
-    if encoder.vision_model.config.model_type == "convnext":  # transformers offers none for it
-        recompute_convnext_layers(encoder.vision_model)
-    elif hasattr(encoder.vision_model, "activation_checkpointing_enable"):  # transformers >= 5.20 or so
-        encoder.vision_model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    tower, settings = encoder.vision_model, {"use_reentrant": False}
+    if tower.config.model_type == "convnext":  # transformers offers none for it
+        recompute_convnext_layers(tower)
+    elif hasattr(tower, "activation_checkpointing_enable"):  # transformers >= 5.20 or so
+        tower.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     else:
-        encoder.vision_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+        tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
 def save_model(directory: str | Path, model: PreTrainedModel, processor: Any, encoder_state: dict[str, Tensor]) -> None:

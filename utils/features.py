@@ -7,8 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from utils.distributed import (
     everywhere,
     gather_objects,
 )
-from utils.pairs import PreferenceDataset, Row, collate_rows
+from utils.pairs import PreferenceDataset, Row
 from utils.shard_sources import default_cache_dir
 from utils.shards import ShardReader, eval_loader
 from utils.skipped import BadSample, Skipped
@@ -44,8 +43,8 @@ class FeatureDataset(PreferenceDataset):
         self._starts = [0, *accumulate(source.index.sizes)]
 
     @property
-    def collate_fn(self) -> Callable[[list], dict[str, Any]]:
-        return partial(collate_rows, texts=self.texts, no_images=self.embeds[:0])
+    def no_images(self) -> Tensor:
+        return self.embeds[:0]
 
     def load(self, reader: ShardReader, shard: int, sample: int, epoch: int) -> dict[str, Any]:
         found = self.samples[self._starts[shard] + sample]
@@ -130,12 +129,13 @@ def compute_features(
         num_workers=num_workers,
         pin_memory=accelerator.device.type == "cuda",
     )
+    no_images = dataset.no_images
     own: list[dict[str, Any]] = []
     for batch in loader:
         images = [row.image for sample in batch for row in sample.get("rows", ())]
         # A process that has run out goes on with a black image: a sharded encoder is called equally often by all.
-        black = [torch.zeros(3, *dataset.transform.output_size, dtype=torch.uint8)]
-        embeds = iter(encoder(to_pixel_values(torch.stack(images or black), accelerator.device)).cpu())
+        pixels = torch.stack(images) if images else no_images.new_zeros(1, *no_images.shape[1:])
+        embeds = iter(encoder(to_pixel_values(pixels, accelerator.device)).cpu())
         for sample in batch:
             found: dict[str, Any] = {"position": sample["position"], "key": sample["key"]}
             if "rows" in sample:
@@ -169,7 +169,7 @@ class SampleRows(PreferenceDataset):
         self.source = source
 
     @property
-    def collate_fn(self) -> Callable[[list], list]:
+    def collate_fn(self) -> Callable[[Sequence[dict[str, Any]]], list[dict[str, Any]]]:
         return list
 
     def load(self, reader: ShardReader, shard: int, sample: int, epoch: int) -> dict[str, Any]:

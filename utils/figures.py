@@ -11,7 +11,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 import matplotlib
@@ -24,6 +24,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
 LINES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "v"), ("-", "D"), ("--", "x")]
 # Okabe and Ito's colours, told apart by people with any colour vision; without the yellow, which white swallows.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#AA4A84", "#444444", "#E69F00", "#56B4E9"]
@@ -31,7 +34,7 @@ HATCHES = ["", "////", "\\\\\\\\", "xxxx", "----", "||||"]  # lines alone: dots 
 PANEL_SIZE = (3.9, 2.75)  # inches: at the width of a phone the letters are still 11 px
 
 # Names of models and classes are text, never mathematics; letters stay letters, drawn in the page's own font.
-STYLE = {
+STYLE: dict[RcKeyType, Any] = {
     "text.parse_math": False,
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
@@ -319,15 +322,14 @@ def inline_svg(figure: Figure, name: str, title: str) -> str:
             element.set("id", names[identity])
         for key in ("href", "clip-path", "style"):
             if key in element.attrib:
-                value = element.get(key)
+                value = element.attrib[key]
                 for old, new in names.items():
                     value = value.replace(f"#{old}", f"#{new}") if value.startswith("#") else value
                     value = value.replace(f"url(#{old})", f"url(#{new})")
                 element.set(key, re.sub(r"font-family: [^;]*(; |$)", "", value))
         if element.tag == "text" and element.get("transform", "").startswith("rotate(-0 "):
             element.attrib.pop("transform")
-    view = root.get("viewBox")
-    root.attrib = {"class": "plot", "viewBox": view}
+    root.attrib = {"class": "plot", "viewBox": root.attrib["viewBox"]}
     if title:
         root.attrib |= {"role": "img", "aria-labelledby": f"{name}-title"}
         heading = ElementTree.Element("title", {"id": f"{name}-title"})
@@ -352,8 +354,8 @@ def _label_points(figure: Figure, axis: Axes, points: Sequence[tuple[str, float,
     figure.draw_without_rendering()  # positions are final from here on: names do not take part in the layout
     renderer = FigureCanvasAgg(figure).get_renderer()
     frame = axis.get_window_extent(renderer)
-    taken = [axis.transData.transform((x, y)) for _, x, y in points]
-    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in taken]
+    drawn = [axis.transData.transform((x, y)) for _, x, y in points]
+    taken: list[Sequence[float]] = [(x - 4, y - 4, x + 4, y + 4) for x, y in drawn]
     places = [(x, y, "left" if x > 0 else "right", "bottom" if y > 0 else "top") for y in (5, -5) for x in (5, -5)]
     places += [
         (8, 0, "left", "center"),

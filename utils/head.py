@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPModel
+from transformers import CLIPModel, PreTrainedModel
 
 from utils.cli import UserError
 
@@ -138,18 +138,18 @@ def load_head(directory: str | Path, flag: str = "--model") -> dict[str, Tensor]
     return head
 
 
-def _check_fits(clip: CLIPModel, head: dict[str, Tensor]) -> None:
+def _check_fits(clip: PreTrainedModel, head: dict[str, Tensor]) -> None:
     for name in ("visual_projection", "text_projection"):
-        found, needed = tuple(head[name].shape), tuple(getattr(clip, name).weight.shape)
+        found, needed = tuple(head[name].shape), tuple(clip.get_parameter(f"{name}.weight").shape)
         if found != needed:
             raise UserError(f"{HEAD_FILE}: {name} is {found}, the model's {needed}; give the head of this model")
 
 
 @contextmanager
-def unfolded(clip: CLIPModel, head: dict[str, Tensor]) -> Iterator[None]:
+def unfolded(clip: PreTrainedModel, head: dict[str, Tensor]) -> Iterator[None]:
     """Inside, the model has the projections it had before any head was folded in. UserError for another model's head."""
     _check_fits(clip, head)
-    projections = {"visual_projection": clip.visual_projection.weight, "text_projection": clip.text_projection.weight}
+    projections = {name: clip.get_parameter(f"{name}.weight") for name in ("visual_projection", "text_projection")}
     kept = {name: weight.detach().clone() for name, weight in projections.items()}
     with torch.no_grad():
         for name, weight in projections.items():

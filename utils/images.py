@@ -68,7 +68,7 @@ class ImageTransform:
         for step in ("do_pad", "do_flip_channel_order", "do_reduce_labels"):
             if getattr(image_processor, step, None):
                 raise UserError(f"{name}: {step} is not supported; expected resizing and centre cropping only")
-        resize = None
+        resize: int | tuple[int, int] | None = None
         if getattr(image_processor, "do_resize", True):
             size = {key: value for key, value in dict(image_processor.size).items() if value is not None}
             if set(size) == {"shortest_edge"}:
@@ -100,9 +100,9 @@ class ImageTransform:
         size = self._resized(*image.size)
         if size is not None:
             # Pillow resizes the rows first: between the two passes it holds the new width at the old height.
-            pixels = size[0] * max(size[1], image.height)
-            if pixels > MAX_PIXELS:
-                raise ImageError(f"{image.width} x {image.height} would take {pixels} pixels to resize")
+            most = size[0] * max(size[1], image.height)
+            if most > MAX_PIXELS:
+                raise ImageError(f"{image.width} x {image.height} would take {most} pixels to resize")
         box = None
         if self.draft and size is not None and image.format in ("JPEG", "MPO"):
             # The picture's part of what is decoded, which is whole pixels: without it 1201 x 1803 loses 13 dB.

@@ -33,14 +33,17 @@ class StopRequest:
 
     def ask(self) -> None:
         """Asks all processes, without waiting for their answer. A collective: ask while the device has work to come."""
-        if self.accelerator.num_processes == 1:
-            return
+        if self.accelerator.num_processes > 1:
+            self._asked = self._gather()
+
+    def _gather(self) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """The signals of all processes, on the host once the event has come."""
         number = torch.tensor([0 if self.signal is None else int(self.signal)], device=self.accelerator.device)
         answer, arrived = self.accelerator.gather(number), None
         if answer.is_cuda:
             answer, arrived = answer.to("cpu", non_blocking=True), torch.cuda.Event()
             arrived.record()
-        self._asked = answer, arrived
+        return answer, arrived
 
     def agreed(self) -> signal.Signals | None:
         """The signal that had reached any process when ``ask`` was called last, the same on all, or None.
@@ -49,9 +52,7 @@ class StopRequest:
         """
         if self.accelerator.num_processes == 1:
             return self.signal
-        if self._asked is None:
-            self.ask()
-        (answer, arrived), self._asked = self._asked, None
+        (answer, arrived), self._asked = self._asked or self._gather(), None
         if arrived is not None:
             arrived.synchronize()
         number = int(answer.max())

@@ -64,6 +64,7 @@ class Multiplier(nn.Module):
 
     def __init__(self, kind: str, embed_dim: int, hidden_size: int = 512) -> None:
         super().__init__()
+        self.raw: nn.Module
         if kind == "network":
             self.raw = nn.Sequential(nn.Linear(embed_dim, hidden_size), nn.ReLU(), nn.Linear(hidden_size, 1))
         elif kind == "linear":

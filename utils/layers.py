@@ -89,7 +89,7 @@ class SquareImageEmbeddings(Siglip2VisionEmbeddings):
     for the batch.
     """
 
-    def forward(self, pixel_values: Tensor, spatial_shapes: None = None) -> Tensor:
+    def forward(self, pixel_values: Tensor, spatial_shapes: Tensor | None = None) -> Tensor:
         patches, size = self.patch_embedding(pixel_values), self.position_embedding_size
         # By a call of the module, not by its weight: ZeRO-3 gathers what is called.
         positions = self.position_embedding(torch.arange(size * size, device=pixel_values.device)).float()
@@ -104,15 +104,16 @@ class SquareImageEmbeddings(Siglip2VisionEmbeddings):
 class PoolingAttention(nn.MultiheadAttention):
     """The attention of SigLIP's pooling, batch first: (B, Q, D), (B, T, D) twice -> (B, Q, D), and no weights.
 
-    torch's own reads the weights of its output projection without calling it, which ZeRO-3 does not gather in time.
+    torch's own reads the weights of its output projection without calling it, which ZeRO-3 does not gather in time. What
+    else torch's takes, SigLIP does not give.
     """
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None
     ) -> tuple[Tensor, None]:
         parts = zip((query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
-        heads = [F.linear(*part).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts]
-        pooled, _ = attention(self, *heads, attn_mask, scaling=self.head_dim**-0.5, is_causal=False)
+        query, key, value = (F.linear(*part).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
+        pooled, _ = attention(self, query, key, value, attn_mask, scaling=self.head_dim**-0.5, is_causal=False)
         return self.out_proj(pooled.flatten(2)), None
 
 
@@ -164,12 +165,13 @@ def attention(
     """softmax(scaling * Q K^T) V, (B, heads, T, d) each -> (B, T, heads, d). torch's flash attention but for bfloat16 on a CPU.
 
     There it takes about five times as long, backward included, as the two products and the softmax written out, which
-    keep the weights (B, heads, T, T) for the backward pass.
+    keep the weights (B, heads, T, T) for the backward pass. ``scaling`` None: 1 / sqrt(d).
     """
     if query.device.type != "cpu" or query.dtype != torch.bfloat16 or attention_mask is not None or dropout:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     weights = ((query * scaling) @ key.transpose(-1, -2)).softmax(dim=-1)
     return (weights.to(value.dtype) @ value).transpose(1, 2), None
 

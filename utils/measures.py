@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
@@ -27,6 +27,7 @@ from utils.attributes import AttributeDataset
 from utils.cli import UserError
 from utils.corruptions import CorruptedDataset, PublishedCorruptions
 from utils.distributed import default_num_workers, gather_objects
+from utils.encoders import ImageEncoder, logit_scale
 from utils.fairness import (
     demographic_parity_difference,
     equal_opportunity_difference,
@@ -40,7 +41,7 @@ from utils.pairs import PairDataset, PreferenceDataset, TypographicDataset
 from utils.policy import TextTable, judge
 from utils.progress import RunProgress
 from utils.results import Cell, Row
-from utils.shards import ShardDataset, eval_loader
+from utils.shards import SampleDataset, ShardDataset, eval_loader
 from utils.skipped import SkipCounter, count_skipped
 from utils.typographic import word_style
 from utils.zeroshot import (
@@ -81,7 +82,7 @@ class Model:
     """One of --model, on the device. ``clip`` and ``processor`` are None for an encoder without a text tower."""
 
     name: str
-    encoder: nn.Module
+    encoder: ImageEncoder
     transform: ImageTransform
     device: torch.device
     clip: PreTrainedModel | None = None
@@ -90,15 +91,22 @@ class Model:
     tables: dict[tuple, TextTable] = field(default_factory=dict)  # so that no text is encoded twice
 
     @property
+    def with_text(self) -> PreTrainedModel:
+        """``clip``, where texts are asked for. Raises ``ValueError`` without a text tower."""
+        if self.clip is None:
+            raise ValueError(f"{self.name} has no text tower")
+        return self.clip
+
+    @property
     def logit_scale(self) -> float:
-        return float(self.clip.logit_scale.detach().exp())
+        return logit_scale(self.with_text)
 
     def texts(self, templates: Sequence[str], *, per_prompt: bool = False) -> TextTable:
         """The model's texts in these templates. With ``per_prompt`` they are of a model whose head is unfolded."""
         templates = list(templates) or ["{c}"]
         key = (*templates, per_prompt)
         if key not in self.tables:
-            self.tables[key] = TextTable(self.clip, self.processor, templates, self.device, per_prompt=per_prompt)
+            self.tables[key] = TextTable(self.with_text, self.processor, templates, self.device, per_prompt=per_prompt)
         return self.tables[key]
 
     def class_embeds(self, classnames: Sequence[str], templates: Sequence[str]) -> Tensor:
@@ -157,7 +165,7 @@ class reading:
         self,
         settings: Any,
         accelerator: Accelerator,
-        dataset: ShardDataset,
+        dataset: SampleDataset,
         cell: Cell,
         *,
         batch_size: int | None = None,
@@ -243,7 +251,7 @@ def merge_arrays(accelerator: Accelerator, cell: Cell, positions: Sequence[int],
 
     Each of ``parts`` is a list of tensors (B, ...) of batches, or of lists of texts. One object travels, not one an image.
     """
-    own = [np.asarray(positions, dtype=np.int64)]
+    own: list[np.ndarray] = [np.asarray(positions, dtype=np.int64)]
     for batches in parts:
         tensors = [
             batch.cpu().numpy() if isinstance(batch, Tensor) else np.asarray(batch, dtype=object) for batch in batches
@@ -309,7 +317,7 @@ def measure_accuracy(
     return share(cell, [row["correct"] for row in merged], rows=merged, pictures=pictures, warnings=warnings)
 
 
-def labelled_dataset(settings: Any, model: Model, data: EvalSet, cell: Cell) -> ShardDataset:
+def labelled_dataset(settings: Any, model: Model, data: EvalSet, cell: Cell) -> SampleDataset:
     """The images that a cell asks for, as the encoder sees them."""
     if data.published is not None:
         return data.published.dataset(model.transform, cell["corruption"], cell["severity"])
@@ -468,7 +476,8 @@ def apgd_rows(
         broken_by = None
         if point.broken_by is not None:
             broken_by = f"target {point.broken_by}" if point.broken_by else "cross-entropy"
-            if len(pictures) < PICTURES or point.position < pictures[-1].position:  # copies to the host are few
+            early = len(pictures) < PICTURES or point.position < pictures[-1].position
+            if early and point.adversarial is not None:  # copies to the host are few
                 names = classnames[point.label], classnames[point.label], classnames[point.predicted]
                 pictures.append(picture(point.position, point.pixel_values, point.adversarial, *names))
                 pictures = first_pictures([pictures])
@@ -498,7 +507,7 @@ def kept_pictures(
             found.positions[row],
             found.pixel_values[row],
             found.attacked[row],
-            *(classnames[answer] for answer in (found.labels[row], before, predicted[row])),
+            *(classnames[int(answer)] for answer in (found.labels[row], before, predicted[row])),
         )
         for row, before in list(zip(rows.tolist(), clean.tolist()))[:PICTURES]
     ]
@@ -552,7 +561,7 @@ def preference_dataset(
 ) -> PreferenceDataset:
     """A labelled set with words written on it, or a split of pairs: ``split`` if there is one of this name."""
     if not data.labelled:
-        chosen = data.splits.get(split) or data.splits[settings.split]
+        chosen = data.splits[split if split in data.splits else settings.split]
         return PairDataset(chosen.index, model.transform, order="sequential")
     labelled = data.splits[settings.split]
     return TypographicDataset(
@@ -682,7 +691,7 @@ def measure_interpretability(
 ) -> Finding:
     """Cosine of an image to 150 descriptions of its true class, mean over them and then over images."""
     prompts = prompt_embeddings(
-        model.clip, model.processor, data.classnames, interpretability_templates(), model.device
+        model.with_text, model.processor, data.classnames, interpretability_templates(), model.device
     )
     described = F.normalize(prompts, dim=-1).mean(dim=1)  # a mean of cosines is the cosine to nothing: not made unit
     rows: Rows = []
@@ -771,7 +780,7 @@ def measure_head(
         }
         return {t: {name: values(rows) for name, rows in by_name.items()} for t, by_name in found.items()}
 
-    with unfolded(model.clip, head):
+    with unfolded(model.with_text, head):
         table = model.texts(data.templates, per_prompt=True)
         rows = sweep(preference_dataset(settings, model, data))
         neutral = None
@@ -803,7 +812,7 @@ def measure_fairness(
     strengths = list(dict.fromkeys(cell["settings"].get("t") for cell in job))
     head = load_head(model.name) if strengths != [None] else None
     positions, embeds, labels, attributes = [], [], [], []
-    with unfolded(model.clip, head) if head else torch.no_grad():
+    with unfolded(model.with_text, head) if head else torch.no_grad():
         with reading(settings, accelerator, dataset, job[0]) as batches:
             for batch in batches:
                 positions += batch["positions"].tolist()
@@ -831,7 +840,7 @@ def measure_fairness(
     return [Finding(cell, figures[cell["settings"].get("t")][cell["measure"]], None, len(images)) for cell in job]
 
 
-def fairness_figures(similarities: Tensor, labels: Tensor, groups: Tensor, top_k: int) -> dict[str, float]:
+def fairness_figures(similarities: Tensor, labels: Tensor, groups: Tensor, top_k: int) -> dict[str, float | None]:
     """All fairness figures from similarities (C, N) of class prompts and images; desired are the pool's own shares."""
     num_classes, desired = len(similarities), torch.bincount(groups) / len(groups)
     predicted = similarities.argmax(dim=0)
@@ -858,14 +867,14 @@ def retrieved(
     """t -> positions of the best ``RETRIEVED`` images of every --query; t is None for a model without a head."""
     dataset = ShardDataset(data.splits[settings.split].index, model.transform, order="sequential")
     positions, embeds, found = [], [], {}
-    with unfolded(model.clip, head) if head else torch.no_grad():
+    with unfolded(model.with_text, head) if head else torch.no_grad():
         with reading(settings, accelerator, dataset, cell) as batches:
             for batch in batches:
                 positions += batch["positions"].tolist()
                 embeds.append(embed_images(model, batch["images"]).cpu())
         positions, images = merge_arrays(accelerator, cell, positions, embeds)
         for t in strengths:
-            weight = None if t is None else head_power(head["weight"], t).to(model.device)
+            weight = None if head is None or t is None else head_power(head["weight"], t).to(model.device)
             with torch.no_grad():
                 unit, texts = model.embed(model.texts(["{c}"], per_prompt=True), weight)(images, settings.query)
             best = (texts @ unit.T).argsort(dim=1, descending=True, stable=True)[:, :RETRIEVED]

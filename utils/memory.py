@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from utils.attacks import frozen, pgd
-from utils.encoders import ImageEncoder, enable_gradient_checkpointing, keep_weights_in
+from utils.encoders import ImageEncoder, enable_gradient_checkpointing, keep_weights_in, square_side
 from utils.losses import squared_distance
 from utils.progress import RunProgress, wide_console
 
@@ -289,13 +289,13 @@ def _trace(
         with torch.no_grad():
             squared_distance(encoder(pixel_values), ref_image_embeds)
         cut("dual")
-        block = encoder.vision_model.encoder.layers[0]
+        block, reference_block = (one.vision_model.get_submodule("encoder.layers.0") for one in (encoder, reference))
         step = StepCount(
             phases={},
             parameters=[parameter.numel() for parameter in encoder.parameters()],
             reference_bytes=_bytes(reference),
             layer_bytes=_bytes(block),
-            reference_layer_bytes=_bytes(reference.vision_model.encoder.layers[0]),
+            reference_layer_bytes=_bytes(reference_block),
             data_bytes=sum(tensor[0].nbytes for tensor in (pixel_values, delta, ref_image_embeds, margin)),
         )
         return _Trace(segments, step, config.num_hidden_layers, [parameter.numel() for parameter in block.parameters()])
@@ -303,8 +303,8 @@ def _trace(
 
 def _random_encoder(config: CLIPVisionConfig, compute_dtype: torch.dtype) -> ImageEncoder:
     model = CLIPVisionModelWithProjection(config)
-    third = [1 / 3] * 3
-    encoder = ImageEncoder(model.vision_model, model.visual_projection, config.image_size, third, third, compute_dtype)
+    side, third = square_side(config.image_size), [1 / 3] * 3
+    encoder = ImageEncoder(model.vision_model, model.visual_projection, side, third, third, compute_dtype)
     encoder.vision_model.config._attn_implementation = "sdpa"  # flash attention, as on a GPU, in every precision
     return encoder
 
@@ -366,6 +366,7 @@ def device_bytes(count: StepCount, layout: Layout) -> list[tuple[str, dict[str, 
     reference, attack, dual = (count.phases[name] for name in ("reference", "attack", "dual"))
     first, further = count.phases["first backward"], count.phases["further backward"]
     accumulating = layout.accumulation > 1
+    phases: list[tuple[str, dict[str, int], np.ndarray]]
 
     if stage == 0:
         if layout.processes > 1:
@@ -472,8 +473,7 @@ _STAGES = {"DDP": 0, "ZeRO-1": 1, "ZeRO-2": 2, "ZeRO-3": 3}
 
 
 def print_estimate(
-    name: str | None,
-    config: CLIPVisionConfig | None,
+    model: tuple[str, CLIPVisionConfig] | None,
     *,
     batch_size: int,
     gradient_checkpointing: bool,
@@ -489,12 +489,14 @@ def print_estimate(
 ) -> None:
     """Prints the peak of a step on one device, the largest batches, and what the peak is made of.
 
-    For every tower of ``TOWERS`` and the model ``name`` with its ``config``, where given; the breakdown is that model's, of
+    For every tower of ``TOWERS`` and the ``model``, its name and config, where given; the breakdown is that model's, of
     ViT-L/14 where there is none, with the given ``gradient_checkpointing``.
     """
     configs = {tower: tower_config(tower) for tower in TOWERS}
-    if config is not None:
-        configs[name] = config
+    shown = "ViT-L/14"
+    if model is not None:
+        shown, config = model
+        configs[shown] = config
     counts = {}
     with RunProgress("counting", 2 * len(configs), transient=True) as progress:
         for tower, tower_vision in configs.items():
@@ -547,7 +549,6 @@ def print_estimate(
             table.add_row(tower, *(" / ".join(map(str, sizes)) for sizes in largest))
         console.print(table)
 
-    shown = name if config is not None else "ViT-L/14"
     parts = {
         stage: peak_bytes(counts[shown, gradient_checkpointing], layout, batch_size)
         for stage, layout in layouts.items()

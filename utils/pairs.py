@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -56,9 +56,13 @@ class PreferenceDataset(ShardDataset):
     texts: list[str] | None = None
 
     @property
-    def collate_fn(self) -> Any:
-        no_images = torch.empty(0, 3, *(self.transform.output_size or (0, 0)), dtype=torch.uint8)
-        return partial(collate_rows, texts=self.texts, no_images=no_images)
+    def no_images(self) -> Tensor:
+        """The images of a batch without rows, of the shape and dtype of others."""
+        return torch.empty(0, 3, *(self.transform.output_size or (0, 0)), dtype=torch.uint8)
+
+    @property
+    def collate_fn(self) -> Callable[[Sequence[dict[str, Any]]], Any]:
+        return partial(collate_rows, texts=self.texts, no_images=self.no_images)
 
 
 class TypographicDataset(PreferenceDataset):
@@ -67,6 +71,8 @@ class TypographicDataset(PreferenceDataset):
     The same (seed, epoch, key) always gives the same attack; ``fixed_epoch`` gives every epoch the attacks of one. Classes
     whose names are equal after case and space folding are one. UserError where fewer than two are left.
     """
+
+    texts: list[str]
 
     def __init__(
         self,
@@ -204,7 +210,7 @@ def collate_rows(samples: Sequence[dict[str, Any]], *, texts: list[str] | None, 
             return None
         mask = torch.zeros(len(part), len(places), dtype=torch.bool)
         for line, (_, row) in zip(mask, part):
-            line[[places[text] for text in row.candidates]] = True
+            line[[places[text] for text in row.candidates or ()]] = True
         return mask
 
     rejected = [[places[text] for text in row.rejected] for _, row in pairs]

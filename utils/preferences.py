@@ -101,6 +101,8 @@ def preference_loss(
     if preference == "ce":
         return F.cross_entropy(logits.float(), chosen, reduction="none")
     if preference == "kto":
+        if baseline is None:
+            raise ValueError("kto needs a baseline")
         r_w, r_l = (rewards(logits, ref_logits, texts) for texts in (chosen[:, None], rejected))
         return mean_over_rejected(kto_loss(r_w, r_l, baseline, beta), rejected)
     h = margin(logits, ref_logits, chosen, rejected)

@@ -23,6 +23,7 @@ class RunProgress:
         self.console = Console(file=sys.stderr, highlight=False)
         self.live = enabled and self.console.is_terminal
         self.first, self.started = done, time.monotonic()
+        self.fields: dict[str, Any] = {}
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
@@ -36,7 +37,7 @@ class RunProgress:
     def __enter__(self) -> RunProgress:
         if self.live:
             self.progress.start()
-            self.task = self.progress.add_task(self.title, total=self.total, completed=self.done, fields={})
+            self.task = self.progress.add_task(self.title, total=self.total, completed=self.done, fields=self.fields)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -45,9 +46,9 @@ class RunProgress:
 
     def update(self, done: int, fields: dict[str, Any] | None = None, *, report: bool = False) -> None:
         """``fields`` are values by name, shown in this order; ``report`` prints a line where there is no live bar."""
-        self.done = done
+        self.done, self.fields = done, self.fields if fields is None else fields
         if self.live:
-            self.progress.update(self.task, completed=done, **({"fields": fields} if fields is not None else {}))
+            self.progress.update(self.task, completed=done, fields=self.fields)
         elif self.enabled and report:
             left = "" if done >= self.total else f"  left {_duration(self._seconds_left())}"
             print(f"{self.title} {done}/{self.total}  {_join(fields or {})}{left}", file=sys.stderr, flush=True)

@@ -264,18 +264,16 @@ def summary_table(
         if clean:
             columns[title := with_variant("corruptions, drop", variant)] = (*order, 1)
             cells[dataset, model, title] = {"value": f"{100 * (mean - clean['value']):+.1f}", "small": "points"}
-    ordered = sorted(columns, key=columns.get)
+    ordered = sorted(columns, key=columns.__getitem__)
     groups = []
     for dataset in sets:
-        rows = []
+        rows: list[dict[str, Any]] = []
         for model in models:
             row = [cells.get((dataset, model, title)) for title in ordered]
             sizes = sorted({cell["result"]["n"] for cell in row if cell and "result" in cell})
             if any(row):
-                rows.append(
-                    {"name": models[model], "images": " to ".join(f"{n:,}" for n in sizes[:: len(sizes) - 1 or 1])}
-                )
-                rows[-1]["cells"] = row
+                images = " to ".join(f"{n:,}" for n in sizes[:: len(sizes) - 1 or 1])
+                rows.append({"name": models[model], "images": images, "cells": row})
         for column in range(len(ordered)):
             mark_best([row["cells"][column] for row in rows], comparisons)
         if rows:
@@ -418,7 +416,11 @@ def figure_section(
         by_set.setdefault(panel[0], []).append(panel)
     if all(len(of_set) == 1 for of_set in by_set.values()):
         # One panel a set: the set is the panel's title.
-        by_set = {"": [(dataset, with_variant(dataset, of_panel), *rest) for dataset, of_panel, *rest in panels]}
+        by_set = {
+            "": [
+                (dataset, with_variant(dataset, of_panel), figure, drawn) for dataset, of_panel, figure, drawn in panels
+            ]
+        }
     return {
         "id": name,
         "title": title,
@@ -489,20 +491,18 @@ def front_section(results, names, models, sets):
     places, labels = list(models), list(models.values())
     beside = point_names(labels)
     for dataset in sets:
-        columns: dict[tuple, dict[int, Result]] = {}
+        columns: dict[tuple, dict[int, tuple[Result, Result]]] = {}
         for r in results:
             attacked = r["measure"] == "accuracy" and r["attack"] in (*L_INF, "typographic")
-            if r["dataset"] == dataset and attacked and clean_of(r, results):
-                columns.setdefault((r["attack"], names[id(r)], r["eps"]), {})[places.index(r["model"])] = r
+            if r["dataset"] == dataset and attacked and (clean := clean_of(r, results)):
+                columns.setdefault((r["attack"], names[id(r)], r["eps"]), {})[places.index(r["model"])] = clean, r
         columns = {column: of_column for column, of_column in columns.items() if len(of_column) > 1}
         strongest = next((attack for attack in ("apgd", "pgd", "square") if any(attack in c for c in columns)), None)
         for column, of_column in sorted(columns.items(), key=lambda item: (item[0][0], item[0][1], item[0][2] or 0)):
             if column[0] not in (strongest, "typographic"):
                 continue
-            title = with_variant(heading(next(iter(of_column.values()))), column[1])
-            points = {
-                place: (beside[place], point(clean_of(r, results), 0), point(r, 0)) for place, r in of_column.items()
-            }
+            title = with_variant(heading(next(iter(of_column.values()))[1]), column[1])
+            points = {place: (beside[place], point(clean, 0), point(r, 0)) for place, (clean, r) in of_column.items()}
             figure = figures.clean_robust_front(points, f"{column[0]} accuracy, %")
             panels.append((sets[dataset], title, figure, points))
     return figure_section(
@@ -632,7 +632,11 @@ def training_section(models: Mapping[str, str]):
         curves = {}
         for place, rows in logged.items():
             pairs = [(row.get("step"), row.get(column)) for row in rows if isinstance(row, dict)]
-            points = [pair for pair in pairs if all(isinstance(value, int | float) for value in pair)]
+            points = [
+                (step, value)
+                for step, value in pairs
+                if isinstance(step, int | float) and isinstance(value, int | float)
+            ]
             if points and (column != "multiplier_mean" or any(value for _, value in points)):  # FARE has none
                 curves[place] = thinned(points)
         if curves:
@@ -724,8 +728,8 @@ def picture_groups(
         rows = []
         for model in models:
             for r in cells:
-                if r["model"] == model:
-                    clean, attacked, captions = results.pictures(r)
+                if r["model"] == model and (found := results.pictures(r)):
+                    clean, attacked, captions = found
                     examples = [example(*parts, eps) for parts in zip(clean[:PICTURES], attacked, captions)]
                     rows.append({"name": models[model], "examples": examples})
         groups.append(
@@ -765,14 +769,14 @@ def picture_strips(
             # Of a corruption the highest severity; of noise every sigma.
             last = {(r["corruption"], r["sigma"]): r for r in sorted(cells, key=lambda r: r["severity"] or 0)}
             shown = sorted(last.values(), key=lambda r: (r["corruption"] or "", r["sigma"] or 0))
-            if not shown:
+            of_each = [(r, found) for r in shown if (found := results.pictures(r))]
+            if not of_each:
                 continue
-            clean, _, captions = results.pictures(shown[0])
+            clean, _, captions = of_each[0][1]
             first = captions[0]
             pictures = [{"title": "clean", "source": png(clean[0]), "label": first["label"]}]
             pictures[0] |= {"predicted": first["predicted_clean"]}
-            for r in shown:
-                _, attacked, captions = results.pictures(r)
+            for r, (_, attacked, captions) in of_each:
                 title = r["corruption"].replace("_", " ") if r["corruption"] else f"sigma {r['sigma']:g}/255"
                 pictures.append({"title": title, "source": png(attacked[0])})
                 pictures[-1] |= {name: captions[0][name] for name in ("label", "predicted")}

@@ -174,7 +174,7 @@ def _list_hub(url: str, repo: str, revision: str | None, path: str, flag: str) -
     pattern = path if glob.has_magic(path) else None
     folder = path.strip("/")
     if pattern is not None:
-        fixed = pattern[: re.search(r"[*?\[]", pattern).start()]
+        fixed = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
         folder = fixed.rpartition("/")[0]
     deep = pattern is not None and "/" in pattern[len(folder) :].lstrip("/")
     entries = list(HfApi().list_repo_tree(repo, folder or None, recursive=deep, revision=revision, repo_type="dataset"))
@@ -343,14 +343,24 @@ class ShardCache:
         self._touched: dict[str, float] = {}
 
     @contextlib.contextmanager
-    def local(self, url: str, *, wait: bool = True) -> Iterator[str | None]:
+    def local(self, url: str) -> Iterator[str]:
         """Local path of the shard, fetched where needed; nobody evicts it within the block. A local path stays as it is.
 
-        With ``wait=False`` None where somebody else is fetching or opening it. UnavailableShard where it cannot be had.
+        UnavailableShard where it cannot be had.
         """
         if not is_remote(url):
             yield url
             return
+        with self._held(url, wait=True):
+            yield str(self.copy_of(url))
+
+    def fetch_ahead(self, url: str) -> bool:
+        """Fetches a remote shard that the cache lacks; False, at once, where somebody else is fetching or opening it."""
+        with self._held(url, wait=False) as held:
+            return held
+
+    @contextlib.contextmanager
+    def _held(self, url: str, wait: bool) -> Iterator[bool]:
         target = self.copy_of(url)
         self.shard_dir.mkdir(parents=True, exist_ok=True)
         self.lock_dir.mkdir(parents=True, exist_ok=True)
@@ -360,7 +370,7 @@ class ShardCache:
                 self._evict()
             if held:
                 self.touch(str(target))
-            yield str(target) if held else None
+            yield held
 
     def copy_of(self, url: str) -> Path:
         """Where the copy of a remote shard is, or would be."""
@@ -495,18 +505,17 @@ def _download_hub(url: str, target: Path) -> None:
     )
     from tqdm import tqdm
 
+    class Silent(tqdm):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options | {"disable": True})
+
     if hub_offline():
         raise UnavailableShard(f"HF_HUB_OFFLINE is set and the cache lacks it; {BRING_IT}")
     repo, revision, path = _parse_hub(url)
     with tempfile.TemporaryDirectory(dir=target.parent.parent, prefix="hub-") as folder:
         try:
             local = hf_hub_download(
-                repo,
-                path,
-                repo_type="dataset",
-                revision=revision,
-                local_dir=folder,
-                tqdm_class=partial(tqdm, disable=True),
+                repo, path, repo_type="dataset", revision=revision, local_dir=folder, tqdm_class=Silent
             )
         except LocalEntryNotFoundError as error:  # the hub's word for "no connection", and also an EntryNotFoundError
             raise OSError(one_line(error)) from None
@@ -566,9 +575,11 @@ def read_text(location: str, cache_dir: str | os.PathLike) -> str | None:
 
     A text behind a URL is asked for afresh every time. A copy is kept in ``cache_dir``, also the answer that there is no
     such file, and used, with a word in the log, where the server cannot be reached. UserError where it cannot be reached
-    and no copy was kept, and where the file is not text or larger than MAX_TEXT_BYTES.
+    and no copy was kept, where the file is not text or larger than MAX_TEXT_BYTES, and for a pipe: no text is worth a command.
     """
     shown = display_url(location)
+    if url_scheme(location) == "pipe":
+        raise UserError(f"{shown}: runs a shell command; give a path or URL")
     try:
         limit = MAX_TEXT_BYTES + 1
         data = _remote_text(location, Path(cache_dir)) if is_remote(location) else _read_at_most(location, limit)

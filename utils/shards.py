@@ -45,7 +45,7 @@ from utils.shard_sources import (
     read_text,
     sibling,
 )
-from utils.skipped import BadSample, Skipped
+from utils.skipped import BadSample, SampleIndex, Skipped
 from utils.strict_json import parse_json
 from utils.tar_index import MAX_MEMBERS, TarIndex, tar_index
 
@@ -110,7 +110,8 @@ def index_shards(
         if sizes_file not in promised_by_folder:
             promised_by_folder[sizes_file] = _read_sizes(sizes_file, cache_dir)
         promised = promised_by_folder[sizes_file].get(file_name(url))
-        readable, kind, detail = 0, None, ""
+        kind: str | None = None
+        readable, detail = 0, ""
         try:
             if promised is not None and (is_remote(url) or os.path.isfile(url)):
                 readable = promised
@@ -181,8 +182,7 @@ def refuse_lacking_shards(urls: Sequence[str], cache: ShardCache, flag: str) -> 
 
 def _read_sizes(location: str | None, cache_dir: str) -> dict[str, int]:
     """Shard name -> promised number of samples; empty where there is no (usable) sizes.json."""
-    text = None if location is None else read_text(location, cache_dir)
-    if text is None:
+    if location is None or (text := read_text(location, cache_dir)) is None:
         return {}
     try:
         sizes = parse_json(text)
@@ -290,8 +290,25 @@ def _pread(descriptor: int, size: int, offset: int) -> bytes:
     return data
 
 
-class ShardDataset(Dataset):
-    """Samples by (epoch, slot, position), for the batch samplers of ``utils/data_order.py``.
+class SampleDataset(Dataset[dict[str, Any]]):
+    """Samples by (epoch, slot, position), for the batch samplers of ``utils/data_order.py``."""
+
+    index: SampleIndex
+
+    def __init__(self, index: SampleIndex, transform: ImageTransform) -> None:
+        self.index, self.transform = index, transform
+
+    def __len__(self) -> int:
+        return self.index.num_samples
+
+    @property
+    def collate_fn(self) -> Callable[[Sequence[dict[str, Any]]], Any]:
+        """Makes batches of items."""
+        return partial(collate, image_size=self.transform.output_size)
+
+
+class ShardDataset(SampleDataset):
+    """Samples of shards.
 
     order: "shuffled" for training: a sample that cannot be used is recorded and its slot filled by the next good one of
     its run. "sequential" for evaluation: it is recorded and its ``image`` is None.
@@ -300,6 +317,8 @@ class ShardDataset(Dataset):
     An item is dict(image: uint8 (3, H, W) or None, position: int, key: str, skipped: list[Skipped]), and label: int.
     ShardError after 100 unusable samples in a row.
     """
+
+    index: ShardIndex
 
     def __init__(
         self,
@@ -313,17 +332,15 @@ class ShardDataset(Dataset):
     ) -> None:
         if order not in ("shuffled", "sequential"):
             raise ValueError(f"order is 'shuffled' or 'sequential', not {order!r}")
-        self.index, self.transform, self.order, self.seed = index, transform, order, seed
+        super().__init__(index, transform)
+        self.order, self.seed = order, seed
         self.with_labels, self.num_classes = with_labels, num_classes
-        self._extensions = (*IMAGE_EXTENSIONS, "cls") if with_labels else IMAGE_EXTENSIONS
+        self._extensions: tuple[str, ...] = (*IMAGE_EXTENSIONS, "cls") if with_labels else IMAGE_EXTENSIONS
         self._forget()
-
-    def __len__(self) -> int:
-        return self.index.num_samples
 
     def __getstate__(self) -> dict[str, Any]:
         state = vars(self).copy()
-        for name in ("_reader", "_prefetcher", "_orders", "_process"):
+        for name in ("_reader", "_prefetcher", "_orders", "_sequence", "_process"):
             del state[name]
         return state
 
@@ -333,15 +350,12 @@ class ShardDataset(Dataset):
 
     def __getitem__(self, reference: tuple[int, int, int]) -> dict[str, Any]:
         epoch, slot, position = reference
-        if self._process != os.getpid():  # a forked worker: descriptors and the thread belong to the parent
-            self._forget()
-            self._process, self._reader = os.getpid(), ShardReader(self.index)
-        order = self._order(epoch)
+        reader, order = self._own_reader(), self._order(epoch)
         self._prefetch(order, epoch, slot)
         skipped: list[Skipped] = []
         for shard, sample in self._candidates(order, slot):
             try:
-                item = self.load(self._reader, shard, sample, epoch)
+                item = self.load(reader, shard, sample, epoch)
             except BadSample as bad:
                 skipped.append(bad.skipped)
                 if self.order == "sequential":
@@ -353,8 +367,8 @@ class ShardDataset(Dataset):
             break
         else:
             raise self._give_up(skipped)
-        skipped += self._reader.notices
-        self._reader.notices.clear()
+        skipped += reader.notices
+        reader.notices.clear()
         return {**item, "position": position, "skipped": skipped}
 
     def load(self, reader: ShardReader, shard: int, sample: int, epoch: int) -> dict[str, Any]:
@@ -366,11 +380,6 @@ class ShardDataset(Dataset):
             item["label"] = self._label(members.get("cls"), where)
         item["image"] = self._image(members, where)
         return item
-
-    @property
-    def collate_fn(self) -> Callable[[Sequence[dict[str, Any]]], dict[str, Any]]:
-        """Makes batches of items."""
-        return partial(collate, image_size=self.transform.output_size)
 
     def _where(self, shard: int, key: str) -> str:
         return f"{display_url(self.index.urls[shard])}#{key}"
@@ -417,16 +426,25 @@ class ShardDataset(Dataset):
         self._process: int | None = None
         self._reader: ShardReader | None = None
         self._prefetcher: _Prefetcher | None = None
-        self._orders: OrderedDict[int, EpochOrder | SequentialOrder] = OrderedDict()
+        self._orders: OrderedDict[int, EpochOrder] = OrderedDict()
+        self._sequence: SequentialOrder | None = None
+
+    def _own_reader(self) -> ShardReader:
+        if self._reader is None or self._process != os.getpid():
+            self._forget()  # in a forked worker: descriptors and the thread belong to the parent
+            self._process, self._reader = os.getpid(), ShardReader(self.index)
+        return self._reader
 
     def _order(self, epoch: int) -> EpochOrder | SequentialOrder:
-        if self.order == "sequential":
-            epoch = 0
+        if self.order == "shuffled":
+            return self._epoch_order(epoch)
+        if self._sequence is None:
+            self._sequence = SequentialOrder(self.index.sizes)
+        return self._sequence
+
+    def _epoch_order(self, epoch: int) -> EpochOrder:
         if epoch not in self._orders:
-            sizes = self.index.sizes
-            self._orders[epoch] = (
-                SequentialOrder(sizes) if self.order == "sequential" else EpochOrder(sizes, self.seed, epoch)
-            )
+            self._orders[epoch] = EpochOrder(self.index.sizes, self.seed, epoch)
             if len(self._orders) > 2:
                 self._orders.popitem(last=False)
         return self._orders[epoch]
@@ -444,7 +462,7 @@ class ShardDataset(Dataset):
         else:
             block = order.block_of(slot)
             if self._prefetcher.stage != (epoch, block):
-                ahead = order.shards_of_block(block + 1) or self._order(epoch + 1).shards_of_block(0)
+                ahead = order.shards_of_block(block + 1) or self._epoch_order(epoch + 1).shards_of_block(0)
                 self._prefetcher.want((epoch, block), [*order.shards_of_block(block), *ahead])
 
 
@@ -477,8 +495,7 @@ class _Prefetcher:
             if shard in self._failed:
                 continue
             try:
-                with self._cache.local(self._urls[shard], wait=False):
-                    pass
+                self._cache.fetch_ahead(self._urls[shard])
             except Exception:  # the reader meets the same error when it needs the shard, and reports it
                 self._failed.add(shard)
 
@@ -581,7 +598,7 @@ def _calm_worker(worker: int) -> None:
 
 
 def eval_loader(
-    dataset: ShardDataset,
+    dataset: SampleDataset,
     *,
     num_samples: int,
     batch_size: int,
@@ -599,7 +616,7 @@ def eval_loader(
 
 
 def _loader(
-    dataset: ShardDataset,
+    dataset: SampleDataset,
     sampler: TrainBatchSampler | EvalBatchSampler,
     num_workers: int,
     pin_memory: bool,

@@ -5,13 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from utils.cli import UserError
 from utils.redaction import printable, without_secrets
-
-if TYPE_CHECKING:
-    from utils.shards import ShardIndex
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +50,13 @@ def count_skipped(batches: Iterable[dict[str, Any]], skips: SkipCounter) -> Iter
         yield batch
 
 
+class SampleIndex(Protocol):
+    """How many samples a data set has, and what was found missing when they were counted."""
+
+    num_samples: int
+    skipped: list[Skipped]
+
+
 class SkipCounter:
     """Counts what was skipped, reports each kind once, and ends the run where too much is lost.
 
@@ -64,7 +68,7 @@ class SkipCounter:
 
     def __init__(
         self,
-        index: ShardIndex,
+        index: SampleIndex,
         max_bad_fraction: float,
         report: Callable[[str], None] | None = logger.warning,
         num_samples: int | None = None,

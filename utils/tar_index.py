@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -174,7 +175,9 @@ def _regular_members(path: str | os.PathLike) -> Iterator[tuple[str, int, int]]:
 
 def _number(field: bytes) -> int:
     """A number of a tar header: octal digits, or in the rare large ones base 256."""
-    return tarfile.nti(field) if field[0] & 0x80 else int(field.strip(b" \0") or b"0", 8)
+    if field[0] & 0x80:
+        return tarfile.nti(field)  # type: ignore[attr-defined]
+    return int(field.strip(b" \0") or b"0", 8)
 
 
 def _pax_records(data: bytes) -> dict[bytes, bytes]:
@@ -197,9 +200,10 @@ def tar_index(path: str, cache_dir: str | os.PathLike, name: str | None = None) 
     arrays = {"starts": np.int64, "extension_ids": np.int32, "offsets": np.int64, "sizes": np.int64}
     try:
         found = parse_json(stored.read_text(encoding="utf-8"))
-        return TarIndex(
-            **{key: np.array(value, arrays[key]) if key in arrays else value for key, value in found.items()}
-        )
+        values: dict[str, Any] = {
+            key: np.array(value, arrays[key]) if key in arrays else value for key, value in found.items()
+        }
+        return TarIndex(**values)
     except (OSError, ValueError, TypeError, AttributeError, OverflowError):
         pass  # not there yet, or unreadable: one pass restores it
     index = scan_tar(path)

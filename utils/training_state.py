@@ -28,11 +28,13 @@ Tensors = dict[str, Tensor]
 OWN_SHARE = "optimizer.process-{rank}"
 
 
-def flatten(nested: dict[Any, Any], prefix: str = "") -> tuple[Tensors, dict[str, int | float]]:
+def flatten(
+    nested: dict[Any, Any] | list[Any] | tuple[Any, ...], prefix: str = ""
+) -> tuple[Tensors, dict[str, int | float]]:
     """Nested dictionaries and lists -> tensors on the CPU by path ``a/b/c``, and plain numbers by path. None is left out."""
     tensors: Tensors = {}
     numbers: dict[str, int | float] = {}
-    items = enumerate(nested) if isinstance(nested, (list, tuple)) else nested.items()
+    items = nested.items() if isinstance(nested, dict) else enumerate(nested)
     for key, value in items:
         path = f"{prefix}{key}"
         if isinstance(value, (dict, list, tuple)):
@@ -48,9 +50,9 @@ def flatten(nested: dict[Any, Any], prefix: str = "") -> tuple[Tensors, dict[str
     return tensors, numbers
 
 
-def unflatten(values: dict[str, Any]) -> dict[str, Any]:
+def unflatten(values: dict[str, Any]) -> dict[Any, Any]:
     """Paths back to nested dictionaries; whole numbers as keys become integers again."""
-    nested: dict[str, Any] = {}
+    nested: dict[Any, Any] = {}
     for path, value in values.items():
         *parents, last = (int(part) if part.isdigit() else part for part in path.split("/"))
         inner = nested
@@ -74,7 +76,11 @@ def collect(
     del parameters
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return _collect_replicated(accelerator, model, optimizer, write)
-    zero = model.optimizer
+    return _collect_zero(accelerator, model, write)
+
+
+def _collect_zero(accelerator: Accelerator, engine: Any, write: Callable[[str, Tensors], None]) -> dict[str, Any]:
+    zero = engine.optimizer
     shares = [zero.optimizer.state.get(share, {}) for share in _shares(zero)]
     if not all(_is_elementwise(share, state) for share, state in zip(_shares(zero), shares)):
         tensors, numbers = flatten(shares)
@@ -84,7 +90,7 @@ def collect(
 
     for key in shares[0]:
         whole: Tensors = {}
-        for name, parameter in model.module.named_parameters():
+        for name, parameter in engine.module.named_parameters():
             same = key == "step"  # for all parameters; everything else takes a collective
             tensor = torch.as_tensor(shares[0][key]) if same else safe_get_full_optimizer_state(parameter, key)
             if accelerator.is_main_process:
@@ -151,14 +157,14 @@ def load_optimizer(
     load_optimizer_state(optimizer, state)
 
 
-def _load_zero(accelerator: Accelerator, model: nn.Module, checkpoint: Path, numbers: dict[str, Any]) -> None:
+def _load_zero(accelerator: Accelerator, engine: Any, checkpoint: Path, numbers: dict[str, Any]) -> None:
     from deepspeed.utils import (
         safe_get_local_optimizer_state,
         safe_set_full_optimizer_state,
         safe_set_local_optimizer_state,
     )
 
-    zero = model.optimizer
+    zero = engine.optimizer
     shares = _shares(zero)
     own = checkpoint / f"{OWN_SHARE.format(rank=accelerator.process_index)}.safetensors"
     kept = list(checkpoint.glob(OWN_SHARE.format(rank="*") + ".safetensors"))
@@ -191,7 +197,7 @@ def _load_zero(accelerator: Accelerator, model: nn.Module, checkpoint: Path, num
     for key, tensors in _optimizer_files(checkpoint):
         if key == "step":
             continue
-        for name, parameter in model.module.named_parameters():
+        for name, parameter in engine.module.named_parameters():
             if hasattr(parameter, "ds_id"):
                 # Of its share alone: what sets whole tensors overruns where the processes do not divide a tensor.
                 size = safe_get_local_optimizer_state(parameter, key).numel()

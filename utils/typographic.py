@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -50,7 +50,8 @@ class Draws:
     """Random whole numbers that depend on the parts of a key alone, the same on every machine and in every version."""
 
     def __init__(self, *key: object) -> None:
-        self._key, self._block, self._numbers = "/".join(map(str, key)), 0, iter(())
+        self._key, self._block = "/".join(map(str, key)), 0
+        self._numbers: Iterator[int] = iter(())
 
     def below(self, limit: int) -> int:
         """Uniform in 0 ... limit-1, up to limit / 2^32."""
@@ -166,7 +167,7 @@ def _matplotlib_fonts() -> Path | None:
 
 
 @lru_cache(maxsize=1024)
-def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
+def _font(name: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     if name == AILERON:
         return ImageFont.load_default(size)
     folder = _matplotlib_fonts()
@@ -187,8 +188,11 @@ def _fitting_word(
             return _word(text, font, size, stroke, kind)
         if size == 1:  # more letters than the image has columns: squeezed, no word is ever cut
             room = (min(columns, width), min(rows, height))
-            parts = _word(text, font, size, stroke, kind)
-            return tuple(np.asarray(Image.fromarray(part).resize(room, Image.Resampling.BOX)) for part in parts)
+            letters, under = (
+                np.asarray(Image.fromarray(part).resize(room, Image.Resampling.BOX))
+                for part in _word(text, font, size, stroke, kind)
+            )
+            return letters, under
         size = max(1, min(size - 1, int(size * min(height / rows, width / columns))))
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, Siglip2Processor, SiglipProcessor
 from utils.attacks import Logits, attack_seeds, frozen, pgd, uniform_start
 from utils.classifiers import LinearClassifier, own_linear_head, read_linear_head
 from utils.cli import UserError
-from utils.encoders import ImageEncoder, TextEncoder, has_text
+from utils.encoders import ImageEncoder, TextEncoder, has_text, logit_scale
 from utils.losses import cross_entropy
 from utils.progress import RunProgress
 from utils.redaction import display_url
@@ -55,10 +55,10 @@ def read_classnames(path: str | Path, cache_dir: str | None = None) -> list[str]
     return names
 
 
-def read_templates(path: str | Path, cache_dir: str | None = None) -> list[str]:
+def read_templates(path: str | Path | None, cache_dir: str | None = None) -> list[str]:
     """Prompt templates, one per line, ``{c}`` for the class name; CLIP's simplest one where the file is absent."""
-    text = read_text(str(path), cache_dir or default_cache_dir()) or ""
-    templates = [line.strip() for line in text.splitlines() if line.strip()]
+    text = None if path is None else read_text(str(path), cache_dir or default_cache_dir())
+    templates = [line.strip() for line in (text or "").splitlines() if line.strip()]
     for template in templates:
         if "{c}" not in template or len(template) > LONGEST_NAME:
             raise UserError(
@@ -159,7 +159,7 @@ def set_classifier(
     if not has_text(model.config):
         return own_linear_head(model, len(labelled.classnames)).to(device)
     embeds = class_embeddings(model, processor, labelled.classnames, labelled.templates, device)
-    return LinearClassifier(embeds, scale=float(model.logit_scale.detach().exp()), normalise=True)
+    return LinearClassifier(embeds, scale=logit_scale(model), normalise=True)
 
 
 def class_embeddings(
@@ -192,8 +192,9 @@ def prompt_embeddings(
 
     The text tower visits ``device`` for this and returns to where it was.
     """
-    home = next(model.text_model.parameters()).device
-    encoder = TextEncoder(model).to(device)
+    encoder = TextEncoder(model)
+    home = next(encoder.text_model.parameters()).device
+    encoder.to(device)
     prompts = [template.replace("{c}", text) for text in texts for template in templates]
     embeds = [
         encoder(tokenize(processor, prompts[first : first + batch_size]).to(device))
