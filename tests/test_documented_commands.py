@@ -207,7 +207,8 @@ class Sandbox:
         elif path.suffix == ".safetensors":
             save_small_clip(self.root / "runs/wide", hidden_size=64)  # a width of open_clip's, which shows the heads
             self.start(
-                "examples/convert_open_clip.py", {"to": "open_clip", "input": "runs/wide", "output_dir": "runs/converted"}
+                "examples/convert_open_clip.py",
+                {"to": "open_clip", "input": "runs/wide", "output_dir": "runs/converted"},
             )
             (self.root / "runs/converted" / path.name).rename(path)
         else:
