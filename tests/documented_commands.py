@@ -1,4 +1,4 @@
-"""The commands that README, docs and docstrings tell users to type, and a directory in which they can be tried at tiny size."""
+"""The commands that README, docs and docstrings tell users to type, taken out of the text."""
 
 from __future__ import annotations
 

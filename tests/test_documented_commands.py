@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, flags
 from tests.documented_commands import Command, documented
 from tests.shard_maker import image_bytes
 from tests.small_models import save_small_clip, save_small_model
@@ -82,14 +82,6 @@ def settings_class(script: str) -> type:
     return sys.modules[name].Settings
 
 
-def flag_words(flags: dict[str, object]) -> list[str]:
-    return [
-        word
-        for name, value in flags.items()
-        for word in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))
-    ]
-
-
 def values(arguments: list[str]) -> dict[str, list[str]]:
     """{"eps": ["1", "4"], ...}"""
     found: dict[str, list[str]] = {}
@@ -102,7 +94,7 @@ def values(arguments: list[str]) -> dict[str, list[str]]:
 
 
 def completed(command: Command) -> list[str]:
-    return command.arguments if command.whole else [*flag_words(ADDED), *command.arguments]
+    return command.arguments if command.whole else [*flags(ADDED), *command.arguments]
 
 
 def test_the_documents_have_commands():
@@ -120,7 +112,7 @@ def test_the_flags_of_a_documented_command_are_accepted(command, monkeypatch):
     script, arguments = command.script, completed(command)
     if script.endswith(".sbatch"):  # as slurm/settings.sh does: a recipe replaces what is trained on what
         recipe = values(arguments).get("config", [None])[0]
-        arguments = [*flag_words({"output_dir": "runs/job"} if recipe else ADDED), *arguments]
+        arguments = [*flags({"output_dir": "runs/job"} if recipe else ADDED), *arguments]
         script = "train_lore.py" if recipe is None else re.match(r"# (train_\w+\.py): ", (ROOT / recipe).read_text())[1]
         if command.script == "slurm/evaluate.sbatch":
             script, arguments = "evaluate.py", ["--output_dir", "runs/job", *command.arguments]
@@ -235,9 +227,9 @@ class Sandbox:
             pairs = path.name in ("gender-pairs", "vl-bias")
             shutil.copytree(self.attributes / "pairs" if pairs else self.photographs, path)
 
-    def start(self, script: str, flags: dict[str, object]) -> None:
-        self.prepare(flag_words(flags))
-        result = self.run(script, flag_words(flags))
+    def start(self, script: str, settings: dict[str, object]) -> None:
+        self.prepare(flags(settings))
+        result = self.run(script, flags(settings))
         assert result.returncode == 0, result.stdout
 
     def run(self, script: str, arguments: list[str]) -> subprocess.CompletedProcess:
@@ -291,7 +283,7 @@ def test_a_documented_command_runs(command, sandbox):
     smaller = {name: value for name, value in SMALLER.get(script, {}).items() if name in known}
     if "config" in values(arguments) and script != "evaluate.py":
         smaller["global_batch_size"] = 4
-    arguments += flag_words(smaller)
+    arguments += flags(smaller)
     sandbox.clear()
     sandbox.prepare(arguments)
     if script == "examples/make_shards.py" and "data/imagenet" in values(arguments)["data"]:
