@@ -31,7 +31,7 @@ class Settings:
     output_dir: str = required("directory for runs and counts", group="runs")
     attack_steps: int = flag(10, "PGD steps", group="runs", minimum=1)
     primal_steps: int = flag(5, "K", group="runs", minimum=1)
-    steps: int = flag(4, "training steps; the first two, in which DeepSpeed learns the order of the layers, are not counted", group="runs", minimum=3)
+    steps: int = flag(4, "training steps; the first two, in which DeepSpeed learns the order of the layers, and the last are not counted", group="runs", minimum=4)
     # fmt: on
 
 
