@@ -48,7 +48,7 @@ results-quick: $(VENV)/.installed
 	$(BIN)/python benchmarks/results_quick.py --output_dir runs/results-quick
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
