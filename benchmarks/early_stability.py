@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -126,26 +128,47 @@ def draw(numbers: Numbers) -> Figure:
     found, rho = numbers["results"], numbers["settings"]["rho"]
     figure, axes = new_figure(len(found), 3, height=2.6)
     clean, multiplier, distance = (axes[i * len(found) : (i + 1) * len(found)] for i in range(3))
-    for column, (eps, methods) in enumerate(found.items()):
+    draw_clean(clean, numbers)
+    for column, methods in enumerate(found.values()):
         for name, curves in methods.items():
-            place = 2 if name == LORE else int(not name.endswith("= 1"))  # the same in every figure
-            percent = [[100 * value for value in curve] for curve in curves["clean"]]
-            draw_spread(clean[column], curves["updates"], percent, place, name)
             if name == LORE:
-                draw_spread(multiplier[column], curves["logged_updates"], curves["multiplier"], place, name)
+                draw_spread(multiplier[column], curves["logged_updates"], curves["multiplier"], place(name), name)
             moved = [curve[1:] for curve in curves["ratio_p95"]]  # nothing has moved before the first update
-            draw_spread(distance[column], curves["logged_updates"][1:], moved, place, name)
-        clean[column].set(title=f"eps {eps}/255", ylabel="clean accuracy, %" if column == 0 else None)
+            draw_spread(distance[column], curves["logged_updates"][1:], moved, place(name), name)
         multiplier[column].set(ylabel="LORE's mean multiplier" if column == 0 else None)
         distance[column].set(xlabel="updates", ylabel="clean distance / margin, 95th percentile" if column == 0 else None)  # fmt: skip
         plain_log(distance[column], "y")
         distance[column].axhline(rho, color="black", linewidth=0.8, linestyle=(0, (1, 1)))
         distance[column].annotate("rho", (0, rho), xytext=(2, 3), textcoords="offset points", fontsize=7)
-    limits = [axis.get_ylim() for axis in clean]
-    for axis in clean:
-        axis.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
     legend_below(figure, clean[0], 3)
     return figure
+
+
+def draw_clean_accuracy(numbers: Numbers) -> Figure:
+    """The uppermost row alone: the picture of the README."""
+    figure, axes = new_figure(len(numbers["results"]), height=2.6)
+    draw_clean(axes, numbers)
+    for axis in axes:
+        axis.set(xlabel="updates")
+    legend_below(figure, axes[0], 3)
+    return figure
+
+
+def draw_clean(axes: Sequence[Axes], numbers: Numbers) -> None:
+    """Clean accuracy over the updates, an axis per radius, all with the same limits."""
+    for column, (axis, (eps, methods)) in enumerate(zip(axes, numbers["results"].items())):
+        for name, curves in methods.items():
+            percent = [[100 * value for value in curve] for curve in curves["clean"]]
+            draw_spread(axis, curves["updates"], percent, place(name), name)
+        axis.set(title=f"eps {eps}/255", ylabel="clean accuracy, %" if column == 0 else None)
+    limits = [axis.get_ylim() for axis in axes]
+    for axis in axes:
+        axis.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+
+
+def place(method: str) -> int:
+    """A method's color, line and marker, the same in every figure."""
+    return 2 if method == LORE else int(not method.endswith("= 1"))
 
 
 def claims(numbers: Numbers) -> list[Claim]:

@@ -55,6 +55,10 @@ def main() -> None:
     found = read_numbers(folder)
     for name in found:
         save_figure(SCRIPTS[name][0].draw(found[name]), page.parent / "figures", name)
+    if "early_stability" in found:
+        save_figure(
+            early_stability.draw_clean_accuracy(found["early_stability"]), page.parent / "figures", "clean_accuracy"
+        )
     blocks = make_blocks(found)
     if page.exists():
         text = page.read_text(encoding="utf-8")

@@ -125,11 +125,6 @@ def optimizer_traffic(parameters: int) -> int:
     return 7 * FLOAT32 * parameters
 
 
-def weight_traffic(parameters: int) -> int:
-    """Bytes of weights that one pass through the blocks moves at most: float32 read, bf16 written and read, 8 P."""
-    return (FLOAT32 + 2 + 2) * parameters
-
-
 @dataclass(frozen=True)
 class Collective:
     """Messages of one kind in one step. ``message`` is the whole of one call, as large as the full tensor, in bytes."""
