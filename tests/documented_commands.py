@@ -37,12 +37,17 @@ class Command:
         return f"{self.where}: {shlex.join(self.words)}"
 
 
+def pages() -> list[Path]:
+    """What is written for readers: README first."""
+    found = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")]
+    found += sorted((ROOT / "docs").glob("*.md"))
+    return [*found, ROOT / "recipes/README.md", *sorted((ROOT / "examples").glob("*/README.md"))]
+
+
 def documented() -> list[Command]:
-    """Every command, once, in the order of the documents: README first."""
-    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-    pages += [ROOT / "recipes/README.md", *sorted((ROOT / "examples").glob("*/README.md"))]
+    """Every command, once, in the order of the documents."""
     scripts = [path for folder in ("", "examples", "benchmarks") for path in sorted((ROOT / folder).glob("*.py"))]
-    found = [command for page in pages if page.exists() for command in _in_markdown(page)]
+    found = [command for page in pages() for command in _in_markdown(page)]
     found += [command for script in scripts for command in _in_lines(script, ast.get_docstring(_parsed(script)) or "")]
     return list({command.words: command for command in reversed(found)}.values())[::-1]
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT, flags
-from tests.documented_commands import Command, documented
+from tests.documented_commands import Command, documented, pages
 from tests.shard_maker import image_bytes
 from tests.small_models import save_small_clip, save_small_model
 from tests.test_swap_vision_tower import save_llava
@@ -162,6 +162,31 @@ def test_what_else_is_documented_is_there():
             assert command.words[2] == "venv" or (ROOT / f"{command.words[2].replace('.', '/')}.py").exists(), command
         else:
             assert command.script or command.words[0] == "hf", command
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if not re.match(r"https?:", link):
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def anchors(page: Path) -> set[str]:
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_module_has_its_place_in_the_readme():
+    places = (ROOT / "README.md").read_text().split("## Where things are")[1]
+    for folder in ("utils", "benchmarks"):
+        for path in (ROOT / folder).glob("[!_]*.py"):
+            assert re.search(rf"\b{path.stem}\b", places), path
+    for path in (ROOT / "docs").glob("*.md"):
+        assert path.name in places, path
 
 
 # --------------------------------------------------------------------------------------------------- run at tiny size
