@@ -1,6 +1,6 @@
 r"""Turns an image folder, a Hugging Face dataset or some classes of existing shards into a set of shards.
 
-    python examples/make_shards.py --data pictures --output_dir data/pictures
+    python examples/make_shards.py --data pictures --test_fraction 0.1 --output_dir data/pictures
     python examples/make_shards.py --data ILSVRC/imagenet-1k --splits train validation=test --classnames imagenet \
       --output_dir data/imagenet
     python examples/make_shards.py --data data/imagenet --classes imagenet100.txt --output_dir data/imagenet-100
@@ -64,7 +64,8 @@ from utils.zeroshot import (
 
 FOLDER_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")  # what utils/images.py decodes
 SIDECARS = ("txt", "json")  # of an image, beside it: its caption; its attribute, or the texts of a preference pair
-SPLIT_NAMES = ("train", "val", "valid", "validation", "test")
+TEST = "test"
+SPLIT_NAMES = ("train", "val", "valid", "validation", TEST)
 TEMPLATES_FILE = "zeroshot_classification_templates.txt"
 PLAN_FOLDER = "make_shards"
 JPEG_QUALITY = 95  # of what --image_size makes smaller
@@ -96,7 +97,8 @@ class Settings:
     output_dir: str = required("where the set goes; the same flags go on with an interrupted one", group="output")
     samples_per_shard: int = flag(1000, "samples per .tar", group="output", minimum=1)
     shuffle: str = flag("train", "splits whose samples are shuffled over their shards; others keep the order", group="output", choices=("train", "all", "none"))
-    seed: int = flag(0, "of the shuffling", group="output", minimum=0)
+    test_fraction: float = flag(0.0, "share of each class that a set without a test split gives up for one, below 1; what is drawn depends on --seed alone", group="output", minimum=0, maximum=0.9)
+    seed: int = flag(0, "of the shuffling, and of what --test_fraction draws", group="output", minimum=0)
     num_workers: int | None = flag(None, "processes (default: one per CPU core)", group="output", minimum=1)
     # fmt: on
 
@@ -138,11 +140,14 @@ def main() -> None:
         samples = source.samples(split, new_labels)
         if not samples:
             raise UserError(f"--data {settings.data}: no image of these classes in its {split}; expected at least one")
+        if settings.test_fraction:
+            samples, shards[TEST] = hold_out(samples, split, settings, source)
         if settings.shuffle == "all" or (settings.shuffle == "train" and new_name == "train"):
             samples = [samples[place] for place in permutation(len(samples), settings.seed)]
         elif len(samples) > 1 and is_sorted([sample.label for sample in samples]):
             unshuffled.append(new_name)
         shards[new_name] = deal(samples, split, new_name, settings)
+    shards = dict(sorted(shards.items(), key=lambda item: split_rank(item[0])))
 
     take_output_dir(output_dir)
     try:
@@ -660,6 +665,27 @@ def deal(samples: list[Sample], split: str, new_name: str, settings: Settings) -
         )
         for number, start in enumerate(range(0, len(samples), size))
     ]
+
+
+def hold_out(samples: list[Sample], split: str, settings: Settings, source: Any) -> tuple[list[Sample], list[Shard]]:
+    """What is left for training, in its order, and the shards of the test split, whose classes are mixed."""
+    if list(source.splits.values()) != ["train"]:
+        raise UserError(
+            f"--test_fraction {settings.test_fraction:g}: {settings.data} becomes {', '.join(source.splits.values())}; expected "
+            "train alone to take a test split from"
+        )
+    order = permutation(len(samples), settings.seed, 1)
+    by_class: dict[int | None, list[int]] = {}
+    for place in order:
+        by_class.setdefault(samples[place].label, []).append(place)
+    held = {place for places in by_class.values() for place in places[: round(settings.test_fraction * len(places))]}
+    if not held or len(held) == len(samples):
+        raise UserError(
+            f"--test_fraction {settings.test_fraction:g}: leaves {len(samples) - len(held)} images for train and {len(held)} for "
+            "test; expected some of both"
+        )
+    left = [sample for place, sample in enumerate(samples) if place not in held]
+    return left, deal([samples[place] for place in order if place in held], split, TEST, settings)
 
 
 def keep_plan(output_dir: Path, shards: dict[str, list[Shard]], names: list[str], settings: Settings) -> None:

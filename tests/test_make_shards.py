@@ -126,6 +126,25 @@ def test_training_samples_are_mixed_and_the_order_of_others_is_kept(pictures: Pa
     assert [source for *_, source in plan_of(kept, "train")] == sorted(source for *_, source in plan_of(kept, "train"))
 
 
+def test_a_share_of_each_class_becomes_the_test_split(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"pictures": 20})
+    out = make(tmp_path / "pictures", tmp_path / "out", "--test_fraction", 0.1, "--samples_per_shard", 4)
+    train, test = ([line[1:] for line in plan_of(out, split)] for split in ("train", "test"))
+    assert Counter(label for _, label, _ in test) == {"0": 2, "1": 2, "2": 2}
+    assert [label for _, label, _ in test] != sorted(label for _, label, _ in test)  # mixed
+    assert len(train) == 54
+    assert len({source for _, _, source in train + test}) == 60
+    again = make(tmp_path / "pictures", tmp_path / "again", "--test_fraction", 0.1, "--samples_per_shard", 4)
+    assert shard_files(out) == shard_files(again)
+    other = make(tmp_path / "pictures", tmp_path / "other", "--test_fraction", 0.1, "--seed", 1)
+    assert {line[3] for line in plan_of(other, "test")} != {source for _, _, source in test}
+    with pytest.raises(UserError, match="leaves 60 images for train and 0 for test"):
+        make(tmp_path / "pictures", tmp_path / "none", "--test_fraction", 0.01)
+    write_folder(tmp_path / "splits", {"train": 2, "test": 2})
+    with pytest.raises(UserError, match="becomes train, test; expected train alone"):
+        make(tmp_path / "splits", tmp_path / "two", "--test_fraction", 0.5)
+
+
 def test_what_is_written_depends_on_the_bytes_not_on_the_names(tmp_path: Path) -> None:
     folder = tmp_path / "data/one class"
     (folder / "deeper").mkdir(parents=True)

@@ -10,19 +10,23 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+SILENCE = 5.0  # seconds
+
 
 class RunProgress:
     """Progress over ``total`` units. ``update`` moves the bar and its fields, ``note`` prints a line that stays.
 
-    Without a terminal each ``update(..., report=True)`` is a plain line. ``enabled`` is for the main process alone; a
-    ``transient`` bar vanishes at the end.
+    Without a terminal each ``update(..., report=True)`` is a plain line, and so is the first update after a silence of five
+    seconds, in a long run of a twentieth of the time so far. ``enabled`` is for the main process alone; a ``transient``
+    bar vanishes at the end.
     """
 
     def __init__(self, title: str, total: int, *, done: int = 0, enabled: bool = True, transient: bool = False) -> None:
         self.title, self.total, self.done, self.enabled = title, total, done, enabled
         self.console = Console(file=sys.stderr, highlight=False)
         self.live = enabled and self.console.is_terminal
-        self.first, self.started = done, time.monotonic()
+        self.first = done
+        self.started = self.spoken = time.monotonic()
         self.fields: dict[str, Any] = {}
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -49,9 +53,11 @@ class RunProgress:
         self.done, self.fields = done, self.fields if fields is None else fields
         if self.live:
             self.progress.update(self.task, completed=done, fields=self.fields)
-        elif self.enabled and report:
-            left = "" if done >= self.total else f"  left {_duration(self._seconds_left())}"
-            print(f"{self.title} {done}/{self.total}  {_join(fields or {})}{left}", file=sys.stderr, flush=True)
+        elif self.enabled and (report or self._silent_for_long()):
+            left = "" if done >= self.total else f"left {_duration(self._seconds_left())}"
+            line = "  ".join(filter(None, [f"{self.title} {done}/{self.total}", _join(fields or {}), left]))
+            print(line, file=sys.stderr, flush=True)
+            self.spoken = time.monotonic()
 
     def note(self, line: str) -> None:
         """A line that stays on the screen and in the log."""
@@ -60,6 +66,11 @@ class RunProgress:
                 self.console.print(line, markup=False)
             else:
                 print(line, file=sys.stderr, flush=True)
+                self.spoken = time.monotonic()
+
+    def _silent_for_long(self) -> bool:
+        now = time.monotonic()
+        return now - self.spoken >= max(SILENCE, (now - self.started) / 20)
 
     def _seconds_left(self) -> float:
         done = max(1, self.done - self.first)
