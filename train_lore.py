@@ -427,7 +427,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 pin_memory=device.type == "cuda",
             )
             eval_skips.seen = 0  # every pass is weighed by itself
-            counted = count_skipped(loader, eval_skips)
+            passing = progress.within(f"evaluating {name.removeprefix('eval_accuracy_')}", loader, len(loader))
+            counted = count_skipped(passing, eval_skips)
             eager = torch.compiler.set_stance("force_eager")  # a last batch of its own size is not worth compiling
             with gathered(module, settings.gather_for_attack), eager:
                 _, correct = predictions(

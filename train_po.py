@@ -545,7 +545,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         eval_skips.seen = 0  # every pass is weighed by itself
         with torch.no_grad(), average.applied(module) if average else contextlib.nullcontext():
             rows = judge(
-                count_skipped(loader, eval_skips),
+                count_skipped(progress.within("evaluating", loader, len(loader)), eval_skips),
                 lambda images, texts: unit(*module(to_input(images), texts_of(texts, None))),
                 lambda images, texts: unit(*reference_embeds(to_input(images), texts, None)),
                 logit_scale,

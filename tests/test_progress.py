@@ -34,3 +34,15 @@ def test_a_log_has_the_reports_and_no_long_silence(
         clock[0] += 100
         progress.update(2, report=True)
     assert not capsys.readouterr().err
+
+
+def test_an_evaluation_within_a_run_shows_its_batches(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    with RunProgress("LORE", 10) as progress:
+        for _ in progress.within("evaluating pgd", range(4), 4):
+            clock[0] += 3.0
+        assert progress.fields == {}
+    assert capsys.readouterr().err.splitlines() == ["LORE 0/10  evaluating pgd 2/4", "LORE 0/10  evaluating pgd 4/4"]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 SILENCE = 5.0  # seconds
+T = TypeVar("T")
 
 
 class RunProgress:
@@ -54,10 +56,18 @@ class RunProgress:
         if self.live:
             self.progress.update(self.task, completed=done, fields=self.fields)
         elif self.enabled and (report or self._silent_for_long()):
-            left = "" if done >= self.total else f"left {_duration(self._seconds_left())}"
+            left = f"left {_duration(self._seconds_left())}" if self.first < done < self.total else ""
             line = "  ".join(filter(None, [f"{self.title} {done}/{self.total}", _join(fields or {}), left]))
             print(line, file=sys.stderr, flush=True)
             self.spoken = time.monotonic()
+
+    def within(self, what: str, batches: Iterable[T], total: int) -> Iterator[T]:
+        """Passes batches on, and shows how many were worked on, while the units of the run stand still."""
+        fields = self.fields
+        for number, batch in enumerate(batches, 1):
+            yield batch
+            self.update(self.done, fields | {what: f"{number}/{total}"})
+        self.update(self.done, fields)
 
     def note(self, line: str) -> None:
         """A line that stays on the screen and in the log."""
@@ -73,8 +83,7 @@ class RunProgress:
         return now - self.spoken >= max(SILENCE, (now - self.started) / 20)
 
     def _seconds_left(self) -> float:
-        done = max(1, self.done - self.first)
-        return (time.monotonic() - self.started) / done * (self.total - self.done)
+        return (time.monotonic() - self.started) / (self.done - self.first) * (self.total - self.done)
 
 
 def wide_console() -> Console:
