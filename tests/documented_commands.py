@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +49,21 @@ def documented() -> list[Command]:
     """Every command, once, in the order of the documents."""
     scripts = [path for folder in ("", "examples", "benchmarks") for path in sorted((ROOT / folder).glob("*.py"))]
     found = [command for page in pages() for command in _in_markdown(page)]
+    found += _in_lines(ROOT / "Makefile", demo())
     found += [command for script in scripts for command in _in_lines(script, ast.get_docstring(_parsed(script)) or "")]
     return list({command.words: command for command in reversed(found)}.values())[::-1]
+
+
+def demo() -> str:
+    """What `make demo` starts."""
+    lines = subprocess.run(
+        ["make", "--dry-run", "--old-file=.venv/.installed", "demo"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    return lines.replace(".venv/bin/", "")
 
 
 def _parsed(script: Path) -> ast.Module:
