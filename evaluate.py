@@ -70,7 +70,7 @@ from utils.measures import (
 from utils.pairs import pack_pair_folder
 from utils.prefetch import prefetch_models, say_where
 from utils.progress import wide_console
-from utils.results import Cell, Results, cell_name, column_name, figure_name, model_revision
+from utils.results import ATTACKS, Cell, Results, cell_name, column_name, figure_name, model_revision
 from utils.shard_sources import default_cache_dir, hub_set
 from utils.shards import ShardDataset, ShardIndex, ShardReader
 from utils.skipped import BadSample
@@ -83,7 +83,6 @@ from utils.zeroshot import (
     read_templates,
 )
 
-ATTACKS = ("clean", "pgd", "apgd", "square", "gaussian_noise", "corruptions", "typographic")
 MEASURES = ("accuracy", "interpretability", "fidelity", "retention", "fairness", "head_t")
 FAIRNESS = ("max_skew", "max_skew_worst_query", "ndkl", "parity_difference", "opportunity_difference", "worst_group_accuracy", "group_gap")  # fmt: skip
 FIDELITY = ("fidelity", "fidelity_median", "fidelity_p95", "fidelity_max", "fidelity_cosine")
@@ -108,7 +107,7 @@ class Settings:
     linear_head: str | None = flag(None, "safetensors with weight (C, D) and maybe bias (C,) for --classifier linear_head (default: the model's own, of DINOv2 saved for image classification)", group="what")
     train_split: str = flag("train", "folder from which a linear probe or k-NN learns", group="what")
 
-    attack: list[str] = flag(["clean"], ", ".join(ATTACKS), group="attack", choices=ATTACKS)
+    attack: list[str] = flag(["clean"], ", ".join(ATTACKS), group="attack", choices=tuple(ATTACKS))
     eps: list[float] = flag([4.0], "radii of the l_inf attacks, in 1/255", group="attack", above=0, maximum=255)
     attack_dtype: str = flag("float32", "precision of the model while gradients are followed; the judgement is always float32", group="attack", choices=("float32", "bfloat16"))
     apgd_steps: int = flag(100, "steps of each run of APGD", group="attack", minimum=1)

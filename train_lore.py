@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     needs_labels = settings.objective == "tecoa" or settings.constraint == "kl"
     constrained = settings.constraint != "none"
     clean_in_primal = constrained or settings.clean_weight > 0
-    needs_reference = settings.objective == "embedding" or clean_in_primal
+    needs_reference = settings.objective != "tecoa" or clean_in_primal
     if settings.prefetch:
         sets = [shard_options(settings, "train_shards", needs_labels), shard_options(settings, "eval_shards", True)]
         models = [
@@ -725,7 +725,7 @@ def method_name(settings: Settings) -> str:
             return "LORE"
         if settings.constraint == "none":
             return "FARE + clean distance" if settings.clean_weight > 0 else "FARE"
-    name = "TeCoA" if settings.objective == "tecoa" else "embedding"
+    name = "TeCoA" if settings.objective == "tecoa" else settings.objective
     if settings.clean_weight > 0:
         return f"{name} + clean distance"
     return name + {"none": "", "embedding": " + l2", "kl": " + KL"}[settings.constraint]

@@ -80,8 +80,8 @@ def photos(count: int, size: int = 32, seed: int = 0) -> torch.Tensor:
     return (1.4 * smooth - 0.2).clamp(0, 1)
 
 
-KINDS = ("clip", "siglip", "siglip2", "convnext", "clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_head")
-TEXT_KINDS = KINDS[:4]
+TEXT_KINDS = ("clip", "siglip", "siglip2", "convnext")
+KINDS = (*TEXT_KINDS, "clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_head")
 
 
 def save_small_model(directory: Path, kind: str, num_classes: int = 10) -> None:
@@ -133,7 +133,7 @@ def save_small_model(directory: Path, kind: str, num_classes: int = 10) -> None:
     elif kind == "siglip_vision_model":
         model = SiglipVisionModel(SiglipVisionConfig(**vision))
         processor = SiglipImageProcessorPil(size={"height": 32, "width": 32})
-    else:
+    elif kind in ("dinov2", "dinov2_head"):
         config = Dinov2Config(**tower, mlp_ratio=2, image_size=64, patch_size=8, num_labels=num_classes)
         model = (Dinov2ForImageClassification if kind == "dinov2_head" else Dinov2Model)(config)
         processor = BitImageProcessorPil(
@@ -142,6 +142,8 @@ def save_small_model(directory: Path, kind: str, num_classes: int = 10) -> None:
             image_mean=[0.485, 0.456, 0.406],
             image_std=[0.229, 0.224, 0.225],
         )
+    else:
+        raise ValueError(f"{kind}: no small model is made of this kind")
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

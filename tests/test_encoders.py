@@ -1,7 +1,9 @@
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 from torch._subclasses import FakeTensorMode
 from transformers import (
@@ -13,15 +15,12 @@ from transformers import (
     CLIPVisionModel,
     CLIPVisionModelWithProjection,
     Dinov2Config,
-    Dinov2ForImageClassification,
     Dinov2Model,
     PreTrainedModel,
-    Siglip2Model,
-    SiglipModel,
     SiglipVisionConfig,
     SiglipVisionModel,
-    VisionTextDualEncoderModel,
 )
+from transformers.utils import is_torchvision_available
 
 from tests.small_models import KINDS, TEXT_KINDS, photos, save_small_clip, save_small_model, small_encoder
 from utils import layers
@@ -29,6 +28,7 @@ from utils.attacks import frozen
 from utils.cli import UserError
 from utils.encoders import (
     CONTRASTIVE_MODEL_TYPES,
+    FIXED_POSITIONS,
     ImageEncoder,
     check_model,
     check_reference_dtype,
@@ -43,6 +43,7 @@ from utils.encoders import (
     save_model,
 )
 from utils.images import ImageTransform
+from utils.losses import squared_distance
 from utils.zeroshot import LabelledSet, set_classifier
 
 
@@ -137,19 +138,10 @@ def kind(request, tmp_path_factory):
     return request.param, directory
 
 
-def load_plainly(kind, directory):
-    """The model by transformers alone, with its own layers."""
-    classes = {
-        "clip": CLIPModel,
-        "siglip": SiglipModel,
-        "siglip2": Siglip2Model,
-        "convnext": VisionTextDualEncoderModel,
-        "clip_vision_model": CLIPVisionModelWithProjection,
-        "siglip_vision_model": SiglipVisionModel,
-        "dinov2": Dinov2Model,
-        "dinov2_head": Dinov2ForImageClassification,
-    }
-    return classes[kind].from_pretrained(directory).eval()
+def load_plainly(directory):
+    """The model by transformers alone, with its own layers: of the class that its config names."""
+    (name,) = json.loads((directory / "config.json").read_text())["architectures"]
+    return getattr(transformers, name).from_pretrained(directory).eval()
 
 
 def embed_plainly(kind, model, inputs):
@@ -174,7 +166,7 @@ def test_every_kind_embeds_as_transformers_does(kind):
     # SigLIP 2's processor keeps proportions; the square that is cut here is its own result for square images alone.
     photo = photos(3, size=50) if kind == "siglip2" else photos(3, size=50)[:, :, :45]
     pictures = [Image.fromarray((255 * image).byte().permute(1, 2, 0).numpy()) for image in photo]
-    expected = embed_plainly(kind, load_plainly(kind, directory), image_processor(pictures, return_tensors="pt"))
+    expected = embed_plainly(kind, load_plainly(directory), image_processor(pictures, return_tensors="pt"))
     transform = image_transform(processor)
     pixel_values = torch.stack([transform(picture) for picture in pictures]).float() / 255
     with torch.no_grad():
@@ -182,6 +174,27 @@ def test_every_kind_embeds_as_transformers_does(kind):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert (encoder.embed_dim, encoder.image_size) == (expected.shape[1], 32)
     assert found.std() > 0.1
+
+
+def test_every_kind_embeds_in_training_as_it_does_elsewhere(kind):
+    """The encoder is trained in train mode, evaluated and copied for reference in eval mode: nothing in it may be random."""
+    encoder, x = make_encoder(*load_model(str(kind[1]))), photos(3)
+    with torch.no_grad():
+        expected = encoder.eval()(x)
+        assert torch.equal(encoder.train()(x), expected)
+
+
+def test_every_kind_takes_images_of_another_size_or_is_known_to_take_one_alone(kind):
+    encoder = make_encoder(*load_model(str(kind[1])))
+    fixed = encoder.vision_model.config.model_type in FIXED_POSITIONS
+    with torch.no_grad(), pytest.raises((ValueError, RuntimeError), match="size") if fixed else nullcontext():
+        assert encoder(photos(1, size=48)).shape == (1, encoder.embed_dim)
+
+
+def linear_of_a_block(encoder):
+    """The first linear layer of the first block, which runs in the precision of the blocks."""
+    blocks = next(module for module in encoder.modules() if isinstance(module, torch.nn.ModuleList))
+    return next(module for module in blocks.modules() if isinstance(module, torch.nn.Linear))
 
 
 def test_every_kind_gives_gradients_with_and_without_recomputing(kind):
@@ -192,10 +205,10 @@ def test_every_kind_gives_gradients_with_and_without_recomputing(kind):
         encoder = make_encoder(*load_model(str(directory))).train()
         if recompute:
             enable_gradient_checkpointing(encoder)
-        blocks = [module for module in encoder.modules() if isinstance(module, torch.nn.Linear)]
         calls = []
-        blocks[1].register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        encoder(photos(2)).square().sum().backward()
+        linear_of_a_block(encoder).register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        target = torch.randn(2, encoder.embed_dim, generator=torch.Generator().manual_seed(0))
+        squared_distance(encoder(photos(2)), target).sum().backward()
         counts.append(len(calls))
         trained = {name: parameter for name, parameter in encoder.named_parameters() if parameter.requires_grad}
         assert [name for name, parameter in trained.items() if parameter.grad is None] == []
@@ -203,7 +216,7 @@ def test_every_kind_gives_gradients_with_and_without_recomputing(kind):
         assert all(name.endswith("mask_token") for name in left_out)
         free = photos(2).requires_grad_(True)
         with frozen(encoder):
-            (of_pixels,) = torch.autograd.grad(encoder(free).square().sum(), free)
+            (of_pixels,) = torch.autograd.grad(squared_distance(encoder(free), target).sum(), free)
         assert (of_pixels != 0).float().mean() > 0.9
         assert all(parameter.requires_grad for parameter in trained.values())
         gradients.append([of_pixels, *(parameter.grad for parameter in trained.values())])
@@ -225,9 +238,7 @@ def test_every_kind_keeps_pixels_and_patch_embedding_in_float32(kind, monkeypatc
         return embedded
 
     monkeypatch.setattr(layers, "embed_patches", watched)
-    names = ("mlp.fc1", "pwconv1")
-    block = next(module for name, module in encoder.named_modules() if name.endswith(names))
-    block.register_forward_hook(lambda module, given, output: blocks.append(output.dtype))
+    linear_of_a_block(encoder).register_forward_hook(lambda module, given, output: blocks.append(output.dtype))
     x = photos(4)
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():  # as a training engine would wrap it
         embeds = encoder(x)
@@ -256,7 +267,7 @@ def test_every_kind_is_saved_whole_and_loads_with_transformers(kind, tmp_path):
     model, processor = load_model(str(directory))  # the weights come by the state alone
     save_model(tmp_path, model, processor, state)
 
-    saved = load_plainly(kind, tmp_path)
+    saved = load_plainly(tmp_path)
     found = dict(saved.named_parameters())
     assert set(found) == {name for name, _ in model.named_parameters()}
     for name, value in kept.items():
@@ -279,7 +290,7 @@ def test_class_logits_are_those_of_transformers(kind, tmp_path):
     labelled = LabelledSet(None, classnames, ["a photo of a {c}."])
     encoder = make_encoder(model, processor)
     classifier = set_classifier(model, processor, encoder, labelled, torch.device("cpu"))
-    plain = load_plainly(kind, tmp_path)
+    plain = load_plainly(tmp_path)
     pictures = [Image.fromarray((255 * image).byte().permute(1, 2, 0).numpy()) for image in photos(4)]
     texts = [f"a photo of a {name}." for name in classnames]
     padding = {"padding": "max_length", "max_length": 24, "truncation": True} if "siglip" in kind else {"padding": True}
@@ -300,7 +311,7 @@ def test_the_own_head_of_a_model_classifies(tmp_path):
     classifier = set_classifier(model, processor, encoder, LabelledSet(None, list("abcde"), []), torch.device("cpu"))
     with torch.no_grad():
         inside = (x - encoder.image_mean) / encoder.image_std
-        expected = load_plainly("dinov2_head", tmp_path)(pixel_values=inside).logits
+        expected = load_plainly(tmp_path)(pixel_values=inside).logits
         torch.testing.assert_close(classifier(encoder(x)), expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match=r"own head has 5 classes, the data set 3; give a head .* --linear_head"):
         set_classifier(model, processor, encoder, LabelledSet(None, list("abc"), []), torch.device("cpu"))
@@ -338,13 +349,16 @@ def test_processor_files_of_the_hub_load_without_torchvision(tmp_path):
             assert image_transform(image_processor) == ImageTransform(36, (32, 32), 3)
             torch.testing.assert_close(encoder.image_mean.flatten(), torch.tensor([0.5, 0.4, 0.3]))
             torch.testing.assert_close(encoder.image_std.flatten(), torch.tensor([0.2, 0.3, 0.4]))
+    other = common | {"image_processor_type": "DINOv3ViTImageProcessorFast", "size": {"height": 32, "width": 32}}
+    (tmp_path / "dinov2" / "preprocessor_config.json").write_text(json.dumps(other))
+    if not is_torchvision_available():
+        with pytest.raises(UserError, match=r"the model does not load: .* requires the Torchvision library"):
+            load_model(str(tmp_path / "dinov2"))
 
 
 def test_wrong_vision_models_are_named(tmp_path):
     save_small_model(tmp_path / "dinov2", "dinov2")
-    with pytest.raises(
-        UserError, match=r"model type 'dinov2'; supported: clip, siglip, siglip2, vision-text-dual-encoder$"
-    ):
+    with pytest.raises(UserError, match=rf"model type 'dinov2'; supported: {', '.join(CONTRASTIVE_MODEL_TYPES)}$"):
         check_model(str(tmp_path / "dinov2"), "--model_name_or_path", CONTRASTIVE_MODEL_TYPES)
     assert check_model(str(tmp_path / "dinov2"), "--model").model_type == "dinov2"
     save_small_model(tmp_path / "dual", "convnext")
@@ -373,7 +387,7 @@ def test_wrong_vision_models_are_named(tmp_path):
 @pytest.mark.parametrize(("name", "lost"), [("dinov2", "encoder.layer.1.mlp.fc1.weight"), ("clip", "logit_scale")])
 def test_a_model_that_lacks_weights_is_refused(name, lost, tmp_path):
     save_small_model(tmp_path, name)
-    model = load_plainly(name, tmp_path)
+    model = load_plainly(tmp_path)
     model.save_pretrained(tmp_path, state_dict={key: value for key, value in model.state_dict().items() if key != lost})
     with pytest.raises(UserError, match=rf"1 weights of a {name} are missing, the first is {lost}"):
         load_model(str(tmp_path))

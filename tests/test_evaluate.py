@@ -98,7 +98,7 @@ def test_mistakes_are_one_line(arguments, digits, tmp_path):
         ({"split": "val"}, r"--data .*: no split 'val'; found test, train; name one with --split"),
         ({"model": "no/such"}, r"--model no/such: neither a local model directory"),
         ({"eps": 0}, r"--eps: 0.0 is too small"),
-        ({"attack": "pdg"}, r"--attack: 'pdg' is not one of clean, pgd, apgd, .*, did you mean pgd\?"),
+        ({"attack": "pdg"}, r"--attack: 'pdg' is not one of clean, pgd, .*, did you mean pgd\?"),
         ({"output_dir": tmp_path / "old"}, r"results.json has schema version 9, this program writes 1"),
         ({"classnames": tmp_path / "three.txt"}, r"--max_bad_fraction 0.01: .*bad label"),
     ]

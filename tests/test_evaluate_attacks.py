@@ -1,5 +1,6 @@
 """evaluate.py under strong attacks, noise and corruptions; other classifiers; what makes a figure doubtful; killed runs."""
 
+import html
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ from utils.cli import UserError
 from utils.encoders import ImageEncoder
 from utils.images import ImageTransform
 from utils.measures import fairness_figures
-from utils.results import Results
+from utils.results import ATTACKS, Results
 from utils.shards import ShardDataset, index_shards
 
 READING_CLIP = ROOT / "examples" / "reading_clip"  # classifies digits: robust figures of random weights say little
@@ -77,6 +78,30 @@ def test_masks_do_not_depend_on_processes_or_batch_size(arguments, tmp_path):
     assert {row["broken_by"] for row in broken} <= {"clean", "cross-entropy", "target 1", "target 2", "target 3"}
     pictures = [next((tmp_path / name / "pictures").glob("*_apgd_*")) for name in ("batch7", "two")]
     assert pictures[0].name == pictures[1].name
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_every_attack_changes_images_by_its_own_strength_whatever_the_batch(arguments, tmp_path, attack):
+    """Verdicts are the same for two batch sizes, the report says what the attack is, and something does change."""
+    for name in {"square": ["pyautoattack"], "corruptions": ["imagecorruptions"]}.get(attack, []):
+        pytest.importorskip(name)
+    common = {
+        "attack": attack,
+        "num_samples": 10,
+        "corruptions": "pixelate",
+        "severities": 5,
+        "sigma": 64,
+        "square_queries": 20,
+    }
+    for size in (3, 10):
+        evaluate.main(arguments(output_dir=tmp_path / str(size), batch_size=size, **common))
+    assert results(tmp_path / "3") == results(tmp_path / "10")
+    masks = [[row["correct"] for row in records(tmp_path / size, f"accuracy_{attack}")] for size in ("3", "10")]
+    assert masks[0] == masks[1]
+    assert len(masks[0]) == 10
+    page = (tmp_path / "3/report.html").read_text()
+    assert ATTACKS[attack] in html.unescape(page)
+    assert all(masks[0]) == (attack == "clean")
 
 
 def test_apgd_is_at_least_as_strong_as_pgd_and_a_bfloat16_attack_is_judged_in_float32(arguments, tmp_path):

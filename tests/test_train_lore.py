@@ -1,5 +1,6 @@
 """train_lore.py as users start it, and its invariants: processes, accumulation, the limits of the method, resume."""
 
+import dataclasses
 import functools
 import http.server
 import json
@@ -122,6 +123,21 @@ def test_every_method_trains(arguments, small_clip, tmp_path, capfd, changes, na
     assert metrics[1]["distance_clean"] > 0
     assert metrics[1]["distance_adv"] > metrics[1]["distance_clean"]
     assert (embeds(tmp_path / "run") - embeds(small_clip)).abs().max() > 1e-3
+
+
+OBJECTIVES = next(field for field in dataclasses.fields(train_lore.Settings) if field.name == "objective")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.metadata["choices"])
+def test_every_objective_trains_alone_in_steps_that_are_not_logged(arguments, tmp_path, objective):
+    """Such steps embed by the reference only where something needs it; every objective goes its own way."""
+    common = {"constraint": "none", "primal_steps": 1, "logging_steps": 2}
+    train_lore.main(arguments(objective=objective, **common))
+    (row,) = rows(tmp_path / "run")
+    assert row["step"] == 2
+    if objective != "embedding":
+        train_lore.main(arguments(output_dir=tmp_path / "fare", **common))
+        assert rows(tmp_path / "fare")[0]["loss"] != row["loss"]
 
 
 def test_a_multiplier_of_zero_is_fare(arguments, tmp_path, monkeypatch):

@@ -49,13 +49,6 @@ from utils.images import ImageTransform
 from utils.layers import ATTENTION, recompute_convnext_layers, use_lean_layers
 from utils.shard_sources import BRING_IT
 
-CONTRASTIVE_MODEL_TYPES = ("clip", "siglip", "siglip2", "vision-text-dual-encoder")
-VISION_MODEL_TYPES = ("clip_vision_model", "siglip_vision_model", "dinov2")  # without a text tower
-MODEL_TYPES = CONTRASTIVE_MODEL_TYPES + VISION_MODEL_TYPES
-
-# Of a vision-text-dual-encoder: CLIP's text tower pools the end of text, whatever comes after it, as ``TextEncoder`` needs.
-DUAL_ENCODER_PARTS = {"vision_config": ("convnext", "clip_vision_model"), "text_config": ("clip_text_model",)}
-
 MODEL_CLASSES = {
     "clip": CLIPModel,
     "siglip": SiglipModel,
@@ -65,12 +58,16 @@ MODEL_CLASSES = {
     "siglip_vision_model": SiglipVisionModel,
     "dinov2": Dinov2Model,
 }
-PROCESSOR_CLASSES = {
+PROCESSOR_CLASSES = {  # of those with a text tower
     "clip": CLIPProcessor,
     "siglip": SiglipProcessor,
     "siglip2": Siglip2Processor,
     "vision-text-dual-encoder": VisionTextDualEncoderProcessor,
 }
+MODEL_TYPES, CONTRASTIVE_MODEL_TYPES = tuple(MODEL_CLASSES), tuple(PROCESSOR_CLASSES)
+
+# Of a vision-text-dual-encoder: CLIP's text tower pools the end of text, whatever comes after it, as ``TextEncoder`` needs.
+DUAL_ENCODER_PARTS = {"vision_config": ("convnext", "clip_vision_model"), "text_config": ("clip_text_model",)}
 FIXED_POSITIONS = ("clip_vision_model", "siglip_vision_model")  # towers that take images of one size only
 
 
@@ -308,7 +305,12 @@ def _load_image_processor(name_or_path: str, model_type: str) -> Any:
     try:
         return AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False, backend="pil")
     except ImportError:
-        # Older transformers choose a class only beside torchvision. DINOv2's processor is CLIP's by another name.
+        # Older transformers choose a class only beside torchvision. DINOv2's processor, Bit's, is CLIP's by another name; of
+        # any other one CLIP's would take the defaults that are its own, above all its crop.
+        found, _ = CLIPImageProcessorPil.get_image_processor_dict(name_or_path)
+        kind = found.get("image_processor_type") or found.get("feature_extractor_type") or "CLIP"
+        if not str(kind).startswith(("CLIP", "Bit")):
+            raise
         return CLIPImageProcessorPil.from_pretrained(name_or_path, trust_remote_code=False)
 
 
@@ -362,11 +364,7 @@ def keep_weights_in(name: str, reference: ImageEncoder) -> ImageEncoder:
     Everything else stays float32: patch embedding, positions, layer norms, projection.
     """
     if name == "bfloat16":
-        blocks = [
-            module
-            for module in reference.vision_model.get_submodule("encoder").modules()
-            if isinstance(module, nn.ModuleList)
-        ]
+        blocks = [module for module in reference.vision_model.modules() if isinstance(module, nn.ModuleList)]
         for module in {part for block in blocks for part in block.modules()}:
             if isinstance(module, nn.Linear):
                 for part, parameter in list(module.named_parameters()):

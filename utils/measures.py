@@ -407,7 +407,9 @@ def perturbed(
                 seed=settings.seed,
             )
         return attacked
-    return pixel_values
+    if cell["attack"] in ("clean", "corruptions"):  # corrupted as they are read
+        return pixel_values
+    raise ValueError(f"{cell['attack']}: no attack on a batch is defined")
 
 
 def attacked_logits(settings: Any, model: Model, classifier: Callable) -> Logits:

@@ -23,7 +23,7 @@ from torch import Tensor
 from utils import figures
 from utils.cli import UserError
 from utils.metrics import MetricsFile
-from utils.results import Results, cell_name, column_name, figure_name, replace_file
+from utils.results import ATTACKS, Results, cell_name, column_name, figure_name, replace_file
 from utils.sanity import READING
 
 # CLIP_benchmark's columns (`clip_benchmark build`), then what tells our rows apart.
@@ -32,16 +32,6 @@ CSV_COLUMNS = (
     *("classifier", "attack", "eps", "sigma", "corruption", "severity", "t", "ci95_low", "ci95_high", "n", "seed"),
 )
 TASKS = {"zero_shot": "zeroshot_classification", "linear_head": "linear_probe"}
-ATTACKS = {
-    "clean": "The images as they are; the most similar class is the answer.",
-    "pgd": "Projected gradient descent: pixels may change by at most eps (the l_inf ball).",
-    "apgd": "APGD on the cross-entropy, then APGD-T against the other classes, each on the images still right, in the "
-    "l_inf ball of radius eps.",
-    "square": "Square attack in the l_inf ball of radius eps: it sees scores, no gradients.",
-    "gaussian_noise": "Normal noise of standard deviation sigma on every value of every pixel.",
-    "corruptions": "Common corruptions of ImageNet-C: noise, blur, weather and compression in five severities.",
-    "typographic": "A wrong class name is written on the image; photographs of preference pairs have words of their own.",
-}
 MEASURES = {
     "accuracy": "Share of images whose answer is right.",
     "follows_word": "Share of images whose answer is the written word. Lower is better.",
@@ -52,7 +42,6 @@ MEASURES = {
     "fidelity": "||phi(x) - phi0(x)||^2 / ||phi0(x)||^2 and the cosine to phi0(x), phi0 the reference, clean images.",
     "fairness": "Between attributes: class prompts as queries (MaxSkew, NDKL), and classification.",
 }
-L_INF = ("pgd", "apgd", "square")
 PICTURES = 4  # examples of every model and attack
 PICTURE_SIDE = 128  # larger pictures are reduced: a page, not an archive
 CURVE_POINTS = 400  # of a training curve; longer ones are averaged in pieces
@@ -470,7 +459,7 @@ def strength_curves(
 
 def robustness_section(results, names, models, sets):
     panels = []
-    for attack in L_INF:
+    for attack in ATTACKS:
         curves = strength_curves(results, names, models, attack, "eps")
         panels += [
             (sets[dataset], with_variant(attack, variant), figures.accuracy_curves(lines, "eps, 1/255"), lines)
@@ -493,11 +482,11 @@ def front_section(results, names, models, sets):
     for dataset in sets:
         columns: dict[tuple, dict[int, tuple[Result, Result]]] = {}
         for r in results:
-            attacked = r["measure"] == "accuracy" and r["attack"] in (*L_INF, "typographic")
+            attacked = r["measure"] == "accuracy" and (r["eps"] is not None or r["attack"] == "typographic")
             if r["dataset"] == dataset and attacked and (clean := clean_of(r, results)):
                 columns.setdefault((r["attack"], names[id(r)], r["eps"]), {})[places.index(r["model"])] = clean, r
         columns = {column: of_column for column, of_column in columns.items() if len(of_column) > 1}
-        strongest = next((attack for attack in ("apgd", "pgd", "square") if any(attack in c for c in columns)), None)
+        strongest = next((attack for attack in ("apgd", *ATTACKS) if any(attack in c for c in columns)), None)
         for column, of_column in sorted(columns.items(), key=lambda item: (item[0][0], item[0][1], item[0][2] or 0)):
             if column[0] not in (strongest, "typographic"):
                 continue
@@ -717,7 +706,8 @@ def picture_groups(
     """Clean / attacked / perturbation of every model, per set and attack, at the largest eps that has pictures."""
     kept: dict[tuple[str, str, str], list[Result]] = {}
     for r in plain:
-        if r["measure"] == "accuracy" and r["attack"] in (*L_INF, "typographic") and results.pictures_path(r).exists():
+        shown = r["measure"] == "accuracy" and (r["eps"] is not None or r["attack"] == "typographic")
+        if shown and results.pictures_path(r).exists():
             kept.setdefault((r["dataset"], r["attack"], names[id(r)]), []).append(r)
     groups = []
     for (dataset, attack, variant), cells in kept.items():

@@ -23,7 +23,7 @@ def sanity_warnings(results: Sequence[Result]) -> Iterator[tuple[Result, str]]:
     """(the doubtful result, what is wrong with it) for all accuracies of labelled sets under l_inf attacks."""
     groups: dict[str, list[Result]] = {}
     for result in results:
-        l_inf = result["attack"] in ("clean", "pgd", "apgd", "square")
+        l_inf = result["attack"] == "clean" or result["eps"] is not None
         if result["measure"] == "accuracy" and l_inf and "t" not in result["settings"]:
             groups.setdefault(_images(result), []).append(result)
     for group in groups.values():
@@ -43,8 +43,8 @@ def _images(result: Result) -> str:
 def _rising(by_attack: dict[str, list[Result]]) -> Iterator[tuple[Result, str]]:
     """A larger ball holds the smaller one, so a good attack can only do better in it."""
     clean = by_attack.get("clean", [])
-    for attack in ("pgd", "apgd", "square"):
-        attacked = sorted(by_attack.get(attack, []), key=lambda result: result["eps"])
+    for attacked in (results for attack, results in by_attack.items() if attack != "clean"):
+        attacked = sorted(attacked, key=_strength)
         for weaker, stronger in itertools.combinations([*clean, *attacked], 2):
             if _strength(weaker) < _strength(stronger) and weaker["value"] < stronger["value"]:
                 yield (
