@@ -28,7 +28,7 @@ SCRIPTS: dict[str, tuple[ModuleType, str]] = {
     "constraint": (early_stability, "A longer run: does the constraint hold in the end?"),
     "trade_off": (trade_off, "Clean against robust accuracy, equal updates, fidelity"),
     "ablations": (ablations, "Ablations, and the supervised objective"),
-    "transfer": (transfer, "Sets that training never saw"),
+    "transfer": (transfer, "Sets that robust training never saw"),
     "preferences": (preferences, "Preference optimisation"),
     "attack_check": (attack_check, "Can the attacks be trusted?"),
 }

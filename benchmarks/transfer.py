@@ -151,7 +151,7 @@ def draw(numbers: Numbers) -> Figure:
             axis.bar(xs, means, width, yerr=bars, capsize=1.5, error_kw={"elinewidth": 0.7}, label=label,
                      color="white", edgecolor=COLORS[place], hatch=HATCHES[place])  # fmt: skip
         axis.set(title=heading, ylabel="accuracy, %")
-        axis.set_xticks(range(len(sets)), [name.replace(" (probe)", "\nprobe") for name in sets], fontsize=6.5)
+        axis.set_xticks(range(len(sets)), sets, fontsize=7, rotation=20, ha="right", rotation_mode="anchor")
     legend_below(drawn, axes[0], len(found))
     return drawn
 
@@ -176,7 +176,7 @@ def claims(numbers: Numbers) -> list[Claim]:
     robust = gap(fare, START, "APGD"), gap(lore, START, "APGD")
     rows.append(
         Claim(
-            "LORE", "robustness carries over to sets that training never saw",
+            "LORE", "robustness carries over to sets that robust training never saw",
             f"APGD, mean of {len(away)} sets, less the start model: FARE {robust[0]}, LORE {robust[1]} points",
             CONFIRMED if [verdict(each) for each in robust] == [CONFIRMED] * 2 else NOT_CONFIRMED,
         )
