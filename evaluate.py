@@ -107,7 +107,7 @@ class Settings:
     linear_head: str | None = flag(None, "safetensors with weight (C, D) and maybe bias (C,) for --classifier linear_head (default: the model's own, of DINOv2 saved for image classification)", group="what")
     train_split: str = flag("train", "folder from which a linear probe or k-NN learns", group="what")
 
-    attack: list[str] = flag(["clean"], ", ".join(ATTACKS), group="attack", choices=tuple(ATTACKS))
+    attack: list[str] = flag(["clean"], "what the images are measured under", group="attack", choices=tuple(ATTACKS))
     eps: list[float] = flag([4.0], "radii of the l_inf attacks, in 1/255", group="attack", above=0, maximum=255)
     attack_dtype: str = flag("float32", "precision of the model while gradients are followed; the judgement is always float32", group="attack", choices=("float32", "bfloat16"))
     apgd_steps: int = flag(100, "steps of each run of APGD", group="attack", minimum=1)

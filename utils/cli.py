@@ -20,6 +20,7 @@ import errno
 import math
 import os
 import re
+import shutil
 import sys
 import threading
 import types
@@ -229,10 +230,13 @@ class _HelpFormatter(argparse.HelpFormatter):
     """Keeps the line breaks of the description, leaves out metavars that repeat the flag's name."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=36, width=min(110, int(os.environ.get("COLUMNS", "110"))))
+        super().__init__(prog, max_help_position=36, width=min(110, shutil.get_terminal_size((110, 24)).columns))
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "\n".join(indent + line for line in text.strip().splitlines())
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        return f"{action.metavar} ..." if action.nargs == "+" else super()._format_args(action, default_metavar)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings or action.nargs == 0:
@@ -273,11 +277,10 @@ def _help_text(field: dataclasses.Field) -> str:
     text = field.metadata["help"].replace("%", "%%")
     if field.metadata.get("required"):
         return f"{text} (required)"
-    return (
-        text
-        if default in (None, [])
-        else f"{text} (default: {str(default).lower() if isinstance(default, bool) else default})"
-    )
+    if default in (None, []):
+        return text
+    typed = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+    return f"{text} (default: {typed.lower() if isinstance(default, bool) else typed})"
 
 
 def _read_recipe(path: str, fields: dict[str, dataclasses.Field]) -> dict[str, Any]:
