@@ -54,11 +54,11 @@ def main() -> None:
     }  # fmt: skip
     scripts: dict[str, Flags] = {
         "early_stability": on_digits | {"eps": [8, 16], "updates": 200, "curve_updates": 10, "num_samples": 200},
-        "trade_off": on_digits | {"eps": 16, "eval_eps": 8, "rhos": [0.02, 0.05, 0.1], "clean_weights": [3, 1, 0.3], "steps": 40, "num_samples": 360},
-        "ablations": on_digits | {"eps": 16, "eval_eps": 8, "rho": 0.1, "fixed_rhos": [10, 20, 40], "steps": 40, "num_samples": 360},
-        "transfer": on_digits | {"zero_shot_data": [digits, attributes], "probe_data": [attributes], "eps": 16, "eval_eps": 8, "rhos": [0.1], "steps": 40, "num_samples": 300},
-        "preferences": common | {"model": os.path.relpath(ROOT / "examples/reading_clip"), "data": attributes, "pairs": f"{attributes}/pairs", "steps": 100, "num_samples": 450, "output_dir": out / "preferences"} | with_words,
-        "attack_check": on_digits | {"eps": 16, "steps": 40, "num_samples": 200, "square_queries": 1000},
+        "trade_off": on_digits | {"eps": 16, "eval_eps": 8, "rhos": [0.02, 0.05, 0.1], "clean_weights": [3, 1, 0.3], "steps": 40, "num_samples": 200},
+        "ablations": on_digits | {"eps": 16, "eval_eps": 8, "rho": 0.1, "fixed_rhos": [10, 20, 40], "steps": 40, "num_samples": 200},
+        "transfer": on_digits | {"zero_shot_data": [digits, attributes], "probe_data": [attributes], "eps": 16, "eval_eps": 8, "rhos": [0.1], "steps": 40, "num_samples": 150},
+        "preferences": common | {"model": os.path.relpath(ROOT / "examples/reading_clip"), "data": attributes, "pairs": f"{attributes}/pairs", "steps": 60, "num_samples": 200, "reg_factors": [0, 3], "output_dir": out / "preferences"} | with_words,
+        "attack_check": on_digits | {"eps": 16, "steps": 40, "num_samples": 100, "square_queries": 1000},
     }  # fmt: skip
     less = {"num_samples": 20, "batch_size": 8}
     tiny: dict[str, Flags] = {
