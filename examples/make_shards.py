@@ -682,7 +682,7 @@ def hold_out(samples: list[Sample], split: str, settings: Settings, source: Any)
     if not held or len(held) == len(samples):
         raise UserError(
             f"--test_fraction {settings.test_fraction:g}: leaves {len(samples) - len(held)} images for train and {len(held)} for "
-            "test; expected some of both"
+            "test; expected some of both: give a larger or a smaller share"
         )
     left = [sample for place, sample in enumerate(samples) if place not in held]
     return left, deal([samples[place] for place in order if place in held], split, TEST, settings)

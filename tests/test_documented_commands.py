@@ -215,7 +215,7 @@ class Sandbox:
             *(f"imagenet/{split}/{name}" for split in ("train", "val") for name in imagenet_wordnet_ids()[:2]),
         ):
             (root / folder).mkdir(parents=True)
-            for number in range(4):
+            for number in range(10):
                 (root / folder / f"{number}.jpg").write_bytes(image_bytes(number))
         (root / "pairs").mkdir()
         (root / "pairs/0.jpg").write_bytes(image_bytes(0))
