@@ -162,6 +162,9 @@ def claims(numbers: Numbers) -> list[Claim]:
     fare, lore = f"FARE, K = {settings['primal_steps']}", f"LORE, rho {settings['rhos'][0]:g}"
     away = [name for name in found[START] if name != trained] or list(found[START])
 
+    probed = sum(name.endswith(PROBE.format("")) for name in away)
+    mean = f"mean of {len(away)} sets" + (f", {probed} of them by probe" if probed else "")
+
     def gap(first: str, second: str, column: str):
         means = [
             [statistics.mean(found[label][name][column][seed] for name in away) for seed in range(len(found[label][away[0]][column]))]
@@ -177,20 +180,18 @@ def claims(numbers: Numbers) -> list[Claim]:
     rows.append(
         Claim(
             "LORE", "robustness carries over to sets that robust training never saw",
-            f"APGD, mean of {len(away)} sets, less the start model: FARE {robust[0]}, LORE {robust[1]} points",
+            f"APGD, {mean}, less the start model: FARE {robust[0]}, LORE {robust[1]} points",
             CONFIRMED if [verdict(each) for each in robust] == [CONFIRMED] * 2 else NOT_CONFIRMED,
         )
     )  # fmt: skip
     for column, text in [
-        ("clean", "Table 1: zero-shot on other sets, clean: LORE is ahead of FARE"),
-        ("APGD", "Table 1: zero-shot on other sets, attacked: LORE is ahead of FARE"),
+        ("clean", "Table 1: on other sets, clean: LORE is ahead of FARE"),
+        ("APGD", "Table 1: on other sets, attacked: LORE is ahead of FARE"),
         ("corruptions", "out of distribution: LORE is ahead of FARE under corruptions"),
         ("noise", "out of distribution: LORE is ahead of FARE under Gaussian noise"),
     ]:
         found_gap = gap(lore, fare, column)
-        rows.append(
-            Claim("LORE", text, f"mean of {len(away)} sets, {lore} - {fare}: {found_gap} points", verdict(found_gap))
-        )
+        rows.append(Claim("LORE", text, f"{mean}, {lore} - {fare}: {found_gap} points", verdict(found_gap)))
     return rows
 
 

@@ -97,7 +97,7 @@ class Settings:
     output_dir: str = required("where the set goes; the same flags go on with an interrupted one", group="output")
     samples_per_shard: int = flag(1000, "samples per .tar", group="output", minimum=1)
     shuffle: str = flag("train", "splits whose samples are shuffled over their shards; others keep the order", group="output", choices=("train", "all", "none"))
-    test_fraction: float = flag(0.0, "share of each class that a set without a test split gives up for one, below 1; what is drawn depends on --seed alone", group="output", minimum=0, maximum=0.9)
+    test_fraction: float = flag(0.0, "share of each class that a set without a test split gives up for one, at most 0.9; what is drawn depends on --seed alone", group="output", minimum=0, maximum=0.9)
     seed: int = flag(0, "of the shuffling, and of what --test_fraction draws", group="output", minimum=0)
     num_workers: int | None = flag(None, "processes (default: one per CPU core)", group="output", minimum=1)
     # fmt: on

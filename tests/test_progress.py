@@ -9,11 +9,15 @@ import pytest
 from utils.progress import RunProgress
 
 
-def test_a_log_has_the_reports_and_no_long_silence(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    clock = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, in a list of one: a test moves it."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_log_has_the_reports_and_no_long_silence(clock: list[float], capsys: pytest.CaptureFixture) -> None:
     with RunProgress("LORE", 2000) as progress:
         for done in range(1, 2001):
             clock[0] += 1.0
@@ -36,11 +40,7 @@ def test_a_log_has_the_reports_and_no_long_silence(
     assert not capsys.readouterr().err
 
 
-def test_an_evaluation_within_a_run_shows_its_batches(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    clock = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+def test_an_evaluation_within_a_run_shows_its_batches(clock: list[float], capsys: pytest.CaptureFixture) -> None:
     with RunProgress("LORE", 10) as progress:
         for _ in progress.within("evaluating pgd", range(4), 4):
             clock[0] += 3.0
