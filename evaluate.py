@@ -33,7 +33,7 @@ from utils.classifiers import (
     read_linear_head,
     save_linear_head,
 )
-from utils.cli import UserError, flag, parse_settings, required, run
+from utils.cli import flag, parse_settings, required, run
 from utils.corruptions import CORRUPTIONS, KNOWN, SEVERITIES, find_published, require_package
 from utils.distributed import (
     everywhere,
@@ -51,6 +51,7 @@ from utils.encoders import (
     load_model,
     make_encoder,
 )
+from utils.errors import UserError
 from utils.head import HEAD_FILE, load_head
 from utils.hub import fetch_model, folder_on_every_node, on_this_node
 from utils.measures import (

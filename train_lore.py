@@ -40,7 +40,7 @@ from utils.checkpoint import (
     set_aside_later,
     take_output_dir,
 )
-from utils.cli import UserError, flag, parse_settings, required, run
+from utils.cli import flag, parse_settings, required, run
 from utils.data_order import TrainBatchSampler
 from utils.data_speed import TimedBatches, measured_workers
 from utils.distributed import (
@@ -72,6 +72,7 @@ from utils.encoders import (
     make_encoder,
     save_model,
 )
+from utils.errors import UserError
 from utils.hub import fetch_model, on_this_node
 from utils.interruption import StopRequest
 from utils.lagrangian import (

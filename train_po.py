@@ -43,7 +43,7 @@ from utils.checkpoint import (
     set_aside_later,
     take_output_dir,
 )
-from utils.cli import UserError, flag, parse_settings, required, run
+from utils.cli import flag, parse_settings, required, run
 from utils.data_order import TrainBatchSampler
 from utils.data_speed import TimedBatches, measured_workers
 from utils.distributed import (
@@ -75,6 +75,7 @@ from utils.encoders import (
     refuse_other_shape,
     save_model,
 )
+from utils.errors import UserError
 from utils.features import features
 from utils.head import Head, fold_head, head_power, orthogonality_penalty, save_head, warn_of_condition
 from utils.hub import fetch_model, on_this_node

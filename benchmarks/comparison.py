@@ -18,7 +18,8 @@ from typing import Any
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.cli import UserError, flag, required
+from utils.cli import flag, required
+from utils.errors import UserError
 from utils.progress import wide_console
 from utils.results import Results
 

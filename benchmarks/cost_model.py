@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.comparison import markdown, print_table
-from utils.cli import UserError, flag, parse_settings, run
+from utils.cli import flag, parse_settings, run
 from utils.cost import (
     PO,
     STAGES,
@@ -39,6 +39,7 @@ from utils.cost import (
     step_time,
     tower_cost,
 )
+from utils.errors import UserError
 from utils.memory import GB, TOWERS, Layout, count_step, peak_bytes, tower_config
 from utils.optimization import count_steps
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.comparison import in_parallel, launcher, markdown, print_table
-from utils.cli import UserError, flag, parse_settings, required, run
+from utils.cli import flag, parse_settings, required, run
+from utils.errors import UserError
 from utils.metrics import MetricsFile
 
 

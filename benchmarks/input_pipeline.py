@@ -31,8 +31,9 @@ from transformers import CLIPImageProcessorPil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.comparison import in_parallel, launcher, markdown, print_table
-from utils.cli import UserError, flag, parse_settings, required, run
+from utils.cli import flag, parse_settings, required, run
 from utils.distributed import default_num_workers
+from utils.errors import UserError
 from utils.images import ImageTransform
 from utils.metrics import MetricsFile
 from utils.model_card import versions

@@ -30,7 +30,8 @@ import train_lore
 import utils.encoders
 from benchmarks.comparison import markdown, print_table
 from examples.pretrain_small_clip import make_tokenizer
-from utils.cli import UserError, flag, parse_settings, required, run
+from utils.cli import flag, parse_settings, required, run
+from utils.errors import UserError
 from utils.memory import GB, TOWERS, Layout, LiveBytes, count_step, peak_bytes, tower_config
 from utils.metrics import MetricsFile, peak_memory_gib
 

@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import ablations, attack_check, early_stability, preferences, trade_off, transfer
 from benchmarks.comparison import markdown
 from benchmarks.evidence import NOT_TESTED, Claim, Numbers, save_figure
-from utils.cli import UserError, flag, parse_settings, required, run
+from utils.cli import flag, parse_settings, required, run
+from utils.errors import UserError
 from utils.results import replace_file
 
 # Numbers by name, in the order of the page: the script that makes them, and a title.

@@ -27,8 +27,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.comparison import claim_directory, launcher, markdown, print_table
 from benchmarks.train_step import Trainee, cpu_name, ladder, load_tower, synchronise
-from utils.cli import UserError, flag, parse_settings, required, run
+from utils.cli import flag, parse_settings, required, run
 from utils.encoders import load_model, save_model
+from utils.errors import UserError
 from utils.images import ImageTransform
 from utils.metrics import MetricsFile
 from utils.optimization import cosine_learning_rate, set_learning_rate

@@ -48,8 +48,9 @@ import train_lore
 from benchmarks.comparison import markdown, print_table
 from benchmarks.memory import TEXT_TOWERS, make_model_and_images
 from utils.attacks import ascend, attack_seeds, frozen, pgd, project, uniform_start
-from utils.cli import UserError, flag, parse_settings, required, run
+from utils.cli import flag, parse_settings, required, run
 from utils.encoders import ImageEncoder, enable_gradient_checkpointing, frozen_copy, load_model
+from utils.errors import UserError
 from utils.images import ImageTransform
 from utils.lagrangian import Multiplier, dual_lagrangian, embedding_margin, primal_lagrangian, violation
 from utils.losses import squared_distance

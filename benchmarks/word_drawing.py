@@ -19,7 +19,8 @@ import torch
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.cli import UserError, flag, parse_settings, required, run
+from utils.cli import flag, parse_settings, required, run
+from utils.errors import UserError
 from utils.images import ImageTransform
 from utils.pairs import TypographicDataset
 from utils.progress import wide_console

@@ -45,8 +45,9 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.checkpoint import take_output_dir
-from utils.cli import UserError, flag, nearest, parse_settings, required, run
+from utils.cli import flag, nearest, parse_settings, required, run
 from utils.data_order import permutation
+from utils.errors import UserError
 from utils.images import ImageError, ImageTransform, decode
 from utils.progress import RunProgress, wide_console
 from utils.shard_sources import expand_shards, one_line

@@ -29,8 +29,9 @@ from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.cli import UserError, flag, parse_settings, required, run
+from utils.cli import flag, parse_settings, required, run
 from utils.encoders import ImageEncoder, load_model, make_encoder, quiet_transformers
+from utils.errors import UserError
 from utils.images import ImageTransform
 from utils.metrics import MetricsFile
 from utils.model_card import command_line, versions

@@ -31,8 +31,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.attacks import attack_seeds, frozen, pgd, seed_from, uniform_start
-from utils.cli import UserError, flag, parse_settings, required, run
+from utils.cli import flag, parse_settings, required, run
 from utils.encoders import ImageEncoder, check_model, load_model, make_encoder
+from utils.errors import UserError
 from utils.figures import draw_grid
 from utils.losses import squared_distance
 from utils.model_card import versions

@@ -26,8 +26,9 @@ from transformers import AutoConfig, CLIPVisionModel, PreTrainedConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.checkpoint import replace_directory
-from utils.cli import UserError, flag, parse_settings, required, run
+from utils.cli import flag, parse_settings, required, run
 from utils.encoders import check_model, load_weights, quiet_transformers
+from utils.errors import UserError
 from utils.hub import model_folder
 from utils.strict_json import parse_json
 

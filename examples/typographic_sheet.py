@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.cli import UserError, flag, parse_settings, required, run
+from utils.cli import flag, parse_settings, required, run
+from utils.errors import UserError
 from utils.figures import draw_grid
 from utils.images import ImageTransform
 from utils.pairs import TypographicDataset

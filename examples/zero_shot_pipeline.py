@@ -16,8 +16,9 @@ from PIL import Image
 from transformers import pipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.cli import UserError, flag, parse_settings, required, run
+from utils.cli import flag, parse_settings, required, run
 from utils.encoders import check_model, quiet_transformers
+from utils.errors import UserError
 
 
 @dataclass

@@ -23,7 +23,8 @@ from pathlib import Path
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.cli import UserError, run
+from utils.cli import run
+from utils.errors import UserError
 
 REQUEUE = 85  # the exit status of the trainers that means: start me again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)

@@ -22,7 +22,7 @@ from utils.checkpoint import (
     set_aside_later,
     take_output_dir,
 )
-from utils.cli import UserError
+from utils.errors import UserError
 from utils.optimization import make_optimizer
 from utils.training_state import flatten, load_parameters, unflatten
 

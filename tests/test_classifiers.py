@@ -8,7 +8,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from utils.classifiers import KnnClassifier, LinearClassifier, fit_linear_probe, read_linear_head, save_linear_head
-from utils.cli import UserError
+from utils.errors import UserError
 from utils.losses import class_logits
 
 

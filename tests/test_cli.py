@@ -5,7 +5,8 @@ import pytest
 
 import train_lore
 from tests.conftest import ROOT, run_script
-from utils.cli import UserError, flag, parse_settings, required
+from utils.cli import flag, parse_settings, required
+from utils.errors import UserError
 
 
 @dataclasses.dataclass

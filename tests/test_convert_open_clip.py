@@ -23,7 +23,7 @@ from examples import convert_open_clip
 from examples.convert_open_clip import build, to_open_clip, to_transformers
 from tests.conftest import run_script
 from tests.small_models import photos
-from utils.cli import UserError
+from utils.errors import UserError
 
 VOCABULARY = 529  # the small CLIP's, its end of text last
 KINDS = ("vit", "convnext")

@@ -15,7 +15,6 @@ from PIL import Image
 
 from tests.conftest import ROOT
 from tests.shard_maker import NUM_CLASSES, image_bytes, labelled_samples, write_shard
-from utils.cli import UserError
 from utils.corruptions import (
     CORRUPTIONS,
     KNOWN,
@@ -27,6 +26,7 @@ from utils.corruptions import (
     require_package,
     warm_up,
 )
+from utils.errors import UserError
 from utils.images import ImageTransform, decode
 from utils.shards import ShardDataset, eval_loader, index_shards
 from utils.skipped import SkipCounter, count_skipped

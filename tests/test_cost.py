@@ -15,7 +15,6 @@ from benchmarks import cost_model
 from tests.conftest import ROOT, accelerate_launch, run_script
 from tests.small_models import save_small_clip
 from utils.attacks import frozen, pgd
-from utils.cli import UserError
 from utils.cost import (
     METHODS,
     PO,
@@ -35,6 +34,7 @@ from utils.cost import (
     step_time,
     tower_cost,
 )
+from utils.errors import UserError
 from utils.losses import squared_distance
 from utils.memory import TOWERS, _random_encoder, tower_config
 from utils.metrics import forward_flops, preference_flops_per_sample

@@ -25,7 +25,6 @@ from transformers.utils import is_torchvision_available
 from tests.small_models import KINDS, TEXT_KINDS, photos, save_small_clip, save_small_model, small_encoder
 from utils import layers
 from utils.attacks import frozen
-from utils.cli import UserError
 from utils.encoders import (
     CONTRASTIVE_MODEL_TYPES,
     FIXED_POSITIONS,
@@ -42,6 +41,7 @@ from utils.encoders import (
     make_encoder,
     save_model,
 )
+from utils.errors import UserError
 from utils.images import ImageTransform
 from utils.losses import squared_distance
 from utils.zeroshot import LabelledSet, set_classifier

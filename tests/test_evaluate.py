@@ -10,7 +10,7 @@ import train_po
 from tests.conftest import flags, run_script, two_processes
 from tests.shard_maker import image_bytes, write_shard
 from tests.small_models import save_small_clip
-from utils.cli import UserError
+from utils.errors import UserError
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ import evaluate
 from tests.conftest import ROOT, flags, run_script, two_processes
 from tests.shard_maker import image_bytes, write_shard
 from tests.small_models import save_small_clip, save_small_model
-from utils.cli import UserError
 from utils.encoders import ImageEncoder
+from utils.errors import UserError
 from utils.images import ImageTransform
 from utils.measures import fairness_figures
 from utils.results import ATTACKS, Results

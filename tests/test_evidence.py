@@ -23,7 +23,7 @@ from benchmarks.evidence import (
     verdict,
 )
 from benchmarks.transfer import halved
-from utils.cli import UserError
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 NUMBERS, PAGE = ROOT / "docs/results", ROOT / "docs/results.md"

@@ -18,7 +18,7 @@ from PIL import Image
 
 from examples import make_attribute_shards
 from tests.conftest import run_script
-from utils.cli import UserError
+from utils.errors import UserError
 
 CLASSNAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 SIZES = {"train": 1077, "val": 270, "test": 450}

@@ -27,7 +27,7 @@ from tests.conftest import ROOT, free_port, run_script, two_processes
 from tests.shard_maker import ShardServer
 from tests.small_models import save_small_clip
 from utils.checkpoint import damage, last_checkpoint
-from utils.cli import UserError
+from utils.errors import UserError
 
 
 @pytest.fixture

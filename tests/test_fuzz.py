@@ -37,8 +37,9 @@ from tests.mutations import mutate_bytes, mutate_image, mutate_json, mutate_line
 from tests.shard_maker import image_bytes, make_shards, write_shard
 from utils.attributes import AttributeDataset
 from utils.classifiers import read_linear_head
-from utils.cli import UserError, parse_settings
+from utils.cli import parse_settings
 from utils.corruptions import find_published
+from utils.errors import UserError
 from utils.head import load_head
 from utils.images import ImageError, ImageTransform, decode
 from utils.metrics import MetricsFile

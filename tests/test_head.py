@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from tests.conftest import run_script
 from tests.small_models import photos
-from utils.cli import UserError
 from utils.encoders import load_model, make_encoder, save_model
+from utils.errors import UserError
 from utils.head import (
     Head,
     condition_number,

@@ -14,7 +14,7 @@ from PIL import Image, ImageFile
 from transformers import BitImageProcessor, CLIPImageProcessor, SiglipImageProcessor
 
 from tests.shard_maker import image_bytes
-from utils.cli import UserError
+from utils.errors import UserError
 from utils.images import MAX_PIXELS, ImageError, ImageTransform, decode
 
 RAW = {"do_rescale": False, "do_normalize": False}

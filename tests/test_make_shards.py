@@ -28,8 +28,8 @@ from examples import make_shards
 from tests.conftest import ROOT, run_script
 from tests.shard_maker import image_bytes, write_shard
 from tests.test_example_sets import call, read_split
-from utils.cli import UserError
 from utils.data_order import SequentialOrder
+from utils.errors import UserError
 from utils.images import ImageTransform, decode
 from utils.pairs import PairDataset
 from utils.shards import ShardDataset

@@ -12,8 +12,8 @@ from tests.conftest import accelerate_launch, run_script
 from tests.small_models import photos, save_small_clip, small_encoder
 from utils import memory
 from utils.attacks import frozen, pgd
-from utils.cli import UserError
 from utils.encoders import enable_gradient_checkpointing
+from utils.errors import UserError
 from utils.losses import squared_distance
 from utils.memory import (
     TOWERS,

@@ -19,8 +19,8 @@ import train_po
 from tests.conftest import ROOT, flags, free_port
 from tests.shard_maker import ShardServer, image_bytes, make_shards
 from utils import shard_sources
-from utils.cli import UserError
 from utils.distributed import everywhere, start_tracker
+from utils.errors import UserError
 from utils.hub import model_files, model_folder
 from utils.shard_sources import expand_shards, read_text
 
@@ -302,7 +302,8 @@ NODE_SCRIPT = """
 import json, os, sys
 import evaluate
 from pathlib import Path
-from utils.cli import UserError, parse_settings
+from utils.cli import parse_settings
+from utils.errors import UserError
 from utils.distributed import everywhere, start_accelerator
 from utils.encoders import load_model
 from utils.hub import fetch_model, folder_on_every_node, on_this_node

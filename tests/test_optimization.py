@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import beta
 
-from utils.cli import UserError
+from utils.errors import UserError
 from utils.optimization import (
     BetaAverage,
     accumulation_steps,

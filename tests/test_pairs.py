@@ -12,7 +12,7 @@ import webdataset
 
 from tests.conftest import ROOT
 from tests.shard_maker import NUM_CLASSES, image_bytes, labelled_samples, make_shards, write_shard
-from utils.cli import UserError
+from utils.errors import UserError
 from utils.images import ImageTransform
 from utils.pairs import PairDataset, Row, TypographicDataset, collate_rows, pack_pair_folder, pair_shards, parse_pair
 from utils.shard_sources import expand_shards

@@ -19,7 +19,7 @@ from transformers import AutoProcessor, AutoTokenizer, CLIPModel, CLIPProcessor
 
 from examples import make_digit_shards, make_shards, pretrain_small_clip
 from tests.conftest import run_script
-from utils.cli import UserError
+from utils.errors import UserError
 from utils.typographic import WordStyle
 
 TINY = [

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from utils.cli import UserError
+from utils.errors import UserError
 from utils.figures import LINES, bar_style, clean_robust_front, draw_t_sweep, inline_svg, line_style, pareto_front
 from utils.metrics import wilson_interval
 from utils.report import (

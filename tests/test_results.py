@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from utils.cli import UserError
+from utils.errors import UserError
 from utils.metrics import mcnemar
 from utils.report import write_report
 from utils.results import Results, cell_name, column_name, model_revision

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import train_lore
 from tests.conftest import ROOT, accelerate_launch, run_script
 from tests.train_several import train
-from utils.cli import UserError
+from utils.errors import UserError
 from utils.interruption import REQUEUE
 
 KILLS = 20

@@ -25,8 +25,9 @@ from tests.conftest import ROOT, flags
 from tests.mutations import png, seal
 from tests.shard_maker import ShardServer, add_member, image_bytes, make_shards, write_shard
 from utils import shard_sources, tar_index
-from utils.cli import UserError, parse_settings
+from utils.cli import parse_settings
 from utils.encoders import load_model
+from utils.errors import UserError
 from utils.images import MAX_PIXELS, MAX_SIDE, ImageError, ImageTransform, decode
 from utils.pairs import PairDataset
 from utils.redaction import display_url, printable, shown_setting, without_secrets

@@ -27,7 +27,7 @@ from examples.segmentation import (
 )
 from tests.conftest import run_script
 from tests.small_models import save_small_clip
-from utils.cli import UserError
+from utils.errors import UserError
 
 
 def run_here(*arguments: object) -> None:

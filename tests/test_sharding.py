@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from tests.conftest import ROOT, accelerate_launch, run_script
 from tests.small_models import KINDS, TEXT_KINDS, photos, save_small_model, small_encoder
 from tests.train_several import train
-from utils.cli import UserError
 from utils.encoders import quiet_transformers
+from utils.errors import UserError
 
 SHARDINGS = [
     "cpu_2proc",

@@ -27,8 +27,8 @@ from tests.shard_maker import (
     write_shard,
 )
 from utils import shard_sources, shards, tar_index
-from utils.cli import UserError
 from utils.data_order import EpochOrder
+from utils.errors import UserError
 from utils.images import ImageTransform, decode
 from utils.shard_sources import ShardCache, ShardError, UnavailableShard, display_url, expand_shards, read_text, sibling
 from utils.shards import ShardDataset, ShardReader, collate, eval_loader, index_shards, train_batches
@@ -833,7 +833,7 @@ def test_shards_are_fetched_ahead_but_not_far(tmp_path, server, monkeypatch):
 
 HUB_SCRIPT = """
 import json, sys
-from utils.cli import UserError
+from utils.errors import UserError
 from utils.images import ImageTransform
 from utils.shard_sources import expand_shards, read_text
 from utils.shards import ShardDataset, index_shards

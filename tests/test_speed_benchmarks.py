@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.conftest import run_script
-from utils.cli import UserError
+from utils.errors import UserError
 
 
 def test_variants_of_a_step_do_the_same(small_clip, tmp_path, monkeypatch):

@@ -15,8 +15,8 @@ import train_lore
 from tests.conftest import ROOT, accelerate_launch, run_script
 from tests.shard_maker import image_bytes, write_shard
 from tests.small_models import photos, save_small_clip, small_encoder
-from utils.cli import UserError
 from utils.encoders import quiet_transformers
+from utils.errors import UserError
 from utils.lagrangian import Multiplier
 
 KEYS = {

@@ -15,8 +15,8 @@ from tests.conftest import ROOT, accelerate_launch, run_script
 from tests.shard_maker import image_bytes, write_shard
 from tests.small_models import photos, save_small_clip, small_encoder
 from tests.test_train_step import Flops, ScalarsRead, flops_of
-from utils.cli import UserError
 from utils.encoders import load_model, quiet_transformers
+from utils.errors import UserError
 from utils.head import head_power, load_head
 from utils.lagrangian import Multiplier
 from utils.metrics import preference_flops_per_sample

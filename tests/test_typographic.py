@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from examples import typographic_sheet
 from tests.shard_maker import make_shards
 from utils import typographic
-from utils.cli import UserError
+from utils.errors import UserError
 from utils.typographic import (
     COLOURS,
     KINDS,

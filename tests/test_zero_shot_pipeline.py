@@ -12,8 +12,8 @@ from PIL import Image
 
 from examples import zero_shot_pipeline
 from tests.small_models import photos
-from utils.cli import UserError
 from utils.encoders import load_model, make_encoder
+from utils.errors import UserError
 from utils.images import ImageTransform, decode
 from utils.losses import class_logits
 from utils.zeroshot import class_embeddings, to_pixel_values

@@ -13,8 +13,8 @@ from PIL import Image
 from tests.conftest import ROOT
 from tests.small_models import photos, small_encoder
 from utils.classifiers import LinearClassifier
-from utils.cli import UserError
 from utils.encoders import load_model
+from utils.errors import UserError
 from utils.losses import class_logits
 from utils.shard_sources import hub_set
 from utils.zeroshot import (
@@ -242,7 +242,7 @@ def test_offline_a_cached_set_is_read_and_an_absent_one_named(tmp_path):
     (cached / "snapshots" / ("0" * 40) / "test").mkdir(parents=True)
     (cached / "snapshots" / ("0" * 40) / "test" / "0.tar").write_text("")
     program = """
-from utils.cli import UserError
+from utils.errors import UserError
 from utils.shard_sources import hub_set
 for name in ("clip-benchmark/wds_cifar10", "clip-benchmark/wds_cars"):
     try:

@@ -33,8 +33,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from utils import training_state
-from utils.cli import UserError
 from utils.distributed import gather_objects
+from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from utils.cli import UserError
 from utils.encoders import has_own_head
+from utils.errors import UserError
 from utils.losses import class_logits
 
 # scikit-learn's C = 0.316 of CLIP's linear probe weighs the losses, l2 = 1 / C the weights.

@@ -31,7 +31,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import yaml
 
-from utils.redaction import printable, shown_setting, without_secrets
+from utils.errors import UserError
+from utils.redaction import shown_setting
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -39,19 +40,6 @@ if TYPE_CHECKING:
 MAX_RECIPE_BYTES = 1 << 20  # a recipe has some hundred lines
 
 SettingsT = TypeVar("SettingsT", bound="DataclassInstance")
-
-
-class UserError(Exception):
-    """A mistake that the user can mend. The text says what, where, what was expected and what to do, in one line.
-
-    Whatever it quotes loses its secrets and control characters here, so that no message has to think of them.
-    ``every_rank``: all processes raise it alike, so that the first one speaks for all.
-    """
-
-    every_rank = True
-
-    def __init__(self, text: str) -> None:
-        super().__init__(printable(without_secrets(" ".join(text.split()))))
 
 
 def flag(

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from utils.attacks import seed_from
-from utils.cli import UserError
+from utils.errors import UserError
 from utils.images import MAX_IMAGE_BYTES, ImageError, ImageTransform, decode
 from utils.shard_sources import one_line
 from utils.shards import IMAGE_EXTENSIONS, SampleDataset, ShardDataset, ShardIndex, ShardReader

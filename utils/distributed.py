@@ -32,7 +32,7 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
-from utils.cli import UserError
+from utils.errors import UserError
 
 MIXED_PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -44,7 +44,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from utils.cli import UserError
+from utils.errors import UserError
 from utils.images import ImageTransform
 from utils.layers import ATTENTION, recompute_convnext_layers, use_lean_layers
 from utils.shard_sources import BRING_IT

@@ -18,11 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from utils.cli import UserError
 from utils.distributed import (
     everywhere,
     gather_objects,
 )
+from utils.errors import UserError
 from utils.pairs import PreferenceDataset, Row
 from utils.shard_sources import default_cache_dir
 from utils.shards import ShardReader, eval_loader

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPModel, PreTrainedModel
 
-from utils.cli import UserError
+from utils.errors import UserError
 
 HEAD_FILE = "head.safetensors"
 SMALLEST_SINGULAR_VALUE = 1e-4  # as a share of the largest: below it, t < 0 would explode

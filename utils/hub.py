@@ -14,9 +14,9 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from utils.cli import UserError
 from utils.distributed import everywhere, from_main_process, gather_objects, on_every_node
 from utils.encoders import MODEL_TYPES, check_model
+from utils.errors import UserError
 from utils.shard_sources import BRING_IT, ShardCache, hub_answered, hub_offline, one_line
 from utils.shards import ShardIndex, refuse_lacking_shards
 

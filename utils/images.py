@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from utils.cli import UserError
+from utils.errors import UserError
 
 # What Pillow decodes without a warning (it refuses twice as much): 341 MiB at its four bytes a pixel. Kept even where some
 # library lifts that limit. Also the most that resizing may make of an image: of 1 x 60,000 pixels it would make 3e9.

@@ -24,10 +24,10 @@ from transformers import PreTrainedModel
 
 from utils.attacks import Point, attack_seeds, frozen, gaussian_noise, make_points, run_apgd, square
 from utils.attributes import AttributeDataset
-from utils.cli import UserError
 from utils.corruptions import CorruptedDataset, PublishedCorruptions
 from utils.distributed import default_num_workers, gather_objects
 from utils.encoders import ImageEncoder, logit_scale
+from utils.errors import UserError
 from utils.fairness import (
     demographic_parity_difference,
     equal_opportunity_difference,

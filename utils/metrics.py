@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from utils.cli import UserError
 from utils.encoders import ImageEncoder
+from utils.errors import UserError
 from utils.strict_json import parse_json
 
 

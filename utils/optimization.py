@@ -14,7 +14,7 @@ from accelerate.utils import is_bnb_available
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from utils.cli import UserError
+from utils.errors import UserError
 
 
 def make_optimizer(name: str, module: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:

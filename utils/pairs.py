@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.cli import UserError
+from utils.errors import UserError
 from utils.images import MAX_IMAGE_BYTES, ImageTransform
 from utils.shard_sources import default_cache_dir
 from utils.shards import IMAGE_EXTENSIONS, ShardDataset, ShardIndex, ShardReader

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from utils.cli import UserError
 from utils.encoders import MODEL_TYPES, check_model
+from utils.errors import UserError
 from utils.hub import model_folder
 from utils.progress import RunProgress
 from utils.shard_sources import (

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from utils import figures
-from utils.cli import UserError
+from utils.errors import UserError
 from utils.metrics import MetricsFile
 from utils.results import ATTACKS, Results, cell_name, column_name, figure_name, replace_file
 from utils.sanity import READING

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from utils.cli import UserError
+from utils.errors import UserError
 from utils.metrics import mcnemar
 from utils.model_card import versions
 from utils.sanity import sanity_warnings

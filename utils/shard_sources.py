@@ -29,8 +29,9 @@ from typing import Any
 
 import braceexpand
 
-from utils.cli import UserError
+from utils.errors import UserError
 from utils.redaction import display_url, url_scheme, without_secrets
+from utils.text_files import decode_text
 
 logger = logging.getLogger(__name__)
 
@@ -585,7 +586,7 @@ def read_text(location: str, cache_dir: str | os.PathLike) -> str | None:
         data = _remote_text(location, Path(cache_dir)) if is_remote(location) else _read_at_most(location, limit)
         if data is not None and len(data) > MAX_TEXT_BYTES:
             raise UserError(f"{shown}: more than {MAX_TEXT_BYTES >> 20} MiB; expected a short text")
-        return None if data is None else data.decode("utf-8")
+        return None if data is None else decode_text(data, shown)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except UnavailableShard as error:
@@ -593,8 +594,6 @@ def read_text(location: str, cache_dir: str | os.PathLike) -> str | None:
         raise UserError(f"{shown}: cannot be reached ({error}); check address and network{hint}") from None
     except OSError as error:
         raise UserError(f"{shown}: cannot be read ({error.strerror}); check its permissions") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{shown}: not a UTF-8 text; expected plain text") from None
 
 
 def _remote_text(url: str, cache_dir: Path) -> bytes | None:

@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from utils.cli import UserError
 from utils.data_order import EpochOrder, EvalBatchSampler, SequentialOrder, TrainBatchSampler
+from utils.errors import UserError
 from utils.images import MAX_IMAGE_BYTES, ImageError, ImageTransform, decode
 from utils.redaction import display_url
 from utils.shard_sources import (

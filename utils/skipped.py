@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from utils.cli import UserError
+from utils.errors import UserError
 from utils.redaction import printable, without_secrets
 
 logger = logging.getLogger(__name__)

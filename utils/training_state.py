@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from utils.cli import UserError
+from utils.errors import UserError
 from utils.optimization import load_optimizer_state
 
 Tensors = dict[str, Tensor]

@@ -19,7 +19,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from utils.cli import UserError, nearest
+from utils.cli import nearest
+from utils.errors import UserError
 
 REFERENCE_SIZE = 224  # letter sizes are given for images of this side and scale with the image
 AILERON = "Aileron"  # Pillow's own scalable font; it has no file

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, Siglip2Processor, SiglipProcessor
 
 from utils.attacks import Logits, attack_seeds, frozen, pgd, uniform_start
 from utils.classifiers import LinearClassifier, own_linear_head, read_linear_head
-from utils.cli import UserError
 from utils.encoders import ImageEncoder, TextEncoder, has_text, logit_scale
+from utils.errors import UserError
 from utils.losses import cross_entropy
 from utils.progress import RunProgress
 from utils.redaction import display_url
