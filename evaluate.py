@@ -72,7 +72,7 @@ from utils.pairs import pack_pair_folder
 from utils.prefetch import prefetch_models, say_where
 from utils.progress import wide_console
 from utils.results import ATTACKS, Cell, Results, cell_name, column_name, figure_name, model_revision
-from utils.shard_sources import default_cache_dir, hub_set
+from utils.shard_sources import default_cache_dir, hub_set, known_path
 from utils.shards import ShardDataset, ShardIndex, ShardReader
 from utils.skipped import BadSample
 from utils.typographic import KINDS, PLACES, word_style
@@ -304,7 +304,7 @@ def load(name: str, accelerator: Accelerator, flag: str) -> Model:
 
 def data_folder(settings: Settings, name: str, local_files_only: bool = False) -> Path:
     """The directory of a set; one of the hub is brought first, unless ``local_files_only``."""
-    folder = Path(name)
+    folder = Path(known_path(name))
     if folder.is_dir():
         return folder
     if folder.exists() or name.count("/") < 1 or name.startswith(("/", ".")):

@@ -20,6 +20,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
+import glob
 import hashlib
 import io
 import json
@@ -27,6 +28,7 @@ import multiprocessing
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -50,7 +52,7 @@ from utils.data_order import permutation
 from utils.errors import UserError
 from utils.images import ImageError, ImageTransform, decode
 from utils.progress import RunProgress, wide_console
-from utils.shard_sources import expand_shards, one_line
+from utils.shard_sources import default_cache_dir, expand_shards, known_path, one_line
 from utils.shards import IMAGE_EXTENSIONS, ShardIndex, ShardReader, index_shards
 from utils.skipped import BadSample, SkipCounter, Skipped
 from utils.tar_index import scan_tar
@@ -177,7 +179,7 @@ def main() -> None:
 
 def open_source(settings: Settings) -> FolderSource | ShardSource | DatasetSource:
     """What --data is, by what lies there."""
-    path = Path(settings.data).expanduser()
+    path = Path(known_path(settings.data))
     if path.is_dir():
         if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
             return DatasetSource(settings)
@@ -443,20 +445,47 @@ def import_datasets(data: str) -> Any:
 
 def load_dataset(datasets: Any, settings: Settings) -> Any:
     """The splits by name, or one alone. UserError for whatever the library says."""
-    path = Path(settings.data).expanduser()
+    path = Path(known_path(settings.data))
     cache = settings.cache_dir and str(Path(settings.cache_dir) / "datasets")
     try:
+        if path.exists():
+            path = without_magic(path, Path(settings.cache_dir or default_cache_dir()))
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return datasets.load_from_disk(str(path))
         if path.is_file():
             return datasets.load_dataset("parquet", data_files={"train": str(path)}, cache_dir=cache)["train"]
         where = str(path) if path.is_dir() else settings.data
         return datasets.load_dataset(where, settings.dataset_config, cache_dir=cache)
+    except UserError:
+        raise
     except Exception as error:  # its own errors, the hub's, pyarrow's, OSError
         raise UserError(
             f"--data {settings.data}: {'' if path.exists() else 'no such directory, and '}the library datasets cannot read it "
             f"({one_line(error)}); correct the path or the name; a gated one needs its terms accepted on its page and `hf auth login`"
         ) from None
+
+
+def without_magic(path: Path, cache_dir: Path) -> Path:
+    """The path, or in the cache a copy of its tree with links for files, where the library would read it as a pattern."""
+
+    def is_pattern(path: Path) -> bool:
+        return glob.has_magic(str(path)) or "::" in str(path)
+
+    whole = path.resolve()
+    if not is_pattern(whole):
+        return path
+    mirror = cache_dir.resolve() / "links" / hashlib.sha256(os.fsencode(whole)).hexdigest()[:24]
+    if is_pattern(mirror):
+        raise UserError(
+            f"--cache_dir {cache_dir}: the library datasets reads it as a pattern; name one without *, ?, [ and ::"
+        )
+    shutil.rmtree(mirror, ignore_errors=True)
+    for file in [whole] if whole.is_file() else filter(Path.is_file, whole.rglob("*")):
+        link = mirror / ("file.parquet" if file == whole else file.relative_to(whole))
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file)
+        os.utime(link, ns=(0, file.stat().st_mtime_ns), follow_symlinks=False)  # by which the library knows a change
+    return mirror / "file.parquet" if whole.is_file() else mirror
 
 
 # ------------------------------------------------------------------------------------------- splits, classes and names
@@ -632,7 +661,7 @@ def stop_at_loss(skipped: Sequence[Skipped]) -> None:
 
 def check_apart(output_dir: Path, settings: Settings, source: Any) -> None:
     """UserError where the new set would lie in the one that is read."""
-    root, new = Path(settings.data).expanduser().resolve(), output_dir.resolve()
+    root, new = Path(known_path(settings.data)).resolve(), output_dir.resolve()
     if isinstance(source, ShardSource):
         inside = any(new / name == root / split for split in source.splits for name in source.splits.values())
     else:

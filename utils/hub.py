@@ -6,6 +6,7 @@ LOCAL_RANK 0, brings the files into its own. Whatever fails on one process ends 
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import re
@@ -75,7 +76,7 @@ def model_folder(
     try:
         names = [file.rfilename for file in HfApi().model_info(name_or_path).siblings or []]
         check_model(name_or_path, flag, supported)
-        return Path(snapshot_download(name_or_path, allow_patterns=model_files(names)))
+        return Path(snapshot_download(name_or_path, allow_patterns=list(map(glob.escape, model_files(names)))))
     except UserError:
         raise
     except Exception as error:  # the hub raises its own errors, httpx's and OSError

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from utils.errors import UserError
 from utils.images import MAX_IMAGE_BYTES, ImageTransform
-from utils.shard_sources import default_cache_dir
+from utils.shard_sources import default_cache_dir, known_path
 from utils.shards import IMAGE_EXTENSIONS, ShardDataset, ShardIndex, ShardReader
 from utils.skipped import BadSample, Skipped
 from utils.strict_json import parse_json
@@ -234,7 +234,7 @@ def collate_rows(samples: Sequence[dict[str, Any]], *, texts: list[str] | None, 
 
 def pair_shards(patterns: Sequence[str], cache_dir: str | None) -> list[str]:
     """The patterns of --train_shards and the like, folders of named pictures replaced by a shard of them."""
-    folders = [Path(pattern).expanduser() for pattern in patterns]
+    folders = [Path(known_path(pattern)) for pattern in patterns]
     packed = [pack_pair_folder(folder, cache_dir) if folder.is_dir() else None for folder in folders]
     return [shard or pattern for shard, pattern in zip(packed, patterns)]
 

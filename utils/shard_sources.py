@@ -77,19 +77,18 @@ def expand_shards(
     """Paths and URLs of single shards, in the order given; duplicates stay.
 
     A pattern is a path, a glob, a directory (its *.tar in numeric order), an ``https://`` or ``http://`` URL, an
-    ``hf://datasets/<org>/<name>[@revision]/<path>`` URL (glob and directory too), each after brace expansion. What the hub
-    lists is kept in ``cache_dir`` and used where the hub cannot be reached. UserError where a pattern leads to nothing;
-    single missing shards of a pattern are left to ``index_shards``.
+    ``hf://datasets/<org>/<name>[@revision]/<path>`` URL (glob and directory too), each after brace expansion. A local path
+    that exists as written is no pattern and no URL (``expand_paths``). What the hub lists is kept in ``cache_dir`` and used
+    where the hub cannot be reached. UserError where a pattern leads to nothing; single missing shards of a pattern are left
+    to ``index_shards``.
     """
     urls: list[str] = []
     for pattern in patterns:
-        try:
-            expanded = list(braceexpand.braceexpand(pattern))
-        except ValueError:
-            raise UserError(
-                f"{flag} {display_url(pattern)}: braces do not match; expected e.g. x-{{000..010}}.tar"
-            ) from None
-        scheme = url_scheme(pattern)
+        scheme = None if os.path.lexists(pattern) else url_scheme(pattern)
+        if scheme is None:
+            urls += _expand_local(pattern, flag)
+            continue
+        expanded = _expand_braces(pattern, flag)
         if scheme == "pipe":
             if not allow_pipe_urls:
                 raise UserError(
@@ -97,7 +96,7 @@ def expand_shards(
                 )
             urls += expanded
         elif scheme in ("http", "https"):
-            if any("*" in urllib.parse.urlsplit(url).path for url in expanded):
+            if any("*" in _address(url)[0] for url in expanded):
                 raise UserError(
                     f"{flag} {display_url(pattern)}: a web server cannot be listed; write x-{{000..010}}.tar"
                 )
@@ -105,8 +104,6 @@ def expand_shards(
         elif scheme == "hf":
             for url in expanded:
                 urls += _expand_hub(url, flag, Path(cache_dir or default_cache_dir()))
-        elif scheme is None:
-            urls += _expand_local(pattern, expanded, flag)
         else:
             raise UserError(
                 f"{flag} {display_url(pattern)}: {scheme}:// is not supported; expected a path, http(s):// or hf://"
@@ -119,29 +116,117 @@ def expand_shards(
     return urls
 
 
-def _expand_local(pattern: str, expanded: list[str], flag: str) -> list[str]:
-    found: list[str] = []
+def known_path(name: str) -> str:
+    """The path that ``name`` is: as written where its first folder or the file exists so, else with ``~`` expanded."""
+    return name if _written_part(name, os.path.lexists) else os.path.expanduser(name)
+
+
+def expand_paths(pattern: str, flag: str) -> list[list[str]]:
+    """Local paths of a pattern: those of each of its alternatives in braces, in order, the matches of a glob in numeric order.
+
+    What exists as written wins: the longest leading part that does is taken letter by letter, and only what follows it is
+    read as a pattern. ``v[1]`` is the folder of this name where there is one, beside a ``v1`` too, and ``v[1]/*.tar`` are
+    the shards in it. Without a match the alternative itself, which does not exist. UserError where braces do not match.
+    """
+    pattern = known_path(pattern)
+    known = _written_part(pattern, os.path.lexists)
+    # An alternative may begin with ~ itself.
+    paths = [known_path(known + rest) for rest in _expand_braces(pattern[len(known) :], flag, pattern)]
+    return [sorted(map(_as_path, _matches(path)), key=_natural) or [_as_path(path)] for path in paths]
+
+
+def _expand_braces(text: str, flag: str, shown: str | None = None) -> list[str]:
+    try:
+        return list(braceexpand.braceexpand(text))
+    except ValueError:
+        raise UserError(
+            f"{flag} {display_url(shown or text)}: braces do not match; expected e.g. x-{{000..010}}.tar"
+        ) from None
+
+
+def _written_part(path: str, exists: Callable[[str], bool]) -> str:
+    """The longest leading part of ``path``, of whole folders, that exists as written."""
+    ends = [len(path), *(place.start() for place in reversed(list(re.finditer("/", path))))]
+    return next((path[:end] for end in ends if end and exists(path[:end])), "")
+
+
+def _matches(path: str) -> list[str]:
+    """What exists of a glob, folder by folder: one that exists as written is not read as a pattern."""
+    known = _written_part(path, os.path.lexists)
+    rest = path[len(known) :]
+    if not rest.strip("/"):
+        return [path] if os.path.lexists(path) else []
+    if not glob.has_magic(rest):
+        return []
+    if "**" in rest:
+        return glob.glob(glob.escape(known) + rest, recursive=True)
+    steps = re.match(r"/*[^/]+", rest)
+    assert steps is not None  # there is something but slashes
+    found = glob.glob(glob.escape(known) + steps.group(0)) if glob.has_magic(steps.group(0)) else []
+    return [match for folder in found for match in _matches(folder + rest[steps.end() :])]
+
+
+def _as_path(path: str) -> str:
+    """A relative path that reads like a URL, such as that of a file called pipe:x, made into one that does not."""
+    return path if url_scheme(path) is None else os.path.join(os.curdir, path)
+
+
+def _expand_local(pattern: str, flag: str) -> list[str]:
+    urls: list[str] = []
     exists = False
-    for path in map(os.path.expanduser, expanded):
-        matches = sorted(glob.glob(path, recursive=True), key=_natural) if glob.has_magic(path) else []
-        for match in matches or [path]:
+    expanded = expand_paths(pattern, flag)
+    for matches in expanded:
+        found: list[str] = []
+        chosen = [match for match in matches if len(matches) == 1 or _is_shard_or_folder(match, flag)]
+        for match in chosen or matches:
             if os.path.isdir(match):
-                found += [os.path.join(match, name) for name in _tars_in_folder(match, os.listdir(match), flag)]
+                found += [os.path.join(match, name) for name in _tars_in_folder(match, _names_in(match, flag), flag)]
                 exists = True
             else:
                 found.append(match)
-                exists = exists or os.path.exists(match)
+                exists = exists or os.path.lexists(match)
+        urls += dict.fromkeys(found)  # ``**`` matches a folder and the shards in it
+        if 0 < len(chosen) < len(matches):
+            others = [match for match in matches if match not in set(chosen)]
+            logger.warning(
+                "%s %s: also matches %d that are no shards and no folders of shards, the first is %s; left out",
+                flag, pattern, len(others), others[0],
+            )  # fmt: skip
     if not exists:
-        parent = Path(os.path.expanduser(expanded[0] if expanded else pattern)).absolute().parent
+        parent = Path(expanded[0][0]).absolute().parent
         while not parent.is_dir():
             parent = parent.parent
-        tars = sum(name.endswith(".tar") for name in os.listdir(parent)) if os.access(parent, os.R_OK) else 0
+        tars = sum(map(_is_tar, os.listdir(parent))) if os.access(parent, os.R_OK) else 0
         count = f"none of the {len(expanded)} files exists" if len(expanded) > 1 else "nothing is there"
         raise UserError(
             f"{flag} {pattern}: {count}; expected .tar shards; the nearest existing folder is {parent} "
             f"({tars} .tar files); correct the path"
         )
-    return found
+    return urls
+
+
+def _is_shard_or_folder(path: str, flag: str) -> bool:
+    """Whether a match of a glob is a .tar, also a compressed one, which is refused later, or a folder of .tar files."""
+    if os.path.isdir(path):
+        return any(map(_is_tar, _names_in(path, flag)))
+    return path.lower().endswith((".tar", *COMPRESSED))
+
+
+def _names_in(folder: str, flag: str) -> list[str]:
+    """What lies in a local folder; the names of folders end in /."""
+
+    def is_folder(entry: os.DirEntry[str]) -> bool:  # a link to itself is none
+        return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.name + "/" * is_folder(entry) for entry in entries]
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: cannot be read ({error.strerror}); check its permissions") from None
+
+
+def _is_tar(name: str) -> bool:
+    return name.lower().endswith(".tar") and not name.startswith(".")
 
 
 def _expand_hub(url: str, flag: str, cache_dir: Path) -> list[str]:
@@ -168,26 +253,39 @@ def _expand_hub(url: str, flag: str, cache_dir: Path) -> list[str]:
 
 
 def _list_hub(url: str, repo: str, revision: str | None, path: str, flag: str) -> list[str]:
-    """The shards of a folder or glob as the hub has them now. UserError where there are none, the hub's own errors."""
+    """The shards of a folder or glob as the hub has them now. UserError where there are none, the hub's own errors.
+
+    As with local paths, what exists as written wins.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    pattern = path if glob.has_magic(path) else None
-    folder = path.strip("/")
-    if pattern is not None:
-        fixed = re.split(r"[*?\[]", pattern, maxsplit=1)[0]
-        folder = fixed.rpartition("/")[0]
-    deep = pattern is not None and "/" in pattern[len(folder) :].lstrip("/")
-    entries = list(HfApi().list_repo_tree(repo, folder or None, recursive=deep, revision=revision, repo_type="dataset"))
+    def entries(folder: str, deep: bool) -> list[Any]:
+        return list(
+            HfApi().list_repo_tree(repo, folder or None, recursive=deep, revision=revision, repo_type="dataset")
+        )
+
     prefix = url[: len(url) - len(path)].rstrip("/") + "/"
-    if pattern is None:
-        names = [entry.path.rpartition("/")[2] for entry in entries]
-        return [f"{prefix}{folder}/{name}" if folder else prefix + name for name in _tars_in_folder(url, names, flag)]
-    files = [entry.path for entry in entries if isinstance(entry, RepoFile)]
-    matches = sorted((path for path in files if fnmatch.fnmatchcase(path, pattern)), key=_natural)
-    if not matches:
-        raise UserError(f"{flag} {display_url(url)}: matches no file on the hub; expected .tar shards")
-    return [prefix + match for match in matches]
+    path = path.strip("/")
+    if glob.has_magic(path):
+        folder = re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0]
+        listed = entries(folder, deep="/" in path[len(folder) :].lstrip("/"))
+        files = [entry.path for entry in listed if isinstance(entry, RepoFile)]
+        if path in files:
+            return [prefix + path]
+        # A listing may lack folders that its files imply.
+        there = {name[: end.start()] for name in files for end in re.finditer("/", name)}
+        there.update(entry.path for entry in listed)
+        known = _written_part(path, there.__contains__)
+        if known != path:
+            pattern = glob.escape(known) + path[len(known) :]
+            matches = sorted((name for name in files if fnmatch.fnmatchcase(name, pattern)), key=_natural)
+            if not matches:
+                raise UserError(f"{flag} {display_url(url)}: matches no file on the hub; expected .tar shards")
+            return [prefix + match for match in matches]
+    listed = entries(path, deep=False)
+    names = [entry.path.rpartition("/")[2] + "/" * (not isinstance(entry, RepoFile)) for entry in listed]
+    return [prefix + (f"{path}/{name}" if path else name) for name in _tars_in_folder(url, names, flag)]
 
 
 def _read_listing(kept: Path) -> tuple[list[str], int, str] | None:
@@ -215,12 +313,24 @@ def hub_answered(error: BaseException) -> bool:
 
 
 def _tars_in_folder(folder: str, names: Sequence[str], flag: str) -> list[str]:
-    """The .tar files among ``names``, in numeric order; UserError where ``folder`` has none."""
-    tars = sorted((name for name in names if name.endswith(".tar") and not name.startswith(".")), key=_natural)
+    """The .tar files among ``names``, in numeric order; UserError where ``folder`` has none. Folders' names end in /.
+
+    What looks like a shard and is none, compressed or a folder, is named.
+    """
+    tars = sorted(filter(_is_tar, names), key=_natural)
+    others = sorted(name for name in names if re.fullmatch(r"[^.].*\.(tar/|tar\.\w+|tgz)", name.lower()))
     if not tars:
-        splits = [name for name in ("train", "test") if name in names]
-        hint = f"name its {' or '.join(f'{split}/' for split in splits)} folder" if splits else "correct the path"
-        raise UserError(f"{flag} {folder}: a folder without .tar files; expected .tar shards; {hint}")
+        splits = [f"{split}/" for split in ("train", "test") if f"{split}/" in names]
+        hint = f"name its {' or '.join(splits)} folder" if splits else "correct the path"
+        raise UserError(
+            f"{flag} {folder}: a folder without .tar files; expected .tar shards; "
+            f"{f'there is {others[0]}: unpack or name it' if others and not splits else hint}"
+        )
+    if others:
+        logger.warning(
+            "%s %s: %d that are no plain .tar files are not read, the first is %s; unpack them once, or take them out",
+            flag, display_url(folder), len(others), others[0],
+        )  # fmt: skip
     return tars
 
 
@@ -234,9 +344,7 @@ def is_remote(url: str) -> bool:
 
 
 def file_name(url: str) -> str:
-    if url_scheme(url) == "pipe":
-        return "pipe.tar"
-    return (re.split(r"[?#]", url, maxsplit=1)[0] if is_remote(url) else url).rpartition("/")[2]
+    return "pipe.tar" if url_scheme(url) == "pipe" else _address(url)[0].rpartition("/")[2]
 
 
 def sibling(url: str, name: str) -> str | None:
@@ -245,8 +353,14 @@ def sibling(url: str, name: str) -> str | None:
         return None
     if not is_remote(url):
         return os.path.join(os.path.dirname(url), name)
-    address, mark, query = url.partition("?")
-    return address.rpartition("/")[0] + "/" + name + mark + query
+    address, query = _address(url)
+    return address.rpartition("/")[0] + "/" + name + query
+
+
+def _address(url: str) -> tuple[str, str]:
+    """A URL of a web server without query and fragment, and these; in paths, and on the hub, ? and # are part of names."""
+    end = re.search(r"[?#]", url) if url_scheme(url) in ("http", "https") else None
+    return (url[: end.start()], url[end.start() :]) if end else (url, "")
 
 
 def _parse_hub(url: str, flag: str = "") -> tuple[str, str | None, str]:
@@ -289,7 +403,7 @@ def hub_set(
         folder = snapshot_download(
             repo,
             repo_type="dataset",
-            allow_patterns=["*.txt", f"{split}/*"],
+            allow_patterns=["*.txt", f"{glob.escape(split)}/*"],
             cache_dir=None if cache_dir is None else Path(cache_dir) / "hub",
             local_files_only=local_files_only,
         )
@@ -579,11 +693,12 @@ def read_text(location: str, cache_dir: str | os.PathLike) -> str | None:
     and no copy was kept, where the file is not text or larger than MAX_TEXT_BYTES, and for a pipe: no text is worth a command.
     """
     shown = display_url(location)
-    if url_scheme(location) == "pipe":
+    remote = is_remote(location) and not os.path.lexists(location)
+    if remote and url_scheme(location) == "pipe":
         raise UserError(f"{shown}: runs a shell command; give a path or URL")
     try:
         limit = MAX_TEXT_BYTES + 1
-        data = _remote_text(location, Path(cache_dir)) if is_remote(location) else _read_at_most(location, limit)
+        data = _remote_text(location, Path(cache_dir)) if remote else _read_at_most(known_path(location), limit)
         if data is not None and len(data) > MAX_TEXT_BYTES:
             raise UserError(f"{shown}: more than {MAX_TEXT_BYTES >> 20} MiB; expected a short text")
         return None if data is None else decode_text(data, shown)
