@@ -53,7 +53,7 @@ from utils.errors import UserError
 from utils.images import ImageError, ImageTransform, decode
 from utils.progress import RunProgress, wide_console
 from utils.shard_sources import default_cache_dir, expand_shards, known_path, one_line
-from utils.shards import IMAGE_EXTENSIONS, ShardIndex, ShardReader, index_shards
+from utils.shards import IMAGE_EXTENSIONS, Members, ShardIndex, ShardReader, index_shards
 from utils.skipped import BadSample, SkipCounter, Skipped
 from utils.tar_index import scan_tar
 from utils.zeroshot import (
@@ -313,6 +313,8 @@ class ShardSource:
                 urls, cache_dir=self.cache_dir, progress=lambda done, _: progress.update(done), flag="--data"
             )
         stop_at_loss(index.skipped)
+        for note in index.skipped:  # of what costs no sample
+            print(f"--data {note.where}: {note.kind}: {note.detail}")
         self.indexes[split] = index
         reader, found = ShardReader(index), []
         with RunProgress(f"reading the classes of {split}", index.num_samples, transient=True) as progress:
@@ -340,14 +342,16 @@ class ShardSource:
         members.pop("cls", None)
         extension = next((name for name in IMAGE_EXTENSIONS if name in members), None)
         if extension is None:
-            raise BadSample("missing image", self.where(split, reference), "no image member")
+            raise BadSample("missing image", self.where(split, reference), members.lacking(*IMAGE_EXTENSIONS))
         return extension, members.pop(extension), members
 
     def where(self, split: str, reference: str) -> str:
         shard, _, number = reference.partition("/")
         return f"{self.indexes[split].urls[int(shard)]}#{number}"
 
-    def _label(self, members: dict[str, bytes], where: str) -> int:
+    def _label(self, members: Members, where: str) -> int:
+        if "cls" not in members:
+            raise UserError(f"--data {where}: {members.lacking('cls')}; mend it, or say --labelled false")
         text = members.get("cls", b"").decode("ascii", "replace").strip()
         num_classes = len(self.names)
         if not (text.isdecimal() and len(text) <= 9) or int(text) >= num_classes:
@@ -651,9 +655,10 @@ def is_sorted(labels: Sequence[int | None]) -> bool:
 
 
 def stop_at_loss(skipped: Sequence[Skipped]) -> None:
-    """UserError that names the first of ``skipped``, if there is one."""
-    if skipped:
-        raise UserError(f"--data {skipped[0].where}: {skipped[0].kind}: {skipped[0].detail}; mend it and start again")
+    """UserError that names the first of ``skipped`` that costs a sample, if there is one."""
+    for record in skipped:
+        if record.samples:
+            raise UserError(f"--data {record.where}: {record.kind}: {record.detail}; mend it and start again")
 
 
 # ----------------------------------------------------------------------------------------------------------- the plan
@@ -895,7 +900,7 @@ def write_shard(source: Any, shard: Shard) -> dict[str, Any]:
             file.flush()
             os.fsync(file.fileno())
         found = scan_tar(aside)
-        if found.damage or found.keys != keys:
+        if found.damage or found.notes or found.keys != keys:
             raise UserError(
                 f"{aside}: holds {len(found)} samples ({found.damage or 'other keys'}), {len(keys)} were written; check the "
                 "disk and start again"
@@ -920,7 +925,7 @@ def finished(shard: Shard) -> dict[str, Any] | None:
         places = {where for _, where, _ in record["skipped"]}
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    whole = found.damage is None and len(found) == record["samples"] == len(shard.samples) - len(places)
+    whole = not (found.damage or found.notes) and len(found) == record["samples"] == len(shard.samples) - len(places)
     return record if whole and set(found.keys) <= {sample.key for sample in shard.samples} else None
 
 

@@ -153,6 +153,98 @@ def test_files_beside_a_shard():
     assert sibling("pipe:cat 0.tar", "sizes.json") is None
 
 
+# What lies there, a pattern, and the shards it stands for: what exists as written is no pattern (datasets#7468).
+AS_WRITTEN = [
+    (["v[1]/0.tar", "v1/0.tar"], "v[1]", ["v[1]/0.tar"]),
+    (["v[1]/0.tar", "v1/0.tar"], "v[1]/*.tar", ["v[1]/0.tar"]),
+    (["v[1]/0.tar", "v[1]/1.tar", "v1/0.tar"], "v[1]/{0..1}.tar", ["v[1]/0.tar", "v[1]/1.tar"]),
+    (["v1/0.tar"], "v[1]", ["v1/0.tar"]),  # nothing of this name: a pattern
+    (["v[1].tar", "v1.tar"], "v[1].tar", ["v[1].tar"]),
+    (["v[1].tar", "v1.tar"], "v?.tar", ["v1.tar"]),
+    (["a?.tar", "ab.tar"], "a?.tar", ["a?.tar"]),
+    (["*.tar", "0.tar"], "*.tar", ["*.tar"]),
+    (["x{a,b}/0.tar", "xa/0.tar"], "x{a,b}", ["x{a,b}/0.tar"]),
+    (["x{a,b}/0.tar", "xa/0.tar"], "x{a,b}/*", ["x{a,b}/0.tar"]),
+    (["x{a/0.tar"], "x{a/[0-9].tar", ["x{a/0.tar"]),  # braces that do not match are a name too
+    (["xa/v[1]/0.tar", "xa/v1/0.tar"], "x{a,b}/v[1]/*.tar", ["xa/v[1]/0.tar", "xb/v[1]/*.tar"]),
+    (["xa/v[1]/0.tar", "xa/v1/0.tar", "xb/v1/1.tar"], "x*/v[1]/*.tar", ["xa/v[1]/0.tar", "xb/v1/1.tar"]),
+    (["v[1]/0.tar", "v1/0.tar"], "v*", ["v1/0.tar", "v[1]/0.tar"]),  # each match is a path, not once more a pattern
+    (["v[1]/a/0.tar", "v1/a/0.tar"], "v[1]/**/*.tar", ["v[1]/a/0.tar"]),
+    (["s/a/0.tar", "s/1.tar"], "s/**", ["s/1.tar", "s/a/0.tar"]),  # folder and shard both match: once
+    (["~/0.tar"], "~", ["~/0.tar"]),
+    (["a:b/0.tar"], "a:b", ["a:b/0.tar"]),
+    (["pipe:x/0.tar"], "pipe:x", ["./pipe:x/0.tar"]),  # no path that is found may read like a command
+    (["pipe:x.tar", "y.tar"], "*.tar", ["./pipe:x.tar", "y.tar"]),
+    (["a b's #?%20/0.tar"], "a b's #?%20", ["a b's #?%20/0.tar"]),
+    (["s/0.tar", "s/notes.txt", "s/old.tar/x"], "s/*", ["s/0.tar"]),
+    (["s/0.tar", "s/old.tar/x", "s/1.tar.gz"], "s", ["s/0.tar"]),
+    (["s/0.TAR", "s/.hidden.tar"], "s", ["s/0.TAR"]),
+    (["s.tar/0.tar"], "s.tar", ["s.tar/0.tar"]),
+]
+
+
+@pytest.mark.parametrize(("files", "pattern", "expected"), AS_WRITTEN, ids=[row[1] for row in AS_WRITTEN])
+def test_what_exists_as_written_is_no_pattern(tmp_path, monkeypatch, caplog, files, pattern, expected):
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    assert expand_shards([pattern]) == expected
+    assert ("left out" in caplog.text) == ("s/notes.txt" in files)
+    assert ("no plain .tar" in caplog.text) == ("s/1.tar.gz" in files)
+    if files[0] not in ("*.tar", "~/0.tar") and len(expected) == 1:
+        (shard,) = expected
+        assert Path(shard).exists()
+        assert (shards.file_name(shard), sibling(shard, "sizes.json")) == (
+            os.path.basename(shard),
+            os.path.join(os.path.dirname(shard), "sizes.json"),
+        )
+
+
+def test_links_to_shards_are_shards_and_one_that_leads_nowhere_is_missed(tmp_path):
+    make_shards(tmp_path / "real", [2, 3])
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "0.tar").symlink_to(tmp_path / "real" / "1.tar")
+    (folder / "1.tar").symlink_to(tmp_path / "gone.tar")
+    (folder / "2.tar").symlink_to("2.tar")
+    (folder / "3.tar").symlink_to(tmp_path / "real")
+    for pattern in (folder, folder / "[0-2].tar"):
+        index = index_shards(expand_shards([str(pattern)]), cache_dir=tmp_path / "cache")
+        assert index.sizes == [3, 0, 0]
+        assert [record.kind for record in index.skipped] == ["missing shard"] * 2
+
+
+@pytest.mark.parametrize(
+    ("there", "path", "expected"),
+    [
+        (["t/x[1].tar", "t/x1.tar"], "t/x[1].tar", ["t/x[1].tar"]),
+        (["t/x1.tar"], "t/x[1].tar", ["t/x1.tar"]),
+        (["t[1]/0.tar", "t1/0.tar"], "t[1]", ["t[1]/0.tar"]),
+        (["t[1]/0.tar", "t1/0.tar"], "t[1]/*.tar", ["t[1]/0.tar"]),
+        (["t?#/0.tar", "t12/0.tar"], "t?#/*.tar", ["t?#/0.tar"]),
+    ],
+)
+def test_what_exists_as_written_on_the_hub_is_no_pattern(tmp_path, monkeypatch, there, path, expected):
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile, RepoFolder
+
+    def tree(self, repo, folder, recursive, **options):
+        start = f"{folder}/" if folder else ""
+        below = [name.removeprefix(start) for name in there if name.startswith(start)]
+        files = [name for name in below if recursive or "/" not in name]
+        folders = {name.rpartition("/")[0] for name in below if "/" in name}
+        yield from (RepoFile(path=start + name, size=1, oid="0") for name in files)
+        yield from (RepoFolder(path=start + name, oid="0") for name in folders)
+
+    monkeypatch.setattr(HfApi, "list_repo_tree", tree)
+    prefix = "hf://datasets/org/name/"
+    found = expand_shards([prefix + path], cache_dir=tmp_path)
+    assert found == [prefix + name for name in expected]
+    assert [shards.file_name(url) for url in found] == [name.rpartition("/")[2] for name in expected]
+    assert sibling(found[0], "sizes.json") == prefix + expected[0].rpartition("/")[0] + "/sizes.json"
+
+
 # ----------------------------------------------------------------------------------------------------- indexing shards
 
 
@@ -187,7 +279,8 @@ def test_samples_are_those_of_the_webdataset_library(tmp_path, format):
     ]
     index = index_shards([str(path)], cache_dir=tmp_path / "cache")
     reader = ShardReader(index)
-    assert index.skipped == []
+    # The library passes over links, and splits a sample that something comes between, without a word.
+    assert [(record.kind, record.samples) for record in index.skipped] == [("unread member", 1), ("repeated key", 0)]
     assert index.num_samples == len(expected) > 6
     assert [reader.read(0, sample) for sample in range(len(expected))] == expected
 
@@ -266,6 +359,137 @@ def test_hostile_headers_end_the_pass(tmp_path):
     ]:
         path.write_bytes(block + bytes(300))
         assert scan_tar(path).damage
+
+
+def special(name, kind, target="", size=0, pax=None):
+    """The header of a member that is no plain file, with a pax header before it where there is something for one."""
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname, info.size, info.pax_headers = kind, target, size, pax or {}
+    return info.tobuf(tarfile.PAX_FORMAT if pax else tarfile.GNU_FORMAT)
+
+
+def files(*members):
+    """Plain members, without an end: (name, bytes), ..."""
+    data = b""
+    for name, content in members:
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        data += info.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % 512)
+    return data
+
+
+SAMPLES = labelled_samples(0, 12)
+PLAIN = [(f"{key}.{name}", data) for key, members in SAMPLES for name, data in members.items()]
+WHOLE = files(*PLAIN)
+ENDED = WHOLE + bytes(-(len(WHOLE) + 1024) % 10240 + 1024)
+EMPTY, BARE = bytes(10240), WHOLE + bytes(1024)  # an archive of nothing; one that is not filled up
+SIXTH, EIGHTH = (len(files(*PLAIN[: 2 * sample])) for sample in (5, 7))
+HELD = files(("a.jpg", SAMPLES[0][1]["jpg"]))
+CLS = files(("b.cls", b"0"))
+LONG = "l" * 120
+
+# Bytes of a shard, samples to be read of it, records about it (kind, samples lost).
+ABSENCES = {
+    # libarchive#1778, Light-Untar#29: absence that is damage
+    "a hole into an image": (ENDED[:SIXTH] + bytes(3584) + ENDED[SIXTH + 3584 :], 5, [("damaged shard", 7)]),
+    "a hole of 4 KiB, up to a label": (ENDED[:SIXTH] + bytes(4096) + ENDED[SIXTH + 4096 :], 11, [("damaged shard", 2)]),
+    "a hole of two samples": (ENDED[:SIXTH] + bytes(EIGHTH - SIXTH) + ENDED[EIGHTH:], 10, [("damaged shard", 2)]),
+    "a hole at the beginning": (bytes(3584) + ENDED[3584:], 0, [("damaged shard", 12)]),
+    "zeros alone": (bytes(len(ENDED)), 0, [("damaged shard", 12)]),
+    "nothing": (b"", 0, [("damaged shard", 12)]),
+    "an archive of nothing": (EMPTY, 0, [("empty shard", 0)]),
+    "no end": (WHOLE, 12, [("damaged shard", 1)]),
+    "half an end": (WHOLE + bytes(512), 12, []),
+    "bytes after the end": (ENDED + b"\1", 12, [("damaged shard", 1)]),
+    "bytes in the filling": (ENDED[:-1] + b"\1", 12, [("damaged shard", 4)]),
+    "text after the end": (ENDED + b"<html>" * 2000, 12, [("damaged shard", 5)]),
+    # ratarmount#28: cat a.tar b.tar
+    "two archives": (ENDED + ENDED, 24, [("joined archives", 0), ("repeated key", 0)]),
+    "two that are not filled up": (BARE + BARE, 24, [("joined archives", 0), ("repeated key", 0)]),
+    "nothing, then one": (EMPTY + ENDED, 12, [("joined archives", 0)]),
+    "one and half of one": (ENDED + ENDED[:SIXTH], 17, [("damaged shard", 1), ("joined archives", 0), ("repeated key", 0)]),
+    # webdataset#157: links
+    "a hard link": (HELD + CLS + special("b.jpg", b"1", "a.jpg") + EMPTY, 2, []),
+    "a link to what comes later": (special("s/b.jpg", b"2", "../a.jpg") + HELD + EMPTY, 2, []),
+    "links to links": (HELD + special("b.jpg", b"1", "c.jpg") + special("c.jpg", b"2", "./a.jpg") + EMPTY, 3, []),
+    "a long link": (files((f"{LONG}.jpg", HELD[512:])) + special("b.jpg", b"1", f"{LONG}.jpg") + EMPTY, 2, []),
+    "a long link in pax": (HELD + special("b.jpg", b"1", "x", pax={"linkpath": "a.jpg"}) + EMPTY, 2, []),
+    "links to elsewhere": (HELD + special("b.jpg", b"2", "/etc/passwd") + special("c.jpg", b"1", "d.jpg") + EMPTY, 1, [("unread member", 2)]),
+    "a label that is a link to elsewhere": (HELD + special("a.cls", b"2", "/etc/passwd") + EMPTY, 1, [("unread member", 0)]),
+    # members that are none
+    "a sparse file": (HELD + special("b.jpg", b"S", size=512) + bytes(512) + files(("c.cls", b"0")) + EMPTY, 2, [("unread member", 1)]),
+    "a sparse file in pax": (HELD + special("GNUSparse.1/b.jpg", b"0", pax={"GNU.sparse.name": "b.jpg"}) + EMPTY, 1, [("unread member", 1)]),
+    "a device": (HELD + special("b.jpg", b"3") + EMPTY, 1, [("unread member", 1)]),
+    "an unknown type": (HELD + special("b.jpg", b"Z", size=3) + bytes(512) + EMPTY, 1, [("unread member", 1)]),
+    # webdataset#142: the same name twice
+    "a member twice": (HELD + CLS + HELD + HELD + EMPTY, 3, [("repeated member", 1), ("repeated key", 0)]),
+    "a sample twice": (HELD + HELD + HELD + EMPTY, 1, [("repeated member", 2)]),
+    "capital letters": (HELD + files(("a.JPG", b"x")) + EMPTY, 1, [("repeated member", 1)]),
+    "members apart": (files(*PLAIN[0::2], *PLAIN[1::2]) + EMPTY, 24, [("repeated key", 0)]),
+    # numbers and names that stand elsewhere
+    "a size in pax": (special("a.jpg", b"0", pax={"size": str(len(SAMPLES[0][1]["jpg"]))}) + HELD[512:] + CLS + EMPTY, 2, []),
+    "a name in pax": (special("x", b"0", pax={"path": "a.jpg", "size": str(len(SAMPLES[0][1]["jpg"]))}) + HELD[512:] + EMPTY, 1, []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ABSENCES)
+def test_absence_is_not_taken_for_completeness(tmp_path, case):
+    """Every shard beside a good one, so that the set can be read: what is lost is counted, what is odd is said."""
+    content, readable, expected = ABSENCES[case]
+    paths = [write_shard(tmp_path / "0.tar", SAMPLES), str(tmp_path / "1.tar")]
+    Path(paths[1]).write_bytes(content)
+    for _ in range(2):  # the second time from the cache
+        index = index_shards(paths, cache_dir=tmp_path / "cache")
+        assert index.sizes == [12, readable]
+        assert [(record.kind, record.where, record.samples) for record in index.skipped] == [
+            (kind, paths[1], samples) for kind, samples in expected
+        ]
+    reader = ShardReader(index)
+    for sample in range(readable):
+        key, members = reader.read(1, sample)
+        if "jpg" in members and not members["jpg"].startswith(b"x"):
+            assert Image.open(io.BytesIO(members["jpg"])).size == (12, 10), key
+    counter = SkipCounter(index, 1.0, report=None)
+    counter.add(reader.notices)  # the same again, of the shard that was opened
+    assert counter.bad_fraction == pytest.approx(
+        sum(n for _, n in expected) / (12 + readable + sum(n for _, n in expected))
+    )
+    assert len(counter.summary().splitlines()) == len(expected)
+
+
+def test_an_index_of_older_rules_is_not_believed(tmp_path):
+    (path,) = make_shards(tmp_path, [3])
+    status = os.stat(path)
+    old = shard_sources.digest(f"3|{path}|{status.st_mtime_ns}|{status.st_size}")
+    (tmp_path / "cache/index").mkdir(parents=True)
+    fields = {"keys": [], "starts": [0], "extensions": [], "extension_ids": [], "offsets": [], "sizes": []}
+    (tmp_path / f"cache/index/{old}.json").write_text(json.dumps({**fields, "damage": None}))
+    assert index_shards([path], cache_dir=tmp_path / "cache").sizes == [3]
+
+
+@pytest.mark.parametrize(
+    ("promised", "sizes", "told"),
+    [
+        ({"0.tar": 0, "1.tar": 6}, [6, 6], {("outdated sizes.json", "0.tar", 0)}),  # else its samples would be lost unread
+        ({"0.tar": 4, "1.tar": 6}, [4, 6], {("outdated sizes.json", "0.tar", 2)}),
+        ({"0.tar": 8, "1.tar": 6}, [8, 6], {("outdated sizes.json", "0.tar#6", 1), ("outdated sizes.json", "0.tar#7", 1)}),
+        ({"0.tar": 6, "1.tar": 6, "2.tar": 6}, [6, 6], {("outdated sizes.json", "sizes.json", 0)}),
+        ({"0.tar": 6}, [6, 6], set()),
+        ({"0.tar": 6, "1.tar": 6}, [6, 6], set()),
+    ],
+)  # fmt: skip
+def test_sizes_json_that_differs_from_the_shards_is_told_and_counted(tmp_path, promised, sizes, told):
+    paths = make_shards(tmp_path, [6, 6])
+    (tmp_path / "sizes.json").write_text(json.dumps(promised))
+    data = dataset(paths, tmp_path, "sequential")
+    assert data.index.sizes == sizes
+    records = data.index.skipped + [record for slot in range(len(data)) for record in data[0, slot, slot]["skipped"]]
+    assert {(record.kind, os.path.basename(record.where), record.samples) for record in records} == told
+
+
+def test_an_archive_of_nothing_that_sizes_json_knows_of_is_no_news(tmp_path):
+    paths = make_shards(tmp_path, [3, 0], sizes_json=True)
+    assert index_shards(paths, cache_dir=tmp_path / "cache").skipped == []
 
 
 def test_sizes_are_counted_once(tmp_path, monkeypatch):
@@ -537,7 +761,7 @@ def test_sizes_json_that_promises_too_much_leaves_bad_samples(tmp_path):
     batches, skipped = training_batches(data, global_batch_size=43, num_steps=1)
     assert len(batches[0]) == 43
     assert {(record.kind, record.where) for record in skipped} == {
-        ("damaged shard", f"{paths[0]}#{sample}") for sample in (20, 21, 22)
+        ("outdated sizes.json", f"{paths[0]}#{sample}") for sample in (20, 21, 22)
     }
     assert "promises 23 samples, the shard holds 20" in skipped[0].detail
 
@@ -549,7 +773,7 @@ def test_sizes_json_that_promises_too_little_is_said_once(tmp_path):
     batches, skipped = training_batches(data, global_batch_size=17, num_steps=2)
     assert len({key for key, *_ in batches[0].values()}) == 17
     (record,) = skipped
-    assert (record.kind, record.where, record.samples) == ("outdated sizes.json", paths[0], 0)
+    assert (record.kind, record.where, record.samples) == ("outdated sizes.json", paths[0], 3)
     assert "promises 17 samples, the shard holds 20" in record.detail
 
 

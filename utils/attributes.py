@@ -29,7 +29,7 @@ class AttributeDataset(ShardDataset):
         key, members = reader.read(shard, sample, ("json",))
         where = self._where(shard, key)
         if "json" not in members:
-            raise BadSample("missing attribute", where, 'no .json member; expected {"attribute": "..."}')
+            raise BadSample("missing attribute", where, f'{members.lacking("json")}; expected {{"attribute": "..."}}')
         try:
             attribute = parse_json(members["json"])["attribute"]
         except (ValueError, KeyError, TypeError):

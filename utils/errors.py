@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from utils.redaction import printable, without_secrets
+from utils.redaction import printable, without_addresses, without_secrets
 
 
 class UserError(Exception):
@@ -15,4 +15,4 @@ class UserError(Exception):
     every_rank = True
 
     def __init__(self, text: str) -> None:
-        super().__init__(printable(without_secrets(" ".join(text.split()))))
+        super().__init__(printable(without_secrets(without_addresses(" ".join(text.split())))))

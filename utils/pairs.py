@@ -123,7 +123,8 @@ class PairDataset(PreferenceDataset):
     def load(self, reader: ShardReader, shard: int, sample: int, epoch: int) -> dict[str, Any]:
         key, members = reader.read(shard, sample, self._extensions)
         where = self._where(shard, key)
-        row, dropped = parse_pair(members.get("json"), key, where)
+        lacking = "" if "json" in members else members.lacking("json")
+        row, dropped = parse_pair(members.get("json"), key, where, lacking)
         if dropped:
             detail = f"{dropped} of the rejected texts equal the chosen one and are left out"
             reader.notices.append(Skipped("chosen among rejected", where, detail, samples=0))
@@ -131,15 +132,15 @@ class PairDataset(PreferenceDataset):
         return {"key": key, "rows": [row]}
 
 
-def parse_pair(text: bytes | None, key: str, where: str) -> tuple[Row, int]:
+def parse_pair(text: bytes | None, key: str, where: str, lacking: str = "no .json member") -> tuple[Row, int]:
     """A sample's texts as a row without its picture, and how many rejected texts equal to the chosen one were dropped.
 
-    Raises ``BadSample``: what is there cannot be a preference.
+    Raises ``BadSample``: what is there cannot be a preference. ``lacking``: the words for no text.
     """
     if text is None:
         named = NAMED_PAIR.fullmatch(key.rsplit("/", 1)[-1])
         if named is None:
-            raise BadSample("missing pair", where, "no .json member, and not named label=X_text=Y")
+            raise BadSample("missing pair", where, f"{lacking}, and it is not named label=X_text=Y")
         label, written = (
             NAME_TEMPLATE.replace("{c}", " ".join(named[part].replace("_", " ").split())) for part in ("label", "text")
         )

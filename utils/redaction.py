@@ -15,6 +15,7 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
 _PIPE = re.compile(
     r"(?<![\w/])pipe:(?!\S* \.\.\. \([0-9a-f]{8}\)).*", re.DOTALL
 )  # not what ``display_url`` made of one
+_ADDRESS = re.compile(r" at 0x[0-9A-Fa-f]{6,}(?=[>;,)])")
 _HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 
 
@@ -56,6 +57,11 @@ def without_secrets(text: str) -> str:
         if len(secret) >= SHORTEST_SECRET:
             text = text.replace(secret, "...")
     return text
+
+
+def without_addresses(text: str) -> str:
+    """The text with <_io.BytesIO object> in place of <_io.BytesIO object at 0x7f...>, which differs from run to run."""
+    return _ADDRESS.sub("", text)
 
 
 def _shown_match(match: re.Match[str]) -> str:

@@ -30,7 +30,7 @@ from typing import Any
 import braceexpand
 
 from utils.errors import UserError
-from utils.redaction import display_url, url_scheme, without_secrets
+from utils.redaction import display_url, url_scheme, without_addresses, without_secrets
 from utils.text_files import decode_text
 
 logger = logging.getLogger(__name__)
@@ -439,7 +439,7 @@ def hub_set(
 
 def one_line(error: BaseException) -> str:
     """The error's text on one line, without secrets."""
-    return " ".join(f"{type(error).__name__} {without_secrets(str(error))}".split())[:300]
+    return " ".join(f"{type(error).__name__} {without_secrets(without_addresses(str(error)))}".split())[:300]
 
 
 class ShardCache:
@@ -497,7 +497,7 @@ class ShardCache:
         if now - self._touched.get(path, 0.0) > 60:
             self._touched[path] = now
             with contextlib.suppress(FileNotFoundError):
-                os.utime(path, (now, os.stat(path).st_mtime))
+                os.utime(path, ns=(int(now * 1e9), os.stat(path).st_mtime_ns))
 
     def _fetch(self, url: str, target: Path) -> None:
         part = target.with_name(target.name + ".part")

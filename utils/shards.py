@@ -90,8 +90,10 @@ def index_shards(
 ) -> ShardIndex:
     """Counts the samples of every shard: from ``sizes.json`` beside it, else by a pass over its headers, kept as JSON.
 
-    A missing or damaged shard becomes a ``Skipped`` record with an estimate of the samples lost. A remote shard without
-    sizes.json is fetched. ``progress(done, total)`` is called after each shard. UserError where no sample is left.
+    A number of sizes.json is believed until the shard is opened; one that differs is then told and counted (``ShardReader``).
+    0 is not believed: the shard would never be opened. A missing or damaged shard becomes a ``Skipped`` record with an
+    estimate of the samples lost, whatever is odd in a whole one a record too. A remote shard without sizes.json is
+    fetched. ``progress(done, total)`` is called after each shard. UserError where no sample is left.
     """
     cache_dir = str(cache_dir or default_cache_dir())
     try:
@@ -104,29 +106,38 @@ def index_shards(
     refuse_lacking_shards(urls, cache, flag)
     promised_by_folder: dict[str | None, dict[str, int]] = {}
     sizes: list[int] = []
-    lost: list[tuple[str, str, str, int | None, int]] = []  # kind, where, detail, promised, readable
+    lost: list[
+        tuple[str, str, str, int, int, int | None]
+    ] = []  # kind, where, detail, lost at least, readable, promised
+    notes: list[Skipped] = []
     for number, url in enumerate(urls):
         sizes_file = sibling(url, "sizes.json")
         if sizes_file not in promised_by_folder:
             promised_by_folder[sizes_file] = _read_sizes(sizes_file, cache_dir)
+            notes += _named_and_absent(sizes_file, promised_by_folder[sizes_file], urls)
         promised = promised_by_folder[sizes_file].get(file_name(url))
         kind: str | None = None
-        readable, detail = 0, ""
+        readable, detail, least = 0, "", 0
         try:
-            if promised is not None and (is_remote(url) or os.path.isfile(url)):
+            if promised and (is_remote(url) or os.path.isfile(url)):
                 readable = promised
             else:
                 with cache.local(url) as path:
                     found = tar_index(path, cache_dir, url if is_remote(url) else None)
                 readable = len(found)
                 if found.damage:
-                    kind, detail = "damaged shard", found.damage
+                    kind, detail, least = "damaged shard", found.damage, found.lost
+                if promised == 0 and readable:
+                    text = f"promises 0 samples, the shard holds {readable}, which are read; delete or renew the file"
+                    notes.append(Skipped("outdated sizes.json", display_url(url), text, samples=0))
+                if promised != 0 or readable:  # without samples, as it was said
+                    notes += _notes(found, url)
         except UnavailableShard as error:
             kind, detail = "missing shard", str(error)
         except OSError as error:
             kind, detail = "missing shard", error.strerror or one_line(error)
         if kind:
-            lost.append((kind, display_url(url), detail, promised, readable))
+            lost.append((kind, display_url(url), detail, least, readable, promised))
         sizes.append(readable)
         if progress is not None:
             progress(number + 1, len(urls))
@@ -136,9 +147,9 @@ def index_shards(
     ]
     usual = round(sum(whole) / len(whole)) if whole else 1
     skipped = [
-        Skipped(kind, where, detail, max(1, (usual if promised is None else promised) - readable))
-        for kind, where, detail, promised, readable in lost
-    ]
+        Skipped(kind, where, detail, max(1, least, (usual if promised is None else promised) - readable))
+        for kind, where, detail, least, readable, promised in lost
+    ] + notes
     if not sum(sizes):
         reason = (
             f"first: {skipped[0].where} ({skipped[0].detail})" if skipped else f"first: {display_url(urls[0])} is empty"
@@ -148,6 +159,22 @@ def index_shards(
             "files with <key>.jpg members"
         )
     return ShardIndex(list(urls), sizes, skipped, cache_dir, cache_limit_gb)
+
+
+def _notes(found: TarIndex, url: str) -> list[Skipped]:
+    """What a shard that is opened tells of itself."""
+    return [Skipped(kind, display_url(url), detail, samples) for kind, detail, samples in found.notes]
+
+
+def _named_and_absent(sizes_file: str | None, promised: dict[str, int], urls: Sequence[str]) -> list[Skipped]:
+    """A notice where sizes.json in a local folder names shards that neither lie there nor are asked for."""
+    if not promised or sizes_file is None or is_remote(sizes_file):
+        return []
+    there = {file_name(url) for url in urls if sibling(url, "sizes.json") == sizes_file}
+    there.update(os.listdir(os.path.dirname(sizes_file) or os.curdir))
+    absent = sorted(name for name, size in promised.items() if size and name not in there)
+    detail = f"names {len(absent)} shards that are not there, the first is {absent[0]}" if absent else ""
+    return [Skipped("outdated sizes.json", sizes_file, detail, samples=0)] if absent else []
 
 
 def keep_sizes(index: ShardIndex, sizes: Sequence[int]) -> None:
@@ -195,8 +222,28 @@ def _read_sizes(location: str | None, cache_dir: str) -> dict[str, int]:
     return sizes
 
 
+class Members(dict[str, bytes]):
+    """Extension -> bytes of what was read of a sample; ``present``: all extensions that the shard has of it."""
+
+    present: Sequence[str] = ()
+
+    def lacking(self, *wanted: str) -> str:
+        """The words for none of ``wanted`` being there, with what is there in its place."""
+        has = ", ".join(f".{extension}" for extension in self.present) or "no other"
+        text = f"no {', '.join('.' + extension for extension in wanted)} member; the sample has {has}"
+        longer = [name for name in self.present if name.endswith(tuple("." + extension for extension in wanted))]
+        if longer:
+            text += (
+                f" (names are cut at the first dot, so that .{longer[0]} is an extension: rename it to have one dot)"
+            )
+        return text
+
+
 class ShardReader:
-    """Reads members of samples by (shard number, sample number). One per process; files open at the first use."""
+    """Reads members of samples by (shard number, sample number). One per process; files open at the first use.
+
+    A shard that is opened is compared with what was expected of it; what differs goes to ``notices``.
+    """
 
     def __init__(self, index: ShardIndex) -> None:
         self.index = index
@@ -205,22 +252,21 @@ class ShardReader:
         self._open: OrderedDict[int, tuple[int, str, TarIndex]] = OrderedDict()
         self._failed: dict[int, tuple[str, str]] = {}
 
-    def read(self, shard: int, sample: int, extensions: Sequence[str] | None = None) -> tuple[str, dict[str, bytes]]:
+    def read(self, shard: int, sample: int, extensions: Sequence[str] | None = None) -> tuple[str, Members]:
         """(key, {extension: bytes}) of a sample, all members or those in ``extensions``; BadSample where it is lost."""
         descriptor, path, index = self._opened(shard, sample)
         where = f"{display_url(self.index.urls[shard])}#"
         if sample >= len(index):
-            detail = (
-                index.damage or f"sizes.json promises {self.index.sizes[shard]} samples, the shard holds {len(index)}"
+            promise = (
+                f"promises {self.index.sizes[shard]} samples, the shard holds {len(index)}; delete or renew the file"
             )
-            raise BadSample("damaged shard", f"{where}{sample}", detail)
-        wanted = {
-            extension: place
-            for extension, place in index.members(sample).items()
-            if extensions is None or extension in extensions
-        }
+            kind, detail = ("damaged shard", index.damage) if index.damage else ("outdated sizes.json", promise)
+            raise BadSample(kind, f"{where}{sample}", detail)
+        present = index.members(sample)
+        wanted = {name: place for name, place in present.items() if extensions is None or name in extensions}
         _check_sizes(wanted, f"{where}{index.keys[sample]}")
-        members = {}
+        members = Members()
+        members.present = list(present)
         for extension, (offset, size) in wanted.items():
             members[extension] = _pread(descriptor, size, offset)
             if len(members[extension]) != size:
@@ -255,12 +301,13 @@ class ShardReader:
             raise BadSample(kind, f"{display_url(url)}#{sample}", detail)
         if len(self._open) > OPEN_SHARDS:
             os.close(self._open.popitem(last=False)[1][0])
-        found, promised = len(opened[2]), self.index.sizes[shard]
-        if found > promised:
-            detail = (
-                f"promises {promised} samples, the shard holds {found}; the rest is not used; delete or renew the file"
-            )
-            self.notices.append(Skipped("outdated sizes.json", display_url(url), detail, samples=0))
+        found, promised = opened[2], self.index.sizes[shard]
+        self.notices += _notes(found, url)
+        if len(found) > promised:
+            detail = f"promises {promised} samples, the shard holds {len(found)}; the rest is not used; delete or renew the file"
+            self.notices.append(Skipped("outdated sizes.json", display_url(url), detail, len(found) - promised))
+        elif found.damage and len(found) == promised:  # else each sample that is lost says so
+            self.notices.append(Skipped("damaged shard", display_url(url), found.damage, samples=0))
         return opened
 
     def _open_shard(self, url: str) -> tuple[int, str, TarIndex]:
@@ -377,25 +424,26 @@ class ShardDataset(SampleDataset):
         where = self._where(shard, key)
         item: dict[str, Any] = {"key": key}
         if self.with_labels:
-            item["label"] = self._label(members.get("cls"), where)
+            item["label"] = self._label(members, where)
         item["image"] = self._image(members, where)
         return item
 
     def _where(self, shard: int, key: str) -> str:
         return f"{display_url(self.index.urls[shard])}#{key}"
 
-    def _image(self, members: dict[str, bytes], where: str) -> torch.Tensor:
+    def _image(self, members: Members, where: str) -> torch.Tensor:
         data = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
         if data is None:
-            raise BadSample("missing image", where, f"no {', '.join('.' + name for name in IMAGE_EXTENSIONS)} member")
+            raise BadSample("missing image", where, members.lacking(*IMAGE_EXTENSIONS))
         try:
             return decode(data, self.transform)
         except ImageError as error:
             raise BadSample("undecodable image", where, str(error)) from None
 
-    def _label(self, text: bytes | None, where: str) -> int:
+    def _label(self, members: Members, where: str) -> int:
+        text = members.get("cls")
         if text is None:
-            raise BadSample("missing label", where, "no .cls member")
+            raise BadSample("missing label", where, members.lacking("cls"))
         try:
             label = int(text.decode("ascii").strip())
         except ValueError:

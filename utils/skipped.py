@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from utils.errors import UserError
-from utils.redaction import printable, without_secrets
+from utils.redaction import printable, without_addresses, without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -17,11 +17,13 @@ LONGEST_PLACE, LONGEST_DETAIL = 1000, 300  # characters
 
 @dataclass(frozen=True)
 class Skipped:
-    """What was left out. kind: "missing shard", "damaged shard", "outdated sizes.json", "undecodable image",
+    """What was left out. kind: "missing shard", "damaged shard", "empty shard", "joined archives", "unread
+    member", "repeated member", "repeated key", "outdated sizes.json" (about whole shards), "undecodable image",
     "oversized member", "missing image", "missing label", "bad label", "missing pair", "bad pair", "chosen equals rejected", "chosen among
     rejected" (a notice), "missing attribute", "bad attribute". where: the shard, or shard#sample; never holds a token.
 
-    Names and texts of a shard are shown to people: what they hold of control characters is escaped, what is long is cut."""
+    Names and texts of a shard are shown to people: what they hold of control characters is escaped, what is long is cut.
+    Addresses of objects go: two runs over the same data leave the same records."""
 
     kind: str
     where: str
@@ -29,6 +31,7 @@ class Skipped:
     samples: int = 1
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "detail", without_addresses(self.detail))
         for name, longest in (("where", LONGEST_PLACE), ("detail", LONGEST_DETAIL)):
             text = printable(without_secrets(getattr(self, name)))
             object.__setattr__(self, name, text if len(text) <= longest else f"{text[:longest]} ...")
@@ -76,14 +79,16 @@ class SkipCounter:
         self.index, self.max_bad_fraction, self.report, self.num_samples = index, max_bad_fraction, report, num_samples
         self.seen = 0
         self._records: dict[tuple[str, str], Skipped] = {}
+        self._before = {(record.kind, record.where) for record in index.skipped}  # a shard is opened again later
         self._reported: set[str] = set()
         for record in index.skipped:
             self._report(record)
 
     def add(self, skipped: Sequence[Skipped]) -> None:
         for record in skipped:
-            self._records.setdefault((record.kind, record.where), record)
-            self._report(record)
+            if (record.kind, record.where) not in self._before:
+                self._records.setdefault((record.kind, record.where), record)
+                self._report(record)
 
     def state(self) -> dict[str, Any]:
         """Plain numbers and strings, for ``merge``, an all-gather or a checkpoint."""
