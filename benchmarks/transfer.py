@@ -100,7 +100,8 @@ def halved(data: Path, folder: Path) -> Path:
     target = folder / data.name
     if (target / "test").is_dir():
         return target
-    aside = folder / f"{data.name}.tmp"
+    data = data.resolve()  # a relative path may read like a URL, which the library would open
+    aside = folder.resolve() / f"{data.name}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     for split in ("train", "aside"):
         (aside / split).mkdir(parents=True)

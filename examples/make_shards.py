@@ -52,7 +52,7 @@ from utils.data_order import permutation
 from utils.errors import UserError
 from utils.images import ImageError, ImageTransform, decode
 from utils.progress import RunProgress, wide_console
-from utils.shard_sources import default_cache_dir, expand_shards, known_path, one_line
+from utils.shard_sources import default_cache_dir, expand_shards, has_shards, known_path, one_line
 from utils.shards import IMAGE_EXTENSIONS, Members, ShardIndex, ShardReader, index_shards
 from utils.skipped import BadSample, SkipCounter, Skipped
 from utils.tar_index import scan_tar
@@ -183,11 +183,11 @@ def open_source(settings: Settings) -> FolderSource | ShardSource | DatasetSourc
     if path.is_dir():
         if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
             return DatasetSource(settings)
-        if any(path.glob("*/*.tar")):
+        if any(map(has_shards, path.iterdir())):
             return ShardSource(path, settings)
         if any(path.glob("*.parquet")) or any(path.glob("*/*.parquet")):
             return DatasetSource(settings)
-        if any(path.glob("*.tar")):
+        if has_shards(path):
             raise UserError(
                 f"--data {settings.data}: .tar files without a split; expected <split>/*.tar: move them into a folder train"
             )
@@ -294,7 +294,7 @@ class ShardSource:
         self.root, self.labelled, self.cache_dir = root, settings.labelled, settings.cache_dir
         self.kind = "a set of shards"
         self.others: list[str] = []
-        present = sorted((path.name for path in root.iterdir() if any(path.glob("*.tar"))), key=split_rank)
+        present = sorted((path.name for path in root.iterdir() if has_shards(path)), key=split_rank)
         self.splits = pick_splits(settings, present)
         self.class_ids, self.templates = [], []
         if self.labelled and ((root / "classnames.txt").is_file() or settings.classnames is None):

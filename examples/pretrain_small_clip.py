@@ -37,6 +37,7 @@ from utils.metrics import MetricsFile
 from utils.model_card import command_line, versions
 from utils.optimization import cosine_learning_rate, set_learning_rate
 from utils.progress import RunProgress
+from utils.shard_sources import has_shards
 from utils.shards import ShardDataset, eval_loader
 from utils.skipped import SkipCounter
 from utils.typographic import KINDS, PLACES, Draws, WordStyle, word_style, write_word
@@ -143,7 +144,7 @@ def main() -> None:
     torch.manual_seed(settings.seed)
 
     train_images, train_labels = decode(train, classnames, settings, settings.train_num_samples, "decoding train")
-    has_test = all(any((Path(root) / "test").glob("*.tar")) for root in settings.train_data)
+    has_test = all(has_shards(Path(root) / "test") for root in settings.train_data)
     if has_test:
         test_images, test_labels = decode(open_split(settings, "test"), classnames, settings, None, "decoding test")
 
@@ -270,7 +271,7 @@ def check(settings: Settings) -> None:
             raise UserError(
                 f"--train_data {root}: no such directory; expected a set with classnames.txt and train/*.tar"
             )
-        if not any((root / "train").glob("*.tar")):
+        if not has_shards(root / "train"):
             raise UserError(
                 f"--train_data {root}: no .tar files in {root / 'train'}; expected the shards of the set there"
             )

@@ -8,7 +8,7 @@ import pytest
 import evaluate
 import train_po
 from tests.conftest import flags, run_script, two_processes
-from tests.shard_maker import image_bytes, write_shard
+from tests.shard_maker import image_bytes, make_shards, write_shard
 from tests.small_models import save_small_clip
 from utils.errors import UserError
 
@@ -105,6 +105,18 @@ def test_mistakes_are_one_line(arguments, digits, tmp_path):
     for changes, message in wrong:
         with pytest.raises(UserError, match=message):
             evaluate.main(arguments(**changes))
+
+
+@pytest.mark.parametrize(("name", "beside"), [("x[1]", "x1"), ("x{a,b}", "xa"), ("pipe:x", "y"), ("a b#?%20", "ab")])
+def test_the_set_that_exists_as_written_is_measured(arguments, tmp_path, monkeypatch, name, beside):
+    """datasets#7468: the folder was once more read as a pattern, and the labels were those of the set beside it."""
+    for folder, size in ((name, 5), (beside, 3)):
+        make_shards(tmp_path / folder / "test", [size])
+        (tmp_path / folder / "classnames.txt").write_text("a\nb\nc\nd\ne\n")
+    monkeypatch.chdir(tmp_path)
+    evaluate.main(arguments(data=name, attack="clean", num_samples=9, classnames=f"{name}/classnames.txt"))
+    (cell,) = results(tmp_path / "eval")
+    assert (cell["dataset"], cell["n"]) == (name, 5)
 
 
 PAIR_KEYS = ("accuracy", "follows_word")

@@ -350,6 +350,7 @@ def test_a_bad_image_is_left_out_and_named(tmp_path: Path) -> None:
     named = [line.split("\t") for line in (out / "skipped.txt").read_text().splitlines()]
     assert {(kind, where) for kind, where, _ in named} == {("undecodable image", str(tmp_path / "data" / name)) for name in bad}  # fmt: skip
     assert any("truncated" in detail for *_, detail in named)
+    assert " object at 0x" not in (out / "skipped.txt").read_text()  # two runs leave the same bytes
     data = {sample["jpg"] for sample in read_split(out / "train").values()}
     assert data == {data for name, data in files.items() if name not in bad}
     assert sum(json.loads((out / "train/sizes.json").read_text()).values()) == 28
@@ -461,6 +462,32 @@ def test_keys_that_come_again_in_another_shard_stay_two_samples(tmp_path: Path) 
     assert found == {
         key: {"jpg": image, "cls": label} for key, image, label in zip(("1", "0", "0-1"), images, (b"1", b"0", b"1"))
     }
+
+
+@pytest.mark.parametrize("kind", ["shards", "folder", "parquet", "one file"])
+def test_the_source_that_exists_as_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """datasets#7468: ``x[1]`` was read as a pattern for ``x1``, by us and by the library datasets."""
+    monkeypatch.chdir(tmp_path)
+    pictures = {"x[1]": image_bytes(1), "x1": image_bytes(2)}
+    for name, data in pictures.items():
+        if kind == "shards":
+            write_shard(Path(name, "train/0.tar"), [("0", {"jpg": data, "cls": b"0"})])
+            Path(name, "classnames.txt").write_text("a\n")
+        elif kind == "folder":
+            Path(name, "train/a.tar").mkdir(parents=True)  # no shard
+            Path(name, "train/a.tar/0.jpg").write_bytes(data)
+        else:
+            datasets = pytest.importorskip("datasets", reason="read with the library datasets")
+            features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a"])})
+            rows = datasets.Dataset.from_dict(
+                {"image": [{"bytes": data, "path": None}], "label": [0]}, features=features
+            )
+            rows.to_parquet("rows.parquet")
+            Path(name).mkdir()
+            Path("rows.parquet").rename(Path(name, "train.parquet"))
+    source = Path("x[1]/train.parquet") if kind == "one file" else Path("x[1]")
+    (sample,) = read_split(make(source, tmp_path / "out") / "train").values()
+    assert sample["jpg"] == pictures["x[1]"]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import shlex
 import subprocess
 import sys
@@ -752,6 +753,35 @@ def test_reading_stops_with_one_line_where_nothing_is_good(tmp_path, num_workers
     assert "undecodable image" in message
     assert "missing label" in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("names", "kind", "expected"),
+    [
+        # webdataset#237, open_clip#480
+        (
+            ["img_1.0.png", "img_1.cls"],
+            "missing image",
+            r"the sample has \.0\.png, \.cls \(names are cut at the first dot",
+        ),
+        (["s.input.jpg", "s.cls"], "missing image", r"the sample has \.input\.jpg, \.cls \(names are cut .* rename it"),
+        (["s.jpg", "s.txt"], "missing label", r"no \.cls member; the sample has \.jpg, \.txt$"),
+        (["s.jpg", "s.label.cls"], "missing label", r"no \.cls member; the sample has \.jpg, \.label\.cls \(names"),
+        (
+            ["s.tiff", "s.cls"],
+            "missing image",
+            r"no \.jpg, \.jpeg, \.png, \.webp member; the sample has \.tiff, \.cls$",
+        ),
+        (["s.jpg", "s.cls"], "undecodable image", r"cannot identify image file <_io\.BytesIO object>$"),
+    ],
+)
+def test_what_a_sample_lacks_is_said_with_what_it_has(tmp_path, names, kind, expected):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name in names:
+            add_member(tar, name, b"0")
+    record = dataset([str(tmp_path / "0.tar")], tmp_path, "sequential")[0, 0, 0]["skipped"][0]
+    assert record.kind == kind
+    assert re.search(expected, record.detail), record.detail
 
 
 def test_sizes_json_that_promises_too_much_leaves_bad_samples(tmp_path):

@@ -229,6 +229,11 @@ def _is_tar(name: str) -> bool:
     return name.lower().endswith(".tar") and not name.startswith(".")
 
 
+def has_shards(folder: Path) -> bool:
+    """Whether .tar files lie in a folder; a folder of such a name is none, as a class may be called."""
+    return any(not path.is_dir() for path in folder.glob("*.tar"))
+
+
 def _expand_hub(url: str, flag: str, cache_dir: Path) -> list[str]:
     """One brace-expanded hf:// URL -> shard URLs; a directory or glob is listed, by the kept listing where need be."""
     repo, revision, path = _parse_hub(url, flag)
@@ -427,7 +432,7 @@ def hub_set(
         raise UserError(
             f"{flag} {name}: {repo} cannot be downloaded from the hub ({one_line(error)}); {once}"
         ) from None
-    if not any((Path(folder) / split).glob("*.tar")):
+    if not has_shards(Path(folder) / split):
         # The other splits are known by their nshards.txt, which every set of CLIP_benchmark has.
         splits = sorted(path.name for path in Path(folder).iterdir() if path.is_dir() and path.name != split)
         raise UserError(
