@@ -455,6 +455,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         # Sums over the rows here, divided by the rows of the whole global batch: the processes may hold unequally many.
         num_pairs, num_reg = totals.clamp_min(1).unbind()
+        terms = {"preference loss": preference.sum() / num_pairs, "kl to the reference": kl.sum() / num_reg}
         parts = {"preference": preference, "kl": kl, "baseline": baseline, "logits": logits, "ref_logits": ref_logits}
         parts |= {"chosen": chosen, "rejected": rejected}
         if constrained:
@@ -464,6 +465,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             with torch.no_grad():
                 multipliers = multiplier(z0)
             v = violation(distance, clean.margin, settings.rho)
+            terms["distance to the reference"] = distance.sum() / num_reg
             held = primal_lagrangian(settings.reg_weight * kl, v, multipliers, num_reg)
             parts |= {"clean": clean, "measured": torch.stack([distance.detach(), clean.margin, multipliers], dim=1)}
         else:
@@ -471,7 +473,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         loss = (preference.sum() / num_pairs + held) * world_size * settings.gradient_accumulation_steps
         if settings.orthogonality_weight > 0:
             loss = loss + settings.orthogonality_weight * orthogonality_penalty(head_weight())
-        return loss, parts
+        return loss, parts | {"terms": torch.stack([loss, *terms.values()]).detach(), "names": list(terms)}
 
     def dual_loss(clean: CleanRows, totals: Tensor) -> Tensor:
         """A micro-batch's share of what the multiplier ascends on, at the violation of the updated policy."""
@@ -611,7 +613,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         progress.note(why_workers)
     all_skips = skips
     shown: dict[str, float] = {}
-    losses: list[Tensor] = []  # of all micro-batches since they were last checked; on the device until then
+    losses: list[
+        Tensor
+    ] = []  # of all micro-batches, with their terms, since they were last checked; on the device until then
     seconds, logged_step, last_good = 0.0, first_step, checkpoint
 
     with progress:
@@ -643,7 +647,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 with accelerator.accumulate(policy):
                     loss, part = losses_of(batch, step % len(templates), totals)
                     accelerator.backward(loss)  # under DeepSpeed this is the update too, clipped by its own config
-                    losses.append(loss.detach())
+                    losses.append(part["terms"])
                     if constrained:
                         clean_rows.append(part["clean"])
                     if log_now:
@@ -677,8 +681,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
             # Everything below synchronises with the device and with the other processes.
             clock = time.perf_counter()
-            mean_loss = torch.stack(losses[-settings.gradient_accumulation_steps :]).mean()
-            refuse_non_finite(accelerator, losses, settings.gradient_accumulation_steps, done, last_good)
+            mean_loss = torch.stack(losses[-settings.gradient_accumulation_steps :])[:, 0].mean()
+            refuse_non_finite(
+                accelerator,
+                losses,
+                settings.gradient_accumulation_steps,
+                done,
+                last_good,
+                first_step=first_step,
+                terms=part["names"],
+                grad_norm=row.get("grad_norm"),
+            )
             losses.clear()
             all_skips = skips.merge(gather_objects(accelerator, skips.state()))
             all_skips.check()

@@ -413,7 +413,9 @@ def save_model(directory: str | Path, model: PreTrainedModel, processor: Any, en
         raise RuntimeError(f"{empty[0]} is partitioned (shape {tuple(state[empty[0]].shape)}): refusing to save it")
     damaged = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if damaged:
-        raise UserError(f"{directory}: {damaged[0]} is not finite, the model is not saved; lower --learning_rate")
+        raise UserError(
+            f"{directory}: {damaged[0]} is not finite, the model is not saved; its loss and gradient before are in metrics.jsonl"
+        )
     with quiet_transformers():
         model.save_pretrained(directory, state_dict=state)
         processor.save_pretrained(directory)
