@@ -117,6 +117,7 @@ from utils.redaction import shown_setting
 from utils.shard_sources import default_cache_dir
 from utils.shards import eval_loader, keep_sizes, train_batches
 from utils.skipped import SkipCounter, count_skipped
+from utils.tokens import Tokens
 from utils.training_state import load_parameters
 from utils.typographic import KINDS, PLACES, word_style
 from utils.zeroshot import LabelledSet, ensemble, open_set, to_pixel_values
@@ -416,7 +417,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with torch.no_grad():
             return reference(pixel_values)
 
-    def texts_of(texts: Sequence[str], template: int | None) -> Tensor:
+    def texts_of(texts: Sequence[str], template: int | None) -> Tensor | Tokens:
         """Prompts for the policy: embeddings, or for a trained text tower the tokens, in one template or in all."""
         if settings.trainable != "all":
             return text_table(texts)

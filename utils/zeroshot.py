@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel, Siglip2Processor, SiglipProcessor
+from transformers import PreTrainedModel
 
 from utils.attacks import Logits, attack_seeds, frozen, pgd, uniform_start
 from utils.classifiers import LinearClassifier, own_linear_head, read_linear_head
@@ -25,6 +25,7 @@ from utils.progress import RunProgress
 from utils.redaction import display_url
 from utils.shard_sources import default_cache_dir, expand_shards, is_remote, read_text, sibling
 from utils.shards import ShardIndex, index_shards
+from utils.tokens import fill_up, read_prompts, refuse_equal_texts
 
 DEFAULT_TEMPLATES = ["a photo of a {c}."]
 IMAGENET = "imagenet"  # --classnames imagenet
@@ -170,7 +171,11 @@ def class_embeddings(
     device: torch.device | str = "cpu",
     batch_size: int = 256,
 ) -> Tensor:
-    """t_c: the mean over templates of unit text embeddings, made unit again. -> (C, D), float32, on ``device``."""
+    """t_c: the mean over templates of unit text embeddings, made unit again. -> (C, D), float32, on ``device``.
+
+    Raises ``UserError`` for different names that are one to the model.
+    """
+    refuse_equal_texts(processor, model.config, classnames, templates[0])
     return ensemble(prompt_embeddings(model, processor, classnames, templates, device, batch_size))
 
 
@@ -196,19 +201,13 @@ def prompt_embeddings(
     home = next(encoder.text_model.parameters()).device
     encoder.to(device)
     prompts = [template.replace("{c}", text) for text in texts for template in templates]
+    rows = read_prompts(processor, model.config, prompts)
     embeds = [
-        encoder(tokenize(processor, prompts[first : first + batch_size]).to(device))
+        encoder(*fill_up(rows[first : first + batch_size], processor, model.config).to(device))
         for first in range(0, len(prompts), batch_size)
     ]
     encoder.to(home)
     return torch.cat(embeds).view(len(texts), len(templates), -1)
-
-
-def tokenize(processor: Any, prompts: Sequence[str]) -> Tensor:
-    """input_ids (n, L) int64, cut at the model's length and filled up: to the longest, for SigLIP to the model's length."""
-    padding = "max_length" if isinstance(processor, (SiglipProcessor, Siglip2Processor)) else True
-    tokens = processor.tokenizer(list(prompts), padding=padding, truncation=True, return_tensors="pt")
-    return tokens["input_ids"]
 
 
 class Classified(NamedTuple):
