@@ -39,6 +39,7 @@ from utils.optimization import cosine_learning_rate, set_learning_rate
 from utils.progress import RunProgress
 from utils.shards import ShardDataset, eval_loader
 from utils.skipped import SkipCounter
+from utils.text_files import read_text_file, text_lines
 from utils.typographic import KINDS, PLACES, Draws, WordStyle, word_style, write_word
 from utils.zeroshot import LabelledSet, class_embeddings, open_set, read_templates, to_pixel_values
 
@@ -438,7 +439,7 @@ def read_words(path: str | None, classnames: list[str]) -> list[tuple[int, str]]
     """(class, word) of every class that has a word: its name, or what the file says."""
     if path is None:
         return list(enumerate(classnames))
-    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").split("\n")]
+    lines = [line.strip() for line in text_lines(read_text_file(path, f"--words {path}"), f"--words {path}")]
     if len(lines) < len(classnames) or any(lines[len(classnames) :]):
         raise UserError(
             f"--words {path}: {len(lines)} lines for {len(classnames)} classes; expected one line per class"
