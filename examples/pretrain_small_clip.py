@@ -439,7 +439,10 @@ def read_words(path: str | None, classnames: list[str]) -> list[tuple[int, str]]
     """(class, word) of every class that has a word: its name, or what the file says."""
     if path is None:
         return list(enumerate(classnames))
-    lines = [line.strip() for line in text_lines(read_text_file(path, f"--words {path}"), f"--words {path}")]
+    text = read_text_file(path, f"--words {path}")
+    lines = [line.strip() for line in text_lines(text, f"--words {path}")]
+    if text.endswith("\n"):
+        lines.append("")  # the last class may have no word
     if len(lines) < len(classnames) or any(lines[len(classnames) :]):
         raise UserError(
             f"--words {path}: {len(lines)} lines for {len(classnames)} classes; expected one line per class"

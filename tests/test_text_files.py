@@ -45,8 +45,8 @@ def test_class_names_are_the_lines_of_their_file(tmp_path, data, names):
         ("cat\ndog\n".encode("utf-16"), r"UTF-16, expected UTF-8; save it again as UTF-8"),
         (codecs.BOM_UTF16_BE + "cat\ndog\n".encode("utf-16-be"), r"UTF-16, expected UTF-8"),
         ("cat\ndog\n".encode("utf-32"), r"UTF-32, expected UTF-8"),
-        ("cat\ndog\n".encode("utf-16-le"), r"not UTF-8 text \(a zero byte at 1\)"),
-        ("café\n".encode("latin-1"), r"not UTF-8 text \(byte 0xe9 at 3\); save it again as UTF-8"),
+        ("cat\ndog\n".encode("utf-16-le"), r"not a UTF-8 text \(a zero byte at 1\)"),
+        ("café\n".encode("latin-1"), r"not a UTF-8 text \(byte 0xe9 at 3\); save it again as UTF-8"),
         (b"cat\rdog\rbird", r"line 1 holds a carriage return; save it with lines that end in"),
         (b"cat\r\r\ndog\r\r\n", r"line 1 holds a carriage return"),
         ("cat\n\ufeffdog\n".encode(), r"line 2 holds a byte order mark"),
@@ -82,7 +82,7 @@ def test_templates_are_held_to_the_same_rules(tmp_path):
 def test_words_are_read_as_class_names_are(tmp_path):
     path = written(tmp_path, codecs.BOM_UTF8 + "a\u2028b\r\n\r\nc\r\n".encode(), "words.txt")
     assert read_words(str(path), ["x", "y", "z"]) == [(0, "a\u2028b"), (2, "c")]
-    for data, message in ((b"a\rb\rc", "carriage return"), ("é\n\n\n".encode("latin-1"), "not UTF-8")):
+    for data, message in ((b"a\rb\rc", "carriage return"), ("é\n\n\n".encode("latin-1"), "not a UTF-8")):
         with pytest.raises(UserError, match=rf"--words .*words.txt: .*{message}"):
             read_words(str(written(tmp_path, data, "words.txt")), ["x", "y", "z"])
     with pytest.raises(UserError, match=r"--words .*gone: cannot be read \(No such file"):

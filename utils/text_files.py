@@ -30,11 +30,11 @@ def decode_text(data: bytes, where: str) -> str:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{where}: not UTF-8 text (byte {data[error.start]:#04x} at {error.start}); save it again as UTF-8"
+            f"{where}: not a UTF-8 text (byte {data[error.start]:#04x} at {error.start}); save it again as UTF-8"
         ) from None
     text = text.lstrip(BYTE_ORDER_MARK)  # some programs write one more
     if "\0" in text:  # UTF-16 without a mark, or no text
-        raise UserError(f"{where}: not UTF-8 text (a zero byte at {text.index(chr(0))}); save it again as UTF-8")
+        raise UserError(f"{where}: not a UTF-8 text (a zero byte at {text.index(chr(0))}); save it again as UTF-8")
     return text
 
 
