@@ -117,9 +117,9 @@ from utils.redaction import shown_setting
 from utils.shard_sources import default_cache_dir
 from utils.shards import eval_loader, keep_sizes, train_batches
 from utils.skipped import SkipCounter, count_skipped
-from utils.tokens import Tokens
+from utils.tokens import Tokens, refuse_equal_texts
 from utils.training_state import load_parameters
-from utils.typographic import KINDS, PLACES, word_style
+from utils.typographic import KINDS, PLACES, merge_names, word_style
 from utils.zeroshot import LabelledSet, ensemble, open_set, to_pixel_values
 
 EVAL_KEYS = {"clean": "eval_accuracy_clean", "chosen": "eval_accuracy_attacked", "rejected": "eval_follows_rejected", "pair": "eval_pair_accuracy", "kl": "eval_kl"}  # fmt: skip
@@ -300,6 +300,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     encoder = make_encoder(clip, processor, compute_dtype(accelerator))
     logit_scale = float(clip.logit_scale.detach().exp())
     templates = train_set.templates or ["{c}"]
+    if settings.task == "typographic":
+        refuse_equal_texts(processor, clip.config, merge_names(train_set.classnames)[0], templates[0])
     if settings.reference_model_name_or_path:
         reference_flag = "--reference_model_name_or_path"
         reference_name = settings.reference_model_name_or_path

@@ -33,9 +33,7 @@ class Tokens(NamedTuple):
     """Of T texts in P prompts, or of n prompts."""
 
     input_ids: Tensor  # (..., L) int64
-    attention_mask: Tensor | None = (
-        None  # (..., L) int64, 0 for padding; None where the tower sees its padding, or cannot
-    )
+    attention_mask: Tensor | None = None  # (..., L) int64, 0 for padding; None where the tower sees it, or never can
 
     def to(self, device: torch.device | str) -> Tokens:
         return Tokens(*(None if part is None else part.to(device) for part in self))  # type: ignore[arg-type]
@@ -174,10 +172,8 @@ def refuse_equal_texts(processor: Any, config: PreTrainedConfig, texts: Sequence
     """
     tokenizer = processor.tokenizer
     names = list(dict.fromkeys(texts))
-    found, length = (
-        token_ids(tokenizer, [template.replace("{c}", name) for name in names]),
-        text_length(tokenizer, config),
-    )
+    found = token_ids(tokenizer, [template.replace("{c}", name) for name in names])
+    length = text_length(tokenizer, config)
     seen: dict[tuple[int, ...], int] = {}
     equal = []
     for place, ids in enumerate(_cut(found, length, tokenizer)):
@@ -197,10 +193,11 @@ def refuse_equal_texts(processor: Any, config: PreTrainedConfig, texts: Sequence
     alone = token_ids(tokenizer, [names[first], names[second]])
     if not _is_siglip(config):  # CLIP's unknown token is the end of text
         alone = [ids[:-1] for ids in alone]
-    if len(seen) == 1 or any(tokenizer.unk_token_id in ids for ids in alone):
+    unknown = any(tokenizer.unk_token_id in ids for ids in alone)
+    if unknown or len(seen) == 1:
+        why = "whose tokenizer does not know their letters" if unknown else "and so are all others"
         raise UserError(
-            f"the classes {shown} are the same tokens to the model, whose tokenizer does not know their letters{more}; give "
-            "names in a language of the model"
+            f"the classes {shown} are the same tokens to the model, {why}{more}; give names in a language of the model"
         )
     _say_once(shown, f"the classes {shown} are the same tokens to the model{more}: it cannot tell them apart")
 
