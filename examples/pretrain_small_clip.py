@@ -39,7 +39,7 @@ from utils.optimization import cosine_learning_rate, set_learning_rate
 from utils.progress import RunProgress
 from utils.shards import ShardDataset, eval_loader
 from utils.skipped import SkipCounter
-from utils.text_files import read_text_file, text_lines
+from utils.text_files import holds_controls, read_text_file, text_lines
 from utils.typographic import KINDS, PLACES, Draws, WordStyle, word_style, write_word
 from utils.zeroshot import LabelledSet, class_embeddings, open_set, read_templates, to_pixel_values
 
@@ -448,6 +448,9 @@ def read_words(path: str | None, classnames: list[str]) -> list[tuple[int, str]]
             f"--words {path}: {len(lines)} lines for {len(classnames)} classes; expected one line per class"
         )
     words = [(label, word) for label, word in enumerate(lines) if word]
+    odd = next((label for label, word in words if holds_controls(word)), None)
+    if odd is not None:
+        raise UserError(f"--words {path}: line {odd + 1} holds control characters: {lines[odd][:40]!r}; take them out")
     if not words:
         raise UserError(f"--words {path}: holds no words; expected one line per class, empty where none is printed")
     return words

@@ -54,6 +54,7 @@ def test_class_names_are_the_lines_of_their_file(tmp_path, data, names):
         (b"cat\n \t\ndog\n", r"line 2 is empty"),
         ("cat\n\u3000\ndog\n".encode(), r"line 2 is empty"),
         (b"cat\na\x0bb\n", r"line 2 is no class name"),
+        (b"cat\na\0b\n", r"line 2 is no class name"),
         (b"cat\na\x0cb\n", r"line 2 is no class name"),
         ("cat\na\x85b\n".encode(), r"line 2 is no class name"),
         (b"\n \n", r"holds no class names"),
@@ -82,7 +83,11 @@ def test_templates_are_held_to_the_same_rules(tmp_path):
 def test_words_are_read_as_class_names_are(tmp_path):
     path = written(tmp_path, codecs.BOM_UTF8 + "a\u2028b\r\n\r\nc\r\n".encode(), "words.txt")
     assert read_words(str(path), ["x", "y", "z"]) == [(0, "a\u2028b"), (2, "c")]
-    for data, message in ((b"a\rb\rc", "carriage return"), ("é\n\n\n".encode("latin-1"), "not a UTF-8")):
+    for data, message in (
+        (b"a\rb\rc", "carriage return"),
+        (b"a\n\n\0c", "line 3 holds control"),
+        ("é\n\n\n".encode("latin-1"), "not a UTF-8"),
+    ):
         with pytest.raises(UserError, match=rf"--words .*words.txt: .*{message}"):
             read_words(str(written(tmp_path, data, "words.txt")), ["x", "y", "z"])
     with pytest.raises(UserError, match=r"--words .*gone: cannot be read \(No such file"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import re
+import unicodedata
 from pathlib import Path
 
 from utils.errors import UserError
@@ -33,7 +34,7 @@ def decode_text(data: bytes, where: str) -> str:
             f"{where}: not a UTF-8 text (byte {data[error.start]:#04x} at {error.start}); save it again as UTF-8"
         ) from None
     text = text.lstrip(BYTE_ORDER_MARK)  # some programs write one more
-    if "\0" in text:  # UTF-16 without a mark, or no text
+    if text.count("\0") > len(text) / 4:  # UTF-16 without a mark, or no text
         raise UserError(f"{where}: not a UTF-8 text (a zero byte at {text.index(chr(0))}); save it again as UTF-8")
     return text
 
@@ -56,6 +57,11 @@ def text_lines(text: str, where: str = "a text file") -> list[str]:
         if BYTE_ORDER_MARK in line:
             raise UserError(f"{where}: line {number} holds a byte order mark (U+FEFF), which nobody sees; take it out")
     return lines
+
+
+def holds_controls(text: str) -> bool:
+    """Whether a line holds control characters: it is drawn into images, printed in tables and read by a model."""
+    return any(unicodedata.category(letter) == "Cc" for letter in text)
 
 
 def parse_label(data: bytes) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +24,7 @@ from utils.progress import RunProgress
 from utils.redaction import display_url
 from utils.shard_sources import default_cache_dir, expand_shards, is_remote, read_text, sibling
 from utils.shards import ShardIndex, index_shards
-from utils.text_files import text_lines
+from utils.text_files import holds_controls, text_lines
 from utils.tokens import fill_up, read_prompts, refuse_equal_texts
 
 DEFAULT_TEMPLATES = ["a photo of a {c}."]
@@ -52,8 +51,7 @@ def read_classnames(path: str | Path, cache_dir: str | None = None) -> list[str]
     if "" in names:
         raise UserError(f"{path}: line {names.index('') + 1} is empty; expected a class name on every line")
     for number, name in enumerate(names, 1):
-        # Names are drawn into images and printed in tables.
-        if len(name) > LONGEST_NAME or _holds_controls(name):
+        if len(name) > LONGEST_NAME or holds_controls(name):
             raise UserError(
                 f"{path}: line {number} is no class name: too long, or with control characters: {name[:40]!r}"
             )
@@ -70,13 +68,9 @@ def read_templates(path: str | Path | None, cache_dir: str | None = None) -> lis
             raise UserError(
                 f"{where}: template {template[:100]!r} is too long or has no {{c}}, the place of the class name"
             )
-        if _holds_controls(template.replace("\t", " ")):
+        if holds_controls(template.replace("\t", " ")):
             raise UserError(f"{where}: template {template[:100]!r} holds control characters; take them out")
     return templates or list(DEFAULT_TEMPLATES)
-
-
-def _holds_controls(text: str) -> bool:
-    return any(unicodedata.category(letter) == "Cc" for letter in text)
 
 
 def imagenet_prompts() -> tuple[list[str], list[str]]:
