@@ -368,12 +368,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             return entropy_margin(train_classifier(ref_image_embeds), settings.margin)
         return embedding_margin(ref_image_embeds, settings.margin)
 
-    def primal_loss(batch: MicroBatch) -> tuple[Tensor, Tensor | None, Tensor]:
-        """What an update descends on, and the embeddings of the clean and of the perturbed images."""
+    def primal_loss(batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """What an update descends on, the same and its terms, and the embeddings of the clean and of the perturbed images."""
         adversarial = batch.pixel_values + batch.delta
         if not clean_in_primal:
             adversarial_embeds = encoder(adversarial)
-            return objective(adversarial_embeds, batch).mean(), batch.image_embeds, adversarial_embeds
+            loss = objective(adversarial_embeds, batch).mean()
+            return loss, torch.stack([loss, loss]).detach(), batch.image_embeds, adversarial_embeds
         image_embeds, adversarial_embeds = encoder(torch.cat([batch.pixel_values, adversarial])).chunk(2)
         losses, distance = objective(adversarial_embeds, batch), clean_distance(image_embeds, batch)
         if constrained:
@@ -382,7 +383,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             loss = primal_lagrangian(losses, violation(distance, batch.margin, settings.rho), multipliers)
         else:
             loss = (losses + settings.clean_weight * distance).mean()
-        return loss, image_embeds, adversarial_embeds
+        terms = torch.stack([loss, losses.mean(), distance.mean()]).detach()
+        return loss, terms, image_embeds, adversarial_embeds
 
     @torch.no_grad()
     def measure(batch: MicroBatch, image_embeds: Tensor, adversarial_embeds: Tensor) -> Tensor:
@@ -534,9 +536,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             for update in range(settings.primal_steps):
                 for batch in micro_batches:
                     with accelerator.accumulate(encoder):
-                        loss, image_embeds, adversarial_embeds = primal_loss(batch)
+                        loss, terms, image_embeds, adversarial_embeds = primal_loss(batch)
                         accelerator.backward(loss)  # under DeepSpeed this is the update too, clipped by its own config
-                        losses.append(loss.detach())
+                        losses.append(terms)
                         if log_now and update == 0:
                             measured.append(measure(batch, image_embeds, adversarial_embeds))
                         if accelerator.sync_gradients and (settings.max_grad_norm > 0 or (log_now and update == 0)):
@@ -571,8 +573,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             # Everything below synchronises with the device and with the other processes.
             clock = time.perf_counter()
             updates = settings.primal_steps * len(micro_batches)
-            first_loss = torch.stack(losses[-updates:][: len(micro_batches)]).mean()
-            refuse_non_finite(accelerator, losses, updates, done, last_good)
+            first_loss = torch.stack(losses[-updates:][: len(micro_batches)])[:, 0].mean()
+            refuse_non_finite(
+                accelerator,
+                losses,
+                updates,
+                done,
+                last_good,
+                first_step=first_step,
+                terms=("objective", "distance of clean images"),
+                grad_norm=row.get("grad_norm"),
+            )
             losses.clear()
             all_skips = skips.merge(gather_objects(accelerator, skips.state()))
             all_skips.check()

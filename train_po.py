@@ -117,8 +117,9 @@ from utils.redaction import shown_setting
 from utils.shard_sources import default_cache_dir
 from utils.shards import eval_loader, keep_sizes, train_batches
 from utils.skipped import SkipCounter, count_skipped
+from utils.tokens import Tokens, refuse_equal_texts
 from utils.training_state import load_parameters
-from utils.typographic import KINDS, PLACES, word_style
+from utils.typographic import KINDS, PLACES, merge_names, word_style
 from utils.zeroshot import LabelledSet, ensemble, open_set, to_pixel_values
 
 EVAL_KEYS = {"clean": "eval_accuracy_clean", "chosen": "eval_accuracy_attacked", "rejected": "eval_follows_rejected", "pair": "eval_pair_accuracy", "kl": "eval_kl"}  # fmt: skip
@@ -299,6 +300,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     encoder = make_encoder(clip, processor, compute_dtype(accelerator))
     logit_scale = float(clip.logit_scale.detach().exp())
     templates = train_set.templates or ["{c}"]
+    if settings.task == "typographic":
+        refuse_equal_texts(processor, clip.config, merge_names(train_set.classnames)[0], templates[0])
     if settings.reference_model_name_or_path:
         reference_flag = "--reference_model_name_or_path"
         reference_name = settings.reference_model_name_or_path
@@ -416,7 +419,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with torch.no_grad():
             return reference(pixel_values)
 
-    def texts_of(texts: Sequence[str], template: int | None) -> Tensor:
+    def texts_of(texts: Sequence[str], template: int | None) -> Tensor | Tokens:
         """Prompts for the policy: embeddings, or for a trained text tower the tokens, in one template or in all."""
         if settings.trainable != "all":
             return text_table(texts)
@@ -455,6 +458,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         # Sums over the rows here, divided by the rows of the whole global batch: the processes may hold unequally many.
         num_pairs, num_reg = totals.clamp_min(1).unbind()
+        terms = {"preference loss": preference.sum() / num_pairs, "kl to the reference": kl.sum() / num_reg}
         parts = {"preference": preference, "kl": kl, "baseline": baseline, "logits": logits, "ref_logits": ref_logits}
         parts |= {"chosen": chosen, "rejected": rejected}
         if constrained:
@@ -464,6 +468,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             with torch.no_grad():
                 multipliers = multiplier(z0)
             v = violation(distance, clean.margin, settings.rho)
+            terms["distance to the reference"] = distance.sum() / num_reg
             held = primal_lagrangian(settings.reg_weight * kl, v, multipliers, num_reg)
             parts |= {"clean": clean, "measured": torch.stack([distance.detach(), clean.margin, multipliers], dim=1)}
         else:
@@ -471,7 +476,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         loss = (preference.sum() / num_pairs + held) * world_size * settings.gradient_accumulation_steps
         if settings.orthogonality_weight > 0:
             loss = loss + settings.orthogonality_weight * orthogonality_penalty(head_weight())
-        return loss, parts
+        return loss, parts | {"terms": torch.stack([loss, *terms.values()]).detach(), "names": list(terms)}
 
     def dual_loss(clean: CleanRows, totals: Tensor) -> Tensor:
         """A micro-batch's share of what the multiplier ascends on, at the violation of the updated policy."""
@@ -611,7 +616,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         progress.note(why_workers)
     all_skips = skips
     shown: dict[str, float] = {}
-    losses: list[Tensor] = []  # of all micro-batches since they were last checked; on the device until then
+    losses: list[
+        Tensor
+    ] = []  # of all micro-batches, with their terms, since they were last checked; on the device until then
     seconds, logged_step, last_good = 0.0, first_step, checkpoint
 
     with progress:
@@ -643,7 +650,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 with accelerator.accumulate(policy):
                     loss, part = losses_of(batch, step % len(templates), totals)
                     accelerator.backward(loss)  # under DeepSpeed this is the update too, clipped by its own config
-                    losses.append(loss.detach())
+                    losses.append(part["terms"])
                     if constrained:
                         clean_rows.append(part["clean"])
                     if log_now:
@@ -677,8 +684,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
             # Everything below synchronises with the device and with the other processes.
             clock = time.perf_counter()
-            mean_loss = torch.stack(losses[-settings.gradient_accumulation_steps :]).mean()
-            refuse_non_finite(accelerator, losses, settings.gradient_accumulation_steps, done, last_good)
+            mean_loss = torch.stack(losses[-settings.gradient_accumulation_steps :])[:, 0].mean()
+            refuse_non_finite(
+                accelerator,
+                losses,
+                settings.gradient_accumulation_steps,
+                done,
+                last_good,
+                first_step=first_step,
+                terms=part["names"],
+                grad_norm=row.get("grad_norm"),
+            )
             losses.clear()
             all_skips = skips.merge(gather_objects(accelerator, skips.state()))
             all_skips.check()

@@ -42,6 +42,7 @@ from utils.cost import (
 from utils.errors import UserError
 from utils.memory import GB, TOWERS, Layout, count_step, peak_bytes, tower_config
 from utils.optimization import count_steps
+from utils.strict_json import parse_json
 
 BEGIN, END = "<!-- cost_model.py -->", "<!-- end -->"
 TERA = 1e12
@@ -136,7 +137,7 @@ def device_rates(settings: Settings, name: str, tower: Tower) -> dict[str, float
 def measured_rate(path: str, name: str, tower: Tower, settings: Settings) -> tuple[str, float]:
     """(variant, model FLOP/s) of the fastest LORE row of this tower. Raises ``UserError`` for a file without one."""
     try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
+        rows = parse_json(Path(path).read_bytes())["rows"]
         rows = [row for row in rows if row["encoder"] == name and row["method"] == "LORE"] if rows else []
         multiple = forwards_per_image("LORE", settings.attack_steps, settings.primal_steps)
         found = [

@@ -28,6 +28,7 @@ from benchmarks.comparison import COMMANDS, print_table
 from utils.figures import STYLE, line_style
 from utils.metrics import wilson_interval
 from utils.model_card import command_line, versions
+from utils.text_files import text_lines
 
 Numbers = dict[str, Any]
 Table = tuple[str, list[list[str]]]  # caption, rows; the first row has the headings
@@ -132,7 +133,7 @@ def write_numbers(settings: Any, folders: Sequence[str | Path], results: dict[st
     minutes = 0.0
     wanted = set(map(str, folders))
     log = Path(settings.output_dir) / COMMANDS
-    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
+    for line in text_lines(log.read_text(encoding="utf-8")) if log.exists() else []:
         row = json.loads(line)
         if row["output_dir"] in wanted:
             minutes += row["seconds"] / row["at_a_time"] / 60

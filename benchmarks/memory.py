@@ -103,7 +103,7 @@ def make_model_and_images(
     }
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = CLIPConfig(
-        vision_config=vision.to_dict(), text_config=text | ids | {"pad_token_id": tokenizer.pad_token_id},
+        vision_config=vision.to_dict(), text_config=text | ids | {"pad_token_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer)},
         projection_dim=vision.projection_dim,
     )  # fmt: skip
     size = vision.image_size

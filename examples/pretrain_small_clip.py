@@ -40,6 +40,7 @@ from utils.progress import RunProgress
 from utils.shard_sources import has_shards
 from utils.shards import ShardDataset, eval_loader
 from utils.skipped import SkipCounter
+from utils.text_files import holds_controls, read_text_file, text_lines
 from utils.typographic import KINDS, PLACES, Draws, WordStyle, word_style, write_word
 from utils.zeroshot import LabelledSet, class_embeddings, open_set, read_templates, to_pixel_values
 
@@ -439,12 +440,18 @@ def read_words(path: str | None, classnames: list[str]) -> list[tuple[int, str]]
     """(class, word) of every class that has a word: its name, or what the file says."""
     if path is None:
         return list(enumerate(classnames))
-    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").split("\n")]
+    text = read_text_file(path, f"--words {path}")
+    lines = [line.strip() for line in text_lines(text, f"--words {path}")]
+    if text.endswith("\n"):
+        lines.append("")  # the last class may have no word
     if len(lines) < len(classnames) or any(lines[len(classnames) :]):
         raise UserError(
             f"--words {path}: {len(lines)} lines for {len(classnames)} classes; expected one line per class"
         )
     words = [(label, word) for label, word in enumerate(lines) if word]
+    odd = next((label for label, word in words if holds_controls(word)), None)
+    if odd is not None:
+        raise UserError(f"--words {path}: line {odd + 1} holds control characters: {lines[odd][:40]!r}; take them out")
     if not words:
         raise UserError(f"--words {path}: holds no words; expected one line per class, empty where none is printed")
     return words

@@ -220,3 +220,41 @@ def test_the_first_step_with_a_non_finite_loss_is_named(tmp_path):
         poisoned[place] = torch.tensor(float("inf"))
         with pytest.raises(UserError, match=rf"step {number}: the loss is inf; there is no checkpoint yet"):
             refuse_non_finite(Accelerator(cpu=True), poisoned, 3, 6, None)
+
+
+@pytest.mark.parametrize(
+    ("losses", "options", "message"),
+    [  # trl#1831: the learning rate is blamed where no update came before, or where the gradient was lost first
+        (
+            [[1, 1, 1], ["nan", "nan", 1]],
+            {"done": 2, "terms": ("a", "b")},
+            r"step 2: the loss is nan; .*in it: a; where it",
+        ),
+        (
+            [["nan", 1, "inf"]],
+            {"done": 1, "terms": ("a", "b")},
+            r"in it: b; no update came before it, .* not the cause",
+        ),
+        ([["nan"]], {"done": 5, "first_step": 4}, r"step 5: the loss is nan; .*no update came before it"),
+        ([[1], ["nan"]], {"done": 1, "updates": 2}, r"step 1: the loss is nan; .*; where it rose before"),
+        (
+            [[1], ["nan"]],
+            {"done": 1, "updates": 2, "grad_norm": "nan"},
+            r"step 1: the gradient is nan, .*no update came",
+        ),
+        (
+            [[1], [1]],
+            {"done": 2, "grad_norm": "inf"},
+            r"step 2: the gradient is inf, of a finite loss; .*where it rose",
+        ),
+    ],
+)
+def test_a_non_finite_loss_names_the_quantity_and_what_may_have_caused_it(losses, options, message):
+    losses = [torch.tensor([float(value) for value in row]) for row in losses]
+    options = dict(options)
+    if "grad_norm" in options:
+        options["grad_norm"] = torch.tensor(float(options["grad_norm"]))
+    with pytest.raises(UserError, match=message):
+        refuse_non_finite(
+            Accelerator(cpu=True), losses, options.pop("updates", 1), options.pop("done"), None, **options
+        )

@@ -5,6 +5,9 @@ import math
 import pytest
 import torch
 
+from utils.losses import entropy, kl_divergence
+from utils.pairs import Row, collate_rows
+from utils.policy import batch_logits
 from utils.preferences import (
     DEFAULT_BETA,
     PREFERENCES,
@@ -166,3 +169,71 @@ def test_bfloat16_logits_are_judged_in_float32():
     logits, ref_logits, chosen, rejected = some_logits()
     losses = preference_loss("dpo", logits.bfloat16(), ref_logits.bfloat16(), chosen, rejected, beta=1.0)
     assert losses.dtype == torch.float32
+
+
+def ragged_rows(form):
+    """Pairs with one, two and three rejected texts and two rows of the regulariser, as shards of pairs give them."""
+    texts = list("abcdefg")
+    more = {"own": [], "given": ["f", "g"], "unequal": ["g"]}[form]
+    pairs = [("b", ["a"]), ("c", ["d", "e"]), ("e", ["c"]), ("d", ["a", "b", "c"])]
+    rows = [
+        Row(torch.empty(4), chosen, rejected, list(dict.fromkeys([chosen, *rejected, *(more if place % 2 else [])])))
+        for place, (chosen, rejected) in enumerate(pairs)
+    ]
+    rows += [Row(torch.empty(4), "b", [], ["b", "c"], True), Row(torch.empty(4), None, [], texts[2:], True)]
+    return [{"position": place, "key": str(place), "rows": [row], "skipped": []} for place, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("form", ["own", "given", "unequal"])
+@pytest.mark.parametrize("preference", PREFERENCES)
+def test_a_ragged_batch_has_the_gradients_of_its_samples_alone(preference, form):
+    """pytorch#64305, trl#1831: a padded slot read as -inf gave NaN. One batch, micro-batches of two, and single samples."""
+    generator = torch.Generator().manual_seed(0)
+    samples = ragged_rows(form)
+    of_text = {name: torch.randn(2, 4, generator=generator) for name in "abcdefg"}
+    start, ref_start = torch.randn(2, len(samples), 4, generator=generator)
+
+    def gradients(size):
+        images = start.clone().requires_grad_(True)
+        for first in range(0, len(samples), size):
+            batch = collate_rows(samples[first : first + size], texts=None, no_images=torch.empty(0, 4))
+            places = torch.cat([batch["reg_positions"], batch["positions"]])
+            texts, ref_texts = torch.stack([of_text[name] for name in batch["texts"]], dim=1)
+            logits = batch_logits(images[places], texts, 2.0, batch)
+            ref_logits = batch_logits(ref_start[places], ref_texts, 2.0, batch)
+            options = {"beta": 0.7, "label_smoothing": 0.1, "baseline": torch.tensor(0.2)}
+            loss = preference_loss(
+                preference, logits.pairs, ref_logits.pairs, batch["chosen"], batch["rejected"], **options
+            )
+            (loss.sum() + retention_kl(ref_logits.reg, logits.reg).sum()).backward()
+        return images.grad
+
+    alone = gradients(1)
+    assert alone.isfinite().all()
+    assert (alone[:-2].abs().amax(dim=1) > 1e-6).all()
+    for size in (2, 3, len(samples)):
+        torch.testing.assert_close(gradients(size), alone, rtol=1e-4, atol=1e-5)
+
+
+def test_absent_texts_and_classes_have_no_gradient():
+    """0 log 0 = 0, in values and in gradients, wherever a column is -inf."""
+    infinite = float("-inf")
+    logits = torch.tensor([[infinite, 1.0, 2.0], [0.5, infinite, 0.5]], requires_grad=True)
+    ref_logits = torch.tensor([[infinite, 2.0, 1.0], [1.0, infinite, 0.5]])
+    chosen, rejected = torch.tensor([1, 0]), torch.tensor([[2, -1], [2, -1]])
+    whole = torch.tensor([[1.0, 2.0], [0.5, 0.5]])
+    ref_whole = torch.tensor([[2.0, 1.0], [1.0, 0.5]])
+    torch.testing.assert_close(entropy(logits), entropy(whole))
+    torch.testing.assert_close(kl_divergence(ref_logits, logits), kl_divergence(ref_whole, whole))
+    torch.testing.assert_close(rewards(logits, ref_logits, rejected)[:, 1], torch.zeros(2))
+    for value in (
+        entropy(logits),
+        kl_divergence(ref_logits, logits),
+        rewards(logits, ref_logits, rejected),
+        margin(logits, ref_logits, chosen, rejected),
+        mean_over_rejected(margin(logits, ref_logits, chosen, rejected), torch.full_like(rejected, -1)),
+    ):
+        assert value.isfinite().all()
+        (gradient,) = torch.autograd.grad(value.sum(), logits, retain_graph=True)
+        assert gradient.isfinite().all()
+        assert not gradient[logits == infinite].any()

@@ -18,11 +18,12 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -388,19 +389,53 @@ def refuse_changed_settings(before: dict[str, Any], now: dict[str, Any], free: s
 
 
 def refuse_non_finite(
-    accelerator: Accelerator, losses: list[Tensor], updates_per_step: int, done: int, last_good: Path | None
+    accelerator: Accelerator,
+    losses: list[Tensor],
+    updates_per_step: int,
+    done: int,
+    last_good: Path | None,
+    *,
+    first_step: int = 0,
+    terms: Sequence[str] = (),
+    grad_norm: Tensor | float | None = None,
 ) -> None:
-    """Stops the run on all processes where one of the ``losses`` up to step ``done`` is not finite."""
-    means = accelerator.reduce(torch.stack(losses), reduction="mean")
-    bad = (~means.isfinite()).nonzero().flatten().tolist()
-    if bad:
-        step = done - (len(losses) - 1 - bad[0]) // updates_per_step
-        rescue = f"the last good checkpoint is {last_good}" if last_good else "there is no checkpoint yet"
-        raise UserError(
-            f"step {step}: the loss is {means[bad[0]].item()}; {rescue}; begin from its model/ as --model_name_or_path, with "
-            "the start model as --reference_model_name_or_path, a lower --learning_rate or --max_grad_norm 1, in a new "
-            "--output_dir"
+    """Stops the run on all processes where a loss up to step ``done``, or the last step's gradient, is not finite.
+
+    ``losses``: of the micro-batches, each the loss, () or (1 + terms,) with the ``terms`` it is made of behind it.
+    ``first_step``: before which no update was made, so that no learning rate can be at fault. ``grad_norm``: not looked at
+    under fp16, whose scaler leaves out updates that overflow.
+    """
+    means = accelerator.reduce(torch.stack(losses), reduction="mean").view(len(losses), -1)
+    bad = (~means.isfinite()).any(dim=1).nonzero().flatten().tolist()
+    place = bad[0] if bad else len(losses) - 1
+    steps_back, updates_ahead = divmod(len(losses) - 1 - place, updates_per_step)
+    step, update = done - steps_back, updates_per_step - 1 - updates_ahead
+    first = update < accelerator.gradient_accumulation_steps  # update of the step
+    rescue = f"the last good checkpoint is {last_good}" if last_good else "there is no checkpoint yet"
+    norm = 0.0 if grad_norm is None or accelerator.mixed_precision == "fp16" else float(grad_norm)
+    if not math.isfinite(norm) and not (
+        bad and (step < done or first)
+    ):  # the gradient was not finite before the loss was
+        step, what = done, f"the gradient is {norm}, of a finite loss"
+        first = True
+    elif bad:
+        named = [name for name, value in zip(terms, means[place, 1:].tolist()) if not math.isfinite(value)]
+        what = f"the loss is {means[place, 0].item()}"
+        rescue += f"; not finite in it: {', '.join(named)}" if named else ""
+    else:
+        return
+    if step == first_step + 1 and first:
+        advice = (
+            "no update came before it, so that --learning_rate is not the cause; look at the weights of the model and at the "
+            "pictures, texts and labels of this step"
         )
+    else:
+        advice = (
+            "where it rose before (metrics.jsonl), begin from its model/ as --model_name_or_path, with the start model as "
+            "--reference_model_name_or_path, a lower --learning_rate or --max_grad_norm 1, in a new --output_dir; where it "
+            "did not, look at the pictures, texts and labels of this step"
+        )
+    raise UserError(f"step {step}: {what}; {rescue}; {advice}")
 
 
 def _checkpoint_steps(checkpoints: Path) -> dict[int, Path]:

@@ -48,6 +48,7 @@ from utils.errors import UserError
 from utils.images import ImageTransform
 from utils.layers import ATTENTION, recompute_convnext_layers, use_lean_layers
 from utils.shard_sources import BRING_IT
+from utils.tokens import check_tokenizer
 
 MODEL_CLASSES = {
     "clip": CLIPModel,
@@ -66,7 +67,7 @@ PROCESSOR_CLASSES = {  # of those with a text tower
 }
 MODEL_TYPES, CONTRASTIVE_MODEL_TYPES = tuple(MODEL_CLASSES), tuple(PROCESSOR_CLASSES)
 
-# Of a vision-text-dual-encoder: CLIP's text tower pools the end of text, whatever comes after it, as ``TextEncoder`` needs.
+# Of a vision-text-dual-encoder: a text tower that ``utils.tokens`` knows how to end and pad for.
 DUAL_ENCODER_PARTS = {"vision_config": ("convnext", "clip_vision_model"), "text_config": ("clip_text_model",)}
 FIXED_POSITIONS = ("clip_vision_model", "siglip_vision_model")  # towers that take images of one size only
 
@@ -132,9 +133,7 @@ class ImageEncoder(nn.Module):
 class TextEncoder(nn.Module):
     """The text tower of a contrastive model and its projection, if it has one: token ids to un-normalised text embeddings.
 
-    The modules are the model's own. No attention mask: CLIP's attention is causal and padding comes after the end of text,
-    which is what is pooled; SigLIP was trained on texts that are filled up to their full length, padding seen
-    (``utils.zeroshot.tokenize`` does so).
+    The modules are the model's own. What it is given, and whether with an attention mask, is decided in ``utils.tokens``.
     """
 
     def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype = torch.float32) -> None:
@@ -144,11 +143,12 @@ class TextEncoder(nn.Module):
         use_lean_layers(self.text_model)
         self.compute_dtype = compute_dtype
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """(..., L) int64 -> (..., D), float32."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """(..., L) int64, and of the same shape 0 for what is not to be seen -> (..., D), float32."""
         autocast = self.compute_dtype != torch.float32
+        mask = None if attention_mask is None else attention_mask.flatten(0, -2)
         with torch.autocast(input_ids.device.type, dtype=self.compute_dtype, enabled=autocast):
-            pooled = self.text_model(input_ids=input_ids.flatten(0, -2)).pooler_output
+            pooled = self.text_model(input_ids=input_ids.flatten(0, -2), attention_mask=mask).pooler_output
             embeds = pooled if self.text_projection is None else self.text_projection(pooled)
             return embeds.float().unflatten(0, input_ids.shape[:-1])
 
@@ -190,17 +190,23 @@ def load_model(
     """
     config = check_model(name_or_path, flag, supported)
     try:
+        if has_text(config):  # before the weights: it takes no time
+            with quiet_transformers():
+                tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+            try:
+                check_tokenizer(tokenizer, config)
+            except ValueError as error:
+                raise UserError(f"{flag} {name_or_path}: {error}") from None
         with unpartitioned(), quiet_transformers():
             model_class = Dinov2ForImageClassification if has_own_head(config) else MODEL_CLASSES[config.model_type]
             model, missing = _load_pretrained(model_class, name_or_path)
             if config.model_type == "clip_vision_model" and "visual_projection.weight" in missing:
                 model, missing = _load_pretrained(CLIPVisionModel, name_or_path)
             processor = _load_image_processor(name_or_path, config.model_type)
-            if config.model_type in CONTRASTIVE_MODEL_TYPES:
-                tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-                if config.model_type.startswith("siglip"):  # texts are filled up to this length
-                    tokenizer.model_max_length = config.text_config.max_position_embeddings
+            if has_text(config):
                 processor = PROCESSOR_CLASSES[config.model_type](image_processor=processor, tokenizer=tokenizer)
+    except UserError:
+        raise
     except (
         Exception
     ) as error:  # of transformers, tokenizers, safetensors and torch, depending on the file that is wrong
@@ -413,7 +419,9 @@ def save_model(directory: str | Path, model: PreTrainedModel, processor: Any, en
         raise RuntimeError(f"{empty[0]} is partitioned (shape {tuple(state[empty[0]].shape)}): refusing to save it")
     damaged = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if damaged:
-        raise UserError(f"{directory}: {damaged[0]} is not finite, the model is not saved; lower --learning_rate")
+        raise UserError(
+            f"{directory}: {damaged[0]} is not finite, the model is not saved; its loss and gradient before are in metrics.jsonl"
+        )
     with quiet_transformers():
         model.save_pretrained(directory, state_dict=state)
         processor.save_pretrained(directory)

@@ -22,13 +22,18 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def kl_divergence(ref_logits: Tensor, logits: Tensor) -> Tensor:
-    """KL(p0 || p) = sum_c p0 (log p0 - log p), reference first: (B, C), (B, C) -> (B,), in nats, >= 0."""
+    """KL(p0 || p) = sum_c p0 (log p0 - log p), reference first: (B, C), (B, C) -> (B,), in nats, >= 0.
+
+    A class whose reference logit is -inf has no share, 0 log 0 = 0, and no gradient.
+    """
     ref_logps = F.log_softmax(ref_logits.float(), dim=-1)
     logps = F.log_softmax(logits.float(), dim=-1)
-    return (ref_logps.exp() * (ref_logps - logps)).sum(dim=-1)
+    # Filled before the arithmetic: -inf - -inf would be NaN, and so would be its gradient behind any mask.
+    absent = ref_logps == float("-inf")
+    return (ref_logps.exp() * (ref_logps.masked_fill(absent, 0.0) - logps.masked_fill(absent, 0.0))).sum(dim=-1)
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """H(p) = -sum_c p log p: (B, C) -> (B,), in nats, in [0, ln C]."""
+    """H(p) = -sum_c p log p: (B, C) -> (B,), in nats, in [0, ln C]. A class whose logit is -inf has no share: 0 log 0 = 0."""
     logps = F.log_softmax(logits.float(), dim=-1)
-    return -(logps.exp() * logps).sum(dim=-1)
+    return -(logps.exp() * logps.masked_fill(logps == float("-inf"), 0.0)).sum(dim=-1)

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from utils.encoders import ImageEncoder, TextEncoder
 from utils.head import Head
 from utils.preferences import candidate_logits, retention_kl
-from utils.zeroshot import ensemble, prompt_embeddings, tokenize
+from utils.tokens import Tokens, tokenize
+from utils.zeroshot import ensemble, prompt_embeddings
 
 TRAINABLE = ("head", "image", "all")
 
@@ -33,13 +34,13 @@ class Policy(nn.Module):
         super().__init__()
         self.image_encoder, self.text_encoder, self.head = image_encoder, text_encoder, head
 
-    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, 3, H, W) in [0,1] or (N, D); (T, P, L) int64 or (T, P, D) -> (N, D) as they come and unit (T, D), float32.
+    def forward(self, images: Tensor, texts: Tensor | Tokens) -> tuple[Tensor, Tensor]:
+        """(N, 3, H, W) in [0,1] or (N, D); tokens (T, P, L) or (T, P, D) -> (N, D) as they come and unit (T, D), float32.
 
         P prompts of a text are averaged as in zero-shot classification, after the head, so that a folded head is exact.
         """
         image_embeds = self.embed_images(images)
-        prompt_embeds = texts if self.text_encoder is None else self.text_encoder(texts)
+        prompt_embeds: Any = texts if self.text_encoder is None else self.text_encoder(*texts)
         return image_embeds, ensemble(prompt_embeds if self.head is None else self.head(prompt_embeds))
 
     def embed_images(self, images: Tensor) -> Tensor:
@@ -82,10 +83,12 @@ class TextTable:
         self._last = (list(texts), self._embeds[[self._places[text] for text in texts]])
         return self._last[1]
 
-    def tokens(self, texts: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """input_ids (T, P, L) of the texts in P templates, for a text tower that is trained."""
+    def tokens(self, texts: Sequence[str], templates: Sequence[str]) -> Tokens:
+        """(T, P, L) of the texts in P templates, for a text tower that is trained."""
         prompts = [template.replace("{c}", text) for text in texts for template in templates]
-        return tokenize(self.processor, prompts).unflatten(0, (len(texts), len(templates))).to(self.device)
+        return (
+            tokenize(self.processor, self._clip.config, prompts).unflatten((len(texts), len(templates))).to(self.device)
+        )
 
 
 class BatchLogits(NamedTuple):

@@ -29,10 +29,20 @@ def candidate_logits(logits: Tensor, candidates: Tensor | None) -> Tensor:
 def log_ratios(logits: Tensor, chosen: Tensor, rejected: Tensor) -> Tensor:
     """log pi(chosen) - log pi(rejected) = logit difference. (N, T), (N,), (N, R) indices -> (N, R), nats.
 
-    A rejected index of -1 stands for none; its entry means nothing and is left out by ``mean_over_rejected``.
+    A rejected index of -1 stands for none: its entry is 0, without a gradient.
     """
     logits = logits.float()
-    return logits.gather(1, chosen[:, None]) - logits.gather(1, rejected.clamp_min(0))
+    # An absent text stands for the chosen one: a difference of 0.
+    return logits.gather(1, chosen[:, None]) - logits.gather(1, torch.where(rejected < 0, chosen[:, None], rejected))
+
+
+def _gather(values: Tensor, texts: Tensor) -> Tensor:
+    """The values (N, T) of some texts (N, R), 0 where the index is -1 -> (N, R).
+
+    Filled before any arithmetic: the text in place of an absent one may be no candidate, and -inf minus -inf is NaN, whose
+    gradient 0 * NaN no mask behind it takes out (pytorch#64305).
+    """
+    return values.gather(1, texts.clamp_min(0)).masked_fill(texts < 0, 0.0)
 
 
 def margin(logits: Tensor, ref_logits: Tensor, chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -69,15 +79,19 @@ def kto_loss(
 
 
 def rewards(logits: Tensor, ref_logits: Tensor, texts: Tensor) -> Tensor:
-    """r = log pi(y|x') - log pi_ref(y|x') of the texts (N, R) among logits (N, T) -> (N, R), nats; -1 stands for none."""
-    logps = F.log_softmax(logits.float(), dim=-1) - F.log_softmax(ref_logits.float(), dim=-1)
-    return logps.gather(1, texts.clamp_min(0))
+    """r = log pi(y|x') - log pi_ref(y|x') of the texts (N, R) among logits (N, T) -> (N, R), nats; 0 for none, -1."""
+    return _gather(F.log_softmax(logits.float(), dim=-1), texts) - _gather(
+        F.log_softmax(ref_logits.float(), dim=-1), texts
+    )
 
 
 def mean_over_rejected(values: Tensor, rejected: Tensor) -> Tensor:
-    """Mean over the rejected texts of an image, those of index -1 left out. (N, R), (N, R) -> (N,)."""
+    """Mean over the rejected texts of an image, those of index -1 left out. (N, R), (N, R) -> (N,), 0 where all are.
+
+    Their values have to be finite all the same, or the gradient is NaN.
+    """
     present = rejected >= 0
-    return values.masked_fill(~present, 0.0).sum(dim=-1) / present.sum(dim=-1)
+    return values.masked_fill(~present, 0.0).sum(dim=-1) / present.sum(dim=-1).clamp_min(1)
 
 
 def preference_loss(
@@ -111,7 +125,5 @@ def preference_loss(
 
 
 def retention_kl(ref_logits: Tensor, logits: Tensor) -> Tensor:
-    """KL(pi_ref || pi), reference first, over the candidates (those with finite logits). (N, T) twice -> (N,), nats."""
-    absent = torch.isinf(ref_logits)
-    # Equal finite logits in place of -inf: a share of exp(-1e4) = 0, without inf - inf.
-    return kl_divergence(ref_logits.masked_fill(absent, -1e4), logits.masked_fill(absent, -1e4))
+    """KL(pi_ref || pi), reference first, over the candidates (the others are -inf in both). (N, T) twice -> (N,), nats."""
+    return kl_divergence(ref_logits, logits)

@@ -181,7 +181,9 @@ class Results:
         if not path.exists():
             return []
         rows = []
-        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+        for number, line in enumerate(
+            path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n"), 1
+        ):
             try:
                 row = parse_json(line)
                 _check_types("a record", row, {"position": int})

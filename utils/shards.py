@@ -48,6 +48,7 @@ from utils.shard_sources import (
 from utils.skipped import BadSample, SampleIndex, Skipped
 from utils.strict_json import parse_json
 from utils.tar_index import MAX_MEMBERS, TarIndex, tar_index
+from utils.text_files import parse_label
 
 logger = logging.getLogger(__name__)
 
@@ -445,7 +446,7 @@ class ShardDataset(SampleDataset):
         if text is None:
             raise BadSample("missing label", where, members.lacking("cls"))
         try:
-            label = int(text.decode("ascii").strip())
+            label = parse_label(text)
         except ValueError:
             raise BadSample("bad label", where, f"{text[:40]!r} is no whole number") from None
         if not 0 <= label < MAX_LABEL:

@@ -10,8 +10,11 @@ from typing import Any
 def parse_json(text: str | bytes) -> Any:
     """``json.loads`` for finite numbers and whole numbers of at most 18 digits. Raises ValueError alone.
 
-    Python's own accepts NaN, which is no JSON, and ends a deeply nested text with RecursionError.
+    Python's own accepts NaN, which is no JSON, ends a deeply nested text with RecursionError, and takes a byte order mark in
+    bytes alone.
     """
+    if isinstance(text, str):
+        text = text.removeprefix("\ufeff")
     try:
         return json.loads(text, parse_constant=_refuse, parse_float=_finite, parse_int=_short)
     except RecursionError:

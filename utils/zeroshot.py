@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel, Siglip2Processor, SiglipProcessor
+from transformers import PreTrainedModel
 
 from utils.attacks import Logits, attack_seeds, frozen, pgd, uniform_start
 from utils.classifiers import LinearClassifier, own_linear_head, read_linear_head
@@ -25,6 +24,8 @@ from utils.progress import RunProgress
 from utils.redaction import display_url
 from utils.shard_sources import default_cache_dir, expand_shards, is_remote, read_text, sibling
 from utils.shards import ShardIndex, index_shards
+from utils.text_files import holds_controls, text_lines
+from utils.tokens import fill_up, read_prompts, refuse_equal_texts
 
 DEFAULT_TEMPLATES = ["a photo of a {c}."]
 IMAGENET = "imagenet"  # --classnames imagenet
@@ -35,20 +36,22 @@ PROMPTS = Path(__file__).parent / "prompts"
 def read_classnames(path: str | Path, cache_dir: str | None = None) -> list[str]:
     """One class name per line, the line number is the class. Raises ``UserError`` for an absent, empty or odd file.
 
-    A name has at most ``LONGEST_NAME`` characters.
+    A name has at most ``LONGEST_NAME`` characters and no control characters. A line ends where ``text_lines`` says: U+2028 and
+    the like are letters of a name. Spaces around a name and empty lines at the end are no part of it.
     """
     text = read_text(str(path), cache_dir or default_cache_dir())
     path = display_url(str(path))
     if text is None:
         raise UserError(f"{path}: no such file; expected class names, one per line, line number = class")
-    names = [line.strip() for line in text.rstrip().splitlines()]
+    names = [line.strip() for line in text_lines(text, str(path))]
+    while names and not names[-1]:
+        names.pop()
     if not names:
         raise UserError(f"{path}: holds no class names; expected one per line")
     if "" in names:
         raise UserError(f"{path}: line {names.index('') + 1} is empty; expected a class name on every line")
     for number, name in enumerate(names, 1):
-        # Names are drawn into images and printed in tables.
-        if len(name) > LONGEST_NAME or any(unicodedata.category(letter) == "Cc" for letter in name):
+        if len(name) > LONGEST_NAME or holds_controls(name):
             raise UserError(
                 f"{path}: line {number} is no class name: too long, or with control characters: {name[:40]!r}"
             )
@@ -58,12 +61,15 @@ def read_classnames(path: str | Path, cache_dir: str | None = None) -> list[str]
 def read_templates(path: str | Path | None, cache_dir: str | None = None) -> list[str]:
     """Prompt templates, one per line, ``{c}`` for the class name; CLIP's simplest one where the file is absent."""
     text = None if path is None else read_text(str(path), cache_dir or default_cache_dir())
-    templates = [line.strip() for line in (text or "").splitlines() if line.strip()]
+    where = display_url(str(path))
+    templates = [line.strip() for line in text_lines(text or "", where) if line.strip()]
     for template in templates:
         if "{c}" not in template or len(template) > LONGEST_NAME:
             raise UserError(
-                f"{display_url(str(path))}: template {template[:100]!r} is too long or has no {{c}}, the place of the class name"
+                f"{where}: template {template[:100]!r} is too long or has no {{c}}, the place of the class name"
             )
+        if holds_controls(template.replace("\t", " ")):
+            raise UserError(f"{where}: template {template[:100]!r} holds control characters; take them out")
     return templates or list(DEFAULT_TEMPLATES)
 
 
@@ -84,7 +90,7 @@ def imagenet_wordnet_ids() -> list[str]:
 
 def interpretability_templates() -> list[str]:
     """150 everyday captions with ``{c}`` for the class name: the texts of the measure of interpretability."""
-    return (PROMPTS / "interpretability_templates.txt").read_text(encoding="utf-8").splitlines()
+    return text_lines((PROMPTS / "interpretability_templates.txt").read_text(encoding="utf-8"))
 
 
 def find_classes(
@@ -170,7 +176,11 @@ def class_embeddings(
     device: torch.device | str = "cpu",
     batch_size: int = 256,
 ) -> Tensor:
-    """t_c: the mean over templates of unit text embeddings, made unit again. -> (C, D), float32, on ``device``."""
+    """t_c: the mean over templates of unit text embeddings, made unit again. -> (C, D), float32, on ``device``.
+
+    Raises ``UserError`` for different names that are one to the model.
+    """
+    refuse_equal_texts(processor, model.config, classnames, templates[0])
     return ensemble(prompt_embeddings(model, processor, classnames, templates, device, batch_size))
 
 
@@ -196,19 +206,13 @@ def prompt_embeddings(
     home = next(encoder.text_model.parameters()).device
     encoder.to(device)
     prompts = [template.replace("{c}", text) for text in texts for template in templates]
+    rows = read_prompts(processor, model.config, prompts)
     embeds = [
-        encoder(tokenize(processor, prompts[first : first + batch_size]).to(device))
+        encoder(*fill_up(rows[first : first + batch_size], processor, model.config).to(device))
         for first in range(0, len(prompts), batch_size)
     ]
     encoder.to(home)
     return torch.cat(embeds).view(len(texts), len(templates), -1)
-
-
-def tokenize(processor: Any, prompts: Sequence[str]) -> Tensor:
-    """input_ids (n, L) int64, cut at the model's length and filled up: to the longest, for SigLIP to the model's length."""
-    padding = "max_length" if isinstance(processor, (SiglipProcessor, Siglip2Processor)) else True
-    tokens = processor.tokenizer(list(prompts), padding=padding, truncation=True, return_tensors="pt")
-    return tokens["input_ids"]
 
 
 class Classified(NamedTuple):

@@ -1,0 +1,231 @@
+"""Texts to the token ids that a text tower reads: cut, ended and filled up as the tower was trained.
+
+A tokenizer's files come from elsewhere, and say what suits other uses: fill up on the left, cut the beginning, know no
+longest text. What would change an embedding is decided here, from the tower: texts are cut at its positions and keep their
+end, padding comes on the right, and no text depends on the others of its batch. A tokenizer that cannot be the tower's own is
+refused when the model is loaded. The tokenizer itself stays as it was, and is saved so.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+SIGLIP2_LENGTH = 64  # of the processor in transformers, which asks no tokenizer
+SHORTEST = 3  # a text of one token between a start and an end
+ARGMAX_EOS = 2  # in the config of a CLIP of before 2023: the tower pools the token of the highest id
+# Words of several scripts, in pairs of as many letters and bytes: a tokenizer that tells one pair apart knows letters.
+PROBES = (("cat", "dog"), ("猫", "犬"), ("кот", "пёс"), ("قط", "بط"))
+
+_said: set[str] = set()  # the notes of this process: each once, not once per batch
+
+
+class Tokens(NamedTuple):
+    """Of T texts in P prompts, or of n prompts."""
+
+    input_ids: Tensor  # (..., L) int64
+    attention_mask: Tensor | None = None  # (..., L) int64, 0 for padding; None where the tower sees it, or never can
+
+    def to(self, device: torch.device | str) -> Tokens:
+        return Tokens(*(None if part is None else part.to(device) for part in self))  # type: ignore[arg-type]
+
+    def unflatten(self, sizes: Sequence[int]) -> Tokens:
+        """(n, L) -> (*sizes, L)."""
+        return Tokens(*(None if part is None else part.unflatten(0, sizes) for part in self))  # type: ignore[arg-type]
+
+
+def tokenize(processor: Any, config: PreTrainedConfig, prompts: Sequence[str]) -> Tokens:
+    """The tokens of n prompts, see ``read_prompts`` and ``fill_up``."""
+    return fill_up(read_prompts(processor, config, prompts), processor, config)
+
+
+def read_prompts(processor: Any, config: PreTrainedConfig, prompts: Sequence[str]) -> list[list[int]]:
+    """The ids of every prompt, cut at what the tower takes, which is said once. UserError for ids that the tower lacks."""
+    tokenizer, length = processor.tokenizer, text_length(processor.tokenizer, config)
+    found = token_ids(tokenizer, prompts)
+    long = [prompt for prompt, ids in zip(prompts, found) if len(ids) > length]
+    if long:
+        _say_once(
+            "long",
+            f"{len(long)} of {len(prompts)} texts are longer than the {length} tokens that the text tower takes, the longest "
+            f"has {max(map(len, found))}; their ends are left out, the first is {long[0][:80]!r} (said once)",
+        )
+    rows = _cut(found, length, tokenizer) if long else found
+    size = config.text_config.vocab_size
+    for prompt, ids in zip(prompts, rows):
+        if max(ids, default=0) >= size:
+            raise UserError(
+                f"{prompt[:80]!r}: token {max(ids)} of a text tower of {size} (vocab_size); the tokenizer is another model's, put "
+                "the model's own files beside config.json"
+            )
+        if not _is_siglip(config) and _pooled(ids, config) < len(ids) - 1:
+            _say_once("end", f"{prompt[:80]!r}: holds the token that ends a text, and is read up to there (said once)")
+    return rows
+
+
+def fill_up(rows: Sequence[list[int]], processor: Any, config: PreTrainedConfig) -> Tokens:
+    """Ids (n, L) with padding on the right.
+
+    CLIP's towers pool the end of text and do not look ahead: up to the longest, with what is never seen. SigLIP pools the
+    last place: up to the full length, padding seen as in its training, unless the tokenizer's own file asks for masks.
+    """
+    tokenizer, siglip = processor.tokenizer, _is_siglip(config)
+    if siglip:
+        padding, width = tokenizer.pad_token_id, text_length(tokenizer, config)
+    else:
+        # Of equal ids the first is pooled, and of ``ARGMAX_EOS`` the highest: no other padding is safe.
+        padding, width = max((_end(ids, config) for ids in rows), default=0), max(map(len, rows), default=1)
+    input_ids = torch.full((len(rows), width), padding, dtype=torch.int64)
+    for row, ids in zip(input_ids, rows):
+        row[: len(ids)] = torch.tensor(ids)
+    if not (siglip and "attention_mask" in tokenizer.init_kwargs.get("model_input_names", ())):
+        return Tokens(input_ids)
+    lengths = torch.tensor([len(ids) for ids in rows], dtype=torch.int64)
+    return Tokens(input_ids, (torch.arange(width) < lengths[:, None]).long())
+
+
+def token_ids(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+    """The ids of every prompt, as long as it is, with those of start and end. The tokenizer's own settings stay."""
+    if not prompts:
+        return []
+    backend: Any = getattr(tokenizer, "_tokenizer", None)
+    kept = (getattr(backend, "truncation", None), getattr(backend, "padding", None))
+    try:
+        return tokenizer(list(prompts), padding=False, truncation=False, verbose=False)["input_ids"]
+    finally:  # they are part of the file that is saved with the model
+        if kept[0] is not None:
+            backend.enable_truncation(**kept[0])
+        if kept[1] is not None:
+            backend.enable_padding(**kept[1])
+
+
+def text_length(tokenizer: Any, config: PreTrainedConfig) -> int:
+    """How many tokens of a text the tower reads: its positions, or fewer where the tokenizer's file says so."""
+    positions = config.text_config.max_position_embeddings
+    if config.text_config.model_type == "siglip2_text_model":
+        return min(positions, SIGLIP2_LENGTH)
+    return int(min(positions, tokenizer.model_max_length))  # 1e30 where the file says nothing
+
+
+def check_tokenizer(tokenizer: Any, config: PreTrainedConfig) -> None:
+    """Raises ``ValueError`` where a tokenizer cannot be that of the model's text tower."""
+    text = config.text_config
+    if text_length(tokenizer, config) < SHORTEST:
+        raise ValueError(
+            f"its tokenizer cuts texts at {text_length(tokenizer, config)} tokens (model_max_length); correct "
+            "tokenizer_config.json"
+        )
+    added = set(getattr(tokenizer, "added_tokens_decoder", ()))
+    ordinary = sorted(set(tokenizer.get_vocab().values()) - added - set(tokenizer.all_special_ids))
+    files = "put the tokenizer's own files beside config.json"
+    probes = [_cut(token_ids(tokenizer, pair), text_length(tokenizer, config), tokenizer) for pair in PROBES]
+    if all(first == second for first, second in probes):
+        raise ValueError(
+            f"its tokenizer gives different texts the same tokens ({PROBES[0][0]!r} and {PROBES[0][1]!r}), it knows "
+            f"{len(tokenizer)} tokens; files are missing, damaged or another model's: {files}"
+        )
+    largest = max([*ordinary[-1:], *(max(ids) for pair in probes for ids in pair if ids)])
+    if largest >= text.vocab_size or len(tokenizer) < text.vocab_size / 2:
+        raise ValueError(
+            f"its tokenizer knows {len(tokenizer)} tokens, the largest id is {largest}, its text tower {text.vocab_size} "
+            f"(vocab_size); it is another model's: {files}"
+        )
+    if _is_siglip(config):
+        if tokenizer.pad_token_id is None or not 0 <= tokenizer.pad_token_id < text.vocab_size:
+            raise ValueError(
+                f"its tokenizer has no pad_token among the {text.vocab_size} tokens of its text tower, which sees its "
+                "padding; name the one of its training in tokenizer_config.json"
+            )
+        return
+    for ids in (ids for pair in probes for ids in pair):
+        last = ids[-1] if ids else None
+        wanted = text.eos_token_id
+        if wanted == ARGMAX_EOS:
+            wanted = max([*ids, *ordinary[-1:]], default=None)
+        if last != wanted:
+            raise ValueError(
+                f"its text tower pools the end of text, id {wanted} (eos_token_id {text.eos_token_id} in config.json), and its "
+                f"tokenizer ends texts with id {last}; {files}, or correct eos_token_id"
+            )
+    start = tokenizer.bos_token_id
+    if start is not None and probes[0][0][0] != start:
+        _say_once(
+            "start",
+            f"the tokenizer does not begin texts with its bos_token, id {start}, as CLIP's does; unless the model was trained "
+            "so, its files are another model's",
+        )
+
+
+def refuse_equal_texts(processor: Any, config: PreTrainedConfig, texts: Sequence[str], template: str) -> None:
+    """Raises ``UserError`` for different names that the tower cannot tell apart: cut, or made of unknown tokens.
+
+    Names that differ in what the tokenizer ignores, such as capitals, are said once.
+    """
+    tokenizer = processor.tokenizer
+    names = list(dict.fromkeys(texts))
+    found = token_ids(tokenizer, [template.replace("{c}", name) for name in names])
+    length = text_length(tokenizer, config)
+    seen: dict[tuple[int, ...], int] = {}
+    equal = []
+    for place, ids in enumerate(_cut(found, length, tokenizer)):
+        first = seen.setdefault(tuple(ids), place)
+        if first != place:
+            equal.append((first, place))
+    if not equal:
+        return
+    first, second = next((pair for pair in equal if found[pair[0]] != found[pair[1]]), equal[0])
+    shown = f"{names[first][:80]!r} and {names[second][:80]!r}"
+    more = f" ({len(equal)} such names)" if len(equal) > 1 else ""
+    if found[first] != found[second]:
+        raise UserError(
+            f"the classes {shown} are the same text to the model, which reads {length} tokens of a prompt{more}; shorten the "
+            "names or the templates"
+        )
+    alone = token_ids(tokenizer, [names[first], names[second]])
+    if not _is_siglip(config):  # CLIP's unknown token is the end of text
+        alone = [ids[:-1] for ids in alone]
+    unknown = any(tokenizer.unk_token_id in ids for ids in alone)
+    if unknown or len(seen) == 1:
+        why = "whose tokenizer does not know their letters" if unknown else "and so are all others"
+        raise UserError(
+            f"the classes {shown} are the same tokens to the model, {why}{more}; give names in a language of the model"
+        )
+    _say_once(shown, f"the classes {shown} are the same tokens to the model{more}: it cannot tell them apart")
+
+
+def _cut(rows: Sequence[list[int]], length: int, tokenizer: Any) -> list[list[int]]:
+    """At most ``length`` ids of each; the end of text that the tokenizer adds, where it does, stays the last."""
+    empty, probe = token_ids(tokenizer, ["", PROBES[0][0]])
+    end = empty[-1:] if empty[-1:] == probe[-1:] else []
+    return [ids if len(ids) <= length else [*ids[: length - len(end)], *end] for ids in rows]
+
+
+def _is_siglip(config: PreTrainedConfig) -> bool:
+    return config.text_config.model_type.startswith("siglip")
+
+
+def _end(ids: list[int], config: PreTrainedConfig) -> int:
+    """The id that CLIP's tower pools, the first of its kind."""
+    end = config.text_config.eos_token_id
+    return max(ids) if end == ARGMAX_EOS else end
+
+
+def _pooled(ids: list[int], config: PreTrainedConfig) -> int:
+    """The place that CLIP's tower pools."""
+    end = _end(ids, config)
+    return ids.index(end) if end in ids else 0
+
+
+def _say_once(kind: str, line: str) -> None:
+    if kind not in _said:
+        _said.add(kind)
+        logger.warning(line)
