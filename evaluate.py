@@ -11,8 +11,8 @@ again. Start it with `accelerate launch` to share the images among processes: th
 
 from __future__ import annotations
 
-import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -35,6 +35,7 @@ from utils.classifiers import (
 )
 from utils.cli import flag, parse_settings, required, run
 from utils.corruptions import CORRUPTIONS, KNOWN, SEVERITIES, find_published, require_package
+from utils.digests import KIND, files_digest, shards_digest, side_by_side, text_digest
 from utils.distributed import (
     everywhere,
     from_main_process,
@@ -75,7 +76,7 @@ from utils.results import ATTACKS, Cell, Results, cell_name, column_name, figure
 from utils.shard_sources import default_cache_dir, hub_set
 from utils.shards import ShardDataset, ShardIndex, ShardReader
 from utils.skipped import BadSample
-from utils.typographic import KINDS, PLACES, word_style
+from utils.typographic import KINDS, PLACES, font_files, word_style
 from utils.zeroshot import (
     imagenet_prompts,
     interpretability_templates,
@@ -91,6 +92,8 @@ ACCURACIES = ("accuracy", "follows the word", "chosen text over rejected", "wors
 DEFAULT_TS = [round(-0.5 + 0.025 * step, 3) for step in range(71)]  # -0.5 ... 1.25
 MANY_ATTACKS = 6  # more than that are lines of the table, not columns
 DAYS_OF_PATIENCE = 7  # a process whose images are all robust may finish long after the others
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -151,13 +154,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator = start_accelerator(seed=settings.seed, days_of_patience=DAYS_OF_PATIENCE)
     on_every_node(accelerator, lambda: check_models(settings))
     sets = {name: open_everywhere(settings, accelerator, name) for name in settings.data}
-    revisions = {
-        name: from_main_process(accelerator, lambda name=name: model_revision(name))
-        for name in dict.fromkeys([*settings.model, settings.reference_model_name_or_path])
-        if name is not None
-    }
+    content = {name: contents(settings, accelerator, data) for name, data in sets.items()}
+    revisions = from_main_process(accelerator, lambda: find_revisions(settings))
     jobs = {
-        (model, name): wanted_jobs(settings, revisions, model, name, data)
+        (model, name): wanted_jobs(settings, revisions, content[name], model, name, data)
         for model in settings.model
         for name, data in sets.items()
     }
@@ -167,6 +167,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from_main_process(accelerator, lambda: take_output_dir(settings.output_dir))
     results = from_main_process(accelerator, lambda: Results(settings.output_dir))
     reference = None
+    for line in results.ask([cell for of_set in jobs.values() for job in of_set for cell in job]):
+        if accelerator.is_main_process:
+            logger.warning(line)
 
     for name in settings.model:
         missing = {
@@ -413,20 +416,23 @@ def nothing_to_measure(settings: Settings, name: str, data: EvalSet) -> UserErro
 
 
 def wanted_jobs(
-    settings: Settings, revisions: dict[str, str], model: str, dataset: str, data: EvalSet
+    settings: Settings, revisions: dict[str, str], content: dict[str, str], model: str, dataset: str, data: EvalSet
 ) -> list[list[Cell]]:
     """The figures asked for, those that come from one pass together. Two equal cells are the same measurement."""
     common = {"model": model, "dataset": dataset, "seed": settings.seed}
     split = settings.split if data.labelled or "attack" not in data.splits else None
     reading = {"split": split, "num_samples": settings.num_samples, "model_revision": revisions[model]}
-    reading["shards"] = {split: shards_hash(opened.index) for split, opened in data.splits.items()}
+    reading |= {"digests": KIND, "shards": content}
     classes: dict[str, Any] = {}
     if data.labelled:
-        classes = {"prompts": text_hash([*data.classnames, "", *data.templates]), "classifier": settings.classifier}
-        if settings.classifier == "linear_head" and settings.linear_head is not None:
-            head = Path(settings.linear_head).read_bytes()
-            classes["classifier_revision"] = hashlib.blake2b(head, digest_size=6).hexdigest()
-    words = json.loads(json.dumps(asdict(word_style(settings))))  # lists, as results.json gives them back
+        classes = {"prompts": text_digest([*data.classnames, "", *data.templates]), "classifier": settings.classifier}
+        classes |= {"classnames": settings.classnames, "linear_head": settings.linear_head}
+        if settings.linear_head is not None:
+            classes["classifier_revision"] = revisions["--linear_head"]
+    words: dict[str, Any] = {
+        "words": json.loads(json.dumps(asdict(word_style(settings))))
+    }  # lists, as results.json gives them back
+    words["font_files"] = revisions.get("--fonts")
     gradients = {"loss": "cross-entropy", "attack_dtype": settings.attack_dtype}
     jobs: list[list[Cell]] = []
 
@@ -438,7 +444,16 @@ def wanted_jobs(
     if data.published is not None:
         if "accuracy" in settings.measure and "corruptions" in settings.attack:
             jobs += [
-                [cell("accuracy", "corruptions", corruption=corruption, severity=severity, files="published")]
+                [
+                    cell(
+                        "accuracy",
+                        "corruptions",
+                        corruption=corruption,
+                        severity=severity,
+                        files="published",
+                        shards={(files := f"{corruption} {severity}"): content[files]},
+                    )
+                ]
                 for corruption in settings.corruptions
                 if corruption in data.published.corruptions
                 for severity in settings.severities
@@ -450,12 +465,12 @@ def wanted_jobs(
         if data.labelled:
             jobs += [[attacked] for attacked in attacked_cells(settings, data, cell, gradients)]
         if "typographic" in settings.attack:
-            style = {"words": words} if data.labelled else {}
+            style = words if data.labelled else {}
             jobs.append([cell(figure, "typographic", **style) for figure in ("accuracy", "follows_word")])
     compared = {"reference": settings.reference_model_name_or_path}
     compared["reference_revision"] = revisions.get(settings.reference_model_name_or_path)
     if "interpretability" in settings.measure and data.labelled:
-        jobs.append([cell("interpretability", descriptions=text_hash(interpretability_templates()))])
+        jobs.append([cell("interpretability", descriptions=text_digest(interpretability_templates()))])
     if "fidelity" in settings.measure and data.labelled:
         jobs.append([cell(figure, **compared) for figure in FIDELITY])
     if "retention" in settings.measure and data.labelled:
@@ -464,7 +479,7 @@ def wanted_jobs(
         jobs.append([cell(figure, top_k=settings.top_k) for figure in FAIRNESS])
     if "head_t" in settings.measure and "attack" not in data.splits:  # t* needs validation pairs of its own
         figures = ["accuracy", "follows_word"] if data.labelled else ["pair_accuracy"]
-        style = {"words": words} if data.labelled else {"val_split": settings.val_split}
+        style: dict[str, Any] = words if data.labelled else {"val_split": settings.val_split}
         job = [cell("accuracy", t=t) for t in settings.t]
         job += [cell(figure, "typographic", t=t, **style) for figure in figures for t in settings.t]
         if not data.labelled:
@@ -511,14 +526,40 @@ def attacked_cells(
     return cells
 
 
-def text_hash(texts: Sequence[str]) -> str:
-    return hashlib.blake2b("\n".join(texts).encode(), digest_size=6).hexdigest()
+def find_revisions(settings: Settings) -> dict[str, str]:
+    """Digests of the models and the reference by their names, of the linear head and the fonts by their flags."""
+    names = dict.fromkeys([*settings.model, settings.reference_model_name_or_path])
+    found = {name: model_revision(name, settings.cache_dir) for name in names if name is not None}
+    if settings.linear_head is not None:
+        found["--linear_head"] = files_digest([settings.linear_head], settings.cache_dir)[:16]
+    if "typographic" in settings.attack or "head_t" in settings.measure:
+        found["--fonts"] = files_digest(font_files(settings.fonts), settings.cache_dir)[:16]
+    return found
 
 
-def shards_hash(index: ShardIndex) -> str:
-    """What tells one content of shards from another without reading them: names, sizes, numbers of samples."""
-    sizes = [os.path.getsize(url) if os.path.exists(url) else None for url in index.urls]
-    return text_hash([f"{Path(url).name} {size} {n}" for url, size, n in zip(index.urls, sizes, index.sizes)])
+def contents(settings: Settings, accelerator: Accelerator, data: EvalSet) -> dict[str, str]:
+    """Digests of what is read of a set: by split, of published files by corruption and severity. Call on all processes."""
+    published = data.published
+    if published is None:
+        learns = settings.classifier in ("linear_probe", "knn")
+        return {
+            split: shards_digest(
+                accelerator, opened.index, None if learns and split == settings.train_split else settings.num_samples
+            )
+            for split, opened in data.splits.items()
+        }
+    if "corruptions" not in settings.attack:
+        return {}
+
+    def digests(corruption: str) -> dict[str, str]:
+        return {
+            f"{corruption} {severity}": published.digest(corruption, severity, settings.num_samples, settings.cache_dir)
+            for severity in settings.severities
+        }
+
+    asked = [name for name in settings.corruptions if name in published.corruptions]
+    found = from_main_process(accelerator, lambda: side_by_side(digests, asked))
+    return {name: content for of_corruption in found for name, content in of_corruption.items()}
 
 
 def needs_classifier(data: EvalSet, job: Sequence[Cell]) -> bool:
@@ -542,8 +583,9 @@ def make_classifier(settings: Settings, accelerator: Accelerator, model: Model, 
         return KnnClassifier(features, labels, num_classes).to(model.device)
     # A probe is kept, so that it need not be learnt again and can be given as a --linear_head.
     only = {"model": model.name, "dataset": cell["dataset"], "measure": "probe", "attack": settings.train_split}
-    fixed = ("model_revision", "prompts", "shards")
-    learnt = dict.fromkeys(cell) | only | {"settings": {name: cell["settings"][name] for name in fixed}}
+    learnt = {name: cell["settings"][name] for name in ("digests", "model_revision", "prompts")}
+    learnt["shards"] = cell["settings"]["shards"][settings.train_split]
+    learnt = dict.fromkeys(cell) | only | {"settings": learnt}
     path = Path(settings.output_dir) / "probes" / f"{cell_name(learnt)}.safetensors"
     if not from_main_process(accelerator, path.exists):
         features, labels = train_features(settings, accelerator, model, data, cell)

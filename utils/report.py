@@ -76,6 +76,9 @@ def page_content(results: Results, found: Sequence[Mapping[str, Any]]) -> dict[s
     models, sets = short_names(r["model"] for r in every), short_names(r["dataset"] for r in every)
     images = {name: max(r["n"] for r in every if r["dataset"] == name) for name in sets}
     revisions = {r["model"]: r["settings"].get("model_revision") for r in every}
+    shards: dict[tuple[str, str], list[Any]] = {}
+    for r in every:
+        shards.setdefault((r["model"], r["dataset"]), []).append(r["settings"].get("shards"))
     plain = [r for r in every if "t" not in r["settings"]]
     names = dict(zip(map(id, plain), variants(plain)))
     comparisons = results.compared
@@ -103,6 +106,8 @@ def page_content(results: Results, found: Sequence[Mapping[str, Any]]) -> dict[s
             | {"text": w["text"]}
             for w in results.warnings
             if w["model_revision"] == revisions.get(w["model"])
+            # Of data that have changed since: history, as its figures are. Earlier versions did not keep that.
+            and ("shards" not in w or w["shards"] in shards.get((w["model"], w["dataset"]), []))
         ],
         "summary": summary_table(plain, names, comparisons, models, sets),
         "others": other_figures(plain, names, models, sets),
