@@ -55,6 +55,7 @@ from utils.encoders import (
 from utils.errors import UserError
 from utils.head import HEAD_FILE, load_head
 from utils.hub import fetch_model, folder_on_every_node, on_this_node
+from utils.images import ImageTransform
 from utils.measures import (
     EvalSet,
     Finding,
@@ -71,8 +72,19 @@ from utils.measures import (
 )
 from utils.pairs import pack_pair_folder
 from utils.prefetch import prefetch_models, say_where
-from utils.progress import wide_console
-from utils.results import ATTACKS, Cell, Results, cell_name, column_name, figure_name, model_revision
+from utils.progress import forgive_encoding, wide_console
+from utils.results import (
+    ATTACKS,
+    Cell,
+    Results,
+    attempt,
+    cell_name,
+    column_name,
+    figure_name,
+    file_name,
+    model_revision,
+    refuse_unwritable,
+)
 from utils.shard_sources import default_cache_dir, hub_set
 from utils.shards import ShardDataset, ShardIndex, ShardReader
 from utils.skipped import BadSample
@@ -148,10 +160,12 @@ class Settings:
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse_settings(Settings, argv, description=__doc__)
+    forgive_encoding()
     check_settings(settings)
     if settings.prefetch:
         return prefetch(settings)
     accelerator = start_accelerator(seed=settings.seed, days_of_patience=DAYS_OF_PATIENCE)
+    from_main_process(accelerator, lambda: refuse_unwritable(settings.output_dir))
     on_every_node(accelerator, lambda: check_models(settings))
     sets = {name: open_everywhere(settings, accelerator, name) for name in settings.data}
     content = {name: contents(settings, accelerator, data) for name, data in sets.items()}
@@ -166,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise nothing_to_measure(settings, name, sets[name])
     from_main_process(accelerator, lambda: take_output_dir(settings.output_dir))
     results = from_main_process(accelerator, lambda: Results(settings.output_dir))
-    reference = None
+    reference, undrawn = None, list[str]()
     for line in results.ask([cell for of_set in jobs.values() for job in of_set for cell in job]):
         if accelerator.is_main_process:
             logger.warning(line)
@@ -191,21 +205,47 @@ def main(argv: Sequence[str] | None = None) -> None:
                     if results.find(finding.cell) is None:  # a job may have been measured in part, at other t
                         results.add(finding.cell, finding.value, finding.interval, finding.n)
                     if accelerator.is_main_process:
-                        keep(results, finding)
+                        keep(results, finding, undrawn)
                 if accelerator.is_main_process:
                     results.write()
 
     if accelerator.is_main_process:
         results.compare()
         results.write()
-        print_tables(settings, sets, jobs, results)
+        finish(settings, sets, jobs, results, undrawn)
     if settings.query:
-        draw_retrieved(settings, accelerator, sets, results)
+        draw_retrieved(settings, accelerator, sets, results, undrawn)
+        if accelerator.is_main_process:
+            write_page(settings, undrawn)  # again, with these pictures in it
     if accelerator.is_main_process:
-        from utils.report import write_report
-
-        print(f"{write_report(settings.output_dir)} written")
+        print(f"{Path(settings.output_dir) / 'report.html'} written")
     accelerator.end_training()
+
+
+def finish(
+    settings: Settings,
+    sets: dict[str, EvalSet],
+    jobs: dict[tuple[str, str], list[list[Cell]]],
+    results: Results,
+    undrawn: list[str],
+) -> None:
+    """The report first, then the tables, whatever becomes of it, then pictures that nothing depends on."""
+    before = len(undrawn)
+    try:
+        write_page(settings, undrawn)
+    finally:
+        print_tables(settings, sets, jobs, results)
+    if "head_t" in settings.measure:
+        print_strengths(settings, jobs, results, undrawn)
+    if len(undrawn) > before:
+        write_page(settings, undrawn)
+
+
+def write_page(settings: Settings, undrawn: list[str]) -> None:
+    """report.html, which names what of its own and of ``undrawn`` could not be drawn."""
+    from utils.report import write_report
+
+    write_report(settings.output_dir, undrawn)
 
 
 def check_settings(settings: Settings) -> None:
@@ -214,6 +254,9 @@ def check_settings(settings: Settings) -> None:
     for name in ("model", "data", "measure", "attack", "eps", "sigma", "corruptions", "severities", "query"):
         setattr(settings, name, list(dict.fromkeys(getattr(settings, name))))  # what is named twice is measured once
     word_style(settings)
+    settings.query = [valid_text(query, "--query", "which no tokenizer takes") for query in settings.query]
+    for name in (*settings.model, settings.reference_model_name_or_path):
+        valid_text(name or "", "--model", "which safetensors does not open")
     for measure in ("retention", "fidelity"):
         if measure in settings.measure and not settings.reference_model_name_or_path:
             raise UserError(
@@ -288,6 +331,14 @@ def prefetch(settings: Settings) -> None:
         samples = ", ".join(f"{part.index.num_samples} samples in {split}" for split, part in opened.splits.items())
         lines.append(f"{name}: {samples or 'published corruptions'}, in {folder.resolve()}")
     say_where(prefetch_models(named_models(settings)) + lines, settings.cache_dir)
+
+
+def valid_text(text: str, flag: str, why: str) -> str:
+    """A text of the command line, taken for UTF-8 whatever the locale says. Raises ``UserError`` where it is not."""
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        raise UserError(f"{flag} {text}: not UTF-8, {why}; rename it or write it in UTF-8") from None
 
 
 def tidy(name: str) -> str:
@@ -621,7 +672,7 @@ def measure(
     return measure_pairs(settings, accelerator, model, data, job)
 
 
-def keep(results: Results, finding: Finding) -> None:
+def keep(results: Results, finding: Finding, undrawn: list[str]) -> None:
     """What lies beside a figure: records first, so that a figure in results.json always has them."""
     for text in finding.warnings:
         results.warn(finding.cell, text)
@@ -632,12 +683,14 @@ def keep(results: Results, finding: Finding) -> None:
             torch.stack([torch.from_numpy(one) for one in images])
             for images in zip(*((one.clean, one.attacked) for one in finding.pictures))
         )
-        results.write_pictures(finding.cell, clean, attacked, [one.caption for one in finding.pictures])
+        captions = [one.caption for one in finding.pictures]
+        attempt("pictures", lambda: results.write_pictures(finding.cell, clean, attacked, captions), undrawn)
 
 
-def draw_retrieved(settings: Settings, accelerator: Accelerator, sets: dict[str, EvalSet], results: Results) -> None:
+def draw_retrieved(
+    settings: Settings, accelerator: Accelerator, sets: dict[str, EvalSet], results: Results, undrawn: list[str]
+) -> None:
     """The best images of every --query by every model; a model with a head at t = 0, at its t* if known, and at t = 1."""
-    from utils.figures import draw_grid
     from utils.report import short_names
 
     short = short_names(sets)
@@ -656,23 +709,31 @@ def draw_retrieved(settings: Settings, accelerator: Accelerator, sets: dict[str,
                 label = Path(name).name + ("" if t is None else f"\nt{'*' if t in known[-1:] else ''} = {t:g}")
                 rows += [(query, label, line) for query, line in zip(settings.query, lines)]
         if accelerator.is_main_process:
-            path = Path(settings.output_dir) / f"retrieval_{short[set_name].replace('/', '-')}.png"
-            dataset = ShardDataset(data.splits[settings.split].index, model.transform, order="sequential")
-            grid = [
-                (label, [(dataset[0, i, i]["image"], "" if n else query) for n, i in enumerate(line)])
-                for query in settings.query
-                for of_query, label, line in rows
-                if of_query == query
-            ]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draw_grid(path, grid)
-            print(f"{path} written")
+            path = Path(settings.output_dir) / f"retrieval_{file_name(short[set_name])}.png"
+            attempt(path.name, partial(draw_rows, settings, model.transform, data, rows, path), undrawn)
+
+
+def draw_rows(
+    settings: Settings, transform: ImageTransform, data: EvalSet, rows: list[tuple[str, str, list[int]]], path: Path
+) -> None:
+    """(query, label of the row, positions of its images) as a picture."""
+    from utils.figures import draw_grid
+
+    dataset = ShardDataset(data.splits[settings.split].index, transform, order="sequential")
+    grid = [
+        (label, [(dataset[0, i, i]["image"], "" if n else query) for n, i in enumerate(line)])
+        for query in settings.query
+        for of_query, label, line in rows
+        if of_query == query
+    ]
+    draw_grid(path, grid)
+    print(f"{path} written")
 
 
 def print_tables(
     settings: Settings, sets: dict[str, EvalSet], jobs: dict[tuple[str, str], list[list[Cell]]], results: Results
 ) -> None:
-    """Accuracies, one row per model and set; then every other figure in a line; then what the heads' strength does."""
+    """Accuracies, one row per model and set; then every other figure in a line."""
     cells = [cell for of_set in jobs.values() for job in of_set for cell in job]
     plain = [cell for cell in cells if "t" not in cell["settings"]]
     in_columns = [cell for cell in plain if cell["measure"] in ("accuracy", "follows_word")]
@@ -689,8 +750,6 @@ def print_tables(
             value = "undefined" if result["value"] is None else f"{result['value']:.4f}{interval}"
             table.add_row(cell["model"], cell["dataset"], figure_name(cell), value)
         wide_console().print(table)
-    if "head_t" in settings.measure:
-        print_strengths(settings, cells, results)
 
 
 def print_accuracies(settings: Settings, sets: dict[str, EvalSet], cells: Sequence[Cell], results: Results) -> None:
@@ -724,12 +783,14 @@ def print_accuracies(settings: Settings, sets: dict[str, EvalSet], cells: Sequen
     wide_console().print(table)
 
 
-def print_strengths(settings: Settings, cells: Sequence[Cell], results: Results) -> None:
+def print_strengths(
+    settings: Settings, jobs: dict[tuple[str, str], list[list[Cell]]], results: Results, undrawn: list[str]
+) -> None:
     """What every head does at t = 0, t* (where pairs gave one) and t = 1; the curve over all t goes into a picture."""
-    from utils.figures import draw_t_sweep
     from utils.report import short_names
 
     short = short_names(settings.model)
+    cells = [cell for of_set in jobs.values() for job in of_set for cell in job]
     for model in settings.model:
         found = [results.find(cell) for cell in cells if cell["model"] == model]
         neutral = next((result["value"] for result in found if result["measure"] == "neutral_t"), None)
@@ -748,16 +809,23 @@ def print_strengths(settings: Settings, cells: Sequence[Cell], results: Results)
         for title, points in curves.items():
             table.add_row(title, *(f"{points[t]:.3f}" if t in points else "undefined" for t in marks))
         wide_console().print(table)
-        name = (short[model] if Path(model).name else Path(model).resolve().name).replace("/", "-")
-        path = Path(settings.output_dir) / f"head_t_{name}.png"
-        accuracies = {title: points for title, points in curves.items() if title.split(",")[0] in ACCURACIES}
-        panels = {
-            "share": accuracies,
-            "fairness": {title: curves[title] for title in curves if title not in accuracies},
-        }
-        panels = {panel: shown for panel, shown in panels.items() if shown}
-        draw_t_sweep(path, f"What the strength of the head changes: {name}", panels, neutral)
-        print(f"{path} written")
+        name = short[model] if Path(model).name else Path(model).resolve().name
+        path = Path(settings.output_dir) / f"head_t_{file_name(name)}.png"
+        attempt(path.name, partial(draw_strengths, path, name, curves, neutral), undrawn)
+
+
+def draw_strengths(path: Path, name: str, curves: dict[str, dict[float, float]], neutral: float | None) -> None:
+    """Accuracies in one panel, what else was measured over t in another."""
+    from utils.figures import draw_t_sweep
+
+    accuracies = {title: points for title, points in curves.items() if title.split(",")[0] in ACCURACIES}
+    panels = {
+        "share": accuracies,
+        "fairness": {title: curves[title] for title in curves if title not in accuracies},
+    }
+    panels = {panel: shown for panel, shown in panels.items() if shown}
+    draw_t_sweep(path, f"What the strength of the head changes: {name}", panels, neutral)
+    print(f"{path} written")
 
 
 def percent(found: Sequence[dict[str, Any]]) -> str:

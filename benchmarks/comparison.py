@@ -206,5 +206,6 @@ def print_table(title: str, rows: list[list[str]]) -> None:
 
 
 def markdown(rows: list[list[str]]) -> str:
+    rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n"

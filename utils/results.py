@@ -15,10 +15,10 @@ import os
 import re
 import types
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,6 +30,7 @@ from utils.errors import UserError
 from utils.metrics import mcnemar
 from utils.model_card import versions
 from utils.sanity import sanity_warnings
+from utils.shard_sources import one_line
 from utils.strict_json import parse_json
 
 logger = logging.getLogger(__name__)
@@ -66,10 +67,12 @@ CONTENT = {
     "reference_revision": "--reference_model_name_or_path",
     "font_files": "--fonts",
 }
+LONGEST_FILE_NAME = 150  # in an output directory: ``cell_name`` and an ending
 NAMED_LATER = ("digests", "classnames", "linear_head")  # which cells of earlier versions lack
 MODEL_FILES = (".json", ".safetensors", ".bin", ".txt", ".model", ".jinja", ".spm", ".vocab", ".bpe", ".tiktoken")
 OWN_FILES = ("results.json", "run.json")  # written beside a model, never read with it
 
+T = TypeVar("T")
 Cell = dict[str, Any]
 Row = dict[str, Any]  # of a sample: position, and what was found; accuracies have label, predicted, correct
 
@@ -262,7 +265,8 @@ class Results:
         if not path.exists():
             return None
         try:
-            with safe_open(path, framework="pt") as file:
+            # By its descriptor: safetensors opens no path that is not UTF-8, and an output directory may have any name.
+            with path.open("rb") as opened, safe_open(f"/dev/fd/{opened.fileno()}", framework="pt") as file:
                 clean, attacked = file.get_tensor("clean").float(), file.get_tensor("attacked").float()
                 captions = parse_json((file.metadata() or {})["captions"])
             if clean.ndim != 4 or clean.shape[1] != 3 or not clean.numel() or clean.shape != attacked.shape:
@@ -399,12 +403,61 @@ def _without_model(result: dict[str, Any]) -> str:
     return json.dumps(cell, sort_keys=True)
 
 
+def file_name(text: str) -> str:
+    """``text`` as part of a file name: a digest tells apart what had to be cut, or to lose letters other than a slash."""
+    slashless = text.replace("/", "-")
+    plain = re.sub("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "-", slashless)
+    short = plain.encode()[:100].decode(errors="ignore")
+    return plain if slashless == short else f"{short}_{text_digest([text])}"
+
+
+def refuse_unwritable(output_dir: str) -> None:
+    """UserError where what an evaluation leaves could not be written at its end. Makes nothing."""
+    folder = Path(output_dir)
+    try:
+        (folder / "pictures" / ("x" * LONGEST_FILE_NAME)).absolute().lstat()
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise UserError(
+                f"--output_dir {output_dir[:100]}: files in it cannot be named ({error.strerror}); give a shorter path"
+            ) from None
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    folders = {there, *(path for name in ("records", "pictures", "probes") if (path := folder / name).exists())}
+    for path in sorted(folders):
+        if not path.is_dir():
+            where = "" if path == folder else f"{path} "
+            raise UserError(f"--output_dir {output_dir}: {where}is a file; give a directory")
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise UserError(f"--output_dir {output_dir}: {path} cannot be written; name a directory that can")
+    for name in ("results.json", "report.html", "benchmark.csv"):
+        if (folder / name).is_dir():
+            raise UserError(f"--output_dir {output_dir}: {name} there is a directory; give another directory")
+
+
+def attempt(what: str, draw: Callable[[], T], undrawn: list[str]) -> T | None:
+    """``draw()``; None where it fails, for whatever reason: a picture must not cost the figures. It is said and noted."""
+    try:
+        return draw()
+    except Exception as error:
+        undrawn.append(f"{what} ({one_line(error)})")
+        logger.warning(f"not drawn: {undrawn[-1]}")
+        return None
+
+
 def replace_file(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a file whole or not at all. Raises ``UserError``."""
     aside = path.with_name(path.name + ".tmp")
-    aside.write_bytes(data)
-    os.replace(aside, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_bytes(data)
+        os.replace(aside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); mend that, then give the same command again: what results.json "
+            "holds is not measured again"
+        ) from None
 
 
 def column_name(cell: Cell) -> str:
