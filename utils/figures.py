@@ -61,7 +61,7 @@ STYLE: dict[RcKeyType, Any] = {
     "hatch.linewidth": 0.7,
 }
 
-MOST_LETTERS = 200  # of a line of text in a picture; a longer one would leave no room for the picture
+MOST_LETTERS = 100  # of a line of text in a picture; a longer one would leave no room for the picture
 LABEL_LETTERS = 24  # in a line of a label beside a row of pictures
 PLAIN: dict[RcKeyType, Any] = {"text.parse_math": False, "text.usetex": False}  # also outside of report.html
 
