@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import sys
-import tarfile
 
 import matplotlib
 import numpy as np
@@ -16,7 +15,7 @@ import pytest
 import evaluate
 import train_po
 from tests.conftest import flags, run_script, two_processes
-from tests.shard_maker import image_bytes, write_shard
+from tests.shard_maker import image_bytes, relabelled, rewrite, write_shard
 from tests.small_models import save_small_clip
 from utils.errors import UserError
 from utils.results import Results
@@ -282,23 +281,6 @@ def test_mistakes_about_measures_are_one_line(arguments, small_clip, digits, att
 
 
 # Stored figures follow what they were computed from
-
-
-def rewrite(path, data):
-    """Other bytes of the same size, the date put back."""
-    before = path.stat()
-    assert before.st_size == len(data)
-    path.write_bytes(data)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-
-def relabelled(path, labels):
-    """The bytes of a shard with other .cls members, one digit each."""
-    data = bytearray(path.read_bytes())
-    with tarfile.open(path) as tar:
-        for member, label in zip((member for member in tar if member.name.endswith(".cls")), labels, strict=True):
-            data[member.offset_data : member.offset_data + 1] = str(label).encode()
-    return bytes(data)
 
 
 @pytest.fixture
