@@ -73,6 +73,7 @@ from utils.measures import (
 from utils.pairs import pack_pair_folder
 from utils.prefetch import prefetch_models, say_where
 from utils.progress import forgive_encoding, wide_console
+from utils.redaction import shown_setting
 from utils.results import (
     ATTACKS,
     Cell,
@@ -336,6 +337,11 @@ def prefetch(settings: Settings) -> None:
 def valid_text(text: str, flag: str, why: str) -> str:
     """A text of the command line, taken for UTF-8 whatever the locale says. Raises ``UserError`` where it is not."""
     try:
+        text.encode()
+        return text
+    except UnicodeError:  # bytes that the locale's encoding does not know
+        pass
+    try:
         return os.fsencode(text).decode("utf-8")
     except UnicodeError:
         raise UserError(f"{flag} {text}: not UTF-8, {why}; rename it or write it in UTF-8") from None
@@ -477,7 +483,7 @@ def wanted_jobs(
     classes: dict[str, Any] = {}
     if data.labelled:
         classes = {"prompts": text_digest([*data.classnames, "", *data.templates]), "classifier": settings.classifier}
-        classes |= {"classnames": settings.classnames, "linear_head": settings.linear_head}
+        classes |= {name: shown_setting(getattr(settings, name)) for name in ("classnames", "linear_head")}
         if settings.linear_head is not None:
             classes["classifier_revision"] = revisions["--linear_head"]
     words: dict[str, Any] = {
