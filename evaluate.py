@@ -11,8 +11,8 @@ again. Start it with `accelerate launch` to share the images among processes: th
 
 from __future__ import annotations
 
-import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -35,6 +35,7 @@ from utils.classifiers import (
 )
 from utils.cli import flag, parse_settings, required, run
 from utils.corruptions import CORRUPTIONS, KNOWN, SEVERITIES, find_published, require_package
+from utils.digests import KIND, files_digest, shards_digest, side_by_side, text_digest
 from utils.distributed import (
     everywhere,
     from_main_process,
@@ -54,6 +55,7 @@ from utils.encoders import (
 from utils.errors import UserError
 from utils.head import HEAD_FILE, load_head
 from utils.hub import fetch_model, folder_on_every_node, on_this_node
+from utils.images import ImageTransform
 from utils.measures import (
     EvalSet,
     Finding,
@@ -70,12 +72,24 @@ from utils.measures import (
 )
 from utils.pairs import pack_pair_folder
 from utils.prefetch import prefetch_models, say_where
-from utils.progress import wide_console
-from utils.results import ATTACKS, Cell, Results, cell_name, column_name, figure_name, model_revision
+from utils.progress import forgive_encoding, wide_console
+from utils.redaction import shown_setting
+from utils.results import (
+    ATTACKS,
+    Cell,
+    Results,
+    attempt,
+    cell_name,
+    column_name,
+    figure_name,
+    file_name,
+    model_revision,
+    refuse_unwritable,
+)
 from utils.shard_sources import default_cache_dir, hub_set, known_path
 from utils.shards import ShardDataset, ShardIndex, ShardReader
 from utils.skipped import BadSample
-from utils.typographic import KINDS, PLACES, word_style
+from utils.typographic import KINDS, PLACES, font_files, word_style
 from utils.zeroshot import (
     imagenet_prompts,
     interpretability_templates,
@@ -91,6 +105,8 @@ ACCURACIES = ("accuracy", "follows the word", "chosen text over rejected", "wors
 DEFAULT_TS = [round(-0.5 + 0.025 * step, 3) for step in range(71)]  # -0.5 ... 1.25
 MANY_ATTACKS = 6  # more than that are lines of the table, not columns
 DAYS_OF_PATIENCE = 7  # a process whose images are all robust may finish long after the others
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -145,19 +161,18 @@ class Settings:
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse_settings(Settings, argv, description=__doc__)
+    forgive_encoding()
     check_settings(settings)
     if settings.prefetch:
         return prefetch(settings)
     accelerator = start_accelerator(seed=settings.seed, days_of_patience=DAYS_OF_PATIENCE)
+    from_main_process(accelerator, lambda: refuse_unwritable(settings.output_dir))
     on_every_node(accelerator, lambda: check_models(settings))
     sets = {name: open_everywhere(settings, accelerator, name) for name in settings.data}
-    revisions = {
-        name: from_main_process(accelerator, lambda name=name: model_revision(name))
-        for name in dict.fromkeys([*settings.model, settings.reference_model_name_or_path])
-        if name is not None
-    }
+    content = {name: contents(settings, accelerator, data) for name, data in sets.items()}
+    revisions = from_main_process(accelerator, lambda: find_revisions(settings))
     jobs = {
-        (model, name): wanted_jobs(settings, revisions, model, name, data)
+        (model, name): wanted_jobs(settings, revisions, content[name], model, name, data)
         for model in settings.model
         for name, data in sets.items()
     }
@@ -166,7 +181,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise nothing_to_measure(settings, name, sets[name])
     from_main_process(accelerator, lambda: take_output_dir(settings.output_dir))
     results = from_main_process(accelerator, lambda: Results(settings.output_dir))
-    reference = None
+    reference, undrawn = None, list[str]()
+    for line in results.ask([cell for of_set in jobs.values() for job in of_set for cell in job]):
+        if accelerator.is_main_process:
+            logger.warning(line)
 
     for name in settings.model:
         missing = {
@@ -188,21 +206,47 @@ def main(argv: Sequence[str] | None = None) -> None:
                     if results.find(finding.cell) is None:  # a job may have been measured in part, at other t
                         results.add(finding.cell, finding.value, finding.interval, finding.n)
                     if accelerator.is_main_process:
-                        keep(results, finding)
+                        keep(results, finding, undrawn)
                 if accelerator.is_main_process:
                     results.write()
 
     if accelerator.is_main_process:
         results.compare()
         results.write()
-        print_tables(settings, sets, jobs, results)
+        finish(settings, sets, jobs, results, undrawn)
     if settings.query:
-        draw_retrieved(settings, accelerator, sets, results)
+        draw_retrieved(settings, accelerator, sets, results, undrawn)
+        if accelerator.is_main_process:
+            write_page(settings, undrawn)  # again, with these pictures in it
     if accelerator.is_main_process:
-        from utils.report import write_report
-
-        print(f"{write_report(settings.output_dir)} written")
+        print(f"{Path(settings.output_dir) / 'report.html'} written")
     accelerator.end_training()
+
+
+def finish(
+    settings: Settings,
+    sets: dict[str, EvalSet],
+    jobs: dict[tuple[str, str], list[list[Cell]]],
+    results: Results,
+    undrawn: list[str],
+) -> None:
+    """The report first, then the tables, whatever becomes of it, then pictures that nothing depends on."""
+    before = len(undrawn)
+    try:
+        write_page(settings, undrawn)
+    finally:
+        print_tables(settings, sets, jobs, results)
+    if "head_t" in settings.measure:
+        print_strengths(settings, jobs, results, undrawn)
+    if len(undrawn) > before:
+        write_page(settings, undrawn)
+
+
+def write_page(settings: Settings, undrawn: list[str]) -> None:
+    """report.html, which names what of its own and of ``undrawn`` could not be drawn."""
+    from utils.report import write_report
+
+    write_report(settings.output_dir, undrawn)
 
 
 def check_settings(settings: Settings) -> None:
@@ -211,6 +255,9 @@ def check_settings(settings: Settings) -> None:
     for name in ("model", "data", "measure", "attack", "eps", "sigma", "corruptions", "severities", "query"):
         setattr(settings, name, list(dict.fromkeys(getattr(settings, name))))  # what is named twice is measured once
     word_style(settings)
+    settings.query = [valid_text(query, "--query", "which no tokenizer takes") for query in settings.query]
+    for name in (*settings.model, settings.reference_model_name_or_path):
+        valid_text(name or "", "--model", "which safetensors does not open")
     for measure in ("retention", "fidelity"):
         if measure in settings.measure and not settings.reference_model_name_or_path:
             raise UserError(
@@ -285,6 +332,19 @@ def prefetch(settings: Settings) -> None:
         samples = ", ".join(f"{part.index.num_samples} samples in {split}" for split, part in opened.splits.items())
         lines.append(f"{name}: {samples or 'published corruptions'}, in {folder.resolve()}")
     say_where(prefetch_models(named_models(settings)) + lines, settings.cache_dir)
+
+
+def valid_text(text: str, flag: str, why: str) -> str:
+    """A text of the command line, taken for UTF-8 whatever the locale says. Raises ``UserError`` where it is not."""
+    try:
+        text.encode()
+        return text
+    except UnicodeError:  # bytes that the locale's encoding does not know
+        pass
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        raise UserError(f"{flag} {text}: not UTF-8, {why}; rename it or write it in UTF-8") from None
 
 
 def tidy(name: str) -> str:
@@ -413,20 +473,23 @@ def nothing_to_measure(settings: Settings, name: str, data: EvalSet) -> UserErro
 
 
 def wanted_jobs(
-    settings: Settings, revisions: dict[str, str], model: str, dataset: str, data: EvalSet
+    settings: Settings, revisions: dict[str, str], content: dict[str, str], model: str, dataset: str, data: EvalSet
 ) -> list[list[Cell]]:
     """The figures asked for, those that come from one pass together. Two equal cells are the same measurement."""
     common = {"model": model, "dataset": dataset, "seed": settings.seed}
     split = settings.split if data.labelled or "attack" not in data.splits else None
     reading = {"split": split, "num_samples": settings.num_samples, "model_revision": revisions[model]}
-    reading["shards"] = {split: shards_hash(opened.index) for split, opened in data.splits.items()}
+    reading |= {"digests": KIND, "shards": content}
     classes: dict[str, Any] = {}
     if data.labelled:
-        classes = {"prompts": text_hash([*data.classnames, "", *data.templates]), "classifier": settings.classifier}
-        if settings.classifier == "linear_head" and settings.linear_head is not None:
-            head = Path(settings.linear_head).read_bytes()
-            classes["classifier_revision"] = hashlib.blake2b(head, digest_size=6).hexdigest()
-    words = json.loads(json.dumps(asdict(word_style(settings))))  # lists, as results.json gives them back
+        classes = {"prompts": text_digest([*data.classnames, "", *data.templates]), "classifier": settings.classifier}
+        classes |= {name: shown_setting(getattr(settings, name)) for name in ("classnames", "linear_head")}
+        if settings.linear_head is not None:
+            classes["classifier_revision"] = revisions["--linear_head"]
+    words: dict[str, Any] = {
+        "words": json.loads(json.dumps(asdict(word_style(settings))))
+    }  # lists, as results.json gives them back
+    words["font_files"] = revisions.get("--fonts")
     gradients = {"loss": "cross-entropy", "attack_dtype": settings.attack_dtype}
     jobs: list[list[Cell]] = []
 
@@ -438,7 +501,16 @@ def wanted_jobs(
     if data.published is not None:
         if "accuracy" in settings.measure and "corruptions" in settings.attack:
             jobs += [
-                [cell("accuracy", "corruptions", corruption=corruption, severity=severity, files="published")]
+                [
+                    cell(
+                        "accuracy",
+                        "corruptions",
+                        corruption=corruption,
+                        severity=severity,
+                        files="published",
+                        shards={(files := f"{corruption} {severity}"): content[files]},
+                    )
+                ]
                 for corruption in settings.corruptions
                 if corruption in data.published.corruptions
                 for severity in settings.severities
@@ -450,12 +522,12 @@ def wanted_jobs(
         if data.labelled:
             jobs += [[attacked] for attacked in attacked_cells(settings, data, cell, gradients)]
         if "typographic" in settings.attack:
-            style = {"words": words} if data.labelled else {}
+            style = words if data.labelled else {}
             jobs.append([cell(figure, "typographic", **style) for figure in ("accuracy", "follows_word")])
     compared = {"reference": settings.reference_model_name_or_path}
     compared["reference_revision"] = revisions.get(settings.reference_model_name_or_path)
     if "interpretability" in settings.measure and data.labelled:
-        jobs.append([cell("interpretability", descriptions=text_hash(interpretability_templates()))])
+        jobs.append([cell("interpretability", descriptions=text_digest(interpretability_templates()))])
     if "fidelity" in settings.measure and data.labelled:
         jobs.append([cell(figure, **compared) for figure in FIDELITY])
     if "retention" in settings.measure and data.labelled:
@@ -464,7 +536,7 @@ def wanted_jobs(
         jobs.append([cell(figure, top_k=settings.top_k) for figure in FAIRNESS])
     if "head_t" in settings.measure and "attack" not in data.splits:  # t* needs validation pairs of its own
         figures = ["accuracy", "follows_word"] if data.labelled else ["pair_accuracy"]
-        style = {"words": words} if data.labelled else {"val_split": settings.val_split}
+        style: dict[str, Any] = words if data.labelled else {"val_split": settings.val_split}
         job = [cell("accuracy", t=t) for t in settings.t]
         job += [cell(figure, "typographic", t=t, **style) for figure in figures for t in settings.t]
         if not data.labelled:
@@ -511,14 +583,40 @@ def attacked_cells(
     return cells
 
 
-def text_hash(texts: Sequence[str]) -> str:
-    return hashlib.blake2b("\n".join(texts).encode(), digest_size=6).hexdigest()
+def find_revisions(settings: Settings) -> dict[str, str]:
+    """Digests of the models and the reference by their names, of the linear head and the fonts by their flags."""
+    names = dict.fromkeys([*settings.model, settings.reference_model_name_or_path])
+    found = {name: model_revision(name, settings.cache_dir) for name in names if name is not None}
+    if settings.linear_head is not None:
+        found["--linear_head"] = files_digest([settings.linear_head], settings.cache_dir)[:16]
+    if "typographic" in settings.attack or "head_t" in settings.measure:
+        found["--fonts"] = files_digest(font_files(settings.fonts), settings.cache_dir)[:16]
+    return found
 
 
-def shards_hash(index: ShardIndex) -> str:
-    """What tells one content of shards from another without reading them: names, sizes, numbers of samples."""
-    sizes = [os.path.getsize(url) if os.path.exists(url) else None for url in index.urls]
-    return text_hash([f"{Path(url).name} {size} {n}" for url, size, n in zip(index.urls, sizes, index.sizes)])
+def contents(settings: Settings, accelerator: Accelerator, data: EvalSet) -> dict[str, str]:
+    """Digests of what is read of a set: by split, of published files by corruption and severity. Call on all processes."""
+    published = data.published
+    if published is None:
+        learns = settings.classifier in ("linear_probe", "knn")
+        return {
+            split: shards_digest(
+                accelerator, opened.index, None if learns and split == settings.train_split else settings.num_samples
+            )
+            for split, opened in data.splits.items()
+        }
+    if "corruptions" not in settings.attack:
+        return {}
+
+    def digests(corruption: str) -> dict[str, str]:
+        return {
+            f"{corruption} {severity}": published.digest(corruption, severity, settings.num_samples, settings.cache_dir)
+            for severity in settings.severities
+        }
+
+    asked = [name for name in settings.corruptions if name in published.corruptions]
+    found = from_main_process(accelerator, lambda: side_by_side(digests, asked))
+    return {name: content for of_corruption in found for name, content in of_corruption.items()}
 
 
 def needs_classifier(data: EvalSet, job: Sequence[Cell]) -> bool:
@@ -542,8 +640,9 @@ def make_classifier(settings: Settings, accelerator: Accelerator, model: Model, 
         return KnnClassifier(features, labels, num_classes).to(model.device)
     # A probe is kept, so that it need not be learnt again and can be given as a --linear_head.
     only = {"model": model.name, "dataset": cell["dataset"], "measure": "probe", "attack": settings.train_split}
-    fixed = ("model_revision", "prompts", "shards")
-    learnt = dict.fromkeys(cell) | only | {"settings": {name: cell["settings"][name] for name in fixed}}
+    learnt = {name: cell["settings"][name] for name in ("digests", "model_revision", "prompts")}
+    learnt["shards"] = cell["settings"]["shards"][settings.train_split]
+    learnt = dict.fromkeys(cell) | only | {"settings": learnt}
     path = Path(settings.output_dir) / "probes" / f"{cell_name(learnt)}.safetensors"
     if not from_main_process(accelerator, path.exists):
         features, labels = train_features(settings, accelerator, model, data, cell)
@@ -579,7 +678,7 @@ def measure(
     return measure_pairs(settings, accelerator, model, data, job)
 
 
-def keep(results: Results, finding: Finding) -> None:
+def keep(results: Results, finding: Finding, undrawn: list[str]) -> None:
     """What lies beside a figure: records first, so that a figure in results.json always has them."""
     for text in finding.warnings:
         results.warn(finding.cell, text)
@@ -590,12 +689,14 @@ def keep(results: Results, finding: Finding) -> None:
             torch.stack([torch.from_numpy(one) for one in images])
             for images in zip(*((one.clean, one.attacked) for one in finding.pictures))
         )
-        results.write_pictures(finding.cell, clean, attacked, [one.caption for one in finding.pictures])
+        captions = [one.caption for one in finding.pictures]
+        attempt("pictures", lambda: results.write_pictures(finding.cell, clean, attacked, captions), undrawn)
 
 
-def draw_retrieved(settings: Settings, accelerator: Accelerator, sets: dict[str, EvalSet], results: Results) -> None:
+def draw_retrieved(
+    settings: Settings, accelerator: Accelerator, sets: dict[str, EvalSet], results: Results, undrawn: list[str]
+) -> None:
     """The best images of every --query by every model; a model with a head at t = 0, at its t* if known, and at t = 1."""
-    from utils.figures import draw_grid
     from utils.report import short_names
 
     short = short_names(sets)
@@ -614,23 +715,31 @@ def draw_retrieved(settings: Settings, accelerator: Accelerator, sets: dict[str,
                 label = Path(name).name + ("" if t is None else f"\nt{'*' if t in known[-1:] else ''} = {t:g}")
                 rows += [(query, label, line) for query, line in zip(settings.query, lines)]
         if accelerator.is_main_process:
-            path = Path(settings.output_dir) / f"retrieval_{short[set_name].replace('/', '-')}.png"
-            dataset = ShardDataset(data.splits[settings.split].index, model.transform, order="sequential")
-            grid = [
-                (label, [(dataset[0, i, i]["image"], "" if n else query) for n, i in enumerate(line)])
-                for query in settings.query
-                for of_query, label, line in rows
-                if of_query == query
-            ]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draw_grid(path, grid)
-            print(f"{path} written")
+            path = Path(settings.output_dir) / f"retrieval_{file_name(short[set_name])}.png"
+            attempt(path.name, partial(draw_rows, settings, model.transform, data, rows, path), undrawn)
+
+
+def draw_rows(
+    settings: Settings, transform: ImageTransform, data: EvalSet, rows: list[tuple[str, str, list[int]]], path: Path
+) -> None:
+    """(query, label of the row, positions of its images) as a picture."""
+    from utils.figures import draw_grid
+
+    dataset = ShardDataset(data.splits[settings.split].index, transform, order="sequential")
+    grid = [
+        (label, [(dataset[0, i, i]["image"], "" if n else query) for n, i in enumerate(line)])
+        for query in settings.query
+        for of_query, label, line in rows
+        if of_query == query
+    ]
+    draw_grid(path, grid)
+    print(f"{path} written")
 
 
 def print_tables(
     settings: Settings, sets: dict[str, EvalSet], jobs: dict[tuple[str, str], list[list[Cell]]], results: Results
 ) -> None:
-    """Accuracies, one row per model and set; then every other figure in a line; then what the heads' strength does."""
+    """Accuracies, one row per model and set; then every other figure in a line."""
     cells = [cell for of_set in jobs.values() for job in of_set for cell in job]
     plain = [cell for cell in cells if "t" not in cell["settings"]]
     in_columns = [cell for cell in plain if cell["measure"] in ("accuracy", "follows_word")]
@@ -647,8 +756,6 @@ def print_tables(
             value = "undefined" if result["value"] is None else f"{result['value']:.4f}{interval}"
             table.add_row(cell["model"], cell["dataset"], figure_name(cell), value)
         wide_console().print(table)
-    if "head_t" in settings.measure:
-        print_strengths(settings, cells, results)
 
 
 def print_accuracies(settings: Settings, sets: dict[str, EvalSet], cells: Sequence[Cell], results: Results) -> None:
@@ -682,12 +789,14 @@ def print_accuracies(settings: Settings, sets: dict[str, EvalSet], cells: Sequen
     wide_console().print(table)
 
 
-def print_strengths(settings: Settings, cells: Sequence[Cell], results: Results) -> None:
+def print_strengths(
+    settings: Settings, jobs: dict[tuple[str, str], list[list[Cell]]], results: Results, undrawn: list[str]
+) -> None:
     """What every head does at t = 0, t* (where pairs gave one) and t = 1; the curve over all t goes into a picture."""
-    from utils.figures import draw_t_sweep
     from utils.report import short_names
 
     short = short_names(settings.model)
+    cells = [cell for of_set in jobs.values() for job in of_set for cell in job]
     for model in settings.model:
         found = [results.find(cell) for cell in cells if cell["model"] == model]
         neutral = next((result["value"] for result in found if result["measure"] == "neutral_t"), None)
@@ -706,16 +815,23 @@ def print_strengths(settings: Settings, cells: Sequence[Cell], results: Results)
         for title, points in curves.items():
             table.add_row(title, *(f"{points[t]:.3f}" if t in points else "undefined" for t in marks))
         wide_console().print(table)
-        name = (short[model] if Path(model).name else Path(model).resolve().name).replace("/", "-")
-        path = Path(settings.output_dir) / f"head_t_{name}.png"
-        accuracies = {title: points for title, points in curves.items() if title.split(",")[0] in ACCURACIES}
-        panels = {
-            "share": accuracies,
-            "fairness": {title: curves[title] for title in curves if title not in accuracies},
-        }
-        panels = {panel: shown for panel, shown in panels.items() if shown}
-        draw_t_sweep(path, f"What the strength of the head changes: {name}", panels, neutral)
-        print(f"{path} written")
+        name = short[model] if Path(model).name else Path(model).resolve().name
+        path = Path(settings.output_dir) / f"head_t_{file_name(name)}.png"
+        attempt(path.name, partial(draw_strengths, path, name, curves, neutral), undrawn)
+
+
+def draw_strengths(path: Path, name: str, curves: dict[str, dict[float, float]], neutral: float | None) -> None:
+    """Accuracies in one panel, what else was measured over t in another."""
+    from utils.figures import draw_t_sweep
+
+    accuracies = {title: points for title, points in curves.items() if title.split(",")[0] in ACCURACIES}
+    panels = {
+        "share": accuracies,
+        "fairness": {title: curves[title] for title in curves if title not in accuracies},
+    }
+    panels = {panel: shown for panel, shown in panels.items() if shown}
+    draw_t_sweep(path, f"What the strength of the head changes: {name}", panels, neutral)
+    print(f"{path} written")
 
 
 def percent(found: Sequence[dict[str, Any]]) -> str:

@@ -46,6 +46,7 @@ from utils.checkpoint import (
 from utils.cli import flag, parse_settings, required, run
 from utils.data_order import TrainBatchSampler
 from utils.data_speed import TimedBatches, measured_workers
+from utils.digests import files_digest
 from utils.distributed import (
     average_gradients,
     compute_dtype,
@@ -63,6 +64,7 @@ from utils.distributed import (
 )
 from utils.encoders import (
     CONTRASTIVE_MODEL_TYPES,
+    ImageEncoder,
     TextEncoder,
     check_model,
     check_reference_dtype,
@@ -119,7 +121,7 @@ from utils.shards import eval_loader, keep_sizes, train_batches
 from utils.skipped import SkipCounter, count_skipped
 from utils.tokens import Tokens, refuse_equal_texts
 from utils.training_state import load_parameters
-from utils.typographic import KINDS, PLACES, merge_names, word_style
+from utils.typographic import KINDS, PLACES, font_files, merge_names, word_style
 from utils.zeroshot import LabelledSet, ensemble, open_set, to_pixel_values
 
 EVAL_KEYS = {"clean": "eval_accuracy_clean", "chosen": "eval_accuracy_attacked", "rejected": "eval_follows_rejected", "pair": "eval_pair_accuracy", "kl": "eval_kl"}  # fmt: skip
@@ -397,7 +399,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     dataset,
                     reference,
                     weights=encoder.state_dict(),  # the reference's too: a head leaves them
-                    identity=feature_settings(settings, dataset, encoder.compute_dtype),
+                    identity=feature_settings(settings, dataset, encoder),
                     num_samples=count,
                     batch_size=settings.per_device_train_batch_size,
                     num_workers=num_workers,
@@ -877,18 +879,23 @@ def make_dataset(
     )
 
 
-def feature_settings(settings: Settings, dataset: PreferenceDataset, dtype: torch.dtype) -> dict[str, Any]:
-    """What kept embeddings depend on, besides the encoder and the shards."""
+def feature_settings(settings: Settings, dataset: PreferenceDataset, encoder: ImageEncoder) -> dict[str, Any]:
+    """What kept embeddings depend on, besides the encoder's weights and the shards."""
     words = dataclasses.asdict(word_style(settings)) | {
         "seed": settings.seed,
         "attacks_per_image": settings.attacks_per_image,
         "texts": dataset.texts,
         "epoch": getattr(dataset, "fixed_epoch", None),
+        "font_files": files_digest(font_files(settings.fonts), settings.cache_dir),
     }
+    config = encoder.vision_model.config.to_dict()
     return {
         "task": settings.task,
         "transform": dataset.transform,
-        "dtype": str(dtype),
+        "dtype": str(encoder.compute_dtype),
+        "tf32": settings.tf32,
+        "config": {name: value for name, value in config.items() if name != "_name_or_path"},
+        "pixels": [encoder.image_mean.flatten().tolist(), encoder.image_std.flatten().tolist()],
         **(words if settings.task == "typographic" else {}),
     }
 

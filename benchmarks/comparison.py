@@ -19,9 +19,10 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.cli import flag, required
+from utils.digests import files_digest, text_digest
 from utils.errors import UserError
 from utils.progress import wide_console
-from utils.results import Results
+from utils.results import Results, model_revision
 
 ROOT = Path(__file__).resolve().parents[1]
 FARE = {"constraint": "none"}
@@ -53,14 +54,34 @@ class LoreSettings:
 
 
 def claim_directory(output_dir: Path, kept: dict[str, Any]) -> None:
-    """Starts, or goes on where an interrupted comparison with the same settings ``kept`` stopped."""
+    """Starts, or goes on where an interrupted comparison stopped with the same settings ``kept``, model and data."""
     note = output_dir / "settings.json"
-    if note.exists() and json.loads(note.read_text(encoding="utf-8")) != kept:
-        raise UserError(f"--output_dir {output_dir}: holds runs with other settings ({note}); give another directory")
-    if output_dir.exists() and any(output_dir.iterdir()) and not note.exists():
+    now = kept | {"content": {name: content(kept[name]) for name in ("model", "data") if kept.get(name)}}
+    if note.exists():
+        before = json.loads(note.read_text(encoding="utf-8"))
+        if "content" not in before:  # hours of training are not thrown away for that
+            print(f"{output_dir}: of an earlier version, which did not look into model and data; taken as they are now")
+            before["content"] = now["content"]
+        if before != now:
+            changed = ", ".join(name for name in now if before.get(name) != now[name])
+            raise UserError(
+                f"--output_dir {output_dir}: holds runs with other settings ({note}: {changed}); give another directory"
+            )
+    elif output_dir.exists() and any(output_dir.iterdir()):
         raise UserError(f"--output_dir {output_dir}: not empty; give another directory")
     output_dir.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+    note.write_text(json.dumps(now, indent=1), encoding="utf-8")
+
+
+def content(name: str) -> str:
+    """A digest of a model, or of the shards and texts of a set; the name itself of what is no directory."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return name
+    if (folder / "config.json").exists():
+        return model_revision(name)
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".tar", ".txt") and path.is_file())
+    return text_digest([f"{path.relative_to(folder).as_posix()!r} {files_digest([path])}" for path in files])
 
 
 def launcher(script: str, processes: int = 1, config: str | None = None, precision: str | None = None) -> list[str]:
@@ -206,5 +227,6 @@ def print_table(title: str, rows: list[list[str]]) -> None:
 
 
 def markdown(rows: list[list[str]]) -> str:
+    rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]) + "\n"

@@ -38,6 +38,7 @@ from utils.figures import draw_grid
 from utils.losses import squared_distance
 from utils.model_card import versions
 from utils.progress import wide_console
+from utils.results import attempt
 
 CLASSES = ("background", "disc", "square", "triangle", "cross")
 PALETTE = [(40, 40, 40), (0, 114, 178), (213, 94, 0), (0, 158, 115), (240, 228, 66)]  # Okabe and Ito's
@@ -101,8 +102,8 @@ def main() -> None:
         "results": results,
     }
     (output_dir / "results.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-    draw_predictions(output_dir / "predictions.png", shown, settings)
     print_table(results, settings)
+    attempt("predictions.png", lambda: draw_predictions(output_dir / "predictions.png", shown, settings), [])
 
 
 def load_encoder(name: str) -> ImageEncoder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import io
 import json
+import os
 import re
 import tarfile
 import threading
@@ -46,6 +47,23 @@ def add_member(tar: tarfile.TarFile, name: str, data: bytes, **attributes: objec
     for key, value in attributes.items():
         setattr(info, key, value)
     tar.addfile(info, io.BytesIO(data))
+
+
+def rewrite(path: Path, data: bytes) -> None:
+    """Other bytes of the same size, the date put back."""
+    before = path.stat()
+    assert before.st_size == len(data)
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def relabelled(path: Path, labels: Sequence[int]) -> bytes:
+    """The bytes of a shard with other .cls members, one digit each."""
+    data = bytearray(path.read_bytes())
+    with tarfile.open(path) as tar:
+        for member, label in zip((member for member in tar if member.name.endswith(".cls")), labels, strict=True):
+            data[member.offset_data : member.offset_data + 1] = str(label).encode()
+    return bytes(data)
 
 
 def labelled_samples(

@@ -1,4 +1,10 @@
+import json
+
+import pytest
+
+from benchmarks.comparison import claim_directory, markdown
 from tests.conftest import run_script
+from utils.errors import UserError
 
 
 def test_all_methods_are_trained_evaluated_and_tabulated(small_clip, digits, tmp_path):
@@ -18,3 +24,17 @@ def test_all_methods_are_trained_evaluated_and_tabulated(small_clip, digits, tmp
     assert (tmp_path / "compare/curves.png").stat().st_size > 10_000
     assert output.count("$ accelerate launch") == 2 * 3 + 1
     assert (tmp_path / "compare/eval-compare/report.html").exists()
+
+
+def test_runs_of_another_content_are_not_gone_on_with(tmp_path):
+    kept = {"data": str(tmp_path / "set"), "steps": 3}
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/classnames.txt").write_text("cat\ndog\n")
+    for _ in range(2):
+        claim_directory(tmp_path / "runs", kept)
+    (tmp_path / "set/classnames.txt").write_text("cow\ndog\n")
+    with pytest.raises(UserError, match=r"holds runs with other settings \(.*settings.json: content\)"):
+        claim_directory(tmp_path / "runs", kept)
+    (tmp_path / "runs/settings.json").write_text(json.dumps(kept))  # of an earlier version
+    claim_directory(tmp_path / "runs", kept)
+    assert markdown([["model"], ["a|b"]]).splitlines()[-1] == "| a\\|b |"

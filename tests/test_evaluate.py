@@ -1,16 +1,24 @@
 """evaluate.py: the report's format, equal figures for any number of processes and batch size, cells measured once."""
 
+import html
+import io
 import json
+import os
 import re
+import shutil
+import sys
 
+import matplotlib
+import numpy as np
 import pytest
 
 import evaluate
 import train_po
 from tests.conftest import flags, run_script, two_processes
-from tests.shard_maker import image_bytes, make_shards, write_shard
+from tests.shard_maker import image_bytes, make_shards, relabelled, rewrite, write_shard
 from tests.small_models import save_small_clip
 from utils.errors import UserError
+from utils.results import Results
 
 
 @pytest.fixture
@@ -281,4 +289,227 @@ def test_mistakes_about_measures_are_one_line(arguments, small_clip, digits, att
     ]
     for changes, message in wrong:
         with pytest.raises(UserError, match=message):
+            evaluate.main(arguments(**changes))
+
+
+# Stored figures follow what they were computed from
+
+
+@pytest.fixture
+def tiny(small_clip, tmp_path, monkeypatch):
+    """A set of 6 images in 3 classes, a model of its own, and what is measured of them; the page costs a second each time."""
+    samples = [(f"s{i}", {"jpg": image_bytes(i, (32, 32)), "cls": str(i % 3).encode()}) for i in range(6)]
+    for split in ("train", "test"):
+        write_shard(tmp_path / "set" / split / "0.tar", samples)
+    (tmp_path / "set/classnames.txt").write_text("cat\ndog\nship\n")
+    (tmp_path / "set/zeroshot_classification_templates.txt").write_text("a {c}\n")
+    for name in ("model", "reference"):
+        shutil.copytree(small_clip, tmp_path / name)
+    shutil.copy(matplotlib.get_data_path() + "/fonts/ttf/DejaVuSans.ttf", tmp_path / "words.ttf")
+    monkeypatch.setattr(evaluate, "write_page", lambda *arguments: None)
+    measured = []
+    real = evaluate.measure
+    monkeypatch.setattr(
+        evaluate,
+        "measure",
+        lambda *arguments: measured.extend(cell["attack"] for cell in arguments[-1][:1]) or real(*arguments),
+    )
+
+    def call(**changes):
+        """Attacks that were measured, of the figures asked for."""
+        measured.clear()
+        common = {"model": tmp_path / "model", "data": tmp_path / "set", "attack": ["clean"], "num_workers": 0}
+        evaluate.main(flags(common | {"output_dir": tmp_path / "out", "cache_dir": tmp_path / "cache"} | changes))
+        return list(measured)
+
+    return call
+
+
+def test_figures_follow_what_they_were_computed_from(tiny, tmp_path, caplog):
+    """datasets#2956, lm-evaluation-harness#4063: one thing after the other changes, sizes and dates stay."""
+    asked = {
+        "attack": ["clean", "typographic"], "measure": ["accuracy", "fidelity"], "fonts": tmp_path / "words.ttf",
+        "reference_model_name_or_path": tmp_path / "reference",
+    }  # fmt: skip
+    everything = ["clean", "typographic", "clean"]  # the last one is fidelity
+    shard, first = tmp_path / "set/test/0.tar", (tmp_path / "set/test/0.tar").read_bytes()
+    assert tiny(**asked) == everything
+    value_then = results(tmp_path / "out")[0]["value"]
+    (records,) = (tmp_path / "out/records").glob("*accuracy_clean*")
+    predicted = [json.loads(line)["predicted"] for line in records.read_text().splitlines()]
+
+    def replaced(name, old, new):
+        path = tmp_path / name
+        data = path.read_bytes()
+        assert old in data
+        rewrite(path, data.replace(old, new))
+
+    def other_weights():
+        save_small_clip(tmp_path / "other", seed=1)
+        rewrite(tmp_path / "reference/model.safetensors", (tmp_path / "other/model.safetensors").read_bytes())
+
+    (processor,) = (tmp_path / "model").glob("*processor_config.json")
+    steps = [
+        (lambda: rewrite(shard, relabelled(shard, predicted)), everything, "--data .*set: has changed; 8 figures"),
+        (lambda: None, [], None),
+        (lambda: replaced("set/classnames.txt", b"cat", b"cow"), everything[:2], "the class names or templates of --data"),
+        (lambda: replaced("set/zeroshot_classification_templates.txt", b"a {c}", b"A {c}"), everything[:2], "the class names or templates"),
+        (lambda: replaced(f"model/{processor.name}", b"0.48", b"0.18"), everything, "--model .*model: has changed; 8"),
+        (other_weights, ["clean"], "--reference_model_name_or_path: has changed; 5 figures"),
+        (lambda: replaced("words.ttf", b"Version", b"version"), ["typographic"], "--fonts: has changed; 2 figures"),
+        (lambda: rewrite(shard, first), everything, "--data .*set: has changed; 8 figures"),
+    ]  # fmt: skip
+    for number, (change, again, line) in enumerate(steps):
+        before = len(results(tmp_path / "out"))
+        caplog.clear()
+        change()
+        assert tiny(**asked) == again, number
+        if line is None:
+            assert "measured again" not in caplog.text
+        else:
+            assert re.search(line, caplog.text), (number, caplog.text)
+        if number == 0:
+            assert results(tmp_path / "out")[before]["value"] == 1.0 != value_then
+    # The last of each is what the report shows; the others stay in the file.
+    current = Results(tmp_path / "out").current()
+    assert [cell["measure"] for cell in current] == ["accuracy", "accuracy", "follows_word", *evaluate.FIDELITY]
+    assert len(results(tmp_path / "out")) > 3 * len(current)
+
+
+def test_a_probe_follows_its_training_shards_and_a_head_its_file(tiny, tmp_path, caplog):
+    probe = {"classifier": "linear_probe"}
+    shard = tmp_path / "set/train/0.tar"
+    tiny(**probe)
+    rewrite(shard, relabelled(shard, [1, 2, 0, 1, 2, 0]))
+    assert tiny(**probe) == ["clean"]
+    assert [cell["value"] for cell in results(tmp_path / "out")] == [
+        1.0,
+        0.0,
+    ]  # learnt from the test images, then shifted
+    first, second = sorted((tmp_path / "out/probes").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    shutil.copy(first, tmp_path / "head.safetensors")
+    head = {"classifier": "linear_head", "linear_head": tmp_path / "head.safetensors", "output_dir": tmp_path / "head"}
+    tiny(**head)
+    rewrite(tmp_path / "head.safetensors", second.read_bytes())
+    caplog.clear()
+    assert tiny(**head) == ["clean"]
+    assert [cell["value"] for cell in results(tmp_path / "head")] == [1.0, 0.0]
+    assert "--linear_head: has changed; 1 figure" in caplog.text
+
+
+def test_only_the_shards_that_are_read_count(tiny, tmp_path):
+    samples = [(f"t{i}", {"jpg": image_bytes(9 + i, (32, 32)), "cls": b"0"}) for i in range(4)]
+    second = tmp_path / "set/test/1.tar"
+    write_shard(second, samples)
+    assert tiny(num_samples=6) == ["clean"]
+    rewrite(second, relabelled(second, [1] * 4))
+    assert tiny(num_samples=6) == []
+    assert tiny(num_samples=7) == ["clean"]
+    rewrite(second, relabelled(second, [2] * 4))
+    assert tiny(num_samples=7) == ["clean"]
+
+
+def test_published_files_and_packed_pictures_are_looked_into(tiny, tmp_path):
+    folder = tmp_path / "CIFAR-10-C"
+    folder.mkdir()
+    (folder / "classnames.txt").write_text("cat\ndog\nship\n")
+    images = np.random.default_rng(0).integers(0, 256, (30, 32, 32, 3), dtype=np.uint8)
+    for name, array in (("labels", np.tile(np.arange(6) % 3, 5)), ("fog", images), ("snow", images)):
+        np.save(folder / f"{name}.npy", array)
+    asked = {"data": folder, "attack": "corruptions", "severities": 1}
+    assert tiny(**asked) == ["corruptions"] * 2
+    assert tiny(**asked) == []
+    fog = (folder / "fog.npy").read_bytes()
+    rewrite(folder / "fog.npy", fog[:-1] + bytes([fog[-1] ^ 1]))
+    assert tiny(**asked) == ["corruptions"]
+    labels = (folder / "labels.npy").read_bytes()
+    rewrite(folder / "labels.npy", labels[:-240] + np.tile(np.arange(6)[::-1] % 3, 5).tobytes())
+    assert tiny(**asked) == ["corruptions"] * 2
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number, word in enumerate(("cat", "dog")):
+        (pictures / f"label={word}_text=ship.png").write_bytes(image_bytes(number, (32, 32), "PNG"))
+    asked = {"data": pictures, "attack": "typographic"}
+    assert tiny(**asked) == ["typographic"]
+    one = pictures / "label=cat_text=ship.png"
+    rewrite(one, one.read_bytes()[:-20] + bytes(20))
+    with pytest.raises(UserError, match="undecodable image"):  # the picture as it is now, not as it was packed
+        tiny(**asked)
+
+
+# What is shown must not cost what was measured
+
+
+NASTY = "lo$\\frac$ <b>x</b>|[bold][red]:heart:\x1b[31m 😀\u200d" + "é" * 40
+
+
+def test_names_of_any_kind_are_shown_and_cost_no_figure(small_clip, tmp_path, monkeypatch):
+    """nine-or-null#14, ownphotos#112, scarches#25, fertilizer#47: dollars, markup, bytes that are not UTF-8, ASCII stdout."""
+    model, data = tmp_path / NASTY, tmp_path / (os.fsdecode(b"set\xff$_$|") + "x" * 200)
+    out = tmp_path / os.fsdecode(b"out\xff|$\\frac$")
+    samples = [(f"s{i}", {"jpg": image_bytes(i, (32, 32)), "cls": str(i % 3).encode()}) for i in range(6)]
+    write_shard(data / "test/0.tar", samples)
+    names = ["$\\frac$", "<b>|[/b]", "wörd" * 60]
+    (data / "classnames.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    shutil.copytree(small_clip, model)
+    shutil.copytree(small_clip, tmp_path / "plain")
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    queries = ["$\\frac$", "[/b]<i>é😀" + "q" * 500]
+    evaluate.main(
+        flags({
+            "model": [model, tmp_path / "plain"], "data": data, "attack": ["clean", "gaussian_noise", "typographic"],
+            "sigma": 8, "query": queries, "num_workers": 0, "output_dir": out, "cache_dir": tmp_path / "cache",
+        })
+    )  # fmt: skip
+    stdout.flush()
+    printed = stdout.buffer.getvalue().decode("ascii")
+    found = results(out)
+    assert [cell["model"] for cell in found] == [str(model)] * 4 + [str(tmp_path / "plain")] * 4
+    assert {cell["dataset"] for cell in found} == {str(data)}
+    assert [cell["value"] for cell in found[:4]] == [cell["value"] for cell in found[4:]]
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert html.escape(NASTY.replace("\x1b", "\\x1b")) in page
+    assert "set\\udcff$_$|" in page
+    assert "<b>x</b>" not in page
+    assert "Not drawn" not in page
+    assert [path.name.startswith("retrieval_") for path in out.glob("*.png")] == [True]
+    assert page.count("data:image/png") > 4
+    assert "\x1b[31m" not in printed
+    assert f"{100 * found[0]['value']:.1f} [" in printed
+
+
+def test_a_picture_that_fails_is_named_and_the_run_ends_with_its_figures(
+    small_clip, arguments, tmp_path, monkeypatch, caplog
+):
+    from utils import figures
+
+    order = []
+    real = Results.write
+    monkeypatch.setattr(Results, "write", lambda self: order.append("results") or real(self))
+    monkeypatch.setattr(
+        evaluate, "print_tables", lambda *arguments: order.append((tmp_path / "eval/report.html").exists())
+    )
+    for name in ("inline_svg", "draw_grid"):
+        monkeypatch.setattr(figures, name, lambda *arguments, **more: 1 / 0)
+    monkeypatch.setattr("utils.results.save_file", lambda *arguments, **more: 1 / 0)
+    evaluate.main(arguments(eps=8, num_samples=6, query="a digit"))
+    assert order == ["results", "results", "results", True]
+    assert [cell["attack"] for cell in results(tmp_path / "eval")] == ["clean", "pgd"]
+    page = (tmp_path / "eval/report.html").read_text()
+    for what in ("robustness in report.html", "the legend", "retrieval_digits.png"):
+        assert f"<li>{what} (ZeroDivisionError division by zero)</li>" in page
+        assert f"not drawn: {what} (ZeroDivisionError" in caplog.text
+
+
+def test_what_no_tokenizer_and_no_file_can_take_is_refused_before_a_model_is_loaded(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "load", lambda *arguments: pytest.fail("loaded"))
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval/pictures").write_text("a file")
+    for changes, line in (
+        ({"query": os.fsdecode(b"caf\xe9")}, r"--query caf\\udce9: not UTF-8, which no tokenizer takes"),
+        ({"model": os.fsdecode(b"mod\xff")}, r"--model mod\\udcff: not UTF-8, which safetensors does not open"),
+        ({}, r"--output_dir .*pictures is a file; give a directory"),
+    ):
+        with pytest.raises(UserError, match=line):
             evaluate.main(arguments(**changes))

@@ -260,7 +260,9 @@ def fuzz_results(draw: random.Random, folder: Path) -> None:
     found = [record_figures(results.records(result)) for result in results.current()]
     results.compare()
     if results.results:
-        page_content(results, found)
+        undrawn: list[str] = []
+        page_content(results, found, undrawn)
+        assert all("(UserError " in line for line in undrawn), undrawn
     results.write()
     Results(folder / "eval")
 

@@ -10,7 +10,7 @@ import torch
 from utils.errors import UserError
 from utils.metrics import mcnemar
 from utils.report import write_report
-from utils.results import Results, cell_name, column_name, model_revision
+from utils.results import Results, cell_name, column_name, file_name, model_revision, refuse_unwritable
 from utils.sanity import sanity_warnings
 
 
@@ -108,15 +108,84 @@ def test_names_of_cells_tell_them_apart_and_can_be_read():
     ]  # fmt: skip
 
 
-def test_a_revision_changes_with_the_weights_alone(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
-    (tmp_path / "config.json").write_text("{}")
-    first = model_revision(str(tmp_path))
-    (tmp_path / "metrics.jsonl").write_text("{}")
-    (tmp_path / "README.md").write_text("a card")
-    assert model_revision(str(tmp_path)) == first
-    (tmp_path / "model.safetensors").write_bytes(b"Weights")
-    assert model_revision(str(tmp_path)) != first
+def test_a_revision_changes_with_all_that_is_loaded_and_with_that_alone(tmp_path):
+    """lm-evaluation-harness#4063: a figure depends on processor, tokenizer and head as much as on weights."""
+    model, cache = tmp_path / "model", str(tmp_path / "cache")
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "parts/a.safetensors"}}')
+    known = {model_revision(str(model), cache)}
+    loaded = ["model.safetensors", "head.safetensors", "preprocessor_config.json", "tokenizer.json", "vocab.txt"]
+    for name in [*loaded, "spiece.model", "chat_template.jinja", "parts/a.safetensors"]:
+        for content in (b"one", b"two"):
+            (model / name).parent.mkdir(exist_ok=True)
+            (model / name).write_bytes(content)
+            revision = model_revision(str(model), cache)
+            assert revision not in known, name
+            known.add(revision)
+    for name in ("metrics.jsonl", "README.md", "results.json", "report.html", "run.json", "train.log"):
+        (model / name).write_text("{}")
+    assert model_revision(str(model), cache) == revision
+
+
+def test_what_was_read_before_is_history_until_it_is_read_again(tmp_path):
+    """datasets#2956. Two contents of one set, then the first one again; beside another set, and a cell of an earlier version."""
+    results = Results(tmp_path)
+
+    def of(content, dataset="data/set"):
+        settings = {"shards": {"test": content}, "prompts": "p", "digests": "sha256", "classnames": None}
+        return cell("a", settings=settings, dataset=dataset)
+
+    earlier = cell("a", settings={"shards": {"test": "0123456789ab"}, "prompts": "p"})
+    for entry, right in ((earlier, 1), (of("old"), 2), (of("other", "data/other"), 5)):
+        filled(results, entry, [i < right for i in range(5)])
+    assert results.ask([of("old")]) == []
+    (line,) = results.ask([of("new")])
+    assert line == "--data data/set: has changed; 1 figure measured again, the old ones stay in results.json"
+    filled(results, of("new"), [True] * 3 + [False] * 2)
+    assert [result["value"] for result in results.current()] == [1.0, 0.6]
+    assert results.ask([of("old")]) == []
+    assert [result["value"] for result in results.current()] == [1.0, 0.4]
+    assert len(results.results) == 4
+    results.results = results.results[:1]
+    (line,) = results.ask([of("new")])
+    assert "of an earlier version, which did not look into the files; 1 figure measured again" in line
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["set", "a/b", "ö 字", "x" * 100],
+)
+def test_ordinary_names_stay_as_they_are_in_files(text):
+    assert file_name(text) == text.replace("/", "-")
+
+
+def test_names_that_no_file_can_have_are_told_apart():
+    names = ["x" * 300, "x" * 301, "é" * 200, "a\udcff", "a\udcfe", "a\n", "a\x00"]
+    files = list(map(file_name, names))
+    assert len(set(files)) == len(names)
+    assert all(len(name.encode()) < 130 and name.isprintable() for name in files)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "name", "message"),
+    [
+        (lambda path: path.write_text("a file"), "out", "is a file; give a directory"),
+        (lambda path: path.write_text("a file"), "out/below/it", "out is a file; give a directory"),
+        (lambda path: (path.mkdir(), (path / "records").write_text("")), "out", "records is a file; give a directory"),
+        (lambda path: (path / "results.json").mkdir(parents=True), "out", "results.json there is a directory"),
+        (lambda path: None, "x" * 300, "files in it cannot be named .File name too long.; give a shorter path"),
+        (lambda path: None, "/".join(["x" * 100] * 40), "files in it cannot be named .File name too long."),
+        (lambda path: None, "locked", "cannot be written; name a directory that can"),
+    ],
+)
+def test_what_cannot_be_written_later_is_refused_at_once(tmp_path, monkeypatch, prepare, name, message):
+    prepare(tmp_path / "out")
+    if name == "locked":  # root may write anywhere
+        monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(UserError, match=rf"--output_dir .*{message}"):
+        refuse_unwritable(str(tmp_path / name))
+    assert {path.name for path in tmp_path.iterdir()} <= {"out"}
 
 
 def accuracy(attack, eps, value, model="a", **settings):

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 import train_po
 from tests.conftest import ROOT, accelerate_launch, run_script
-from tests.shard_maker import image_bytes, write_shard
+from tests.shard_maker import image_bytes, relabelled, rewrite, write_shard
 from tests.small_models import photos, save_small_clip, small_encoder
 from tests.test_train_step import Flops, ScalarsRead, flops_of
 from utils.encoders import load_model, quiet_transformers
@@ -220,6 +221,41 @@ def test_kept_embeddings_train_the_same_head(arguments, attribute_digits, tmp_pa
     torch.testing.assert_close(made, recomputed, rtol=0, atol=1e-4)
     train_po.main(arguments(output_dir=tmp_path / "other", **common | {"seed": 12}))  # other words: embedded anew
     assert "embeddings done" in capfd.readouterr().err
+
+
+def test_kept_embeddings_follow_what_they_were_made_from(arguments, attribute_digits, small_clip, tmp_path, capfd):
+    """img2dataset#174, datasets#2956: labels of a shard of the same size and date, a config beside the same weights."""
+    shard = shutil.copytree(attribute_digits / "val", tmp_path / "set/val") / "000000.tar"
+    for name in ("classnames.txt", "zeroshot_classification_templates.txt"):
+        shutil.copy(attribute_digits / name, tmp_path / "set")
+    shutil.copytree(small_clip, tmp_path / "model")
+    config = tmp_path / "model/config.json"
+    samples = json.loads((shard.parent / "sizes.json").read_text())[shard.name]
+    steps = [
+        (lambda: None, "done"),
+        (lambda: rewrite(shard, relabelled(shard, [i % 10 for i in range(samples)])), "done"),
+        (lambda: config.write_text(config.read_text().replace('"quick_gelu"', '"gelu"')), "done"),
+        (lambda: None, "kept from before"),
+    ]
+    for number, (change, expected) in enumerate(steps):
+        change()
+        train_po.main(
+            arguments(
+                model_name_or_path=tmp_path / "model", train_shards=shard.parent, trainable="head", max_steps=1,
+                checkpoint_steps=0, cache_dir=tmp_path / "cache", output_dir=tmp_path / str(number),
+            )
+        )  # fmt: skip
+        assert f"embeddings {expected}" in capfd.readouterr().err, number
+
+
+def test_a_cache_that_cannot_take_embeddings_is_refused_before_they_are_made(
+    arguments, attribute_digits, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("utils.features.compute_features", lambda *arguments, **more: pytest.fail("computed"))
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/features").write_text("a file")
+    with pytest.raises(UserError, match=r"--cache_dir: the embeddings cannot be kept in .*features"):
+        train_po.main(arguments(train_shards=attribute_digits / "val", trainable="head", cache_dir=tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("t", [-0.5, 0.0, 0.5, 1.0])

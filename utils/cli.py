@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import yaml
 
 from utils.errors import UserError
+from utils.progress import forgive_encoding
 from utils.redaction import shown_setting
 
 if TYPE_CHECKING:
@@ -136,6 +137,7 @@ def run(main: Callable[[], Any]) -> None:
     Under several processes rank 0 speaks for all; another rank speaks where the error is its own. A process whose partner
     has died says so in one line and ends with status 1. A process of several ends here in every case.
     """
+    forgive_encoding()
     script = Path(sys.argv[0]).name
     rank = int(os.environ.get("RANK", "0"))
     try:

@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from utils.attacks import seed_from
+from utils.digests import files_digest, text_digest
 from utils.errors import UserError
 from utils.images import MAX_IMAGE_BYTES, ImageError, ImageTransform, decode
 from utils.shard_sources import one_line
@@ -216,6 +217,19 @@ class PublishedCorruptions:
         """The images of one corruption and severity. UserError where it is missing."""
         return PublishedDataset(self._images(corruption, severity), transform)
 
+    def digest(self, corruption: str, severity: int, num_samples: int | None, cache_dir: str | None) -> str:
+        """Of the files that hold the first ``num_samples`` images of one corruption and severity, and of their labels.
+
+        UserError where the corruption or the severity is missing, or a file cannot be read.
+        """
+        images = self._images(corruption, severity)
+        try:
+            return text_digest([files_digest(images.paths(num_samples), cache_dir), *images.names(num_samples)])
+        except OSError as error:
+            raise UserError(
+                f"{error.filename}: cannot be read ({error.strerror}); check its permissions or unpack it again"
+            ) from None
+
     def _images(self, corruption: str, severity: int) -> ArrayImages | FolderImages:
         if severity not in SEVERITIES:
             raise ValueError(f"severity is 1 ... 5, not {severity!r}")
@@ -248,6 +262,12 @@ class ArrayImages:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def paths(self, num_samples: int | None) -> list[Path]:
+        return [self.path]  # the whole of it: its severities are remembered together
+
+    def names(self, num_samples: int | None) -> list[str]:
+        return list(map(str, self.labels[:num_samples]))
+
     def read(self, slot: int, transform: ImageTransform) -> dict[str, Any]:
         """key, label and image uint8 (3, H, W). BadSample where the file is gone."""
         label, row = int(self.labels[slot]), self.first + slot
@@ -268,6 +288,12 @@ class FolderImages:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def paths(self, num_samples: int | None) -> list[Path]:
+        return [self.path / folder / name for name, folder, _ in self.files[:num_samples]]
+
+    def names(self, num_samples: int | None) -> list[str]:
+        return [f"{folder!r} {name!r} {label}" for name, folder, label in self.files[:num_samples]]
 
     def read(self, slot: int, transform: ImageTransform) -> dict[str, Any]:
         """key, label and image uint8 (3, H, W). BadSample where the file cannot be read or decoded."""

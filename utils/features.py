@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from utils.digests import shards_digest
 from utils.distributed import (
     everywhere,
     gather_objects,
@@ -71,16 +73,26 @@ def features(
 ) -> tuple[FeatureDataset, bool]:
     """``dataset``, or its first ``num_samples``, with the pictures embedded by ``encoder``, from the cache where it was done before (second value: True).
 
-    The cache is known by the encoder's ``weights``, whole ones, the shards' names, sizes and times, and ``identity``, what
-    else the pixels depend on. All processes share the work; the first one of each machine writes, all read. ``UserError``
+    The cache is known by the encoder's ``weights``, whole ones, a digest of the shards, and ``identity``, what else the
+    embeddings depend on. All processes share the work; the first one of each machine writes, all read. ``UserError``
     on all where it cannot be written.
     """
     folder = Path(dataset.index.cache_dir or default_cache_dir()) / "features"
-    name = fingerprint(weights, dataset.index.urls, identity | {"num_samples": num_samples})
+    shards = shards_digest(accelerator, dataset.index, num_samples)
+    name = fingerprint(weights, identity | {"num_samples": num_samples, "shards": shards})
     tensors, texts = folder / f"{name}.safetensors", folder / f"{name}.json"
     # The machines may have caches of their own: it is used where all have it.
     known = all(gather_objects(accelerator, tensors.exists() and texts.exists()))
     if not known:
+
+        def check() -> None:
+            with refused_if_unwritable(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                _write(folder / f"{name}.check", lambda path: None)
+                (folder / f"{name}.check").unlink()
+
+        # Before the work: what cannot be kept is not computed.
+        everywhere(accelerator, check if accelerator.is_local_main_process else lambda: None)
         embeds, samples = compute_features(
             accelerator,
             dataset,
@@ -92,19 +104,25 @@ def features(
         )
 
         def write() -> None:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
+            with refused_if_unwritable(folder):
                 _write(tensors, lambda path: save_file({"embeds": embeds}, path))
                 _write(texts, lambda path: Path(path).write_text(json.dumps(samples), encoding="utf-8"))
-            except (OSError, SafetensorError) as error:
-                raise UserError(
-                    f"--cache_dir: the embeddings cannot be kept in {folder} ({getattr(error, 'strerror', None) or error}); "
-                    "make room, name another folder, or --cache_features false"
-                ) from None
 
         everywhere(accelerator, write if accelerator.is_local_main_process else lambda: None)
     embeds = load_file(tensors)["embeds"]
     return FeatureDataset(dataset, embeds, json.loads(texts.read_text(encoding="utf-8"))), known
+
+
+@contextmanager
+def refused_if_unwritable(folder: Path) -> Iterator[None]:
+    """``UserError`` in place of what a write raises."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"--cache_dir: the embeddings cannot be kept in {folder} ({getattr(error, 'strerror', None) or error}); "
+            "make room, name another folder, or --cache_features false"
+        ) from None
 
 
 @torch.no_grad()
@@ -176,17 +194,14 @@ class SampleRows(PreferenceDataset):
         return self.source.load(reader, shard, sample, epoch)
 
 
-def fingerprint(weights: dict[str, Tensor], urls: list[str], identity: dict[str, Any]) -> str:
-    """A name that changes with any weight, any shard, and ``identity``."""
+def fingerprint(weights: dict[str, Tensor], identity: dict[str, Any]) -> str:
+    """A name that changes with any weight and ``identity``."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(weights.items()):
         if not tensor.numel():
             raise RuntimeError(f"{name} is partitioned: its weights are not known here")
         digest.update(name.encode())
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    for url in urls:
-        status = os.stat(url) if os.path.isfile(url) else None
-        digest.update(f"{url} {(status.st_size, status.st_mtime_ns) if status else ''}\n".encode())
     digest.update(json.dumps(identity, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import itertools
 import re
+import textwrap
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,8 +22,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
+
+from utils.redaction import escaped
 
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
@@ -36,6 +40,7 @@ PANEL_SIZE = (3.9, 2.75)  # inches: at the width of a phone the letters are stil
 # Names of models and classes are text, never mathematics; letters stay letters, drawn in the page's own font.
 STYLE: dict[RcKeyType, Any] = {
     "text.parse_math": False,
+    "text.usetex": False,
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
     "font.size": 8.5,
@@ -55,6 +60,10 @@ STYLE: dict[RcKeyType, Any] = {
     "lines.markersize": 4.5,
     "hatch.linewidth": 0.7,
 }
+
+MOST_LETTERS = 100  # of a line of text in a picture; a longer one would leave no room for the picture
+LABEL_LETTERS = 24  # in a line of a label beside a row of pictures
+PLAIN: dict[RcKeyType, Any] = {"text.parse_math": False, "text.usetex": False}  # also outside of report.html
 
 Point = tuple[float, float, float | None, float | None]  # x, value, and the ends of its interval where it has one
 
@@ -90,13 +99,30 @@ def t_sweep_figure(
     return figure
 
 
+@matplotlib.rc_context(PLAIN)
 def draw_t_sweep(
     path: Path, title: str, panels: Mapping[str, Mapping[str, Mapping[float, float]]], neutral: float | None
 ) -> None:
     """``t_sweep_figure`` into a file."""
-    t_sweep_figure(title, panels, neutral).savefig(path, dpi=120)
+    save_figure(t_sweep_figure(title, panels, neutral), path, dpi=120)
 
 
+def save_figure(figure: Figure, file: Any, **options: Any) -> None:
+    """``figure.savefig`` for texts of any kind: what no font can draw is escaped, what is endless is cut."""
+    for text in figure.findobj(Text):
+        text.set_text(drawable(text.get_text()))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box is drawn; the browser has its own fonts
+        figure.savefig(file, **options)
+
+
+def drawable(text: str) -> str:
+    """Each line of ``text`` without control characters and not longer than ``MOST_LETTERS``."""
+    lines = (escaped(line) for line in text.split("\n"))
+    return "\n".join(line if len(line) <= MOST_LETTERS else f"{line[: MOST_LETTERS - 1]}…" for line in lines)
+
+
+@matplotlib.rc_context(PLAIN)
 def draw_grid(path: Path, rows: Sequence[tuple[str, Sequence[tuple[Tensor, str]]]], title: str = "") -> None:
     """Rows of pictures: [(label of the row, [(uint8 (3, H, W), caption), ...]), ...]. Pixels are shown as they are."""
     columns = max(len(pictures) for _, pictures in rows)
@@ -108,12 +134,14 @@ def draw_grid(path: Path, rows: Sequence[tuple[str, Sequence[tuple[Tensor, str]]
         for axis, (image, caption) in zip(line, pictures):
             axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
             axis.set_title(caption, fontsize=8, pad=3, loc="left")
-        line[0].text(-0.08, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=8, wrap=True)
+        # Wrapped here: matplotlib's own wrapping takes dollars for mathematics whatever it was told.
+        label = "\n".join(part for of_label in label.split("\n") for part in textwrap.wrap(of_label, LABEL_LETTERS))
+        line[0].text(-0.08, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=8)
     if title:
         figure.suptitle(title, fontsize=10)
     # A picture is about 1.25 inches wide; fewer dots than its pixels would break thin letters.
     widest = max(image.shape[-1] for _, pictures in rows for image, _ in pictures)
-    figure.savefig(path, dpi=max(120, round(widest / 1.2)))
+    save_figure(figure, path, dpi=max(120, round(widest / 1.2)))
 
 
 def line_style(place: int) -> dict[str, Any]:
@@ -297,9 +325,8 @@ def inline_svg(figure: Figure, name: str, title: str) -> str:
     namespaces, which would act on the whole page or point out of it, are not.
     """
     file = io.StringIO()
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser has its own fonts
-        figure.savefig(file, format="svg", metadata=dict.fromkeys(["Date", "Creator", "Format", "Type"]))
+    with matplotlib.rc_context(STYLE):
+        save_figure(figure, file, format="svg", metadata=dict.fromkeys(["Date", "Creator", "Format", "Type"]))
     root = ElementTree.fromstring(file.getvalue())
     reference = re.compile(r"^#(.+)$|^url\(#(.+)\)$|(?<=: )url\(#([^)]+)\)")
     for parent in list(root.iter()):
@@ -333,7 +360,7 @@ def inline_svg(figure: Figure, name: str, title: str) -> str:
     if title:
         root.attrib |= {"role": "img", "aria-labelledby": f"{name}-title"}
         heading = ElementTree.Element("title", {"id": f"{name}-title"})
-        heading.text = title
+        heading.text = escaped(title)
         root.insert(0, heading)
     return ElementTree.tostring(root, encoding="unicode")
 
@@ -365,7 +392,9 @@ def _label_points(figure: Figure, axis: Axes, points: Sequence[tuple[str, float,
     ]
     places += [(0, 18, "center", "bottom"), (0, -18, "center", "top")]
     for label, x, y in points:
-        text = axis.annotate(label, (x, y), (0, 0), textcoords="offset points", fontsize=7.5, color="#222222", zorder=4)
+        text = axis.annotate(
+            drawable(label), (x, y), (0, 0), textcoords="offset points", fontsize=7.5, color="#222222", zorder=4
+        )
         text.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.4})
         text.set_in_layout(False)
 

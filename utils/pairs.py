@@ -254,7 +254,9 @@ def pack_pair_folder(folder: Path, cache_dir: str | None) -> str | None:
         return None
     import webdataset  # here alone: reading shards does not need it
 
-    listing = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in pictures]
+    states = [(path.name, path.stat()) for path in pictures]
+    # ctime too: a picture that is replaced may keep its size and its date.
+    listing = [(name, of.st_size, of.st_mtime_ns, of.st_ctime_ns, of.st_ino) for name, of in states]
     digest = hashlib.blake2b(json.dumps([str(folder.resolve()), listing]).encode(), digest_size=12).hexdigest()
     shard = Path(cache_dir or default_cache_dir()) / "pair_folders" / f"{folder.resolve().name}-{digest}.tar"
     if not shard.exists():

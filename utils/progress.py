@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -10,6 +11,8 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from utils.redaction import escaped
 
 SILENCE = 5.0  # seconds
 T = TypeVar("T")
@@ -24,14 +27,14 @@ class RunProgress:
     """
 
     def __init__(self, title: str, total: int, *, done: int = 0, enabled: bool = True, transient: bool = False) -> None:
-        self.title, self.total, self.done, self.enabled = title, total, done, enabled
-        self.console = Console(file=sys.stderr, highlight=False)
+        self.title, self.total, self.done, self.enabled = escaped(title), total, done, enabled
+        self.console = Console(file=sys.stderr, highlight=False, emoji=False)
         self.live = enabled and self.console.is_terminal
         self.first = done
         self.started = self.spoken = time.monotonic()
         self.fields: dict[str, Any] = {}
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
@@ -86,9 +89,23 @@ class RunProgress:
         return (time.monotonic() - self.started) / (self.done - self.first) * (self.total - self.done)
 
 
+def forgive_encoding() -> None:
+    """What the encoding of stdout or stderr lacks (é in ASCII, half a surrogate pair) is printed as an escape, from here on."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+class _TableConsole(Console):
+    """Names are texts, also "runs/[/b]", ":heart:" and what would steer a terminal."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(escaped(text), **options)
+
+
 def wide_console() -> Console:
     """Standard output for tables: as wide as the terminal, and wide enough where there is none."""
-    console = Console(markup=False)  # names are texts, also "runs/[/b]"
+    console = _TableConsole(markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 160
     return console

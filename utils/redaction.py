@@ -16,6 +16,7 @@ _PIPE = re.compile(
     r"(?<![\w/])pipe:(?!\S* \.\.\. \([0-9a-f]{8}\)).*", re.DOTALL
 )  # not what ``display_url`` made of one
 _ADDRESS = re.compile(r" at 0x[0-9A-Fa-f]{6,}(?=[>;,)])")
+_NO_LETTER = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 
 
@@ -86,3 +87,11 @@ def printable(text: str) -> str:
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in text
     )
+
+
+def escaped(text: str) -> str:
+    """The text for a page, a figure or a table: escapes in place of control characters and halves of surrogate pairs.
+
+    Line breaks and every other letter stay, also joiners, which some scripts need and ``printable`` escapes.
+    """
+    return _NO_LETTER.sub(lambda match: match.group(0).encode("unicode_escape").decode("ascii"), text)

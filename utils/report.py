@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from torch import Tensor
 from utils import figures
 from utils.errors import UserError
 from utils.metrics import MetricsFile
-from utils.results import ATTACKS, Results, cell_name, column_name, figure_name, replace_file
+from utils.redaction import escaped
+from utils.results import ATTACKS, Results, attempt, cell_name, column_name, figure_name, replace_file
 from utils.sanity import READING
 
 # CLIP_benchmark's columns (`clip_benchmark build`), then what tells our rows apart.
@@ -50,8 +51,11 @@ Result = dict[str, Any]
 Panel = tuple[str, str, Figure, Iterable[int]]  # set, title, what is drawn, places of the models in it
 
 
-def write_report(output_dir: str | Path) -> Path:
-    """Writes report.html and benchmark.csv into a directory that evaluate.py has filled; returns the page's path."""
+def write_report(output_dir: str | Path, undrawn: Sequence[str] = ()) -> Path:
+    """Writes report.html and benchmark.csv into a directory that evaluate.py has filled; returns the page's path.
+
+    A figure that cannot be drawn is named in the page, with those of ``undrawn``, and in the log.
+    """
     results = Results(output_dir)
     if not results.results:
         raise UserError(f"{output_dir}: no results.json with results; expected the --output_dir of evaluate.py")
@@ -59,41 +63,64 @@ def write_report(output_dir: str | Path) -> Path:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
+        finalize=lambda value: escaped(value) if type(value) is str else value,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("report.html.jinja").render(page_content(results, found))
+    page = environment.get_template("report.html.jinja").render(page_content(results, found, list(undrawn)))
     path = results.output_dir / "report.html"
-    replace_file(results.output_dir / "benchmark.csv", benchmark_csv(results.current(), found).encode())
-    replace_file(path, page.encode())
+    replace_file(
+        results.output_dir / "benchmark.csv",
+        benchmark_csv(results.current(), found).encode("utf-8", "backslashreplace"),
+    )
+    replace_file(path, page.encode("utf-8", "backslashreplace"))
     return path
 
 
-def page_content(results: Results, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Everything that the template shows, in words and finished markup."""
+def page_content(results: Results, found: Sequence[Mapping[str, Any]], undrawn: list[str]) -> dict[str, Any]:
+    """Everything that the template shows, in words and finished markup; what could not be drawn is added to ``undrawn``."""
     every = results.current()
     models, sets = short_names(r["model"] for r in every), short_names(r["dataset"] for r in every)
     images = {name: max(r["n"] for r in every if r["dataset"] == name) for name in sets}
     revisions = {r["model"]: r["settings"].get("model_revision") for r in every}
+    shards: dict[tuple[str, str], list[Any]] = {}
+    for r in every:
+        shards.setdefault((r["model"], r["dataset"]), []).append(r["settings"].get("shards"))
     plain = [r for r in every if "t" not in r["settings"]]
     names = dict(zip(map(id, plain), variants(plain)))
     comparisons = results.compared
-    sections = [
-        robustness_section(plain, names, models, sets),
-        front_section(plain, names, models, sets),
-        noise_section(plain, names, models, sets),
-        corruption_section(plain, names, models, sets),
-        interpretability_section(results, plain, names, models, sets),
-        fidelity_section(results, plain, names, models, sets),
-        training_section(models),
-        strength_section(every, models, sets),
-    ]
+    drawings: dict[str, Callable[[], Any]] = {
+        "robustness": lambda: robustness_section(plain, names, models, sets),
+        "front": lambda: front_section(plain, names, models, sets),
+        "noise": lambda: noise_section(plain, names, models, sets),
+        "corruptions": lambda: corruption_section(plain, names, models, sets),
+        "interpretability": lambda: interpretability_section(results, plain, names, models, sets),
+        "fidelity": lambda: fidelity_section(results, plain, names, models, sets),
+        "training": lambda: training_section(models),
+        "strength": lambda: strength_section(every, models, sets),
+    }
+    sections = []
+    for name, draw in drawings.items():
+        before = len(undrawn)
+        section = attempt(f"{name} in report.html", draw, undrawn)
+        if len(undrawn) > before:  # its place stays: tables stand there too
+            section = {
+                "id": name,
+                "title": name.capitalize(),
+                "text": "Could not be drawn.",
+                "legend": [],
+                "groups": [],
+            }
+        sections.append(section)
+    keys = attempt("the legend", lambda: [key(place, f"model-{place}") for place in range(len(models))], undrawn)
+    pictures = attempt("pictures", lambda: picture_groups(results, plain, names, models, sets), undrawn)
+    strips = attempt("strips of pictures", lambda: picture_strips(results, plain, models, sets), undrawn)
     return {
         "written": results.written[:16].replace("T", " ") + " UTC",
         "environment": results.environment,
         "models": [
-            {"key": key(place, f"model-{place}"), "short": models[name], "full": name, "revision": revisions[name]}
+            {"key": keys[place] if keys else "", "short": models[name], "full": name, "revision": revisions[name]}
             for place, name in enumerate(models)
         ],
         "sets": [{"short": sets[name], "full": name, "images": f"{images[name]:,}"} for name in sets],
@@ -103,6 +130,8 @@ def page_content(results: Results, found: Sequence[Mapping[str, Any]]) -> dict[s
             | {"text": w["text"]}
             for w in results.warnings
             if w["model_revision"] == revisions.get(w["model"])
+            # Of data that have changed since: history, as its figures are. Earlier versions did not keep that.
+            and ("shards" not in w or w["shards"] in shards.get((w["model"], w["dataset"]), []))
         ],
         "summary": summary_table(plain, names, comparisons, models, sets),
         "others": other_figures(plain, names, models, sets),
@@ -110,8 +139,9 @@ def page_content(results: Results, found: Sequence[Mapping[str, Any]]) -> dict[s
         "broken": broken_table(every, found, models, sets),
         "sections": [section for section in sections if section],
         "corruptions": corruption_table(plain, names, models, sets),
-        "pictures": picture_groups(results, plain, names, models, sets),
-        "strips": picture_strips(results, plain, models, sets),
+        "pictures": pictures or [],
+        "strips": strips or [],
+        "undrawn": undrawn,
         "retrieved": [
             {"title": path.stem.removeprefix("retrieval_"), "source": data_uri(path.read_bytes())}
             for path in sorted(results.output_dir.glob("retrieval_*.png"))

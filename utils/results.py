@@ -6,6 +6,7 @@ are the same measurement. A result is a cell with ``value``, ``ci95`` and ``n``.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -13,21 +14,23 @@ import logging
 import os
 import re
 import types
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from utils.digests import files_digest, text_digest
 from utils.errors import UserError
 from utils.metrics import mcnemar
 from utils.model_card import versions
 from utils.sanity import sanity_warnings
+from utils.shard_sources import one_line
 from utils.strict_json import parse_json
 
 logger = logging.getLogger(__name__)
@@ -55,6 +58,21 @@ RECORD = {
     **{"broken_by": str | NOTHING, "forwards": NUMBER | NOTHING, "value": NUMBER, "cosine": NUMBER},
 }
 
+# Of a cell's settings: digests of what was read, and the flag that named it.
+CONTENT = {
+    "model_revision": "--model {model}",
+    "shards": "--data {dataset}",
+    "prompts": "the class names or templates of --data {dataset}",
+    "classifier_revision": "--linear_head",
+    "reference_revision": "--reference_model_name_or_path",
+    "font_files": "--fonts",
+}
+LONGEST_FILE_NAME = 150  # in an output directory: ``cell_name`` and an ending
+NAMED_LATER = ("digests", "classnames", "linear_head")  # which cells of earlier versions lack
+MODEL_FILES = (".json", ".safetensors", ".bin", ".txt", ".model", ".jinja", ".spm", ".vocab", ".bpe", ".tiktoken")
+OWN_FILES = ("results.json", "run.json")  # written beside a model, never read with it
+
+T = TypeVar("T")
 Cell = dict[str, Any]
 Row = dict[str, Any]  # of a sample: position, and what was found; accuracies have label, predicted, correct
 
@@ -138,15 +156,48 @@ class Results:
         self.results.append(cell | {"value": value, "ci95": None if interval is None else list(interval), "n": n})
 
     def current(self) -> list[dict[str, Any]]:
-        """The results of every model as it was last measured: those of weights that it had before are history."""
-        last = {result["model"]: result["settings"].get("model_revision") for result in self.results}
-        return [r for r in self.results if r["settings"].get("model_revision") == last[r["model"]]]
+        """The results of what models, data, class names and heads hold now: of each the last one measured.
+
+        Those of weights or shards that were there before are history.
+        """
+        sources = [_sources(result) for result in self.results]
+        last = {name: content for of_result in sources for name, content in of_result.items()}
+        return [
+            result
+            for result, of_result in zip(self.results, sources)
+            if all(last[name] == content for name, content in of_result.items())
+        ]
+
+    def ask(self, cells: Sequence[Cell]) -> list[str]:
+        """What is known of these cells becomes current; a line for each reason why others have to be measured again."""
+        found = [result for cell in cells if (result := self.find(cell)) is not None]
+        current = {id(result) for result in self.current()}
+        if not all(id(result) in current for result in found):  # as where labels are put back to what they were
+            kept = {id(result) for result in found}
+            self.results = [result for result in self.results if id(result) not in kept] + found
+        known = {_question(result, "digests" not in result["settings"]): result for result in self.results}
+        reasons: Counter[str] = Counter()
+        for cell in cells:
+            if self.find(cell) is not None:
+                continue
+            old = known.get(_question(cell, False))
+            if old is not None:
+                changed = [name for name in CONTENT if old["settings"].get(name) != cell["settings"].get(name)]
+                reasons.update(f"{CONTENT[name].format(**cell)}: has changed" for name in changed)
+            elif _question(cell, True) in known:
+                reasons[
+                    f"--output_dir {self.output_dir}: of an earlier version, which did not look into the files"
+                ] += 1
+        return [
+            f"{reason}; {count} figure{'s' if count > 1 else ''} measured again, the old ones stay in results.json"
+            for reason, count in reasons.items()
+        ]
 
     def warn(self, cell: Cell, text: str) -> None:
         """Keeps what makes a figure doubtful, and says it; once."""
         where = ("model", "dataset", "attack", "eps", "sigma", "corruption", "severity")
         warning = {name: cell[name] for name in where} | {"text": text}
-        warning["model_revision"] = cell["settings"].get("model_revision")
+        warning |= {name: cell["settings"].get(name) for name in ("model_revision", "shards")}
         if warning not in self.warnings:
             self.warnings.append(warning)
             logger.warning(f"{cell['model']}  {cell['dataset']}  {column_name(cell)}: {text}")
@@ -216,7 +267,8 @@ class Results:
         if not path.exists():
             return None
         try:
-            with safe_open(path, framework="pt") as file:
+            # By its descriptor: safetensors opens no path that is not UTF-8, and an output directory may have any name.
+            with path.open("rb") as opened, safe_open(f"/dev/fd/{opened.fileno()}", framework="pt") as file:
                 clean, attacked = file.get_tensor("clean").float(), file.get_tensor("attacked").float()
                 captions = parse_json((file.metadata() or {})["captions"])
             if clean.ndim != 4 or clean.shape[1] != 3 or not clean.numel() or clean.shape != attacked.shape:
@@ -269,17 +321,28 @@ class Results:
                 )
 
 
-def model_revision(name_or_path: str) -> str:
-    """What tells a model from another under the same name: a hash of a directory's files, or the hub's commit."""
+def model_revision(name_or_path: str, cache_dir: str | None = None) -> str:
+    """What tells a model from another under the same name: a digest of a directory's files, or the hub's commit.
+
+    Of all that is loaded: weights, config, processor, tokenizer, head. OSError becomes ``UserError``.
+    """
     folder = Path(name_or_path)
     if folder.is_dir():
-        digest = hashlib.blake2b(digest_size=8)
-        for path in sorted(folder.iterdir()):
-            if path.suffix in (".json", ".safetensors", ".bin", ".txt", ".model"):
-                digest.update(path.name.encode() + b"\0")
-                with path.open("rb") as file:
-                    digest.update(hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=32)).digest())
-        return digest.hexdigest()
+        names = {path.name for path in folder.iterdir() if path.suffix in MODEL_FILES and path.is_file()}
+        for parts in folder.glob("*.index.json"):  # may name weights in folders below
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+                names |= set(map(str, parse_json(parts.read_bytes())["weight_map"].values()))
+        try:
+            digests = [
+                f"{name!r} {files_digest([folder / name], cache_dir)}"
+                for name in sorted(names.difference(OWN_FILES))
+                if (folder / name).is_file()
+            ]
+        except OSError as error:
+            raise UserError(
+                f"{error.filename}: cannot be read ({error.strerror}); check the files of the model {name_or_path}"
+            ) from None
+        return text_digest(digests)
     from transformers import AutoConfig
 
     return str(getattr(AutoConfig.from_pretrained(name_or_path, trust_remote_code=False), "_commit_hash", None))
@@ -308,6 +371,33 @@ def _check_types(what: str, found: Any, kinds: dict[str, Any]) -> None:
             raise ValueError(f"{what} has {str(value)[:60]!r} as {name}")
 
 
+def _sources(result: dict[str, Any]) -> dict[str, str]:
+    """{what a result was read from: the digest of what that held}."""
+    settings = result["settings"]
+    shards = settings.get("shards")
+    reading = [settings.get(name) for name in ("split", "num_samples", "classifier")]  # other ones read other shards
+    words = settings.get("words")
+    found: dict[tuple[Any, ...], Any] = {("model", result["model"]): settings.get("model_revision")}
+    for split, content in shards.items() if isinstance(shards, dict) else ():
+        found["shards", result["dataset"], split, json.dumps(reading)] = content
+    for name, source in (
+        ("prompts", [result["dataset"], settings.get("classnames")]),
+        ("classifier_revision", settings.get("linear_head")),
+        ("reference_revision", settings.get("reference")),
+        ("font_files", words.get("fonts") if isinstance(words, dict) else None),
+    ):
+        if name in settings:
+            found[name, json.dumps(source)] = settings[name]
+    return {json.dumps(source): json.dumps(content) for source, content in found.items()}
+
+
+def _question(cell: Cell, earlier: bool) -> str:
+    """A cell without what was read: two equal ones ask the same. ``earlier``: as cells of earlier versions ask."""
+    left_out = (*CONTENT, *(NAMED_LATER if earlier else ()))
+    settings = {name: value for name, value in cell["settings"].items() if name not in left_out}
+    return json.dumps([earlier, {name: cell[name] for name in CELL} | {"settings": settings}], sort_keys=True)
+
+
 def _without_model(result: dict[str, Any]) -> str:
     own = ("model_revision", "classifier_revision")
     settings = {name: value for name, value in result["settings"].items() if name not in own}
@@ -315,12 +405,61 @@ def _without_model(result: dict[str, Any]) -> str:
     return json.dumps(cell, sort_keys=True)
 
 
+def file_name(text: str) -> str:
+    """``text`` as part of a file name: a digest tells apart what had to be cut, or to lose letters other than a slash."""
+    slashless = text.replace("/", "-")
+    plain = re.sub("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "-", slashless)
+    short = plain.encode()[:100].decode(errors="ignore")
+    return plain if slashless == short else f"{short}_{text_digest([text])}"
+
+
+def refuse_unwritable(output_dir: str) -> None:
+    """UserError where what an evaluation leaves could not be written at its end. Makes nothing."""
+    folder = Path(output_dir)
+    try:
+        (folder / "pictures" / ("x" * LONGEST_FILE_NAME)).absolute().lstat()
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise UserError(
+                f"--output_dir {output_dir[:100]}: files in it cannot be named ({error.strerror}); give a shorter path"
+            ) from None
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    folders = {there, *(path for name in ("records", "pictures", "probes") if (path := folder / name).exists())}
+    for path in sorted(folders):
+        if not path.is_dir():
+            where = "" if path == folder else f"{path} "
+            raise UserError(f"--output_dir {output_dir}: {where}is a file; give a directory")
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise UserError(f"--output_dir {output_dir}: {path} cannot be written; name a directory that can")
+    for name in ("results.json", "report.html", "benchmark.csv"):
+        if (folder / name).is_dir():
+            raise UserError(f"--output_dir {output_dir}: {name} there is a directory; give another directory")
+
+
+def attempt(what: str, draw: Callable[[], T], undrawn: list[str]) -> T | None:
+    """``draw()``; None where it fails, for whatever reason: a picture must not cost the figures. It is said and noted."""
+    try:
+        return draw()
+    except Exception as error:
+        undrawn.append(f"{what} ({one_line(error)})")
+        logger.warning(f"not drawn: {undrawn[-1]}")
+        return None
+
+
 def replace_file(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a file whole or not at all. Raises ``UserError``."""
     aside = path.with_name(path.name + ".tmp")
-    aside.write_bytes(data)
-    os.replace(aside, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_bytes(data)
+        os.replace(aside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); mend that, then give the same command again: what results.json "
+            "holds is not measured again"
+        ) from None
 
 
 def column_name(cell: Cell) -> str:

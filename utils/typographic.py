@@ -167,6 +167,14 @@ def _matplotlib_fonts() -> Path | None:
     return Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" if spec and spec.origin else None
 
 
+def font_files(names: Sequence[str]) -> list[Path]:
+    """The files of fonts that ``find_fonts`` has found; Aileron's is Pillow's own module."""
+    folder = _matplotlib_fonts()
+    inside = {name: folder / f"{name}.ttf" for name in names if folder is not None}
+    files = {name: path if path.is_file() else Path(name) for name, path in inside.items()}
+    return [Path(ImageFont.__file__) if name == AILERON else files.get(name, Path(name)) for name in names]
+
+
 @lru_cache(maxsize=1024)
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     if name == AILERON:
