@@ -289,7 +289,7 @@ def prefetch(settings: Settings) -> None:
 
 def tidy(name: str) -> str:
     """One name for a directory, runs/a for ./runs/a/ too, so that it is known again."""
-    return os.path.normpath(name) if Path(name).exists() else name
+    return os.path.normpath(name) if os.path.exists(name) else name
 
 
 def load(name: str, accelerator: Accelerator, flag: str) -> Model:

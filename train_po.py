@@ -71,6 +71,7 @@ from utils.encoders import (
     image_transform,
     keep_weights_in,
     load_model,
+    logit_scale,
     make_encoder,
     refuse_other_shape,
     save_model,
@@ -297,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The policy, and its frozen reference: pictures and texts to embeddings.
     clip, processor = everywhere(accelerator, lambda: load_model(folder))
     encoder = make_encoder(clip, processor, compute_dtype(accelerator))
-    logit_scale = float(clip.logit_scale.detach().exp())
+    scale = logit_scale(clip)
     templates = train_set.templates or ["{c}"]
     if settings.reference_model_name_or_path:
         reference_flag = "--reference_model_name_or_path"
@@ -438,9 +439,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         inputs = to_input(batch["images"])
         chosen, rejected = batch["chosen"].to(device), batch["rejected"].to(device)
         ref_image_embeds, ref_text_embeds = reference_embeds(inputs, batch["texts"], template)
-        ref_logits = batch_logits(*unit(ref_image_embeds, ref_text_embeds), logit_scale, batch)
+        ref_logits = batch_logits(*unit(ref_image_embeds, ref_text_embeds), scale, batch)
         image_embeds, text_embeds = policy(inputs, texts_of(batch["texts"], template))
-        logits = batch_logits(*unit(image_embeds, text_embeds), logit_scale, batch)
+        logits = batch_logits(*unit(image_embeds, text_embeds), scale, batch)
         kl = retention_kl(ref_logits.reg, logits.reg)
         baseline = kl_baseline(kl) if settings.preference == "kto" else kl.new_zeros(())
         preference = preference_loss(
@@ -549,7 +550,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 count_skipped(progress.within("evaluating", loader, len(loader)), eval_skips),
                 lambda images, texts: unit(*module(to_input(images), texts_of(texts, None))),
                 lambda images, texts: unit(*reference_embeds(to_input(images), texts, None)),
-                logit_scale,
+                scale,
             )
         means = {
             key: mean_over_processes(accelerator, torch.tensor([value for _, value in rows.get(name, ())]))

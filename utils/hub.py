@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from utils.distributed import everywhere, from_main_process, gather_objects, on_every_node
-from utils.encoders import MODEL_TYPES, check_model
+from utils.encoders import MODEL_TYPES, check_model, refuse_mistyped_path
 from utils.errors import UserError
 from utils.shard_sources import BRING_IT, ShardCache, hub_answered, hub_offline, one_line
 from utils.shards import ShardIndex, refuse_lacking_shards
@@ -63,7 +64,8 @@ def model_folder(
     The type of the model is checked before its weights are downloaded. Where the hub cannot be reached, or with
     ``local_files_only``, what is there has to do. Raises ``UserError``.
     """
-    if Path(name_or_path).exists():
+    refuse_mistyped_path(name_or_path, flag)
+    if os.path.isdir(name_or_path):
         check_model(name_or_path, flag, supported)
         return Path(name_or_path)
     if local_files_only or hub_offline():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from utils.encoders import ImageEncoder, TextEncoder
+from utils.encoders import ImageEncoder, TextEncoder, text_embed_dim
 from utils.head import Head
 from utils.preferences import candidate_logits, retention_kl
 from utils.zeroshot import ensemble, prompt_embeddings, tokenize
@@ -67,8 +67,7 @@ class TextTable:
         self.processor, self.templates, self.device = processor, list(templates), device
         self._clip, self._per_prompt = clip, per_prompt
         self._places: dict[str, int] = {}
-        embed_dim = getattr(clip.config, "projection_dim", None) or clip.config.text_config.projection_size
-        self._embeds = torch.empty(0, len(templates) if per_prompt else 1, embed_dim, device=device)
+        self._embeds = torch.empty(0, len(templates) if per_prompt else 1, text_embed_dim(clip), device=device)
         self._last: tuple[list[str], Tensor] = ([], self._embeds)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
