@@ -77,6 +77,7 @@ from utils.shards import ShardDataset, ShardIndex, ShardReader
 from utils.skipped import BadSample
 from utils.typographic import KINDS, PLACES, word_style
 from utils.zeroshot import (
+    NonFiniteError,
     imagenet_prompts,
     interpretability_templates,
     open_set,
@@ -183,7 +184,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             for job in set_jobs:
                 if classifier is None and needs_classifier(sets[set_name], job):
                     classifier = make_classifier(settings, accelerator, model, sets[set_name], job[0])
-                findings = measure(settings, accelerator, model, reference, classifier, sets[set_name], job)
+                try:
+                    findings = measure(settings, accelerator, model, reference, classifier, sets[set_name], job)
+                except NonFiniteError as error:
+                    raise NonFiniteError(f"--model {name}, --data {set_name}: {error}") from None
                 for finding in findings:
                     if results.find(finding.cell) is None:  # a job may have been measured in part, at other t
                         results.add(finding.cell, finding.value, finding.interval, finding.n)

@@ -417,7 +417,6 @@ def _load_pretrained(
 
     Raises ``UserError`` where it does not load, for weights that the config has no place for, and for what is not finite.
     """
-    known = {} if config is None else {"config": copy.deepcopy(config)}
     try:
         with unpartitioned(), quiet_transformers():
             loaded: Any = model_class.from_pretrained(
@@ -426,7 +425,7 @@ def _load_pretrained(
                 trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # said below, with the name
-                **known,
+                config=copy.deepcopy(config),
             )
     except Exception as error:  # of transformers, safetensors and torch, depending on the file that is wrong
         raise UserError(f"{flag} {name_or_path}: the model does not load: {_reason(error)}") from None

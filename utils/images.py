@@ -137,7 +137,7 @@ def pixel_normalisation(image_processor: Any) -> tuple[list[float], list[float]]
     name = type(image_processor).__name__
     scale = 255.0
     if _switch(image_processor, "do_rescale"):
-        factor = getattr(image_processor, "rescale_factor", None)
+        factor: Any = getattr(image_processor, "rescale_factor", None)
         if not _is_number(factor) or factor <= 0:
             raise UserError(f"{name}: rescale_factor is {factor!r}; expected a number above 0, such as 1/255")
         scale = 255 * float(factor)
