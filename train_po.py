@@ -79,7 +79,7 @@ from utils.encoders import (
 from utils.errors import UserError
 from utils.features import features
 from utils.head import Head, fold_head, head_power, orthogonality_penalty, save_head, warn_of_condition
-from utils.hub import fetch_model, on_this_node
+from utils.hub import fetch_model, on_this_node, refuse_mistyped_paths
 from utils.images import ImageTransform
 from utils.interruption import StopRequest
 from utils.lagrangian import Multiplier, dual_lagrangian, embedding_margin, primal_lagrangian, violation
@@ -224,11 +224,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings.beta = DEFAULT_BETA[settings.preference]
     if settings.learning_rate is None:
         settings.learning_rate = DEFAULT_LEARNING_RATE[settings.trainable]
+    models = [(f"--{name}", getattr(settings, name)) for name in ("model_name_or_path", "reference_model_name_or_path")]
     if settings.prefetch:
         sets = [shard_options(settings, "train_shards"), shard_options(settings, "eval_shards")]
-        models = [
-            (f"--{name}", getattr(settings, name)) for name in ("model_name_or_path", "reference_model_name_or_path")
-        ]
         return prefetch_training(
             models,
             sets,
@@ -260,6 +258,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Whatever can be wrong with paths, shards and class lists is found before a model is loaded.
     output_dir = Path(settings.output_dir)
+    everywhere(accelerator, lambda: refuse_mistyped_paths(models))
     stop = StopRequest(accelerator)
     from_main_process(accelerator, lambda: take_output_dir(output_dir))
     checkpoint = from_main_process(accelerator, lambda: find_checkpoint(output_dir, settings.resume_from_checkpoint))
@@ -300,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     encoder = make_encoder(clip, processor, compute_dtype(accelerator))
     scale = logit_scale(clip)
     templates = train_set.templates or ["{c}"]
-    if settings.reference_model_name_or_path:
+    if settings.reference_model_name_or_path is not None:
         reference_flag = "--reference_model_name_or_path"
         reference_name = settings.reference_model_name_or_path
         reference_folder = fetch_model(accelerator, reference_name, reference_flag, CONTRASTIVE_MODEL_TYPES)
@@ -792,7 +791,7 @@ def check_settings(settings: Settings) -> None:
                     f"--{name} {getattr(settings, name):g} with --trainable {settings.trainable}: it belongs to a head; "
                     "add --trainable head or leave it out"
                 )
-    elif settings.reference_model_name_or_path:
+    elif settings.reference_model_name_or_path is not None:
         raise UserError(
             f"--reference_model_name_or_path {settings.reference_model_name_or_path} with --trainable head: the reference "
             "of a head is the model it is trained on; leave it out"

@@ -83,6 +83,7 @@ IMAGE_PROCESSORS = {  # where the file does not say which
 DUAL_ENCODER_PARTS = {"vision_config": ("convnext", "clip_vision_model"), "text_config": ("clip_text_model",)}
 FIXED_POSITIONS = ("clip_vision_model", "siglip_vision_model")  # towers that take images of one size only
 HUB_ID = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}(/[A-Za-z0-9][A-Za-z0-9_.-]{0,95})?"
+LFS_POINTER = b"version https://git-lfs"
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +189,7 @@ def check_model(name_or_path: str, flag: str, supported: Sequence[str] = MODEL_T
                 "that of a model saved by save_pretrained"
             ) from None
         raise UserError(
-            f"{flag} {name_or_path}: neither a local model directory{_near(name_or_path)} nor a model that the Hugging Face "
+            f"{flag} {name_or_path}: neither a local model directory{nearest(name_or_path)} nor a model that the Hugging Face "
             f"hub gave ({_reason(error)[:160]}); check the name; without internet {BRING_IT}"
         ) from None
     if config.model_type not in supported:
@@ -255,10 +256,10 @@ def refuse_mistyped_path(name: str, flag: str) -> None:
     if name.startswith("~"):
         raise UserError(f"{flag} {name}: no such directory, ~ stands for none here; write the path in full; {expected}")
     if not re.fullmatch(HUB_ID, name):
-        raise UserError(f"{flag} {name}: no such directory{_near(name)}; {expected}")
+        raise UserError(f"{flag} {name}: no such directory{nearest(name)}; {expected}")
 
 
-def _near(name: str) -> str:
+def nearest(name: str) -> str:
     """A directory of nearly this name, in parentheses."""
     parent, last = os.path.split(name.rstrip("/"))
     entries = os.listdir(parent or ".") if os.path.isdir(parent or ".") else []
@@ -288,7 +289,7 @@ def load_model(
     if config.model_type == "clip_vision_model" and "visual_projection.weight" in missing:
         model, missing = _load_pretrained(CLIPVisionModel, name_or_path, flag, config)
     _refuse_missing(missing, model, name_or_path, flag)
-    processor = _load_image_processor(name_or_path, config.model_type, flag)
+    processor = load_image_processor(name_or_path, config.model_type, flag)
     if config.model_type in CONTRASTIVE_MODEL_TYPES:
         try:
             with quiet_transformers():
@@ -417,6 +418,12 @@ def _load_pretrained(
 
     Raises ``UserError`` where it does not load, for weights that the config has no place for, and for what is not finite.
     """
+    for path in Path(name_or_path).glob("*.[sb]*"):  # .safetensors, .bin
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise UserError(
+                    f"{flag} {name_or_path}: {path.name} is a pointer of Git LFS, not the file itself; bring it with `git lfs pull`"
+                )
     try:
         with unpartitioned(), quiet_transformers():
             loaded: Any = model_class.from_pretrained(
@@ -476,7 +483,7 @@ def _refuse_overflow(model: PreTrainedModel, name_or_path: str, flag: str) -> No
             )
 
 
-def _load_image_processor(name_or_path: str, model_type: str, flag: str) -> Any:
+def load_image_processor(name_or_path: str, model_type: str, flag: str) -> Any:
     """The processor that the directory's file describes, by Pillow: nothing here needs torchvision.
 
     Raises ``UserError`` for one that computes what ``ImageTransform`` and ``pixel_normalisation`` do not.

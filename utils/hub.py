@@ -16,7 +16,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from utils.distributed import everywhere, from_main_process, gather_objects, on_every_node
-from utils.encoders import MODEL_TYPES, check_model, refuse_mistyped_path
+from utils.encoders import MODEL_TYPES, check_model, nearest, refuse_mistyped_path
 from utils.errors import UserError
 from utils.shard_sources import BRING_IT, ShardCache, hub_answered, hub_offline, one_line
 from utils.shards import ShardIndex, refuse_lacking_shards
@@ -50,6 +50,13 @@ def fetch_model(accelerator: Accelerator, name_or_path: str, flag: str, supporte
             f"{flag} {name_or_path}",
         )
     )
+
+
+def refuse_mistyped_paths(models: Sequence[tuple[str, str | None]]) -> None:
+    """``UserError`` for the first of (flag, name or None) that no model can have, before anything else is read."""
+    for flag, name in models:
+        if name is not None:
+            refuse_mistyped_path(name, flag)
 
 
 def model_folder(
@@ -119,7 +126,7 @@ def _cached_model(name: str, flag: str, reason: str = "") -> Path:
                 return folder
     reason = reason or ("HF_HUB_OFFLINE is set" if hub_offline() else "this node's first process did not bring it")
     raise UserError(
-        f"{flag} {name}: neither a local model directory nor a model in the cache, which lacks {lacking} of it, and {reason}; "
+        f"{flag} {name}: neither a local model directory{nearest(name)} nor a model in the cache, which lacks {lacking} of it, and {reason}; "
         f"check the path, or {BRING_IT}"
     )
 

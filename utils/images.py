@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -147,6 +148,12 @@ def pixel_normalisation(image_processor: Any) -> tuple[list[float], list[float]]
         if 0 in std:
             raise UserError(f"{name}: image_std is {std}; expected numbers other than 0")
     return [value / scale for value in mean], [value / scale for value in std]
+
+
+def normalisation_of_file(fields: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """``pixel_normalisation`` by a processor's file alone. What the file leaves out is as CLIP has it."""
+    defaults = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
+    return pixel_normalisation(SimpleNamespace(**defaults | fields))
 
 
 def _is_number(value: Any) -> bool:
