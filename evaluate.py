@@ -182,9 +182,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for set_name, set_jobs in missing.items():
             classifier = None
             for job in set_jobs:
-                if classifier is None and needs_classifier(sets[set_name], job):
-                    classifier = make_classifier(settings, accelerator, model, sets[set_name], job[0])
                 try:
+                    if classifier is None and needs_classifier(sets[set_name], job):
+                        classifier = make_classifier(settings, accelerator, model, sets[set_name], job[0])
                     findings = measure(settings, accelerator, model, reference, classifier, sets[set_name], job)
                 except NonFiniteError as error:
                     raise NonFiniteError(f"--model {name}, --data {set_name}: {error}") from None

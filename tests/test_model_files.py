@@ -12,6 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel, CLIPModel, CLIPProcessor, CLIPVisionModelWithProjection
 
+import train_lore
+import train_po
 from tests.small_models import KINDS, TEXT_KINDS, photos, save_small_model
 from utils.encoders import (
     check_model,
@@ -392,7 +394,17 @@ def test_mistyped_names_are_one_line(names, name):
             look(name, "--model")
 
 
-def test_a_directory_without_rights_or_name_is_no_traceback(names):
+@pytest.mark.parametrize("trainer", [train_lore, train_po])
+def test_trainers_name_a_mistyped_model_before_they_read_anything(names, trainer):
+    words = ["--train_shards", "nowhere", "--output_dir", "out", "--report_to", "none", "--model_name_or_path"]
+    with pytest.raises(UserError, match=r"^--model_name_or_path ./nope: no such directory"):
+        trainer.main([*words, "./nope"])
+    with pytest.raises(UserError, match=r"^--reference_model_name_or_path: empty;"):
+        trainer.main([*words, "openai/clip", "--reference_model_name_or_path", ""])
+    assert not Path("out").exists()
+
+
+def test_names_that_no_file_can_have_are_no_traceback(names):
     for name in ("a\0b", os.fsdecode(b"\xff\xfe")):
         with pytest.raises(UserError, match="no such directory"):
             check_model(name, "--model")

@@ -316,7 +316,8 @@ def load_model(
             "correct crop_size in preprocessor_config.json"
         )
     _refuse_overflow(model, name_or_path, flag)
-    if silenced := switch_off_randomness(model):
+    silenced = switch_off_randomness(model)
+    if silenced and int(os.environ.get("RANK", "0")) == 0:
         logger.warning(
             "%s: %s would make it random in training, and these methods compare the model with itself: switched off "
             "here, the saved config keeps them", name_or_path, ", ".join(silenced),
