@@ -371,9 +371,10 @@ def names(tmp_path, monkeypatch):
     Path("empty").mkdir()
     Path("dangling").symlink_to("nowhere")
     Path("file.safetensors").write_bytes(b"x")
-    for folder in ("runs/lore", "run/best", "broken"):
+    for folder in ("runs/lore", "run/best", "broken", "lora"):
         Path(folder).mkdir(parents=True)
         Path(folder, "config.json").write_text("{")
+    Path("lora/adapter_config.json").write_text("{}")
 
 
 MISTYPED = {  # dolly#118
@@ -382,7 +383,7 @@ MISTYPED = {  # dolly#118
     "hf://openai/clip": "a URL", "C:\\models\\clip": "no such directory", "": ": empty;", "  ": ": empty;",
     "my model": "no such directory", "a//b": "no such directory", "file.safetensors": "a file", "empty": "holds no config.json",
     "./empty/": "holds no config.json", "dangling": "a link to nowhere", "run": "holds no config.json; run/best holds one",
-    "runs/lora": r"did you mean runs/lore\?", "./runs/lor": r"did you mean ./runs/lore\?", "broken": "config.json is none",
+    "runs/lora": r"did you mean runs/lore\?", "./runs/lor": r"did you mean ./runs/lore\?", "broken": "config.json is none", "lora": "holds an adapter",
     "-x": "no such directory", "a/b@main": "no such directory", "x" * 300: "no such directory", "openai/clip": "neither a local",
 }  # fmt: skip
 

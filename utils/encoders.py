@@ -241,6 +241,10 @@ def refuse_mistyped_path(name: str, flag: str) -> None:
     if not name.strip():
         raise UserError(f"{flag}: empty; {expected}")
     if os.path.isdir(name):
+        if os.path.exists(os.path.join(name, "adapter_config.json")):
+            raise UserError(
+                f"{flag} {name}: holds an adapter (LoRA), not a whole model; merge it into its model before"
+            )
         if os.path.exists(os.path.join(name, "config.json")):
             return
         found = sorted(os.listdir(name))
@@ -496,6 +500,8 @@ def load_image_processor(name_or_path: str, model_type: str, flag: str) -> Any:
             where = f"{flag} {name_or_path}: {nested.name}"
         with quiet_transformers():
             found, _ = CLIPImageProcessorPil.get_image_processor_dict(name_or_path)
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__} in place of its fields")
     except Exception as error:  # OSError, ValueError and others, depending on what is wrong
         raise UserError(
             f"{where}: no image processor ({_reason(error)}); expected one saved by save_pretrained"
