@@ -91,6 +91,7 @@ from utils.shards import ShardDataset, ShardIndex, ShardReader
 from utils.skipped import BadSample
 from utils.typographic import KINDS, PLACES, font_files, word_style
 from utils.zeroshot import (
+    NonFiniteError,
     imagenet_prompts,
     interpretability_templates,
     open_set,
@@ -199,9 +200,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         for set_name, set_jobs in missing.items():
             classifier = None
             for job in set_jobs:
-                if classifier is None and needs_classifier(sets[set_name], job):
-                    classifier = make_classifier(settings, accelerator, model, sets[set_name], job[0])
-                findings = measure(settings, accelerator, model, reference, classifier, sets[set_name], job)
+                try:
+                    if classifier is None and needs_classifier(sets[set_name], job):
+                        classifier = make_classifier(settings, accelerator, model, sets[set_name], job[0])
+                    findings = measure(settings, accelerator, model, reference, classifier, sets[set_name], job)
+                except NonFiniteError as error:
+                    raise NonFiniteError(f"--model {name}, --data {set_name}: {error}") from None
                 for finding in findings:
                     if results.find(finding.cell) is None:  # a job may have been measured in part, at other t
                         results.add(finding.cell, finding.value, finding.interval, finding.n)
@@ -349,7 +353,7 @@ def valid_text(text: str, flag: str, why: str) -> str:
 
 def tidy(name: str) -> str:
     """One name for a directory, runs/a for ./runs/a/ too, so that it is known again."""
-    return os.path.normpath(name) if Path(name).exists() else name
+    return os.path.normpath(name) if os.path.exists(name) else name
 
 
 def load(name: str, accelerator: Accelerator, flag: str) -> Model:

@@ -73,7 +73,7 @@ from utils.encoders import (
     save_model,
 )
 from utils.errors import UserError
-from utils.hub import fetch_model, on_this_node
+from utils.hub import fetch_model, on_this_node, refuse_mistyped_paths
 from utils.interruption import StopRequest
 from utils.lagrangian import (
     Multiplier,
@@ -211,11 +211,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     constrained = settings.constraint != "none"
     clean_in_primal = constrained or settings.clean_weight > 0
     needs_reference = settings.objective != "tecoa" or clean_in_primal
+    models = [(f"--{name}", getattr(settings, name)) for name in ("model_name_or_path", "reference_model_name_or_path")]
     if settings.prefetch:
         sets = [shard_options(settings, "train_shards", needs_labels), shard_options(settings, "eval_shards", True)]
-        models = [
-            (f"--{name}", getattr(settings, name)) for name in ("model_name_or_path", "reference_model_name_or_path")
-        ]
         return prefetch_training(models, sets, cache_dir=settings.cache_dir, cache_limit_gb=settings.cache_limit_gb)
     eps, step_size = settings.eps / 255, (settings.attack_step_size or settings.eps / 4) / 255
 
@@ -240,6 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Whatever can be wrong with paths, shards and class lists is found before a model is loaded.
     output_dir = Path(settings.output_dir)
+    everywhere(accelerator, lambda: refuse_mistyped_paths(models))
     stop = StopRequest(accelerator)
     from_main_process(accelerator, lambda: take_output_dir(output_dir))
     checkpoint = from_main_process(accelerator, lambda: find_checkpoint(output_dir, settings.resume_from_checkpoint))
@@ -689,7 +688,7 @@ def estimate_memory(settings: Settings) -> None:
         settings.gradient_accumulation_steps,
     )
     name, model = settings.model_name_or_path, None
-    if name:
+    if name is not None:
         config = check_model(name, "--model_name_or_path", ("clip",))
         config.vision_config.projection_dim = config.projection_dim
         model = Path(name).resolve().name if Path(name).exists() else name, config.vision_config

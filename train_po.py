@@ -73,6 +73,7 @@ from utils.encoders import (
     image_transform,
     keep_weights_in,
     load_model,
+    logit_scale,
     make_encoder,
     refuse_other_shape,
     save_model,
@@ -80,7 +81,7 @@ from utils.encoders import (
 from utils.errors import UserError
 from utils.features import features
 from utils.head import Head, fold_head, head_power, orthogonality_penalty, save_head, warn_of_condition
-from utils.hub import fetch_model, on_this_node
+from utils.hub import fetch_model, on_this_node, refuse_mistyped_paths
 from utils.images import ImageTransform
 from utils.interruption import StopRequest
 from utils.lagrangian import Multiplier, dual_lagrangian, embedding_margin, primal_lagrangian, violation
@@ -226,11 +227,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         settings.beta = DEFAULT_BETA[settings.preference]
     if settings.learning_rate is None:
         settings.learning_rate = DEFAULT_LEARNING_RATE[settings.trainable]
+    models = [(f"--{name}", getattr(settings, name)) for name in ("model_name_or_path", "reference_model_name_or_path")]
     if settings.prefetch:
         sets = [shard_options(settings, "train_shards"), shard_options(settings, "eval_shards")]
-        models = [
-            (f"--{name}", getattr(settings, name)) for name in ("model_name_or_path", "reference_model_name_or_path")
-        ]
         return prefetch_training(
             models,
             sets,
@@ -262,6 +261,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Whatever can be wrong with paths, shards and class lists is found before a model is loaded.
     output_dir = Path(settings.output_dir)
+    everywhere(accelerator, lambda: refuse_mistyped_paths(models))
     stop = StopRequest(accelerator)
     from_main_process(accelerator, lambda: take_output_dir(output_dir))
     checkpoint = from_main_process(accelerator, lambda: find_checkpoint(output_dir, settings.resume_from_checkpoint))
@@ -300,11 +300,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The policy, and its frozen reference: pictures and texts to embeddings.
     clip, processor = everywhere(accelerator, lambda: load_model(folder))
     encoder = make_encoder(clip, processor, compute_dtype(accelerator))
-    logit_scale = float(clip.logit_scale.detach().exp())
+    scale = logit_scale(clip)
     templates = train_set.templates or ["{c}"]
     if settings.task == "typographic":
         refuse_equal_texts(processor, clip.config, merge_names(train_set.classnames)[0], templates[0])
-    if settings.reference_model_name_or_path:
+    if settings.reference_model_name_or_path is not None:
         reference_flag = "--reference_model_name_or_path"
         reference_name = settings.reference_model_name_or_path
         reference_folder = fetch_model(accelerator, reference_name, reference_flag, CONTRASTIVE_MODEL_TYPES)
@@ -443,9 +443,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         inputs = to_input(batch["images"])
         chosen, rejected = batch["chosen"].to(device), batch["rejected"].to(device)
         ref_image_embeds, ref_text_embeds = reference_embeds(inputs, batch["texts"], template)
-        ref_logits = batch_logits(*unit(ref_image_embeds, ref_text_embeds), logit_scale, batch)
+        ref_logits = batch_logits(*unit(ref_image_embeds, ref_text_embeds), scale, batch)
         image_embeds, text_embeds = policy(inputs, texts_of(batch["texts"], template))
-        logits = batch_logits(*unit(image_embeds, text_embeds), logit_scale, batch)
+        logits = batch_logits(*unit(image_embeds, text_embeds), scale, batch)
         kl = retention_kl(ref_logits.reg, logits.reg)
         baseline = kl_baseline(kl) if settings.preference == "kto" else kl.new_zeros(())
         preference = preference_loss(
@@ -556,7 +556,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 count_skipped(progress.within("evaluating", loader, len(loader)), eval_skips),
                 lambda images, texts: unit(*module(to_input(images), texts_of(texts, None))),
                 lambda images, texts: unit(*reference_embeds(to_input(images), texts, None)),
-                logit_scale,
+                scale,
             )
         means = {
             key: mean_over_processes(accelerator, torch.tensor([value for _, value in rows.get(name, ())]))
@@ -809,7 +809,7 @@ def check_settings(settings: Settings) -> None:
                     f"--{name} {getattr(settings, name):g} with --trainable {settings.trainable}: it belongs to a head; "
                     "add --trainable head or leave it out"
                 )
-    elif settings.reference_model_name_or_path:
+    elif settings.reference_model_name_or_path is not None:
         raise UserError(
             f"--reference_model_name_or_path {settings.reference_model_name_or_path} with --trainable head: the reference "
             "of a head is the model it is trained on; leave it out"

@@ -30,7 +30,7 @@ from benchmarks.train_step import Trainee, cpu_name, ladder, load_tower, synchro
 from utils.cli import flag, parse_settings, required, run
 from utils.encoders import load_model, save_model
 from utils.errors import UserError
-from utils.images import ImageTransform
+from utils.images import ImageTransform, pixel_normalisation
 from utils.metrics import MetricsFile
 from utils.optimization import cosine_learning_rate, set_learning_rate
 from utils.progress import RunProgress
@@ -104,8 +104,9 @@ def train_plainly(settings: Settings, run_dir: Path) -> None:
     step = PlainSettings(seed=settings.seed, device=device)
     trainee = Trainee(ladder()[0], load_tower(settings.model, settings.seed), "FARE", step, eps=settings.eps / 255)
     for encoder in (trainee.encoder, trainee.reference):
-        encoder.mean.copy_(torch.tensor(processor.image_processor.image_mean).view(1, 3, 1, 1))
-        encoder.std.copy_(torch.tensor(processor.image_processor.image_std).view(1, 3, 1, 1))
+        mean, std = pixel_normalisation(processor.image_processor)
+        encoder.mean.copy_(torch.tensor(mean).view(1, 3, 1, 1))
+        encoder.std.copy_(torch.tensor(std).view(1, 3, 1, 1))
     train_set = open_set([f"{settings.data}/train"], flag="--data", with_classes=False)
     dataset = ShardDataset(
         train_set.index, ImageTransform.from_processor(processor.image_processor), order="shuffled", seed=settings.seed

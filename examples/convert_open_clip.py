@@ -49,6 +49,7 @@ from utils.cli import flag, parse_settings, required, run
 from utils.encoders import check_model, load_weights, quiet_transformers
 from utils.errors import UserError
 from utils.hub import model_folder
+from utils.images import normalisation_of_file
 from utils.strict_json import parse_json
 
 OPENAI_MEAN, OPENAI_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
@@ -673,8 +674,8 @@ def processor_normalisation(directory: Path) -> dict[str, list[float]]:
             try:
                 settings = parse_json((directory / file).read_text(encoding="utf-8"))
                 settings = settings.get("image_processor", settings)
-                return {name: [float(value) for value in settings[f"image_{name}"]] for name in ("mean", "std")}
-            except (ValueError, KeyError, TypeError, AttributeError):
+                return dict(zip(("mean", "std"), normalisation_of_file(settings)))
+            except (ValueError, TypeError, AttributeError, UserError):
                 continue
     raise UserError(
         f"--input {directory}: no image processor with image_mean and image_std; open_clip needs them, save the processor too"

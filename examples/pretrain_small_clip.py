@@ -30,7 +30,7 @@ from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.cli import flag, parse_settings, required, run
-from utils.encoders import ImageEncoder, load_model, make_encoder, quiet_transformers
+from utils.encoders import ImageEncoder, check_model, load_model, make_encoder, quiet_transformers
 from utils.errors import UserError
 from utils.images import ImageTransform
 from utils.metrics import MetricsFile
@@ -132,6 +132,8 @@ class Settings:
 def main() -> None:
     settings = parse_settings(Settings, description=__doc__)
     check(settings)
+    if settings.start_from is not None:
+        check_model(settings.start_from, "--start_from", ("clip",))
     train = open_split(settings, "train")
     classnames = list(dict.fromkeys(name for one in train for name in one.classnames))
     templates = list(dict.fromkeys(template for one in train for template in one.templates))

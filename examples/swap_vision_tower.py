@@ -30,6 +30,7 @@ from utils.cli import flag, parse_settings, required, run
 from utils.encoders import check_model, load_weights, quiet_transformers
 from utils.errors import UserError
 from utils.hub import model_folder
+from utils.images import normalisation_of_file
 from utils.strict_json import parse_json
 
 ARCHITECTURE = ("hidden_size", "num_hidden_layers", "patch_size", "image_size", "hidden_act", "num_attention_heads", "intermediate_size", "layer_norm_eps")  # fmt: skip
@@ -126,14 +127,14 @@ def check_normalisation(llava: Path, model: Path) -> None:
 
 
 def normalisation(directory: Path) -> tuple[list[float], list[float]] | None:
-    """image_mean and image_std, to six digits; None where no file has them."""
+    """Mean and standard deviation of pixels in [0, 1], to six digits; None where no file has them."""
     for name in ("processor_config.json", "preprocessor_config.json"):
         try:
             settings = parse_json((directory / name).read_text(encoding="utf-8"))
             settings = settings.get("image_processor", settings)
-            mean, std = ([round(float(value), 6) for value in settings[f"image_{part}"]] for part in ("mean", "std"))
-            return mean, std
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            mean, std = normalisation_of_file(settings)
+            return [round(value, 6) for value in mean], [round(value, 6) for value in std]
+        except (OSError, ValueError, TypeError, AttributeError, UserError):
             continue
     return None
 

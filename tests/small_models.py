@@ -1,9 +1,11 @@
 """Small models with random weights, saved as a user's model would be."""
 
+import shutil
 import tempfile
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     BitImageProcessorPil,
     CLIPConfig,
@@ -63,6 +65,15 @@ def save_small_clip(directory: Path, seed: int = 0, num_layers: int = 2, hidden_
     )
     model.save_pretrained(directory)
     CLIPProcessor(image_processor, tokenizer).save_pretrained(directory)
+
+
+def save_scaled(directory: Path, other: Path, name: str, largest: float) -> None:
+    """The model of ``directory`` with the projection ``name`` so large that its weights are finite and embeddings are not."""
+    shutil.copytree(directory, other)
+    tensors = load_file(other / "model.safetensors")
+    weight = tensors[f"{name}.weight"]
+    tensors[f"{name}.weight"] = weight / weight.abs().max() * largest
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
 
 
 def small_encoder(directory: Path, compute_dtype: torch.dtype = torch.float32):

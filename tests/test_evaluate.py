@@ -16,7 +16,7 @@ import evaluate
 import train_po
 from tests.conftest import flags, run_script, two_processes
 from tests.shard_maker import image_bytes, make_shards, relabelled, rewrite, write_shard
-from tests.small_models import save_small_clip
+from tests.small_models import save_scaled, save_small_clip
 from utils.errors import UserError
 from utils.results import Results
 
@@ -62,6 +62,32 @@ def test_report_follows_its_schema(arguments, small_clip, digits, tmp_path, caps
     assert clean >= weak >= strong
     printed = capsys.readouterr().out
     assert f"{100 * clean:.1f} [" in printed
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attack": ["clean"]}, {"attack": ["apgd"], "eps": 1}, {"attack": ["typographic"]}, {"measure": ["interpretability"]},
+        {"measure": ["fidelity"]}, {"measure": ["retention"]}, {"classifier": "knn"}, {"classifier": "linear_probe"},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("factor", [1e25, 1e38])  # lengths beyond float32, which became zeros; and infinity
+def test_embeddings_that_overflow_end_the_cell_with_the_image(arguments, small_clip, digits, tmp_path, changes, factor):
+    """ace#1040: 10.0 %, which is chance, and a warning about something else."""
+    save_scaled(small_clip, tmp_path / "scaled", "visual_projection", factor)
+    if changes.keys() & {"measure"}:
+        changes = changes | {"reference_model_name_or_path": small_clip}
+    message = rf"^--model {tmp_path}/scaled, --data {digits}: [\w-]*\d+: its (embeddings.*|logits) are not finite"
+    with pytest.raises(UserError, match=message):
+        evaluate.main(arguments(model=tmp_path / "scaled", num_samples=8, **({"attack": ["clean"]} | changes)))
+    assert results(tmp_path / "eval") == [] if (tmp_path / "eval/results.json").exists() else True
+
+
+def test_text_embeddings_that_overflow_are_named_by_the_text(arguments, small_clip, tmp_path):
+    save_scaled(small_clip, tmp_path / "scaled", "text_projection", 1e25)
+    with pytest.raises(UserError, match=r"--data \S+: text '.*': its embeddings are not finite"):
+        evaluate.main(arguments(model=tmp_path / "scaled", attack="clean", num_samples=8))
 
 
 def test_many_attacks_are_lines_of_the_table_so_that_no_figure_is_broken(arguments, tmp_path, capsys):

@@ -16,7 +16,7 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
 
 import train_lore
@@ -25,9 +25,10 @@ import utils.checkpoint
 import utils.shards
 from tests.conftest import ROOT, free_port, run_script, two_processes
 from tests.shard_maker import ShardServer
-from tests.small_models import save_small_clip
+from tests.small_models import save_scaled, save_small_clip
 from utils.checkpoint import damage, last_checkpoint
 from utils.errors import UserError
+from utils.training_state import load_parameters, read_tensors
 
 
 @pytest.fixture
@@ -354,6 +355,30 @@ def test_not_a_number_in_a_batch_stops_the_run_and_keeps_the_last_checkpoint(arg
     assert not (tmp_path / "run/model.safetensors").exists()
     found = load_file(tmp_path / "run/checkpoints/step-2/parameters.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in found.values())
+
+
+@pytest.mark.parametrize("more", [{}, {"trainable": "image"}, {"trainable": "head"}])
+def test_embeddings_that_overflow_end_the_run_with_the_image(arguments, small_clip, digits, tmp_path, more):
+    """In the periodic evaluation at step 0, and where embeddings are kept."""
+    save_scaled(small_clip, tmp_path / "scaled", "visual_projection", 1e25)
+    words = arguments(model_name_or_path=tmp_path / "scaled", eval_shards=digits / "test", eval_num_samples=8, **more)
+    if more:
+        unknown = {"--attack_steps", "--primal_steps", "--eps"}
+        pairs = zip(words[::2], words[1::2])
+        words = [word for name, value in pairs if name not in unknown for word in (name, value)]
+    with pytest.raises(UserError, match=r"^[\w-]*\d+: its (embeddings|logits) are not finite"):
+        (train_po if more else train_lore).main(words)
+
+
+@pytest.mark.parametrize("name", ["parameters", "optimizer.exp_avg", "extra"])
+def test_a_checkpoint_with_what_is_not_finite_is_named(tmp_path, name):
+    save_file({"weight": torch.tensor([[1.0, math.nan]])}, tmp_path / f"{name}.safetensors")
+    message = rf"--resume_from_checkpoint {tmp_path}: {name}.safetensors: weight holds what is not finite"
+    with pytest.raises(UserError, match=message):
+        read_tensors(tmp_path / f"{name}.safetensors")
+    if name == "parameters":
+        with pytest.raises(UserError, match=message):
+            load_parameters(torch.nn.Linear(2, 1, bias=False), tmp_path)
 
 
 def test_a_reference_that_does_not_match(arguments, tmp_path):

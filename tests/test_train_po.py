@@ -313,6 +313,24 @@ def test_resumed_run_equals_an_uninterrupted_one(arguments, digits, tmp_path, mo
     assert cut == whole
 
 
+def test_dropout_in_the_config_changes_neither_start_nor_resume(arguments, small_clip, digits, tmp_path):
+    """trl#744, #2042: the loss began at 0.831 in place of ln 2, the KL at 0.145, and a resumed run went elsewhere."""
+    shutil.copytree(small_clip, tmp_path / "dropout")
+    path = tmp_path / "dropout/config.json"
+    config = json.loads(path.read_text())
+    for part in ("vision_config", "text_config"):
+        config[part]["attention_dropout"] = 0.5
+    path.write_text(json.dumps(config))
+    common = {"model_name_or_path": tmp_path / "dropout", "trainable": "all", "train_shards": digits / "test"}
+    train_po.main(arguments(output_dir=tmp_path / "whole", checkpoint_steps=1, max_steps=3, **common))
+    first = rows(tmp_path / "whole")[0]
+    assert first["preference_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["kl"] == pytest.approx(0, abs=1e-6)
+    resume = tmp_path / "whole/checkpoints/step-1"
+    train_po.main(arguments(output_dir=tmp_path / "cut", max_steps=3, resume_from_checkpoint=resume, **common))
+    assert all(torch.equal(weights(tmp_path / "cut")[name], one) for name, one in weights(tmp_path / "whole").items())
+
+
 @pytest.mark.parametrize("trainable", ["image", "head"])
 def test_what_is_saved_is_the_average(arguments, tmp_path, monkeypatch, trainable):
     averages = []

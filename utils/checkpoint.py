@@ -30,7 +30,7 @@ from typing import IO, Any
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from utils import training_state
@@ -197,7 +197,7 @@ def load_checkpoint(
     training_state.load_optimizer(accelerator, model, optimizer, checkpoint, state["optimizer_numbers"])
     if accelerator.scaler is not None and state["scaler"] is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
-    return training_state.unflatten(load_file(checkpoint / EXTRA_FILE) | state["extra_numbers"])
+    return training_state.unflatten(training_state.read_tensors(checkpoint / EXTRA_FILE) | state["extra_numbers"])
 
 
 _LOCKS: list[IO[str]] = []  # open for as long as the process lives, and so do their locks

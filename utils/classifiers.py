@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from utils.encoders import has_own_head
 from utils.errors import UserError
-from utils.losses import class_logits
+from utils.losses import class_logits, unit
 
 # scikit-learn's C = 0.316 of CLIP's linear probe weighs the losses, l2 = 1 / C the weights.
 CLIP_PROBE_L2 = 1 / 0.316
@@ -221,7 +221,7 @@ class KnnClassifier:
         count = len(image_embeds)
         # Filled up to a whole block: the last bit of a product depends on its shape, and with it which of two equally
         # near images is among the k. So the votes do not depend on the batch size.
-        queries = F.normalize(F.pad(image_embeds, (0, 0, 0, self.BLOCK - count)), dim=-1)
+        queries = unit(F.pad(image_embeds, (0, 0, 0, self.BLOCK - count)))
         nearest, places = (queries @ self.features.T).topk(self.k, dim=1)
         log_votes = nearest / self.temperature
         largest = log_votes[:, :1].detach()

@@ -12,16 +12,22 @@ A model is what transformers makes of a directory, with its processor. What an e
 from __future__ import annotations
 
 import copy
+import difflib
+import json
+import logging
+import math
+import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoTokenizer,
     CLIPImageProcessorPil,
     CLIPModel,
@@ -32,20 +38,19 @@ from transformers import (
     Dinov2Model,
     PreTrainedConfig,
     PreTrainedModel,
-    Siglip2ImageProcessorPil,
     Siglip2Model,
     Siglip2Processor,
-    SiglipImageProcessorPil,
     SiglipModel,
     SiglipProcessor,
     SiglipVisionModel,
     VisionTextDualEncoderModel,
     VisionTextDualEncoderProcessor,
 )
+from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
 
 from utils.errors import UserError
-from utils.images import ImageTransform
+from utils.images import ImageTransform, pixel_normalisation
 from utils.layers import ATTENTION, recompute_convnext_layers, use_lean_layers
 from utils.shard_sources import BRING_IT
 from utils.tokens import check_tokenizer
@@ -66,10 +71,22 @@ PROCESSOR_CLASSES = {  # of those with a text tower
     "vision-text-dual-encoder": VisionTextDualEncoderProcessor,
 }
 MODEL_TYPES, CONTRASTIVE_MODEL_TYPES = tuple(MODEL_CLASSES), tuple(PROCESSOR_CLASSES)
+IMAGE_PROCESSORS = {  # where the file does not say which
+    "clip": "CLIPImageProcessor",
+    "siglip": "SiglipImageProcessor",
+    "siglip2": "Siglip2ImageProcessor",
+    "clip_vision_model": "CLIPImageProcessor",
+    "siglip_vision_model": "SiglipImageProcessor",
+    "dinov2": "BitImageProcessor",
+}
 
 # Of a vision-text-dual-encoder: a text tower that ``utils.tokens`` knows how to end and pad for.
 DUAL_ENCODER_PARTS = {"vision_config": ("convnext", "clip_vision_model"), "text_config": ("clip_text_model",)}
 FIXED_POSITIONS = ("clip_vision_model", "siglip_vision_model")  # towers that take images of one size only
+HUB_ID = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}(/[A-Za-z0-9][A-Za-z0-9_.-]{0,95})?"
+LFS_POINTER = b"version https://git-lfs"
+
+logger = logging.getLogger(__name__)
 
 
 class ImageEncoder(nn.Module):
@@ -154,18 +171,26 @@ class TextEncoder(nn.Module):
 
 
 def check_model(name_or_path: str, flag: str, supported: Sequence[str] = MODEL_TYPES) -> PreTrainedConfig:
-    """The model's config, read before any weights are: raises ``UserError`` where there is none, or of another type."""
-    path = Path(name_or_path)
-    if path.exists() and not (path / "config.json").exists():
-        raise UserError(f"{flag} {name_or_path}: holds no config.json; expected a directory saved by save_pretrained")
+    """The model's config, read before any weights are. Raises ``UserError`` where there is none, or one of another model.
+
+    Fields that say how transformers computes or answers (attn_implementation, output_attentions, return_dict) are left
+    aside: nothing here depends on them.
+    """
+    refuse_mistyped_path(name_or_path, flag)
+    local = os.path.isdir(name_or_path)
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     except Exception as error:
         # OSError and ValueError; TypeError, AttributeError, RecursionError and others where config.json is not as it should.
+        if local:
+            raise UserError(
+                f"{flag} {name_or_path}: config.json is none that transformers reads ({_reason(error)[:240]}); expected "
+                "that of a model saved by save_pretrained"
+            ) from None
         raise UserError(
-            f"{flag} {name_or_path}: neither a local model directory nor a model that the Hugging Face hub gave "
-            f"({_first_line(error)[:160]}); check the name; without internet {BRING_IT}"
+            f"{flag} {name_or_path}: neither a local model directory{nearest(name_or_path)} nor a model that the Hugging Face "
+            f"hub gave ({_reason(error)[:160]}); check the name; without internet {BRING_IT}"
         ) from None
     if config.model_type not in supported:
         raise UserError(f"{flag} {name_or_path}: model type {config.model_type!r}; supported: {', '.join(supported)}")
@@ -177,7 +202,80 @@ def check_model(name_or_path: str, flag: str, supported: Sequence[str] = MODEL_T
                     f"{flag} {name_or_path}: its {name} is a {kind!r}; of vision-text-dual-encoder supported: "
                     f"{', '.join(kinds)}"
                 )
+    for part in _parts(config):
+        if getattr(part, "quantization_config", None) is not None:
+            found = part.quantization_config
+            method = found.get("quant_method") if isinstance(found, dict) else None
+            raise UserError(
+                f"{flag} {name_or_path}: config.json has a quantization_config ({method or 'of no named method'}), which is not supported; give the "
+                "model with its weights as they were before"
+            )
+        activation = getattr(part, "hidden_act", None)
+        if activation is not None and activation not in ACT2FN:
+            raise UserError(f"{flag} {name_or_path}: config.json: hidden_act {activation!r} is unknown to transformers")
+        if part.model_type.startswith("siglip") and getattr(part, "vision_use_head", True) is False:
+            raise UserError(
+                f"{flag} {name_or_path}: config.json: vision_use_head false leaves no embedding of an image"
+            )
+        patches = getattr(part, "num_patches", 1)  # SigLIP 2's table of positions is a square
+        if not isinstance(patches, int) or math.isqrt(patches) ** 2 != patches:
+            raise UserError(f"{flag} {name_or_path}: config.json: num_patches is {patches}; expected a square number")
+        if getattr(part, "num_channels", 3) != 3:
+            raise UserError(f"{flag} {name_or_path}: config.json: num_channels is {part.num_channels}; expected 3, RGB")
+        # How transformers computes and answers: nothing here depends on it.
+        part.return_dict, part.output_attentions, part.output_hidden_states = True, False, False
+        part._attn_implementation = None
+    if config.model_type in ("siglip", "siglip2"):  # no projection makes them the same
+        image_dim, text_dim = config.vision_config.hidden_size, config.text_config.projection_size
+        if image_dim != text_dim:
+            raise UserError(
+                f"{flag} {name_or_path}: config.json: images embed into {image_dim} dimensions, texts into {text_dim}; "
+                "expected hidden_size of vision_config to be projection_size of text_config"
+            )
     return config
+
+
+def refuse_mistyped_path(name: str, flag: str) -> None:
+    """``UserError`` for what is neither a model's directory nor can be an id of the hub, before anything is asked there."""
+    expected = "expected a directory saved by save_pretrained, or an id of the hub such as openai/clip-vit-base-patch32"
+    if not name.strip():
+        raise UserError(f"{flag}: empty; {expected}")
+    if os.path.isdir(name):
+        if os.path.exists(os.path.join(name, "adapter_config.json")):
+            raise UserError(
+                f"{flag} {name}: holds an adapter (LoRA), not a whole model; merge it into its model before"
+            )
+        if os.path.exists(os.path.join(name, "config.json")):
+            return
+        found = sorted(os.listdir(name))
+        inside = [entry for entry in found if os.path.exists(os.path.join(name, entry, "config.json"))]
+        hint = f"; {os.path.join(name, inside[-1])} holds one" if inside else "" if found else ", nor anything else"
+        raise UserError(f"{flag} {name}: holds no config.json{hint}; {expected}")
+    if os.path.exists(name):
+        raise UserError(f"{flag} {name}: a file; {expected}")
+    if os.path.islink(name):
+        raise UserError(f"{flag} {name}: a link to {os.readlink(name)}, which is not there; {expected}")
+    if "://" in name:
+        raise UserError(f"{flag} {name}: a URL; {expected}")
+    if name.startswith("~"):
+        raise UserError(f"{flag} {name}: no such directory, ~ stands for none here; write the path in full; {expected}")
+    if not re.fullmatch(HUB_ID, name):
+        raise UserError(f"{flag} {name}: no such directory{nearest(name)}; {expected}")
+
+
+def nearest(name: str) -> str:
+    """A directory of nearly this name, in parentheses."""
+    parent, last = os.path.split(name.rstrip("/"))
+    entries = os.listdir(parent or ".") if os.path.isdir(parent or ".") else []
+    folders = [entry for entry in entries if os.path.isdir(os.path.join(parent, entry))]
+    close = difflib.get_close_matches(last, folders, n=1)
+    return f" (did you mean {os.path.join(parent, close[0])}?)" if close else ""
+
+
+def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """A config and those of its towers."""
+    towers = (getattr(config, name, None) for name in ("vision_config", "text_config"))
+    return [config, *(tower for tower in towers if isinstance(tower, PreTrainedConfig))]
 
 
 def load_model(
@@ -186,55 +284,66 @@ def load_model(
     """The whole float32 model and its processor (without a text tower: its image processor).
 
     Never partitioned, also where DeepSpeed's ZeRO-3 is on. A CLIP vision model saved without projection embeds into its
-    hidden size. Raises ``UserError`` for another type of model and for weights that are missing.
+    hidden size. Nothing in it is random in train mode. Raises ``UserError`` for another type of model, for weights that are
+    missing, of other sizes or not finite, and for a processor that computes what is not computed here.
     """
     config = check_model(name_or_path, flag, supported)
-    try:
-        if has_text(config):  # before the weights: it takes no time
-            with quiet_transformers():
-                tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-            try:
-                check_tokenizer(tokenizer, config)
-            except ValueError as error:
-                raise UserError(f"{flag} {name_or_path}: {error}") from None
-        with unpartitioned(), quiet_transformers():
-            model_class = Dinov2ForImageClassification if has_own_head(config) else MODEL_CLASSES[config.model_type]
-            model, missing = _load_pretrained(model_class, name_or_path)
-            if config.model_type == "clip_vision_model" and "visual_projection.weight" in missing:
-                model, missing = _load_pretrained(CLIPVisionModel, name_or_path)
-            processor = _load_image_processor(name_or_path, config.model_type)
-            if has_text(config):
-                processor = PROCESSOR_CLASSES[config.model_type](image_processor=processor, tokenizer=tokenizer)
-    except UserError:
-        raise
-    except (
-        Exception
-    ) as error:  # of transformers, tokenizers, safetensors and torch, depending on the file that is wrong
-        raise UserError(f"{flag} {name_or_path}: the model does not load: {_first_line(error)}") from None
+    tokenizer = _load_tokenizer(name_or_path, config, flag) if has_text(config) else None  # first: it takes no time
+    model_class = Dinov2ForImageClassification if has_own_head(config) else MODEL_CLASSES[config.model_type]
+    model, missing = _load_pretrained(model_class, name_or_path, flag, config)
+    if config.model_type == "clip_vision_model" and "visual_projection.weight" in missing:
+        model, missing = _load_pretrained(CLIPVisionModel, name_or_path, flag, config)
     _refuse_missing(missing, model, name_or_path, flag)
-    try:
-        size = image_size(processor)
-    except ValueError as error:
-        raise UserError(f"{flag} {name_or_path}: {error}") from None
+    processor = load_image_processor(name_or_path, config.model_type, flag)
+    if tokenizer is not None:
+        processor = PROCESSOR_CLASSES[config.model_type](image_processor=processor, tokenizer=tokenizer)
     tower, _ = image_tower(model)
+    size = image_size(processor)
     # The others interpolate their position embeddings, or have none.
+    patch = getattr(
+        getattr(processor, "image_processor", processor), "patch_size", None
+    )  # SigLIP 2's processor has one
+    if patch is not None and patch != tower.config.patch_size:
+        raise UserError(
+            f"{flag} {name_or_path}: its image processor makes patches of {patch} px, the model takes {tower.config.patch_size} "
+            "px; correct patch_size in preprocessor_config.json"
+        )
     if tower.config.model_type in FIXED_POSITIONS and size != tower.config.image_size:
         raise UserError(
             f"{flag} {name_or_path}: its image processor gives {size} px, the model takes {tower.config.image_size} px; "
             "correct crop_size in preprocessor_config.json"
         )
+    _refuse_overflow(model, name_or_path, flag)
+    silenced = switch_off_randomness(model)
+    if silenced and int(os.environ.get("RANK", "0")) == 0:
+        logger.warning(
+            "%s: %s would make it random in training, and these methods compare the model with itself: switched off "
+            "here, the saved config keeps them", name_or_path, ", ".join(silenced),
+        )  # fmt: skip
     return model, processor
 
 
 def load_weights(model_class: type[PreTrainedModel], name_or_path: str | Path, flag: str) -> PreTrainedModel:
     """A float32 model alone, without any processor. Raises ``UserError`` where it does not load, or lacks weights."""
-    try:
-        with unpartitioned(), quiet_transformers():
-            model, missing = _load_pretrained(model_class, name_or_path)
-    except Exception as error:  # see ``load_model``
-        raise UserError(f"{flag} {name_or_path}: the model does not load: {_first_line(error)}") from None
+    model, missing = _load_pretrained(model_class, name_or_path, flag)
     _refuse_missing(missing, model, name_or_path, flag)
     return model
+
+
+def switch_off_randomness(model: nn.Module) -> list[str]:
+    """Sets every probability of dropout and stochastic depth to 0, in place; returns their names, "dropout 0.1".
+
+    They are layers of torch, and numbers of a module that its forward hands on (attention's dropout, drop_prob).
+    """
+    found: dict[str, None] = {}
+    for module in model.modules():
+        names = ["p"] if isinstance(module, nn.modules.dropout._DropoutNd) else []
+        names += [name for name, value in vars(module).items() if "drop" in name and isinstance(value, (int, float))]
+        for name in names:
+            if probability := getattr(module, name):
+                found[f"{'dropout' if name == 'p' else name} {probability:g}"] = None
+                setattr(module, name, type(probability)(0))
+    return list(found)
 
 
 def has_text(config: PreTrainedConfig) -> bool:
@@ -274,14 +383,21 @@ def square_side(size: int | list[int] | tuple[int, int] | None) -> int:
     return size
 
 
+def text_embed_dim(model: PreTrainedModel) -> int:
+    """Of a contrastive model's text embeddings. Not by projection_dim of the config, which SigLIP does not use."""
+    projection = getattr(model, "text_projection", None)
+    return model.config.text_config.projection_size if projection is None else projection.out_features
+
+
 def logit_scale(model: PreTrainedModel) -> float:
     """s = exp(logit_scale), by which a contrastive model multiplies cosines."""
     return float(model.get_parameter("logit_scale").detach().exp())
 
 
-def _first_line(error: Exception) -> str:
-    """The beginning of an error's text, or its kind where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+def _reason(error: Exception) -> str:
+    """An error's text in one line, or its kind where it has none."""
+    text = " ".join(str(error).split())
+    return (f"{type(error).__name__} {text}" if isinstance(error, KeyError) or not text else text)[:300]
 
 
 def _refuse_missing(missing: set[str], model: PreTrainedModel, name_or_path: str | Path, flag: str) -> None:
@@ -294,30 +410,137 @@ def _refuse_missing(missing: set[str], model: PreTrainedModel, name_or_path: str
         )
 
 
-def _load_pretrained(model_class: type[PreTrainedModel], name_or_path: str | Path) -> tuple[PreTrainedModel, set[str]]:
-    """A float32 model and the names of its weights that the file lacks: they are drawn at random."""
-    loaded: Any = model_class.from_pretrained(
-        name_or_path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-    )
+def _load_tokenizer(name_or_path: str | Path, config: PreTrainedConfig, flag: str) -> Any:
+    """The tokenizer of a model with text, as its files have it. ``UserError`` where it cannot be the text tower's own."""
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+    except Exception as error:  # of transformers and tokenizers, depending on the file that is wrong
+        raise UserError(f"{flag} {name_or_path}: the model does not load: {_reason(error)}") from None
+    try:
+        check_tokenizer(tokenizer, config)
+    except ValueError as error:
+        raise UserError(f"{flag} {name_or_path}: {error}") from None
+    return tokenizer
+
+
+def _load_pretrained(
+    model_class: type[PreTrainedModel], name_or_path: str | Path, flag: str, config: PreTrainedConfig | None = None
+) -> tuple[PreTrainedModel, set[str]]:
+    """A float32 model and the names of its weights that the file lacks: they are drawn at random.
+
+    Raises ``UserError`` where it does not load, for weights that the config has no place for, and for what is not finite.
+    """
+    for path in Path(name_or_path).glob("*.[sb]*"):  # .safetensors, .bin
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise UserError(
+                    f"{flag} {name_or_path}: {path.name} is a pointer of Git LFS, not the file itself; bring it with `git lfs pull`"
+                )
+    try:
+        with unpartitioned(), quiet_transformers():
+            loaded: Any = model_class.from_pretrained(
+                name_or_path,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # said below, with the name
+                config=copy.deepcopy(config),
+            )
+    except Exception as error:  # of transformers, safetensors and torch, depending on the file that is wrong
+        raise UserError(f"{flag} {name_or_path}: the model does not load: {_reason(error)}") from None
     model, found = loaded
+    for name, there, here in sorted(found["mismatched_keys"]):
+        raise UserError(
+            f"{flag} {name_or_path}: {_weights_file(name_or_path, name)}: {name} is {tuple(there)}, by config.json "
+            f"{tuple(here)}; give the config of these weights"
+        )
+    # Parts that the class does not have are another model's; the numbers of positions are a buffer in old files, the mask's
+    # token is for pre-training.
+    of_others = ("text_model", "text_projection", "visual_projection", "logit_scale", "logit_bias")
+    for name in sorted(found["unexpected_keys"]):
+        part = name.split(".")[0]
+        if not name.endswith(("position_ids", "mask_token")) and (part not in of_others or hasattr(model, part)):
+            raise UserError(
+                f"{flag} {name_or_path}: {_weights_file(name_or_path, name)} holds {name}, for which config.json leaves no "
+                f"place in a {model_class.__name__}; give the config of these weights"
+            )
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"{flag} {name_or_path}: {_weights_file(name_or_path, name)}: {name} holds what is not finite (NaN or "
+                "infinity); give weights that are whole, such as those of an earlier checkpoint"
+            )
     return model, set(found["missing_keys"])
 
 
-def _load_image_processor(name_or_path: str, model_type: str) -> Any:
-    """The processor that preprocessor_config.json describes, by Pillow: nothing here needs torchvision."""
-    if model_type.startswith("siglip"):
-        siglip = Siglip2ImageProcessorPil if model_type == "siglip2" else SiglipImageProcessorPil
-        return siglip.from_pretrained(name_or_path, trust_remote_code=False)
+def _weights_file(folder: str | Path, name: str) -> str:
+    """The file of a model's directory that holds a tensor, as far as is known."""
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        if (Path(folder) / file).is_file():
+            return file
+        index = Path(folder) / f"{file}.index.json"
+        if index.is_file():
+            return json.loads(index.read_text(encoding="utf-8"))["weight_map"].get(name, index.name)
+    return "its weights"
+
+
+def _refuse_overflow(model: PreTrainedModel, name_or_path: str, flag: str) -> None:
+    """Raises ``UserError`` for a logit_scale of which exp is 0 or infinite in float32: all classes would be alike."""
+    if "logit_scale" in dict(model.named_parameters()):
+        scale = logit_scale(model)
+        if not 0 < scale < math.inf:
+            raise UserError(
+                f"{flag} {name_or_path}: {_weights_file(name_or_path, 'logit_scale')}: exp(logit_scale) is {scale:g}, the "
+                f"logits would not be finite or all be 0; CLIP's is at most 100"
+            )
+
+
+def load_image_processor(name_or_path: str, model_type: str, flag: str) -> Any:
+    """The processor that the directory's file describes, by Pillow: nothing here needs torchvision.
+
+    Raises ``UserError`` for one that computes what ``ImageTransform`` and ``pixel_normalisation`` do not.
+    """
+    nested = Path(name_or_path) / "processor_config.json"  # where it holds an image processor it goes first
+    where = f"{flag} {name_or_path}: preprocessor_config.json"
     try:
-        return AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False, backend="pil")
-    except ImportError:
-        # Older transformers choose a class only beside torchvision. DINOv2's processor, Bit's, is CLIP's by another name; of
-        # any other one CLIP's would take the defaults that are its own, above all its crop.
-        found, _ = CLIPImageProcessorPil.get_image_processor_dict(name_or_path)
-        kind = found.get("image_processor_type") or found.get("feature_extractor_type") or "CLIP"
-        if not str(kind).startswith(("CLIP", "Bit")):
-            raise
-        return CLIPImageProcessorPil.from_pretrained(name_or_path, trust_remote_code=False)
+        if nested.is_file() and "image_processor" in json.loads(nested.read_text(encoding="utf-8")):
+            where = f"{flag} {name_or_path}: {nested.name}"
+        with quiet_transformers():
+            found, _ = CLIPImageProcessorPil.get_image_processor_dict(name_or_path)
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__} in place of its fields")
+    except Exception as error:  # OSError, ValueError and others, depending on what is wrong
+        raise UserError(
+            f"{where}: no image processor ({_reason(error)}); expected one saved by save_pretrained"
+        ) from None
+    kind = found.get("image_processor_type") or found.get("feature_extractor_type") or IMAGE_PROCESSORS.get(model_type)
+    base = re.sub("FeatureExtractor$", "ImageProcessor", str(kind).removesuffix("Pil").removesuffix("Fast"))
+    processor_class = getattr(transformers, f"{base}Pil", None)
+    if processor_class is None or not (_is_plain(processor_class) or base in OWN_STEPS):
+        raise UserError(
+            f"{where}: image_processor_type {kind!r} is not supported; CLIP's, SigLIP's and ViT's kinds are"
+        )
+    try:
+        with quiet_transformers():
+            image_processor = processor_class.from_dict(found)
+        image_size(image_processor)
+        pixel_normalisation(image_processor)
+    except Exception as error:  # UserError, and what transformers says of a field
+        raise UserError(f"{where}: {_reason(error)}") from None
+    return image_processor
+
+
+OWN_STEPS = ("ConvNextImageProcessor", "Siglip2ImageProcessor")  # known to ``ImageTransform``
+
+
+def _is_plain(processor_class: Any) -> bool:
+    """Whether a processor does what CLIP's does, by other defaults: no step of it is its own."""
+    steps = (
+        "preprocess", "process_image", "_preprocess", "_preprocess_image_like_inputs", "_prepare_image_like_inputs",
+        "_standardize_kwargs", "convert_to_rgb", "resize", "center_crop", "rescale", "normalize", "pad",
+    )  # fmt: skip
+    return all(getattr(processor_class, step, None) is getattr(CLIPImageProcessorPil, step, None) for step in steps)
 
 
 def make_encoder(model: PreTrainedModel, processor: Any, compute_dtype: torch.dtype = torch.float32) -> ImageEncoder:
@@ -331,8 +554,7 @@ def make_encoder(model: PreTrainedModel, processor: Any, compute_dtype: torch.dt
         tower,
         projection,
         image_size(processor),
-        image_processor.image_mean,
-        image_processor.image_std,
+        *pixel_normalisation(image_processor),
         compute_dtype,
         mean_of_patches=isinstance(model, Dinov2ForImageClassification),
     )
@@ -443,7 +665,7 @@ def unpartitioned() -> Iterator[None]:
 def quiet_transformers() -> Iterator[None]:
     """Without the bars of loading and saving, and without the note that images go through Pillow: they are meant to."""
     level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity(logging.CRITICAL)  # what it logs as an error it also raises, or is said here
     transformers_logging.disable_progress_bar()
     try:
         yield

@@ -29,7 +29,7 @@ from utils.pairs import PreferenceDataset, Row
 from utils.shard_sources import default_cache_dir
 from utils.shards import ShardReader, eval_loader
 from utils.skipped import BadSample, Skipped
-from utils.zeroshot import to_pixel_values
+from utils.zeroshot import refuse_non_finite_rows, to_pixel_values
 
 
 class FeatureDataset(PreferenceDataset):
@@ -153,7 +153,10 @@ def compute_features(
         images = [row.image for sample in batch for row in sample.get("rows", ())]
         # A process that has run out goes on with a black image: a sharded encoder is called equally often by all.
         pixels = torch.stack(images) if images else no_images.new_zeros(1, *no_images.shape[1:])
-        embeds = iter(encoder(to_pixel_values(pixels, accelerator.device)).cpu())
+        found_embeds = encoder(to_pixel_values(pixels, accelerator.device)).cpu()
+        keys = [sample["key"] for sample in batch for _ in sample.get("rows", ())]
+        refuse_non_finite_rows(found_embeds[: len(keys)].norm(dim=1, keepdim=True), keys, "embeddings")
+        embeds = iter(found_embeds)
         for sample in batch:
             found: dict[str, Any] = {"position": sample["position"], "key": sample["key"]}
             if "rows" in sample:

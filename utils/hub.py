@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from utils.distributed import everywhere, from_main_process, gather_objects, on_every_node
-from utils.encoders import MODEL_TYPES, check_model
+from utils.encoders import MODEL_TYPES, check_model, nearest, refuse_mistyped_path
 from utils.errors import UserError
 from utils.shard_sources import BRING_IT, ShardCache, hub_answered, hub_offline, one_line
 from utils.shards import ShardIndex, refuse_lacking_shards
@@ -52,6 +53,13 @@ def fetch_model(accelerator: Accelerator, name_or_path: str, flag: str, supporte
     )
 
 
+def refuse_mistyped_paths(models: Sequence[tuple[str, str | None]]) -> None:
+    """``UserError`` for the first of (flag, name or None) that no model can have, before anything else is read."""
+    for flag, name in models:
+        if name is not None:
+            refuse_mistyped_path(name, flag)
+
+
 def model_folder(
     name_or_path: str,
     flag: str,
@@ -64,7 +72,8 @@ def model_folder(
     The type of the model is checked before its weights are downloaded. Where the hub cannot be reached, or with
     ``local_files_only``, what is there has to do. Raises ``UserError``.
     """
-    if Path(name_or_path).exists():
+    refuse_mistyped_path(name_or_path, flag)
+    if os.path.isdir(name_or_path):
         check_model(name_or_path, flag, supported)
         return Path(name_or_path)
     if local_files_only or hub_offline():
@@ -118,7 +127,7 @@ def _cached_model(name: str, flag: str, reason: str = "") -> Path:
                 return folder
     reason = reason or ("HF_HUB_OFFLINE is set" if hub_offline() else "this node's first process did not bring it")
     raise UserError(
-        f"{flag} {name}: neither a local model directory nor a model in the cache, which lacks {lacking} of it, and {reason}; "
+        f"{flag} {name}: neither a local model directory{nearest(name)} nor a model in the cache, which lacks {lacking} of it, and {reason}; "
         f"check the path, or {BRING_IT}"
     )
 

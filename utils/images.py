@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -54,38 +55,40 @@ class ImageTransform:
 
     @classmethod
     def from_processor(cls, image_processor: Any, *, draft: bool = False) -> ImageTransform:
-        """Reads size, crop_size and resample of a Hugging Face image processor; UserError for a kind not known here.
+        """Reads the fields of a Hugging Face image processor that make its size; UserError for what is not done here.
 
         SigLIP 2's processor (NaFlex) makes images of any proportions into at most so many patches. Here they become the
         square that holds as many: resized by the shorter edge and cropped, which for square images is the same.
+        ``pixel_normalisation`` reads the other fields.
         """
         name = type(image_processor).__name__
+        for step in sorted(vars(image_processor)):
+            known = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
+            if step.startswith("do_") and step not in known and getattr(image_processor, step):
+                raise UserError(f"{name}: {step} is not supported; expected resizing and centre cropping only")
+        resizes, crops = _switch(image_processor, "do_resize"), _switch(image_processor, "do_center_crop")
+        # Where nothing is resized, no filter is asked for.
+        resample = _resample(image_processor) if resizes else int(Image.Resampling.BICUBIC)
         if name.startswith("Siglip2ImageProcessor"):
-            side = math.isqrt(image_processor.max_num_patches) * image_processor.patch_size
+            if not resizes:
+                raise UserError(f"{name}: do_resize false is not supported; images have to be of one size")
+            side = math.isqrt(_whole(image_processor, "max_num_patches")) * _whole(image_processor, "patch_size")
             if not 1 <= side <= MAX_OUTPUT_SIDE:
                 raise UserError(f"{name}: {side} pixels a side; expected 1 to {MAX_OUTPUT_SIDE}")
-            return cls(side, (side, side), int(image_processor.resample), draft)
-        for step in ("do_pad", "do_flip_channel_order", "do_reduce_labels"):
-            if getattr(image_processor, step, None):
-                raise UserError(f"{name}: {step} is not supported; expected resizing and centre cropping only")
+            return cls(side, (side, side), resample, draft)
         resize: int | tuple[int, int] | None = None
-        if getattr(image_processor, "do_resize", True):
-            size = {key: value for key, value in dict(image_processor.size).items() if value is not None}
-            if set(size) == {"shortest_edge"}:
-                resize = int(size["shortest_edge"])
-            elif set(size) == {"height", "width"}:
-                resize = (int(size["height"]), int(size["width"]))
-            else:
-                raise UserError(f"{name}: size {size} is not supported; expected shortest_edge, or height and width")
-        crop = None
-        if getattr(image_processor, "do_center_crop", False):
-            crop = (int(image_processor.crop_size["height"]), int(image_processor.crop_size["width"]))
+        crop = _sides(image_processor, "crop_size", ("height", "width")) if crops else None
+        if resizes and name.startswith("ConvNextImageProcessor"):
+            resize, own_crop = _convnext_sizes(image_processor)
+            if own_crop and crop not in (None, own_crop):
+                raise UserError(f"{name}: do_center_crop after the crop that crop_pct makes is not supported")
+            crop = crop or own_crop
+        elif resizes:
+            resize = _sides(image_processor, "size", ("height", "width"), ("shortest_edge",))
         sizes = [*(resize if isinstance(resize, tuple) else (resize or 1, resize or 1)), *(crop or (1, 1))]
         if min(sizes) < 1 or max(sizes) > MAX_OUTPUT_SIDE:
             raise UserError(f"{name}: size {resize} and crop {crop}; expected 1 to {MAX_OUTPUT_SIDE} pixels a side")
-        resample = getattr(image_processor, "resample", None)
-        # The processors' own default where nothing is set is bilinear.
-        return cls(resize, crop, int(Image.Resampling.BILINEAR if resample is None else resample), draft)
+        return cls(resize, crop, resample, draft)
 
     @property
     def output_size(self) -> tuple[int, int] | None:
@@ -123,6 +126,96 @@ class ImageTransform:
             return self.resize[1], self.resize[0]
         longer = int(self.resize * max(width, height) / min(width, height))
         return (self.resize, longer) if width <= height else (longer, self.resize)
+
+
+def pixel_normalisation(image_processor: Any) -> tuple[list[float], list[float]]:
+    """mean and std, three numbers each, with which (x - mean) / std is what the processor makes of pixels x in [0, 1].
+
+    The processor sees v = 255 x. With do_rescale it takes r v, r = rescale_factor, else v; with do_normalize then
+    (. - image_mean) / image_std. So mean = image_mean / (255 r) and std = image_std / (255 r), which for r = 1/255 are the
+    file's own numbers. UserError for fields that are no numbers of this kind.
+    """
+    name = type(image_processor).__name__
+    scale = 255.0
+    if _switch(image_processor, "do_rescale"):
+        factor: Any = getattr(image_processor, "rescale_factor", None)
+        if not _is_number(factor) or factor <= 0:
+            raise UserError(f"{name}: rescale_factor is {factor!r}; expected a number above 0, such as 1/255")
+        scale = 255 * float(factor)
+    mean, std = [0.0] * 3, [1.0] * 3
+    if _switch(image_processor, "do_normalize"):
+        mean, std = (_three_numbers(image_processor, field) for field in ("image_mean", "image_std"))
+        if 0 in std:
+            raise UserError(f"{name}: image_std is {std}; expected numbers other than 0")
+    return [value / scale for value in mean], [value / scale for value in std]
+
+
+def normalisation_of_file(fields: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """``pixel_normalisation`` by a processor's file alone. What the file leaves out is as CLIP has it."""
+    defaults = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
+    return pixel_normalisation(SimpleNamespace(**defaults | fields))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _switch(image_processor: Any, field: str) -> bool:
+    """A do_... field. null is false, as for transformers; a text would be true whatever it says."""
+    value = getattr(image_processor, field, None)
+    if value not in (None, False, True):
+        raise UserError(f"{type(image_processor).__name__}: {field} is {value!r}; expected true or false")
+    return bool(value)
+
+
+def _whole(image_processor: Any, field: str) -> int:
+    value = getattr(image_processor, field, None)
+    if not isinstance(value, int) or value < 1:
+        raise UserError(f"{type(image_processor).__name__}: {field} is {value!r}; expected a whole number above 0")
+    return value
+
+
+def _three_numbers(image_processor: Any, field: str) -> list[float]:
+    """One number for all channels, or one for each."""
+    value = getattr(image_processor, field, None)
+    values = [value] * 3 if _is_number(value) else value
+    if not isinstance(values, (list, tuple)) or len(values) != 3 or not all(map(_is_number, values)):
+        raise UserError(f"{type(image_processor).__name__}: {field} is {value!r}; expected one number, or three")
+    return [float(item) for item in values]
+
+
+def _resample(image_processor: Any) -> int:
+    """Pillow's filter. transformers takes bilinear for a value that it does not know, such as 3.0, and null is an error."""
+    value = getattr(image_processor, "resample", None)
+    if not isinstance(value, int) or isinstance(value, bool) or value not in list(Image.Resampling):
+        raise UserError(
+            f"{type(image_processor).__name__}: resample is {value!r}; expected a filter of Pillow, 0 (nearest) to 5"
+        )
+    return int(value)
+
+
+def _sides(image_processor: Any, field: str, *kinds: tuple[str, ...]) -> Any:
+    """What ``size`` or ``crop_size`` says in one of the ``kinds`` of keys: (height, width), or the shorter edge."""
+    size = getattr(image_processor, field, None)
+    found = {key: value for key, value in dict(size or {}).items() if value is not None}
+    for keys in kinds:
+        if set(found) == set(keys) and all(isinstance(value, int) for value in found.values()):
+            return found[keys[0]] if len(keys) == 1 else tuple(found[key] for key in keys)
+    raise UserError(
+        f"{type(image_processor).__name__}: {field} {found or None} is not supported; expected "
+        f"{', or '.join(' and '.join(keys) for keys in reversed(kinds))}"
+    )
+
+
+def _convnext_sizes(image_processor: Any) -> tuple[int | tuple[int, int], tuple[int, int] | None]:
+    """ConvNeXt's resizing and crop: an edge below 384 is the crop_pct-th part of what is resized to, else proportions go."""
+    edge = _sides(image_processor, "size", ("shortest_edge",))
+    if edge >= 384:
+        return (edge, edge), None
+    share = image_processor.crop_pct
+    if not _is_number(share) or not 0 < share <= 1:
+        raise UserError(f"{type(image_processor).__name__}: crop_pct is {share!r}; expected a share of the image")
+    return int(edge / share), (edge, edge)
 
 
 def decode(data: bytes, transform: ImageTransform) -> torch.Tensor:

@@ -13,7 +13,13 @@ def squared_distance(image_embeds: Tensor, ref_image_embeds: Tensor) -> Tensor:
 
 def class_logits(image_embeds: Tensor, class_embeds: Tensor, logit_scale: float | Tensor) -> Tensor:
     """s * cos(z, t_c) for every class: (B, D), (C, D) with unit rows, s = exp(logit_scale) -> (B, C), float32."""
-    return logit_scale * F.normalize(image_embeds.float(), dim=-1) @ class_embeds.float().T
+    return logit_scale * unit(image_embeds) @ class_embeds.float().T
+
+
+def unit(embeds: Tensor) -> Tensor:
+    """z / ||z||, (..., D) -> (..., D), float32. NaN where the length is beyond float32: zeros would pass for an answer."""
+    z = embeds.float()
+    return F.normalize(z, dim=-1) + 0 * z.detach().norm(dim=-1, keepdim=True)  # 0 times infinity is NaN
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

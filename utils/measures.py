@@ -38,7 +38,7 @@ from utils.head import head_power, head_powers, load_head, neutral_t, unfolded
 from utils.images import ImageTransform
 from utils.metrics import mean_interval, wilson_interval
 from utils.pairs import PairDataset, PreferenceDataset, TypographicDataset
-from utils.policy import TextTable, judge
+from utils.policy import TextTable, judge, row_names
 from utils.progress import RunProgress
 from utils.results import Cell, Row
 from utils.shards import SampleDataset, ShardDataset, eval_loader
@@ -52,6 +52,7 @@ from utils.zeroshot import (
     interpretability_templates,
     pgd_images,
     prompt_embeddings,
+    refuse_non_finite_rows,
     to_pixel_values,
 )
 
@@ -681,11 +682,15 @@ def mean_of(cell: Cell, rows: Rows) -> Finding:
 
 
 @torch.no_grad()
-def embed_images(model: Model, images: Tensor) -> Tensor:
-    """uint8 (N, 3, H, W) -> image_embeds (N, D); no image gives no embedding."""
+def embed_images(model: Model, batch: dict[str, Any]) -> Tensor:
+    """A batch's images, uint8 (N, 3, H, W) -> image_embeds (N, D); no image gives no embedding. Raises ``UserError``."""
+    images = batch["images"]
     if not len(images):
         return torch.empty(0, model.encoder.embed_dim, device=model.device)
-    return model.encoder(to_pixel_values(images, model.device))
+    image_embeds = model.encoder(to_pixel_values(images, model.device))
+    names = row_names(batch) if "reg_positions" in batch else batch["keys"]
+    refuse_non_finite_rows(image_embeds.norm(dim=1, keepdim=True), names, f"embeddings by {model.name}")
+    return image_embeds
 
 
 def measure_interpretability(
@@ -699,7 +704,7 @@ def measure_interpretability(
     rows: Rows = []
     with reading(settings, accelerator, labelled_dataset(settings, model, data, cell), cell) as batches:
         for batch in batches:
-            unit = F.normalize(embed_images(model, batch["images"]), dim=-1)
+            unit = F.normalize(embed_images(model, batch), dim=-1)
             cosines = (unit * described[batch["labels"].to(model.device)]).sum(dim=-1)
             rows += zip(batch["positions"].tolist(), cosines.tolist())
     return mean_of(cell, merge_rows(accelerator, {"rows": rows}).get("rows", []))
@@ -723,7 +728,7 @@ def measure_fidelity(
     own: Rows = []
     with reading(settings, accelerator, labelled_dataset(settings, model, data, job[0]), job[0]) as batches:
         for batch in batches:
-            found, ref = embed_images(model, batch["images"]), embed_images(reference, batch["images"])
+            found, ref = embed_images(model, batch), embed_images(reference, batch)
             distance = (found - ref).square().sum(dim=-1) / ref.square().sum(dim=-1).clamp_min(1e-12)
             cosine = F.cosine_similarity(found, ref, dim=-1)
             own += zip(batch["positions"].tolist(), zip(distance.tolist(), cosine.tolist()))
@@ -758,7 +763,7 @@ def train_features(
     with reading(settings, accelerator, dataset, cell, num_samples=len(dataset)) as batches:
         for batch in batches:
             positions += batch["positions"].tolist()
-            embeds.append(embed_images(model, batch["images"]).cpu())
+            embeds.append(embed_images(model, batch).cpu())
             labels.append(batch["labels"])
     return tuple(merge_arrays(accelerator, cell, positions, embeds, labels)[1:])
 
@@ -775,7 +780,7 @@ def measure_head(
 
     def sweep(dataset: PreferenceDataset) -> dict[float, dict[str, list]]:
         with reading(settings, accelerator, dataset, job[0]) as batches:
-            embedded = [batch | {"images": embed_images(model, batch["images"])} for batch in batches]
+            embedded = [batch | {"images": embed_images(model, batch)} for batch in batches]
         found = {
             t: merge_rows(accelerator, judge(embedded, model.embed(table, weight), None, model.logit_scale))
             for t, weight in weights.items()
@@ -818,7 +823,7 @@ def measure_fairness(
         with reading(settings, accelerator, dataset, job[0]) as batches:
             for batch in batches:
                 positions += batch["positions"].tolist()
-                embeds.append(embed_images(model, batch["images"]).cpu())
+                embeds.append(embed_images(model, batch).cpu())
                 labels.append(batch["labels"])
                 attributes.append(batch["attributes"])
         _, images, labels, attributes = merge_arrays(accelerator, job[0], positions, embeds, labels, attributes)
@@ -873,7 +878,7 @@ def retrieved(
         with reading(settings, accelerator, dataset, cell) as batches:
             for batch in batches:
                 positions += batch["positions"].tolist()
-                embeds.append(embed_images(model, batch["images"]).cpu())
+                embeds.append(embed_images(model, batch).cpu())
         positions, images = merge_arrays(accelerator, cell, positions, embeds)
         for t in strengths:
             weight = None if head is None or t is None else head_power(head["weight"], t).to(model.device)

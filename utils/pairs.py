@@ -194,7 +194,7 @@ def collate_rows(samples: Sequence[dict[str, Any]], *, texts: list[str] | None, 
         images: uint8 (N, 3, H, W), or image_embeds float32 (N, D). texts: the T texts of the batch.
         reg_chosen: (R,) int64, -1 where there is none; chosen (P,), rejected (P, most per row), filled up with -1.
         reg_candidates (R, T), candidates (P, T): bool, or None where every text is a candidate of every row.
-        reg_positions, positions: of the samples, int64; keys and skipped as in ``utils.shards.collate``.
+        reg_positions, positions: of the rows' samples, int64; sample_positions, a list, of the samples; keys and skipped as in ``utils.shards.collate``.
     """
     rows = [(sample["position"], row) for sample in samples for row in sample.get("rows", ())]
     reg = [(position, row) for position, row in rows if row.reg]
@@ -229,6 +229,7 @@ def collate_rows(samples: Sequence[dict[str, Any]], *, texts: list[str] | None, 
         "positions": torch.tensor([position for position, _ in pairs], dtype=torch.int64),
         "num_samples": sum("rows" in sample for sample in samples),
         "keys": [sample["key"] for sample in samples if "rows" in sample],
+        "sample_positions": [sample["position"] for sample in samples if "rows" in sample],
         "skipped": [record for sample in samples for record in sample["skipped"]],
     }
 

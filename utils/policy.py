@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from utils.encoders import ImageEncoder, TextEncoder
+from utils.encoders import ImageEncoder, TextEncoder, text_embed_dim
 from utils.head import Head
 from utils.preferences import candidate_logits, retention_kl
 from utils.tokens import Tokens, tokenize
-from utils.zeroshot import ensemble, prompt_embeddings
+from utils.zeroshot import ensemble, prompt_embeddings, refuse_non_finite_rows
 
 TRAINABLE = ("head", "image", "all")
 
@@ -68,8 +68,7 @@ class TextTable:
         self.processor, self.templates, self.device = processor, list(templates), device
         self._clip, self._per_prompt = clip, per_prompt
         self._places: dict[str, int] = {}
-        embed_dim = getattr(clip.config, "projection_dim", None) or clip.config.text_config.projection_size
-        self._embeds = torch.empty(0, len(templates) if per_prompt else 1, embed_dim, device=device)
+        self._embeds = torch.empty(0, len(templates) if per_prompt else 1, text_embed_dim(clip), device=device)
         self._last: tuple[list[str], Tensor] = ([], self._embeds)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
@@ -132,6 +131,18 @@ def choices(logits: BatchLogits, ref_logits: BatchLogits | None, batch: dict[str
     return {name: values.cpu() for name, values in found.items()}
 
 
+def _lengthened(unit: Tensor) -> Tensor:
+    """Unit vectors as they are; NaN for zeros, which are what is left of a vector whose length is beyond float32."""
+    return unit / unit.norm(dim=-1, keepdim=True)
+
+
+def row_names(batch: dict[str, Any]) -> list[str]:
+    """What a message calls the rows of an evaluation batch, the regulariser's first: the keys of their samples."""
+    positions = [*batch["reg_positions"].tolist(), *batch["positions"].tolist()]
+    keys = dict(zip(batch["sample_positions"], batch["keys"]))
+    return [keys[position] for position in positions]
+
+
 @torch.no_grad()
 def judge(
     batches: Iterable[dict[str, Any]],
@@ -154,10 +165,13 @@ def judge(
             if ref_embed is not None:
                 ref_embed(black, texts or [""])
             continue
-        logits = batch_logits(*embed(images, texts), logit_scale, batch)
-        ref_logits = None
+        image_embeds, text_embeds = embed(images, texts)
+        refuse_non_finite_rows(_lengthened(image_embeds), row_names(batch), "embeddings")
+        logits, ref_logits = batch_logits(image_embeds, text_embeds, logit_scale, batch), None
         if ref_embed is not None:
-            ref_logits = batch_logits(*ref_embed(images, texts), logit_scale, batch)
+            image_embeds, text_embeds = ref_embed(images, texts)
+            refuse_non_finite_rows(_lengthened(image_embeds), row_names(batch), "embeddings by the reference")
+            ref_logits = batch_logits(image_embeds, text_embeds, logit_scale, batch)
         labelled = batch["reg_positions"][batch["reg_chosen"] >= 0]
         for name, values in choices(logits, ref_logits, batch).items():
             positions = {"clean": labelled, "kl": batch["reg_positions"]}.get(name, batch["positions"])

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -118,12 +117,24 @@ def _collect_replicated(
     return numbers
 
 
+def read_tensors(path: Path) -> Tensors:
+    """A file of a checkpoint. Raises ``UserError`` for what is not finite: nothing good comes of going on from it."""
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"--resume_from_checkpoint {path.parent}: {path.name}: {name} holds what is not finite (NaN or infinity); go "
+                "on from an earlier checkpoint, or begin anew with a lower --learning_rate"
+            )
+    return tensors
+
+
 def load_parameters(module: nn.Module, checkpoint: Path) -> None:
     """Puts the checkpoint's parameters into ``module``, before it is prepared: engines copy them when they start.
 
     Raises ``UserError`` where they are not those of ``module``.
     """
-    found, wanted = load_file(checkpoint / "parameters.safetensors"), module.state_dict()
+    found, wanted = read_tensors(checkpoint / "parameters.safetensors"), module.state_dict()
     names = sorted(found.keys() ^ wanted.keys())
     names += [name for name in wanted if name in found and found[name].shape != wanted[name].shape]
     if names:
@@ -171,7 +182,7 @@ def _load_zero(accelerator: Accelerator, engine: Any, checkpoint: Path, numbers:
     if kept:
         if len(kept) != accelerator.num_processes:
             raise _other_shares(checkpoint)
-        values = load_file(own) | numbers[f"process-{accelerator.process_index}"]
+        values = read_tensors(own) | numbers[f"process-{accelerator.process_index}"]
         for place, state in unflatten(values).items():
             fits = place < len(shares) and state["state1"].numel() == shares[place].numel()
             if not fits:
@@ -227,8 +238,7 @@ def _is_elementwise(share: Tensor, state: dict[str, Any]) -> bool:
 def _optimizer_files(checkpoint: Path) -> Iterator[tuple[str, Tensors]]:
     for path in sorted(checkpoint.glob("optimizer.*.safetensors")):
         key = path.name.removeprefix("optimizer.").removesuffix(".safetensors")
-        with safe_open(path, framework="pt") as file:
-            yield key, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        yield key, read_tensors(path)
 
 
 def _put(nested: dict[str, Any], path: list[str], value: Any) -> None:

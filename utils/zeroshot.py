@@ -212,7 +212,26 @@ def prompt_embeddings(
         for first in range(0, len(prompts), batch_size)
     ]
     encoder.to(home)
-    return torch.cat(embeds).view(len(texts), len(templates), -1)
+    found = torch.cat(embeds)
+    refuse_non_finite_rows(found.norm(dim=-1, keepdim=True), [f"text {prompt!r}" for prompt in prompts], "embeddings")
+    return found.view(len(texts), len(templates), -1)
+
+
+class NonFiniteError(UserError):
+    """A model whose numbers are not finite: no figure can be made of them."""
+
+    every_rank = False  # it is met by the process that reads the image
+
+
+def refuse_non_finite_rows(values: Tensor, keys: Sequence[str], what: str) -> None:
+    """``NonFiniteError`` that names the first of the rows (N, D) of ``keys`` that is not finite. Synchronises."""
+    finite = values.isfinite().all(dim=1)
+    if not finite.all():
+        key = keys[int((~finite).nonzero()[0])]
+        raise NonFiniteError(
+            f"{key}: its {what} are not finite; no figure is made of them; the model's numbers overflow: try mixed_precision "
+            "no or bf16, else give another checkpoint"
+        )
 
 
 class Classified(NamedTuple):
@@ -249,6 +268,7 @@ def classified(
         attacked = pixel_values if perturb is None else perturb(pixel_values, labels, places.tolist())
         with torch.no_grad():
             logits = logits_fn(attacked)
+        refuse_non_finite_rows(logits[:count], batch["keys"], "logits")
         tensors = (tensor[:count] for tensor in (labels, pixel_values, attacked, logits))
         yield Classified(batch["positions"].tolist(), list(batch["keys"]), *tensors)
 
