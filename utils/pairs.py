@@ -14,24 +14,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from utils.class_names import composed, fold
 from utils.errors import UserError
-from utils.images import MAX_IMAGE_BYTES, ImageTransform
+from utils.images import MAX_IMAGE_BYTES, ImageError, ImageTransform, as_shard_member
+from utils.picture_folders import LeftOut, describe, entries_of, is_picture, kind_of, leave
 from utils.shard_sources import default_cache_dir
 from utils.shards import IMAGE_EXTENSIONS, ShardDataset, ShardIndex, ShardReader
 from utils.skipped import BadSample, Skipped
 from utils.strict_json import parse_json
-from utils.typographic import Draws, WordStyle, fold, merge_names, write_word, wrong_words
+from utils.typographic import Draws, WordStyle, merge_names, write_word, wrong_words
+
+logger = logging.getLogger(__name__)
 
 # A batch holds a row of marks over all its texts for each of its pictures.
 MOST_TEXTS, LONGEST_TEXT = 10_000, 10_000  # of a pair, characters
@@ -141,7 +146,8 @@ def parse_pair(text: bytes | None, key: str, where: str) -> tuple[Row, int]:
         if named is None:
             raise BadSample("missing pair", where, "no .json member, and not named label=X_text=Y")
         label, written = (
-            NAME_TEMPLATE.replace("{c}", " ".join(named[part].replace("_", " ").split())) for part in ("label", "text")
+            NAME_TEMPLATE.replace("{c}", " ".join(composed(named[part]).replace("_", " ").split()))
+            for part in ("label", "text")
         )
         fields: Any = {"chosen": label, "rejected": [written]}
     else:
@@ -239,21 +245,38 @@ def pair_shards(patterns: Sequence[str], cache_dir: str | None) -> list[str]:
     return [shard or pattern for shard, pattern in zip(packed, patterns)]
 
 
+@lru_cache
+def say_once(text: str) -> None:
+    """A warning; a folder is opened several times in a run."""
+    logger.warning(text)
+
+
 def pack_pair_folder(folder: Path, cache_dir: str | None) -> str | None:
     """A folder of pictures named ``label=X_text=Y.png`` as one shard in the cache; None where it holds no such pictures.
 
-    The shard is made once and again whenever names, sizes or times of the pictures change.
+    The shard is made once and again whenever names, sizes or times of the pictures change. A broken picture stays what it
+    is, a sample that is skipped and counted. What else lies in the folder is named in a warning.
     """
-    pictures = [
-        path
-        for path in sorted(folder.iterdir())
-        if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS and NAMED_PAIR.fullmatch(path.stem) and path.is_file()
-    ]
+    left_out: LeftOut = {}
+    pictures = []
+    for entry in entries_of(folder):
+        path = Path(entry.path)
+        if kind_of(entry) == "file" and is_picture(entry.name) and NAMED_PAIR.fullmatch(path.stem):
+            pictures.append(path)
+        else:
+            leave(left_out, entry, folder)
     if not pictures:
+        if any(NAMED_PAIR.match(path) for paths in left_out.values() for path in paths):
+            raise UserError(
+                f"{folder}: files named label=X_text=Y, but none of a format that is read: {describe(left_out)}"
+            )
         return None
+    if left_out:
+        say_once(f"{folder}: {len(pictures)} pictures named label=X_text=Y; not taken: {describe(left_out)}")
     import webdataset  # here alone: reading shards does not need it
 
-    listing = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in pictures]
+    # The 2: pictures of other formats are written anew.
+    listing = [2, *((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in pictures)]
     digest = hashlib.blake2b(json.dumps([str(folder.resolve()), listing]).encode(), digest_size=12).hexdigest()
     shard = Path(cache_dir or default_cache_dir()) / "pair_folders" / f"{folder.resolve().name}-{digest}.tar"
     if not shard.exists():
@@ -263,10 +286,14 @@ def pack_pair_folder(folder: Path, cache_dir: str | None) -> str | None:
             with aside.open("wb") as file, webdataset.TarWriter(file, mtime=0) as writer:
                 for number, path in enumerate(pictures):
                     # A dot in a name would end the sample's key; neighbours of one key (.jpg beside .png) would be one.
-                    key, extension = path.stem.replace(".", " "), path.suffix.lower().lstrip(".")
+                    key = path.stem.replace(".", " ")
                     key = f"{number}/{key}" if key == last_key else key
                     with path.open("rb") as picture:  # one byte too many is one sample that is skipped
                         data = picture.read(MAX_IMAGE_BYTES + 1)
+                    try:
+                        extension, data = as_shard_member(data)
+                    except ImageError:
+                        extension = "png"
                     writer.write({"__key__": key, extension: data})
                     last_key = key
             os.replace(aside, shard)

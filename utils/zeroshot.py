@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Siglip2Processor, SiglipProcessor
 
 from utils.attacks import Logits, attack_seeds, frozen, pgd, uniform_start
+from utils.class_names import composed, describe_twins, twins
 from utils.classifiers import LinearClassifier, own_linear_head, read_linear_head
 from utils.encoders import ImageEncoder, TextEncoder, has_text, logit_scale
 from utils.errors import UserError
@@ -25,6 +27,8 @@ from utils.progress import RunProgress
 from utils.redaction import display_url
 from utils.shard_sources import default_cache_dir, expand_shards, is_remote, read_text, sibling
 from utils.shards import ShardIndex, index_shards
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_TEMPLATES = ["a photo of a {c}."]
 IMAGENET = "imagenet"  # --classnames imagenet
@@ -35,13 +39,13 @@ PROMPTS = Path(__file__).parent / "prompts"
 def read_classnames(path: str | Path, cache_dir: str | None = None) -> list[str]:
     """One class name per line, the line number is the class. Raises ``UserError`` for an absent, empty or odd file.
 
-    A name has at most ``LONGEST_NAME`` characters.
+    A name has at most ``LONGEST_NAME`` characters and is given in NFC.
     """
     text = read_text(str(path), cache_dir or default_cache_dir())
     path = display_url(str(path))
     if text is None:
         raise UserError(f"{path}: no such file; expected class names, one per line, line number = class")
-    names = [line.strip() for line in text.rstrip().splitlines()]
+    names = [composed(line.strip()) for line in text.rstrip().splitlines()]
     if not names:
         raise UserError(f"{path}: holds no class names; expected one per line")
     if "" in names:
@@ -108,6 +112,17 @@ def find_classes(
     )
 
 
+def warn_of_twins(names: Sequence[str], where: str) -> None:
+    """Says where classes have one name, or names that differ in case, spaces or underscores alone: ImageNet has four such."""
+    if groups := twins(names):
+        logger.warning(
+            "%s: %s have one name for a text tower, which can never tell them apart; rename one, unless figures of others "
+            "with these names are compared",
+            where,
+            describe_twins(names, groups),
+        )
+
+
 @dataclass
 class LabelledSet:
     """Shards and, where they are labelled, their class names and prompt templates."""
@@ -130,6 +145,7 @@ def open_set(
     """Finds and counts the shards that a flag names, and reads their class names. Raises ``UserError``."""
     urls = expand_shards(patterns, flag=flag, allow_pipe_urls=allow_pipe_urls, cache_dir=cache_dir)
     names, templates = find_classes(urls, classnames, flag, cache_dir) if with_classes else ([], [])
+    warn_of_twins(names, f"{flag} {display_url(patterns[0])}")
     with RunProgress(f"counting {flag}", len(urls), transient=True) as progress:
         index = index_shards(
             urls,
