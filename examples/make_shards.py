@@ -140,6 +140,7 @@ def main() -> None:
 
     # Everything is decided here, from names and labels alone; no image has been read yet.
     names, new_labels = choose_classes(source, settings)
+    warn_of_twins(names, f"--data {settings.data}")
     templates = choose_templates(source, settings)
     shards: dict[str, list[Shard]] = {}
     unshuffled: list[str] = []
@@ -670,7 +671,6 @@ def choose_classes(source: Any, settings: Settings) -> tuple[list[str], dict[int
     else:
         raise UserError(f"--data {settings.data}: its labels have no names; give a file with --classnames")
     source.names = names
-    warn_of_twins(names, f"--data {settings.data}")
     if not settings.classes:
         return names, {label: label for label in range(len(names))}
     return renumber(settings, [*aliases, names])
@@ -903,7 +903,8 @@ def plan_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def make(shards: dict[str, list[Shard]], source: Any, settings: Settings) -> tuple[int, int]:
     """Makes the shards that are missing or outdated, keeps count of what is left out, writes skipped.txt.
 
-    Returns how many it kept, and how many it made although they were there. UserError past ``max_bad_fraction``, on a full disk, where a worker dies. Shards that are done stay.
+    Returns how many it kept, and how many it made although they were there. UserError past ``max_bad_fraction``, on a full
+    disk, where a worker dies. Shards that are done stay.
     """
     work = [shard for made in shards.values() for shard in made]
     total = sum(len(shard.samples) for shard in work)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +24,7 @@ from utils.errors import UserError
 MAX_PIXELS = 89_478_485
 MAX_SIDE = 65_535  # pixels, JPEG's own; the filter of a longer side alone would take 32 bytes a pixel of it
 MAX_OUTPUT_SIDE = 4096  # of what a model takes; they take 224 to 1024
+MAX_PROFILE_BYTES = 1 << 20  # of a colour profile that is kept; the usual ones take 0.5 to 4 KiB
 MAX_IMAGE_BYTES = 256 << 20  # of an encoded image: three bytes for each of MAX_PIXELS, which is no compression at all
 
 # Readers for what image sets hold under .jpg, .jpeg, .png and .webp. Without the list Pillow would try every format it
@@ -151,7 +151,7 @@ class ImageTransform:
         return (self.resize, longer) if width <= height else (longer, self.resize)
 
 
-def decode(data: bytes, transform: ImageTransform, formats: Sequence[str] = FORMATS) -> torch.Tensor:
+def decode(data: bytes, transform: ImageTransform, formats: tuple[str, ...] = FORMATS) -> torch.Tensor:
     """Encoded image -> uint8 tensor (3, H, W); ImageError for anything but a whole image within the limits above.
 
     The limits are checked on the header, before pixels are decoded. Of an animation the first frame counts. Texts and colour
@@ -186,7 +186,7 @@ def encode(pixels: torch.Tensor, like: bytes, format: str, **options: Any) -> by
     """
     with Image.open(io.BytesIO(like), formats=OWN_FORMATS) as image:
         profile = image.info.get("icc_profile")
-    if profile and profile[16:20] == b"RGB ":
+    if profile and profile[16:20] == b"RGB " and len(profile) <= MAX_PROFILE_BYTES:
         options["icc_profile"] = profile
     stream = io.BytesIO()
     Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(stream, format, **options)

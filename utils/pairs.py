@@ -173,6 +173,9 @@ def parse_pair(text: bytes | None, key: str, where: str) -> tuple[Row, int]:
         "".join([chosen or "", *rejected, *(candidates or [])]).encode()
     except UnicodeEncodeError:  # no tokenizer takes half a surrogate pair, or a file name that is not UTF-8
         raise BadSample("bad pair", where, "a text is not valid Unicode") from None
+    # Two ways to write é are one text.
+    chosen, rejected = chosen and composed(chosen), list(map(composed, rejected))
+    candidates = None if candidates is None else list(map(composed, candidates))
     if candidates is not None and not candidates:
         raise BadSample("bad pair", where, "candidates: the list is empty; leave it out or name the texts")
     if reg and candidates is None:

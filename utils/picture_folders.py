@@ -19,6 +19,7 @@ SYSTEM_FOLDERS = {
     "system volume information", "found.000",
 }  # fmt: skip
 
+READ_ALREADY = "links to folders that are read already"
 LeftOut = dict[str, list[str]]  # what kind of thing -> paths
 
 
@@ -58,10 +59,15 @@ def subfolders(folder: Path, left_out: LeftOut | None = None, root: Path | None 
 
     Everything else in it is added to ``left_out``, as paths from ``root``.
     """
-    found = []
-    for entry in entries_of(folder) if folder.is_dir() else ():
+    if not folder.is_dir():
+        return []
+    found, around = [], _around(folder)
+    for entry in entries_of(folder):
         if kind_of(entry) == "folder" and not is_system(entry.name):
-            found.append(entry.name)
+            if not entry.is_symlink() or _identity(Path(entry.path)) not in around:
+                found.append(entry.name)
+            elif left_out is not None:
+                leave(left_out, entry, root or folder, READ_ALREADY)
         elif left_out is not None:
             leave(left_out, entry, root or folder)
     return found
@@ -96,7 +102,7 @@ def walk(folder: Path, left_out: LeftOut, root: Path) -> Iterator[tuple[Path, li
 
     Links are followed. No folder is visited twice, nor one that holds ``folder``, so that circles end.
     """
-    seen = {_identity(place) for place in (folder, *folder.parents, *folder.resolve().parents)}
+    seen = _around(folder)
     waiting = [folder]
     while waiting:
         place = waiting.pop()
@@ -106,7 +112,7 @@ def walk(folder: Path, left_out: LeftOut, root: Path) -> Iterator[tuple[Path, li
             if kind == "folder" and not is_system(entry.name):
                 identity = _identity(Path(entry.path))
                 if identity in seen:
-                    leave(left_out, entry, root, "links to folders that are read already")
+                    leave(left_out, entry, root, READ_ALREADY)
                     continue
                 seen.add(identity)
                 inner.append(Path(entry.path))
@@ -116,6 +122,11 @@ def walk(folder: Path, left_out: LeftOut, root: Path) -> Iterator[tuple[Path, li
                 leave(left_out, entry, root)
         waiting += reversed(inner)
         yield place, files
+
+
+def _around(folder: Path) -> set[tuple[int, int]]:
+    """The folder and all that hold it: a link to one of them is a circle."""
+    return {_identity(place) for place in (folder, *folder.absolute().parents, *folder.resolve().parents)}
 
 
 def _identity(place: Path) -> tuple[int, int]:
