@@ -239,6 +239,12 @@ class FolderSource:
                     f"--splits {' '.join(settings.splits)}: {root} has no folder of a split; expected "
                     f"<split>/<class>/*, or one split that all of <class>/* become"
                 )
+            for name in subfolders(root) if self.labelled else ():
+                if name.lower() in SPLIT_NAMES and subfolders(root / name):
+                    raise UserError(
+                        f"--data {root}: {name}/ holds folders and would be one class; expected splits in small letters; say "
+                        f"--splits {name}={name.lower()}, or rename it"
+                    )
             name = next(iter(wanted.values()), "train")
             self.splits, self.folders, all_folders = {name: name}, {name: root}, [root]
         self.class_folders: dict[str, set[str]] = {}  # name in NFC -> as the disk has it

@@ -473,6 +473,10 @@ def test_keys_that_come_again_in_another_shard_stay_two_samples(tmp_path: Path) 
         (["--classes", "sevn"], "--classes 'sevn': no such class in set; did you mean 'seven'?"),
         (["--data", "twins", "--classes", "crane"], "--classes 'crane': the name of 2 classes of twins"),
         (["--splits", "dev"], "--splits dev: no such split in set; there is train, val, test"),
+        (
+            ["--data", "capitals"],
+            "capitals: Train/ holds folders and would be one class; expected splits in small letters",
+        ),
         (["--data", "bare"], "bare/classnames.txt: no such file"),
         (["--output_dir", "set"], "is where the samples come from"),
         (["--data", "unlabelled"], "--data unlabelled/train/0.tar#0: .cls is ''; expected 0 ... 1"),
@@ -1023,6 +1027,7 @@ def test_mistakes_are_named_in_one_line(
     Path("empty").mkdir()
     Path("bare/train/dog").mkdir(parents=True)
     Path("flat/dog").mkdir(parents=True)
+    Path("capitals/Train/dog").mkdir(parents=True)
     Path("used").mkdir()
     Path("used/notes.txt").write_text("mine")
     write_shard(Path("tars/0.tar"), [("0", {"png": b""})])
