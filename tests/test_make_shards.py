@@ -473,10 +473,6 @@ def test_keys_that_come_again_in_another_shard_stay_two_samples(tmp_path: Path) 
         (["--classes", "sevn"], "--classes 'sevn': no such class in set; did you mean 'seven'?"),
         (["--data", "twins", "--classes", "crane"], "--classes 'crane': the name of 2 classes of twins"),
         (["--splits", "dev"], "--splits dev: no such split in set; there is train, val, test"),
-        (
-            ["--data", "capitals"],
-            "capitals: Train/ holds folders and would be one class; expected splits in small letters",
-        ),
         (["--data", "bare"], "bare/classnames.txt: no such file"),
         (["--output_dir", "set"], "is where the samples come from"),
         (["--data", "unlabelled"], "--data unlabelled/train/0.tar#0: .cls is ''; expected 0 ... 1"),
@@ -999,6 +995,10 @@ def test_where_nothing_is_taken_the_line_says_what_there_is(tmp_path: Path) -> N
         (["--data", "no/such/place"], "--data no/such/place: no such directory"),
         (["--data", "empty"], "--data empty: no class folders"),
         (["--data", "bare"], "no image of these classes in its train"),
+        (
+            ["--data", "capitals"],
+            "capitals: Train/ holds folders and would be one class; expected splits in small letters",
+        ),
         (["--data", "flat", "--splits", "train", "test"], "flat has no folder of a split"),
         (["--data", "tars"], "--data tars: .tar files without a split"),
         (["--splits", "valid"], "--splits valid: no such split in pictures; there is train, val"),

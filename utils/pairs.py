@@ -74,7 +74,7 @@ class TypographicDataset(PreferenceDataset):
     """A labelled set, each image clean and with ``attacks_per_image`` (0 for none) wrong class names written on copies.
 
     The same (seed, epoch, key) always gives the same attack; ``fixed_epoch`` gives every epoch the attacks of one. Classes
-    whose names are equal after case and space folding are one. UserError where fewer than two are left.
+    whose names are equal after folding (``class_names.fold``) are one. UserError where fewer than two are left.
     """
 
     texts: list[str]
