@@ -73,6 +73,14 @@ TEST = "test"
 SPLIT_NAMES = ("train", "val", "valid", "validation", TEST)
 TEMPLATES_FILE = "zeroshot_classification_templates.txt"
 PLAN_FOLDER = "make_shards"
+OF_A_SET = (
+    ".tar",
+    "sizes.json",
+    "classnames.txt",
+    TEMPLATES_FILE,
+    "skipped.txt",
+    ".lock",
+)  # files that need no mention
 JPEG_QUALITY = 95  # of what --image_size makes smaller, without halving the resolution of colours
 FORMAT = 2  # of what is written; shards of another are made again
 UNREADABLE = "unreadable image"  # a file that the system does not give: perhaps it does the next time
@@ -323,6 +331,15 @@ class ShardSource:
             key=split_rank,
         )
         self.splits = pick_splits(settings, present)
+        found: LeftOut = {}
+        for name in subfolders(root, found):
+            if name not in present and name != PLAN_FOLDER:
+                found.setdefault("folders without .tar files", []).append(f"{name}/")
+            elif name in self.splits:
+                subfolders(root / name, found, root)
+        for kind, paths in found.items():
+            if others := [path for path in paths if not path.endswith(OF_A_SET)]:
+                self.left_out[kind] = others
         self.class_ids, self.templates = [], []
         self.places: dict[str, list[int]] = {}  # of each split's classes among those of the set
         if self.labelled:
@@ -448,6 +465,13 @@ class DatasetSource:
             self.names = [clean_name(name, f"class {name!r}") for name in self.class_ids]
         if self.caption_column is not None:
             pick_column("caption_column", self.caption_column, features, [])
+        for split in self.splits:
+            for column in filter(None, (self.image_column, self.label_column, self.caption_column)):
+                if column not in loaded[split].features:
+                    raise UserError(
+                        f"--data {settings.data}: its {split} has no column {column}; leave the split out by naming the others with "
+                        "--splits"
+                    )
         # Not decoded: what is stored is what is written.
         self.loaded = {
             split: loaded[split].cast_column(self.image_column, datasets.Image(decode=False)) for split in self.splits

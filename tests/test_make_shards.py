@@ -895,13 +895,19 @@ def test_folders_of_one_name_in_two_forms_are_one_class(tmp_path: Path) -> None:
     assert set(read_split(chosen / "train")) == {"0", "2"}
 
 
-def test_shards_whose_splits_have_their_own_lists_are_read_by_name(tmp_path: Path) -> None:
+def test_shards_whose_splits_have_their_own_lists_are_read_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     for split, names in (("train", ["cat", "dog"]), ("test", ["dog", "cat"])):
         samples = [(f"{name}-{split}", {"jpg": image_bytes(n), "cls": b"%d" % n}) for n, name in enumerate(names)]
         write_shard(tmp_path / f"set/{split}/0.tar", samples)
         (tmp_path / f"set/{split}/classnames.txt").write_text("\n".join(names) + "\n")
+    (tmp_path / "set/train/1.tar.gz").touch()
+    (tmp_path / "set/val").mkdir()
     out = make(tmp_path / "set", tmp_path / "out")
     assert (out / "classnames.txt").read_text() == "cat\ndog\n"
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Not taken: 1 .gz files (train/1.tar.gz), 1 folders without .tar files (val/)." in printed
     for split in ("train", "test"):
         found = {key: sample["cls"] for key, sample in read_split(out / split).items()}
         assert found == {f"cat-{split}": b"0", f"dog-{split}": b"1"}

@@ -268,6 +268,17 @@ for name in ("clip-benchmark/wds_cifar10", "clip-benchmark/wds_cars"):
     )
 
 
+def test_sets_whose_lists_differ_are_not_read_by_the_first(tmp_path):
+    """Labels of a second set were read by the names of the first (dmvr#6)."""
+    shards = [write_shard(tmp_path / name / "train/0.tar", [("0", {"png": b""})]) for name in ("a", "b", "c")]
+    for name, names in (("a", "cat\ndog\n"), ("b", "cat\ndog"), ("c/train", "dog\ncat\n")):
+        (tmp_path / name / "classnames.txt").write_text(names)
+    assert find_classes(shards[:2], None, "--train_shards")[0] == ["cat", "dog"]
+    with pytest.raises(UserError, match=r"a/classnames.txt and .*c/train/classnames.txt are not the same"):
+        find_classes(shards, None, "--train_shards")
+    assert find_classes(shards, str(tmp_path / "b/classnames.txt"), "--train_shards")[0] == ["cat", "dog"]
+
+
 def test_names_are_composed_and_two_of_one_name_are_said(tmp_path, caplog):
     """A list in NFD is that in NFC; ImageNet's own has two pairs, so that it is a warning (CuPL#2)."""
     composed = unicodedata.normalize("NFC", "café")

@@ -96,20 +96,36 @@ def find_classes(
 ) -> tuple[list[str], list[str]]:
     """Class names and templates of a set: ``classnames`` if given, else the file beside its shards or one folder up.
 
-    ``classnames`` "imagenet" stands for ``imagenet_prompts()``, where there is no file of this name.
+    ``classnames`` "imagenet" stands for ``imagenet_prompts()``, where there is no file of this name. UserError where shards of
+    several folders have lists that differ: a label has one meaning.
     """
     if classnames == IMAGENET and not os.path.isfile(classnames):
         return imagenet_prompts()
-    shard = shards[0] if is_remote(shards[0]) else os.path.abspath(shards[0])
-    folders = (shard, shard.rpartition("/")[0])
-    for path in [classnames] if classnames else [sibling(folder, "classnames.txt") for folder in folders]:
-        if path and (classnames or read_text(path, cache_dir or default_cache_dir()) is not None):
-            templates = sibling(path, "zeroshot_classification_templates.txt")
-            return read_classnames(path, cache_dir), read_templates(templates, cache_dir)
-    raise UserError(
-        f"{flag}: no classnames.txt beside {display_url(shards[0])} or one folder up; put one there (one name per "
-        "line, line number = class) or name one with --classnames (--classnames imagenet: CLIP's names of ImageNet)"
-    )
+    path = classnames or _list_of(shards[0], cache_dir)
+    if path is None:
+        raise UserError(
+            f"{flag}: no classnames.txt beside {display_url(shards[0])} or one folder up; put one there (one name per "
+            "line, line number = class) or name one with --classnames (--classnames imagenet: CLIP's names of ImageNet)"
+        )
+    names = read_classnames(path, cache_dir)
+    if not classnames:
+        one_of_folder = {sibling(shard, "classnames.txt"): shard for shard in reversed(shards)}
+        for other in dict.fromkeys(_list_of(shard, cache_dir) for shard in one_of_folder.values()):
+            if other not in (path, None) and read_classnames(other, cache_dir) != names:
+                raise UserError(
+                    f"{flag}: {display_url(path)} and {display_url(other)} are not the same, so that one label would name two "
+                    "classes; give sets with equal lists, or one list for all with --classnames"
+                )
+    return names, read_templates(sibling(path, "zeroshot_classification_templates.txt"), cache_dir)
+
+
+def _list_of(shard: str, cache_dir: str | None) -> str | None:
+    """The classnames.txt beside a shard, else one folder up, else None."""
+    place = shard if is_remote(shard) else os.path.abspath(shard)
+    for path in (sibling(place, "classnames.txt"), sibling(place.rpartition("/")[0], "classnames.txt")):
+        if path and read_text(path, cache_dir or default_cache_dir()) is not None:
+            return path
+    return None
 
 
 def warn_of_twins(names: Sequence[str], where: str) -> None:
