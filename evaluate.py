@@ -25,6 +25,7 @@ from accelerate import Accelerator
 from rich.table import Table
 
 from utils.checkpoint import take_output_dir
+from utils.class_names import same_classes
 from utils.classifiers import (
     KnnClassifier,
     LinearClassifier,
@@ -97,6 +98,7 @@ from utils.zeroshot import (
     open_set,
     read_classnames,
     read_templates,
+    warn_of_twins,
 )
 
 MEASURES = ("accuracy", "interpretability", "fidelity", "retention", "fairness", "head_t")
@@ -400,7 +402,8 @@ def open_data(settings: Settings, name: str, folder: Path) -> EvalSet:
     packed = pack_pair_folder(folder, settings.cache_dir)
     if packed:
         return EvalSet(False, {"attack": open_set([packed], with_classes=False, **options)})
-    labelled = settings.classnames is not None or (folder / "classnames.txt").exists()
+    listed = any((place / "classnames.txt").exists() for place in (folder, folder / settings.split))
+    labelled = settings.classnames is not None or listed
     learns = labelled and settings.classifier in ("linear_probe", "knn")
     splits = {settings.split: "--split"} | ({settings.train_split: "--train_split"} if learns else {})
     if not labelled and (folder / "attack").is_dir():
@@ -419,7 +422,16 @@ def open_data(settings: Settings, name: str, folder: Path) -> EvalSet:
     if not labelled:
         refuse_nameless_classes(name, opened[next(iter(splits))].index)
         return EvalSet(False, opened)
-    return EvalSet(True, opened, opened[settings.split].classnames, opened[settings.split].templates)
+    classnames = opened[settings.split].classnames
+    if learns:
+        try:
+            same_classes(opened[settings.train_split].classnames, classnames)
+        except ValueError as error:
+            raise UserError(
+                f"--data {name}: the class names of {settings.train_split} and {settings.split} differ ({error}), so that "
+                "what is learnt from the one says nothing about the other; expected the same names, in any order"
+            ) from None
+    return EvalSet(True, opened, classnames, opened[settings.split].templates)
 
 
 def refuse_nameless_classes(name: str, index: ShardIndex) -> None:
@@ -456,6 +468,7 @@ def open_published(settings: Settings, name: str, folder: Path, published: Any) 
         path = Path(settings.classnames or folder / "classnames.txt")
         classnames = read_classnames(path)
         templates = read_templates(path.parent / "zeroshot_classification_templates.txt")
+    warn_of_twins(classnames, f"--data {name}")
     if len(classnames) != published.num_classes:
         raise UserError(
             f"--data {name}: {published.num_classes} classes in the files, {len(classnames)} names; give the names of these "
@@ -487,6 +500,9 @@ def wanted_jobs(
     classes: dict[str, Any] = {}
     if data.labelled:
         classes = {"prompts": text_digest([*data.classnames, "", *data.templates]), "classifier": settings.classifier}
+        learnt_from = data.splits.get(settings.train_split)
+        if learnt_from is not None and learnt_from.classnames != data.classnames:  # their labels are read by them
+            classes["train_prompts"] = text_digest(learnt_from.classnames)
         classes |= {name: shown_setting(getattr(settings, name)) for name in ("classnames", "linear_head")}
         if settings.linear_head is not None:
             classes["classifier_revision"] = revisions["--linear_head"]
@@ -644,7 +660,8 @@ def make_classifier(settings: Settings, accelerator: Accelerator, model: Model, 
         return KnnClassifier(features, labels, num_classes).to(model.device)
     # A probe is kept, so that it need not be learnt again and can be given as a --linear_head.
     only = {"model": model.name, "dataset": cell["dataset"], "measure": "probe", "attack": settings.train_split}
-    learnt = {name: cell["settings"][name] for name in ("digests", "model_revision", "prompts")}
+    fixed = ("digests", "model_revision", "prompts", "train_prompts")
+    learnt = {name: cell["settings"][name] for name in fixed if name in cell["settings"]}
     learnt["shards"] = cell["settings"]["shards"][settings.train_split]
     learnt = dict.fromkeys(cell) | only | {"settings": learnt}
     path = Path(settings.output_dir) / "probes" / f"{cell_name(learnt)}.safetensors"

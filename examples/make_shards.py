@@ -10,8 +10,9 @@ the library `datasets` reads: a saved dataset, .parquet files, a name on the hub
 is decoded once; one that cannot be is left out and named in skipped.txt.
 
 What goes where is planned first and kept in <output_dir>/make_shards: started again after any interruption, the script
-keeps the shards that are there, which are always whole, and makes those that are missing. The same images, flags and
-seed give the same bytes, with any number of workers. docs/data.md has recipes for the usual sets.
+keeps the shards that are there, which are always whole, and makes those that are missing, and those again whose images
+have changed since. The same images, flags and seed give the same bytes, with any number of workers. docs/data.md has
+recipes for the usual sets.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import dataclasses
 import errno
 import glob
 import hashlib
-import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -40,6 +41,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import PIL
 import torch
 import webdataset
 from PIL import Image
@@ -47,10 +49,12 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.checkpoint import take_output_dir
+from utils.class_names import composed, twins
 from utils.cli import flag, nearest, parse_settings, required, run
 from utils.data_order import permutation
 from utils.errors import UserError
-from utils.images import ImageError, ImageTransform, decode
+from utils.images import OWN_FORMATS, ImageError, ImageTransform, as_shard_member, decode, encode
+from utils.picture_folders import SUFFIXES, LeftOut, describe, is_picture, is_system, leave, subfolders, walk
 from utils.progress import RunProgress, wide_console
 from utils.shard_sources import default_cache_dir, expand_shards, has_shards, known_path, one_line
 from utils.shards import IMAGE_EXTENSIONS, Members, ShardIndex, ShardReader, index_shards
@@ -63,15 +67,25 @@ from utils.zeroshot import (
     imagenet_wordnet_ids,
     read_classnames,
     read_templates,
+    warn_of_twins,
 )
 
-FOLDER_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")  # what utils/images.py decodes
 SIDECARS = ("txt", "json")  # of an image, beside it: its caption; its attribute, or the texts of a preference pair
 TEST = "test"
 SPLIT_NAMES = ("train", "val", "valid", "validation", TEST)
 TEMPLATES_FILE = "zeroshot_classification_templates.txt"
 PLAN_FOLDER = "make_shards"
-JPEG_QUALITY = 95  # of what --image_size makes smaller
+OF_A_SET = (
+    ".tar",
+    "sizes.json",
+    "classnames.txt",
+    TEMPLATES_FILE,
+    "skipped.txt",
+    ".lock",
+)  # files that need no mention
+JPEG_QUALITY = 95  # of what --image_size makes smaller, without halving the resolution of colours
+FORMAT = 2  # of what is written; shards of another are made again
+UNREADABLE = "unreadable image"  # a file that the system does not give: perhaps it does the next time
 FULL_SIZE = ImageTransform(resize=None, crop=None)
 # Flags that say where and how fast, or whose effect is in the classes and samples of the plan.
 NOT_IN_PLAN = {"data", "splits", "classes", "classnames", "templates", "cache_dir", "max_bad_fraction", "output_dir", "num_workers"}  # fmt: skip
@@ -136,13 +150,17 @@ def main() -> None:
 
     # Everything is decided here, from names and labels alone; no image has been read yet.
     names, new_labels = choose_classes(source, settings)
+    warn_of_twins(names, f"--data {settings.data}")
     templates = choose_templates(source, settings)
     shards: dict[str, list[Shard]] = {}
     unshuffled: list[str] = []
     for split, new_name in source.splits.items():
         samples = source.samples(split, new_labels)
         if not samples:
-            raise UserError(f"--data {settings.data}: no image of these classes in its {split}; expected at least one")
+            left_out = f" (not taken: {describe(source.left_out)})" if source.left_out else ""
+            raise UserError(
+                f"--data {settings.data}: no image of these classes in its {split}; expected at least one{left_out}"
+            )
         if settings.test_fraction:
             samples, shards[TEST] = hold_out(samples, split, settings, source)
         if settings.shuffle == "all" or (settings.shuffle == "train" and new_name == "train"):
@@ -157,7 +175,7 @@ def main() -> None:
         for leftover in output_dir.rglob(".*.part"):  # of a killed run
             leftover.unlink(missing_ok=True)
         keep_plan(output_dir, shards, names, settings)
-        kept = make(shards, source, settings)
+        kept, again = make(shards, source, settings)
         for split, made in shards.items():
             sizes = {shard.path.name: read_record(shard)["samples"] for shard in made}
             write_whole(output_dir / split / "sizes.json", json.dumps(sizes, indent=1) + "\n")
@@ -171,7 +189,7 @@ def main() -> None:
         raise UserError(
             f"--output_dir {output_dir}: {error.strerror}; make room, or mend it, and start again: finished shards are kept"
         ) from None
-    print_summary(output_dir, shards, names, source, unshuffled, kept)
+    print_summary(output_dir, shards, names, source, unshuffled, kept, again)
 
 
 # ------------------------------------------------------------------------------------------------------------ sources
@@ -203,14 +221,15 @@ def open_source(settings: Settings) -> FolderSource | ShardSource | DatasetSourc
 class FolderSource:
     """<root>/<split>/<class>/*, where a folder has the name of a usual or given split; else <root>/<class>/*.
 
-    The number of a class is its place among the sorted folders of all splits. Images are searched in subfolders too.
-    <image>.txt and <image>.json beside an image come along.
+    The number of a class is its place among the sorted folders of all splits, whose names are compared in NFC. Images are
+    searched in subfolders too, and behind links. <image>.txt and <image>.json beside an image come along.
     """
 
     def __init__(self, root: Path, settings: Settings) -> None:
         self.root, self.labelled = root, settings.labelled
         self.kind = "an image folder"
-        self.others: list[str] = []  # what is not taken: files that are no images, folders beside the splits
+        self.left_out: LeftOut = {}
+        self.empty: list[str] = []  # class folders without an image
         wanted = parse_splits(settings.splits)
         # A class may be called train: as a split it would have folders of its own.
         present = [
@@ -222,18 +241,27 @@ class FolderSource:
             self.splits = pick_splits(settings, sorted(present, key=split_rank))
             self.folders = {split: root / split for split in self.splits}
             all_folders = [root / name for name in present]
+            beside = [f"{name}/" for name in subfolders(root, self.left_out) if name not in present]
+            self.left_out |= {"folders beside the splits": beside} if beside else {}
         else:
             if len(wanted) > 1:
                 raise UserError(
                     f"--splits {' '.join(settings.splits)}: {root} has no folder of a split; expected "
                     f"<split>/<class>/*, or one split that all of <class>/* become"
                 )
+            for name in subfolders(root) if self.labelled else ():
+                if name.lower() in SPLIT_NAMES and subfolders(root / name):
+                    raise UserError(
+                        f"--data {root}: {name}/ holds folders and would be one class; expected splits in small letters; say "
+                        f"--splits {name}={name.lower()}, or rename it"
+                    )
             name = next(iter(wanted.values()), "train")
             self.splits, self.folders, all_folders = {name: name}, {name: root}, [root]
-        self.others += [f"{name}/" for name in subfolders(root) if present and name not in present]
-        self.class_ids = (
-            sorted({name for folder in all_folders for name in subfolders(folder)}) if self.labelled else []
-        )
+        self.class_folders: dict[str, set[str]] = {}  # name in NFC -> as the disk has it
+        for folder in all_folders if self.labelled else ():
+            for name in subfolders(folder, self.left_out if folder in self.folders.values() else None, root):
+                self.class_folders.setdefault(composed(name), set()).add(name)
+        self.class_ids = sorted(self.class_folders)
         if self.labelled and not self.class_ids:
             raise UserError(
                 f"--data {root}: no class folders; expected <split>/<class>/* or <class>/*, or --labelled false"
@@ -246,8 +274,11 @@ class FolderSource:
         classes = [(name, label) for label, name in enumerate(self.class_ids) if label in new_labels]
         with RunProgress(f"listing {split}", max(1, len(classes)), transient=True) as progress:
             for done, (name, label) in enumerate(classes if self.labelled else [("", None)], 1):
-                for path in self._images(root / name):
-                    found.append((name, new_labels.get(label), path))
+                folders = sorted(self.class_folders.get(name, [""]))
+                paths = sorted(path for folder in folders for path in self._images(root / folder))
+                if not paths:
+                    self.empty.append(os.path.relpath(root / folders[0], self.root))
+                found += [(name, new_labels.get(label), path) for path in paths]
                 progress.update(done)
         stems = [path.rpartition("/")[2].rpartition(".")[0] for _, _, path in found]
         if len(set(stems)) < len(stems):  # such as cat/0001.jpg and dog/0001.jpg
@@ -262,29 +293,31 @@ class FolderSource:
             members = {extension: text.read_bytes() for extension, text in beside.items() if text.is_file()}
             return "", path.read_bytes(), members
         except OSError as error:
-            raise BadSample("missing image", self.where(split, reference), error.strerror or one_line(error)) from None
+            raise BadSample(UNREADABLE, self.where(split, reference), error.strerror or one_line(error)) from None
 
     def where(self, split: str, reference: str) -> str:
         return str(self.root / reference)
 
+    def marks(self, split: str, references: Sequence[str]) -> Iterator[str]:
+        for reference in references:
+            path = self.root / reference
+            yield " ".join([mark(path), *(mark(path.with_suffix(f".{extension}")) for extension in SIDECARS)])
+
     def _images(self, folder: Path) -> list[str]:
-        """The images below ``folder``, sorted, as paths from the root. UserError where a folder cannot be read."""
-
-        def unreadable(error: OSError) -> None:
-            raise UserError(f"--data {error.filename}: cannot be read ({error.strerror}); mend it and start again")
-
-        found = []
-        for place, folders, files in os.walk(folder, onerror=unreadable if folder.exists() else None):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            for name in files:
-                path = os.path.relpath(os.path.join(place, name), self.root).replace(os.sep, "/")
-                if name.startswith("."):
-                    continue
-                if name.lower().endswith(FOLDER_SUFFIXES):
-                    found.append(path)
-                elif not name.endswith(tuple(f".{extension}" for extension in SIDECARS)):
-                    self.others.append(path)
-        return sorted(found)
+        """The images below ``folder``, as paths from the root. UserError where a folder cannot be read."""
+        found: list[str] = []
+        for _, files in walk(folder, self.left_out, self.root) if folder.is_dir() else ():
+            images = [entry for entry in files if is_picture(entry.name)]  # a broken link too: it is counted as bad
+            stems = {os.path.splitext(entry.name)[0] for entry in images}
+            found += [os.path.relpath(entry.path, self.root).replace(os.sep, "/") for entry in images]
+            for entry in files:
+                stem, suffix = os.path.splitext(entry.name)
+                if suffix in tuple(f".{extension}" for extension in SIDECARS):
+                    if stem not in stems:
+                        leave(self.left_out, entry, self.root, f"{suffix} files without an image")
+                elif suffix.lower() not in SUFFIXES:
+                    leave(self.left_out, entry, self.root)
+        return found
 
 
 class ShardSource:
@@ -293,12 +326,32 @@ class ShardSource:
     def __init__(self, root: Path, settings: Settings) -> None:
         self.root, self.labelled, self.cache_dir = root, settings.labelled, settings.cache_dir
         self.kind = "a set of shards"
-        self.others: list[str] = []
-        present = sorted((path.name for path in root.iterdir() if has_shards(path)), key=split_rank)
+        self.left_out: LeftOut = {}
+        self.empty: list[str] = []
+        present = sorted(
+            (path.name for path in root.iterdir() if not is_system(path.name) and has_shards(path)), key=split_rank
+        )
         self.splits = pick_splits(settings, present)
+        found: LeftOut = {}
+        for name in subfolders(root, found):
+            if name not in present and name != PLAN_FOLDER:
+                found.setdefault("folders without .tar files", []).append(f"{name}/")
+            elif name in self.splits:
+                subfolders(root / name, found, root)
+        for kind, paths in found.items():
+            if others := [path for path in paths if not path.endswith(OF_A_SET)]:
+                self.left_out[kind] = others
         self.class_ids, self.templates = [], []
-        if self.labelled and ((root / "classnames.txt").is_file() or settings.classnames is None):
-            self.class_ids = read_classnames(root / "classnames.txt")
+        self.places: dict[str, list[int]] = {}  # of each split's classes among those of the set
+        if self.labelled:
+            # The list beside a split's shards is the one of its labels, as everywhere; else that of the set.
+            listed = {name: root / name / "classnames.txt" for name in present}
+            common = root / "classnames.txt"
+            lists = {name: read_classnames(path) for name, path in listed.items() if path.is_file()}
+            if common.is_file() or (settings.classnames is None and not set(self.splits) <= set(lists)):
+                lists = {"": read_classnames(common)} | lists
+            self.class_ids, places = one_list(lists, f"--data {root}: classnames.txt", merge=False)
+            self.places = {name: places.get(name, places.get("", [])) for name in self.splits}
         if (root / TEMPLATES_FILE).is_file():
             self.templates = read_templates(root / TEMPLATES_FILE)
         self.names = self.class_ids
@@ -322,7 +375,7 @@ class ShardSource:
                 for shard, size in enumerate(index.sizes):
                     for number in range(size):
                         key, members = reader.read(shard, number, ["cls"])
-                        label = self._label(members, f"{index.urls[shard]}#{key}") if self.labelled else None
+                        label = self._label(members, f"{index.urls[shard]}#{key}", split) if self.labelled else None
                         if not self.labelled or label in new_labels:
                             found.append((key, new_labels.get(label), f"{shard}/{number}"))
                     progress.update(sum(index.sizes[: shard + 1]))
@@ -341,24 +394,36 @@ class ShardSource:
         _, members = self._readers[split].read(shard, number)
         members.pop("cls", None)
         extension = next((name for name in IMAGE_EXTENSIONS if name in members), None)
+        if extension is not None:
+            return extension, members.pop(extension), members
+        extension = next(
+            (name for name in members if f".{name}" in SUFFIXES), None
+        )  # such as .tiff: to be written anew
         if extension is None:
             raise BadSample("missing image", self.where(split, reference), members.lacking(*IMAGE_EXTENSIONS))
-        return extension, members.pop(extension), members
+        return "", members.pop(extension), members
 
     def where(self, split: str, reference: str) -> str:
         shard, _, number = reference.partition("/")
         return f"{self.indexes[split].urls[int(shard)]}#{number}"
 
-    def _label(self, members: Members, where: str) -> int:
+    def marks(self, split: str, references: Sequence[str]) -> Iterator[str]:
+        """Of the shards that the samples come from."""
+        urls = self.indexes[split].urls
+        marks = {shard: f"{Path(urls[shard]).name} {mark(Path(urls[shard]))}" for shard in {int(text.partition("/")[0]) for text in references}}  # fmt: skip
+        return (marks[int(reference.partition("/")[0])] for reference in references)
+
+    def _label(self, members: Members, where: str, split: str) -> int:
         if "cls" not in members:
             raise UserError(f"--data {where}: {members.lacking('cls')}; mend it, or say --labelled false")
         text = members.get("cls", b"").decode("ascii", "replace").strip()
-        num_classes = len(self.names)
+        places = self.places[split]
+        num_classes = len(places) or len(self.names)
         if not (text.isdecimal() and len(text) <= 9) or int(text) >= num_classes:
             raise UserError(
                 f"--data {where}: .cls is {text[:40]!r}; expected 0 ... {num_classes - 1}, a line of its class names"
             )
-        return int(text)
+        return places[int(text)] if places else int(text)
 
 
 class DatasetSource:
@@ -367,7 +432,8 @@ class DatasetSource:
     def __init__(self, settings: Settings) -> None:
         self.labelled, self.caption_column = settings.labelled, settings.caption_column
         self.kind = "a Hugging Face dataset"
-        self.others: list[str] = []
+        self.left_out: LeftOut = {}
+        self.empty: list[str] = []
         self.templates: list[str] = []
         datasets = import_datasets(settings.data)
         loaded = load_dataset(datasets, settings)
@@ -387,28 +453,50 @@ class DatasetSource:
             labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
             labels = labels or [name for name in ("label", "labels", "cls") if name in features]
             self.label_column = pick_column("label_column", settings.label_column, features, labels)
-            self.class_ids = list(getattr(features[self.label_column], "names", None) or [])
+            # Every split has a list of its own, and its labels are places in that.
+            lists = {
+                split: list(map(composed, names))
+                for split in sorted(loaded, key=split_rank)
+                if (names := getattr(loaded[split].features.get(self.label_column), "names", None))
+            }
+            self.class_ids, self.places = one_list(lists, f"--data {settings.data}: {self.label_column}", merge=True)
+            for split in self.splits:
+                if lists and split not in lists:
+                    raise UserError(
+                        f"--data {settings.data}: {self.label_column} of {split} has no class names, that of {next(iter(lists))} "
+                        "has; leave the split out by naming the others with --splits, or give it the names"
+                    )
             self.names = [clean_name(name, f"class {name!r}") for name in self.class_ids]
         if self.caption_column is not None:
             pick_column("caption_column", self.caption_column, features, [])
+        for split in self.splits:
+            for column in filter(None, (self.image_column, self.label_column, self.caption_column)):
+                if column not in loaded[split].features:
+                    raise UserError(
+                        f"--data {settings.data}: its {split} has no column {column}; leave the split out by naming the others with "
+                        "--splits"
+                    )
         # Not decoded: what is stored is what is written.
         self.loaded = {
             split: loaded[split].cast_column(self.image_column, datasets.Image(decode=False)) for split in self.splits
         }
         columns = [self.image_column, *([self.caption_column] if self.caption_column else [])]
         self.rows = {split: dataset.select_columns(columns) for split, dataset in self.loaded.items()}
+        self._paths: dict[str, list[str | None]] = {}
 
     def samples(self, split: str, new_labels: dict[int, int]) -> list[Sample]:
         count = len(self.loaded[split])
         if not self.labelled:
             return [Sample(f"{row:08d}", None, str(row)) for row in range(count)]
         labels = self.loaded[split].select_columns([self.label_column])[:][self.label_column]
+        places = self.places.get(split) or list(range(len(self.names)))
         for row, label in enumerate(labels):
-            if not isinstance(label, int) or not 0 <= label < len(self.names):
+            if not isinstance(label, int) or not 0 <= label < len(places):
                 raise UserError(
-                    f"--data, {split}, row {row}: {self.label_column} is {label!r}; expected 0 ... {len(self.names) - 1}; a "
+                    f"--data, {split}, row {row}: {self.label_column} is {label!r}; expected 0 ... {len(places) - 1}; a "
                     "split without labels is left out by naming the others with --splits, or needs --labelled false"
                 )
+        labels = [places[label] for label in labels]
         return [Sample(f"{row:08d}", new_labels[label], str(row)) for row, label in enumerate(labels) if label in new_labels]  # fmt: skip
 
     def read(self, split: str, reference: str) -> tuple[str, bytes, dict[str, bytes]]:
@@ -419,7 +507,7 @@ class DatasetSource:
             if data is None and image.get("path"):
                 data = Path(image["path"]).read_bytes()
         except OSError as error:
-            raise BadSample("missing image", self.where(split, reference), error.strerror or one_line(error)) from None
+            raise BadSample(UNREADABLE, self.where(split, reference), error.strerror or one_line(error)) from None
         if data is None:
             raise BadSample("missing image", self.where(split, reference), "the row has none")
         caption = row[self.caption_column] if self.caption_column else None
@@ -429,6 +517,16 @@ class DatasetSource:
 
     def where(self, split: str, reference: str) -> str:
         return f"{split}, row {reference}"
+
+    def marks(self, split: str, references: Sequence[str]) -> Iterator[str]:
+        """The library's fingerprint of the split, its files, and the files that rows point to."""
+        dataset = self.rows[split]
+        files = sorted(mark(Path(file["filename"])) for file in dataset.cache_files)
+        if split not in self._paths:
+            flat = dataset.select_columns([self.image_column]).flatten().select_columns([f"{self.image_column}.path"])
+            self._paths[split] = flat[:][f"{self.image_column}.path"]
+        yield " ".join([dataset._fingerprint, *files])
+        yield from (mark(Path(path)) for path in map(self._paths[split].__getitem__, map(int, references)) if path)
 
 
 def import_datasets(data: str) -> Any:
@@ -458,6 +556,8 @@ def load_dataset(datasets: Any, settings: Settings) -> Any:
             return datasets.load_from_disk(str(path))
         if path.is_file():
             return datasets.load_dataset("parquet", data_files={"train": str(path)}, cache_dir=cache)["train"]
+        if path.is_dir() and (files := parquet_files_with_other_classes(datasets, path, settings)):
+            return {split: datasets.load_dataset("parquet", data_files=names, split="train", cache_dir=cache) for split, names in files.items()}  # fmt: skip
         where = str(path) if path.is_dir() else settings.data
         return datasets.load_dataset(where, settings.dataset_config, cache_dir=cache)
     except UserError:
@@ -490,6 +590,41 @@ def without_magic(path: Path, cache_dir: Path) -> Path:
         link.symlink_to(file)
         os.utime(link, ns=(0, file.stat().st_mtime_ns), follow_symlinks=False)  # by which the library knows a change
     return mirror / "file.parquet" if whole.is_file() else mirror
+
+
+def parquet_files_with_other_classes(datasets: Any, path: Path, settings: Settings) -> dict[str, list[str]]:
+    """The .parquet files of each split of a directory, where their class names differ; else nothing.
+
+    Each file has the names of its own labels in its schema. The library takes those of the first for all, and the numbers as
+    they are.
+    """
+    import pyarrow.parquet  # comes with the library
+
+    builder = datasets.load_dataset_builder(str(path), settings.dataset_config)
+    files = {str(split): [str(name) for name in names] for split, names in (builder.config.data_files or {}).items()}
+    if not all(name.endswith(".parquet") and os.path.isfile(name) for names in files.values() for name in names):
+        return {}
+    found: dict[str, dict[str, Any]] = {}
+    for split, names in files.items():
+        for name in names:
+            note = json.loads((pyarrow.parquet.read_schema(name).metadata or {}).get(b"huggingface", b"{}"))
+            features = note.get("info", {}).get("features") or {}
+            classes = {column: kind["names"] for column, kind in features.items() if isinstance(kind, dict) and kind.get("names")}  # fmt: skip
+            if classes != found.setdefault(split, classes):
+                raise UserError(
+                    f"--data {settings.data}: {name} has other class names, or another order of them, than {names[0]}, of the "
+                    "same split; write them with one list of names"
+                )
+    return files if any(classes != next(iter(found.values())) for classes in found.values()) else {}
+
+
+def mark(path: Path) -> str:
+    """Size and time of a file's last change: what tells that its content is no longer the same. "-" where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return "-"
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 # ------------------------------------------------------------------------------------------- splits, classes and names
@@ -536,6 +671,26 @@ def pick_column(flag_name: str, asked: str | None, features: dict[str, Any], can
     return candidates[0]
 
 
+def one_list(lists: dict[str, list[str]], where: str, *, merge: bool) -> tuple[list[str], dict[str, list[int]]]:
+    """The classes of a whole set by name, in the order of the first list, and for each list their places in that.
+
+    merge: a name that stands twice in a list is one class. Else it is two, and UserError where lists differ.
+    """
+    names = list(next(iter(lists.values()), []))
+    if not merge:
+        if all(other == names for other in lists.values()):
+            return names, {split: list(range(len(names))) for split in lists}
+        for listed in lists.values():
+            if len(set(listed)) < len(listed):
+                twice = next(name for name in listed if listed.count(name) > 1)
+                raise UserError(
+                    f"{where}: the lists of the splits differ, and {twice!r} stands twice in one; make the lists equal"
+                )
+    whole = list(dict.fromkeys(name for listed in lists.values() for name in listed))
+    places = {name: place for place, name in enumerate(whole)}
+    return whole, {split: [places[name] for name in listed] for split, listed in lists.items()}
+
+
 def choose_classes(source: Any, settings: Settings) -> tuple[list[str], dict[int, int]]:
     """Names of the new classes, and label in the source -> new label. Tells the source what its classes are called.
 
@@ -570,12 +725,32 @@ def choose_classes(source: Any, settings: Settings) -> tuple[list[str], dict[int
         names = source.names
         if names == imagenet_prompts()[0]:
             aliases.append(imagenet_ids)
+        elif not isinstance(source, ShardSource):
+            refuse_twins(source, settings)
     else:
         raise UserError(f"--data {settings.data}: its labels have no names; give a file with --classnames")
     source.names = names
     if not settings.classes:
         return names, {label: label for label in range(len(names))}
     return renumber(settings, [*aliases, names])
+
+
+def refuse_twins(source: Any, settings: Settings) -> None:
+    """UserError where two folders or class labels become one name. Case alone makes two: there are sets of letters."""
+    for group in twins(source.names):
+        for place in group:
+            same = [other for other in group if spaced(source.names[other]) == spaced(source.names[place])]
+            if len(same) > 1:
+                one, two = (repr(source.class_ids[other]) for other in same[:2])
+                raise UserError(
+                    f"--data {settings.data}: the classes {one} and {two} have one name, {source.names[place]!r}; put them together, "
+                    "rename one, or give a name to each with --classnames"
+                )
+
+
+def spaced(name: str) -> str:
+    """A name without what cannot be seen in it."""
+    return " ".join(name.replace("_", " ").split())
 
 
 def renumber(settings: Settings, aliases: list[list[str]]) -> tuple[list[str], dict[int, int]]:
@@ -585,7 +760,7 @@ def renumber(settings: Settings, aliases: list[list[str]]) -> tuple[list[str], d
         flag_text, wanted = f"--classes {wanted[0]}", read_classnames(wanted[0])
     new_labels: dict[int, int] = {}
     for word in wanted:
-        found = {label for names in aliases for label, name in enumerate(names) if name == word}
+        found = {label for names in aliases for label, name in enumerate(names) if composed(name) == composed(word)}
         if not found:
             match = nearest(word, [name for names in aliases for name in names])
             hint = f"did you mean {match!r}?" if match else f"expected one of its {len(aliases[-1])} classes"
@@ -614,7 +789,7 @@ def choose_templates(source: Any, settings: Settings) -> list[str]:
 
 def clean_name(name: str, where: str) -> str:
     """A class name as one line of classnames.txt."""
-    name = " ".join(name.split())
+    name = " ".join(composed(name).split())
     if not name or len(name) > LONGEST_NAME or any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
         raise UserError(f"--data, {where}: no class name: empty, too long or with control characters; rename it")
     return name
@@ -638,15 +813,6 @@ def unique_keys(keys: Iterable[str]) -> list[str]:
         taken[name] = 0
         unique.append(name)
     return unique
-
-
-def subfolders(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        return []
-    with os.scandir(folder) as entries:
-        return sorted(
-            entry.name for entry in entries if entry.is_dir() and not entry.name.startswith((".", "__MACOSX"))
-        )
 
 
 def is_sorted(labels: Sequence[int | None]) -> bool:
@@ -778,7 +944,10 @@ def plan_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if before["settings"].get(name) != value
     ]
     if before["classes"] != now["classes"]:
-        found.append(f"the classes differ: {len(before['classes'])} then, {len(now['classes'])} now")
+        pairs = itertools.zip_longest(before["classes"], now["classes"])
+        place, (then, new) = next((place, pair) for place, pair in enumerate(pairs) if pair[0] != pair[1])
+        counts = f"{len(before['classes'])} then, {len(now['classes'])} now"
+        found.append(f"the classes differ: {counts}, the first at {place}: {then!r}, now {new!r}")
     if list(before["splits"]) != list(now["splits"]):
         found.append(f"the splits were {', '.join(before['splits'])}, are {', '.join(now['splits'])}")
     elif not found and before["splits"] != now["splits"]:
@@ -791,17 +960,18 @@ def plan_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def make(shards: dict[str, list[Shard]], source: Any, settings: Settings) -> int:
-    """Makes the shards that are missing, keeps count of what is left out, writes skipped.txt; returns how many it kept.
+def make(shards: dict[str, list[Shard]], source: Any, settings: Settings) -> tuple[int, int]:
+    """Makes the shards that are missing or outdated, keeps count of what is left out, writes skipped.txt.
 
-    UserError past ``max_bad_fraction``, on a full disk, where a worker dies. Shards that are done stay.
+    Returns how many it kept, and how many it made although they were there. UserError past ``max_bad_fraction``, on a full
+    disk, where a worker dies. Shards that are done stay.
     """
     work = [shard for made in shards.values() for shard in made]
     total = sum(len(shard.samples) for shard in work)
     list_file = Path(settings.output_dir) / "skipped.txt"
     skips = SkipCounter(ShardIndex([], [total], [], ""), settings.max_bad_fraction, report=None)
     num_workers = min(len(work), settings.num_workers or len(os.sched_getaffinity(0)))
-    kept, left_out, said_at = 0, 0, time.monotonic()
+    kept, again, left_out, said_at = 0, 0, 0, time.monotonic()
     try:
         with (
             contextlib.closing(results(work, source, num_workers)) as records,
@@ -809,6 +979,7 @@ def make(shards: dict[str, list[Shard]], source: Any, settings: Settings) -> int
         ):
             for record in records:
                 kept += record["kept"]
+                again += record["again"]
                 left_out += len(record["skipped"])
                 skips.seen += record["samples"] + len(record["skipped"])
                 skips.add([Skipped(*entry) for entry in record["skipped"]])
@@ -818,10 +989,12 @@ def make(shards: dict[str, list[Shard]], source: Any, settings: Settings) -> int
                 try:
                     skips.check()
                 except UserError as error:
-                    raise UserError(f"{error}; {list_file} names them; finished shards are kept") from None
+                    raise UserError(
+                        f"{error}; {list_file} names them; finished shards are kept, and those of mended images made again"
+                    ) from None
     finally:
         write_skipped(list_file, work)
-    return kept
+    return kept, again
 
 
 def results(work: list[Shard], source: Any, num_workers: int) -> Iterator[dict[str, Any]]:
@@ -871,18 +1044,23 @@ def write_in_worker(shard: Shard) -> dict[str, Any]:
 
 
 def write_shard(source: Any, shard: Shard) -> dict[str, Any]:
-    """{"samples": how many are in it, "skipped": [[kind, where, detail], ...], "kept": whether it was there already}.
+    """The shard's record, with "kept": whether it was there already; and "again": whether there was another.
 
-    A shard that is there, with a record that fits what its headers say, is kept. Otherwise it is written aside, its headers
-    are read again and compared with the plan, and it gets its name when it lies on the disk.
+    {"samples": how many are in it, "skipped": [[kind, where, detail], ...], "made_of": ``content_mark``, "pillow": its version
+    where the bytes or what is left out depend on it, else null}. A shard that is there, with a record that fits what its
+    headers say and what it is made of now, is kept. Otherwise it is written aside, its headers are read again and compared
+    with the plan, and it gets its name when it lies on the disk.
     """
-    kept = finished(shard)
+    made_of = content_mark(source, shard)  # before anything is read: what changes meanwhile is seen at the next start
+    kept = finished(shard, made_of)
     if kept is not None:
-        return kept | {"kept": True}
+        return kept | {"kept": True, "again": False}
+    again = shard.path.exists()
     # Two processes never write one file: a worker of a killed run may live on for a moment.
     aside = shard.path.with_name(f".{shard.path.name}.{os.getpid()}.part")
     skipped: list[Skipped] = []
     keys = []
+    pillow = None
     try:
         # A fixed time and owner: the bytes depend on the samples alone. pax: keys of any length and alphabet.
         with aside.open("wb") as file:
@@ -891,10 +1069,13 @@ def write_shard(source: Any, shard: Shard) -> dict[str, Any]:
             ) as tar:
                 for sample in shard.samples:
                     try:
-                        members = make_members(source, shard, sample)
+                        members, written_anew = make_members(source, shard, sample)
                     except BadSample as bad:
                         skipped.append(bad.skipped)
+                        pillow = PIL.__version__
                         continue
+                    if written_anew:
+                        pillow = PIL.__version__
                     tar.write({"__key__": sample.key, **members})
                     keys.append(sample.key)
             file.flush()
@@ -905,22 +1086,45 @@ def write_shard(source: Any, shard: Shard) -> dict[str, Any]:
                 f"{aside}: holds {len(found)} samples ({found.damage or 'other keys'}), {len(keys)} were written; check the "
                 "disk and start again"
             )
-        record = {"samples": len(keys), "skipped": [[entry.kind, entry.where, entry.detail] for entry in skipped]}
+        record = {
+            "samples": len(keys),
+            "skipped": [[entry.kind, entry.where, entry.detail] for entry in skipped],
+            "made_of": made_of,
+            "pillow": pillow,
+        }
+        shard.path.unlink(missing_ok=True)  # never an outdated shard beside the record of another
         write_whole(shard.record, json.dumps(record) + "\n")
         os.replace(aside, shard.path)
     finally:
         aside.unlink(missing_ok=True)
-    return record | {"kept": False}
+    return record | {"kept": False, "again": again}
+
+
+def content_mark(source: Any, shard: Shard) -> str:
+    """A hash of what a shard's bytes depend on: which samples, how they are written, and their sources' sizes and times."""
+    found = hashlib.sha256(f"{FORMAT} {shard.verify} {shard.image_size}".encode())
+    for sample in shard.samples:
+        found.update(f"\n{sample.key}\t{sample.label}\t{sample.reference}".encode("utf-8", "backslashreplace"))
+    for text in source.marks(shard.split, [sample.reference for sample in shard.samples]):
+        found.update(f"\n{text}".encode("utf-8", "backslashreplace"))
+    return found.hexdigest()
 
 
 def read_record(shard: Shard) -> dict[str, Any]:
     return json.loads(shard.record.read_text(encoding="utf-8"))
 
 
-def finished(shard: Shard) -> dict[str, Any] | None:
-    """The record of a shard that is there and holds what the plan says, but for what the record says is left out."""
+def finished(shard: Shard, made_of: str) -> dict[str, Any] | None:
+    """The record of a shard that is there and holds what the plan says, but for what the record says is left out.
+
+    None where its sources have changed since, or could not be read then, or another Pillow wrote or refused its images.
+    """
     try:
         record = read_record(shard)
+        if record["made_of"] != made_of or record["pillow"] not in (None, PIL.__version__):
+            return None
+        if any(kind == UNREADABLE for kind, _, _ in record["skipped"]):
+            return None
         found = scan_tar(shard.path)
         places = {where for _, where, _ in record["skipped"]}
     except (OSError, ValueError, KeyError, TypeError):
@@ -929,24 +1133,24 @@ def finished(shard: Shard) -> dict[str, Any] | None:
     return record if whole and set(found.keys) <= {sample.key for sample in shard.samples} else None
 
 
-def make_members(source: Any, shard: Shard, sample: Sample) -> dict[str, bytes]:
-    """Extension -> bytes of a sample. BadSample where its image cannot be used."""
-    extension, data, members = source.read(shard.split, sample.reference)
+def make_members(source: Any, shard: Shard, sample: Sample) -> tuple[dict[str, bytes], bool]:
+    """Extension -> bytes of a sample, and whether its image was written anew. BadSample where its image cannot be used."""
+    extension, stored, members = source.read(shard.split, sample.reference)
+    data = stored
     try:
+        smaller = None
         if shard.image_size is not None:
-            smaller = decode(data, ShrinkOnly(resize=shard.image_size, crop=None))
-            if smaller is not None:
-                extension, data = "jpg", encode(smaller, "JPEG", quality=JPEG_QUALITY)
+            smaller = decode(stored, ShrinkOnly(resize=shard.image_size, crop=None), OWN_FORMATS)
         elif shard.verify:
-            decode(data, FULL_SIZE)
-        if not extension:
-            extension = known_format(data)
-        if not extension:  # GIF, BMP: not in the layout; PNG loses nothing
-            extension, data = "png", encode(decode(data, FULL_SIZE), "PNG")
+            decode(stored, FULL_SIZE, OWN_FORMATS)
+        if smaller is not None:
+            extension, data = "jpg", encode(smaller, stored, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+        elif not extension:
+            extension, data = as_shard_member(stored)
     except ImageError as error:
         raise BadSample("undecodable image", source.where(shard.split, sample.reference), str(error)) from None
     label = {} if sample.label is None else {"cls": str(sample.label).encode()}
-    return {extension: data, **label, **members}
+    return {extension: data, **label, **members}, data is not stored
 
 
 class ShrinkOnly(ImageTransform):
@@ -957,22 +1161,6 @@ class ShrinkOnly(ImageTransform):
             return super().__call__(image)
         image.load()
         return None
-
-
-def known_format(data: bytes) -> str:
-    """jpg, png or webp by the first bytes, whatever the file's name says; "" for anything else."""
-    if data.startswith(b"\xff\xd8\xff"):
-        return "jpg"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png"
-    return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else ""
-
-
-def encode(pixels: Any, format: str, **options: Any) -> bytes:
-    """uint8 tensor (3, H, W) -> an encoded image."""
-    stream = io.BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(stream, format, **options)
-    return stream.getvalue()
 
 
 def write_whole(path: Path, text: str | Iterable[str]) -> None:
@@ -1010,6 +1198,7 @@ def print_summary(
     source: Any,
     unshuffled: list[str],
     kept: int,
+    again: int,
 ) -> None:
     table = Table(title=f"{output_dir}: {len(names)} classes, from {source.kind}", title_justify="left")
     for title in ("split", "samples", "left out", "shards", "MiB", "classes"):
@@ -1027,8 +1216,15 @@ def print_summary(
         print(f"{kept} shards were there already and were kept.")
     if (output_dir / "skipped.txt").exists():
         print(f"{output_dir / 'skipped.txt'} names the images that were left out.")
-    if source.others:
-        print(f"Not taken: {len(source.others)} other files or folders, the first is {source.others[0]}.")
+    if again:
+        print(
+            f"{again} shards were there and were made again: their images have changed since, or how they are written."
+        )
+    if source.left_out:
+        print(f"Not taken: {describe(source.left_out)}.")
+    if source.empty:
+        more = ", ..." if len(source.empty) > 5 else ""
+        print(f"Class folders without an image, which stay classes: {', '.join(sorted(source.empty)[:5])}{more}.")
     for split in unshuffled:
         print(
             f"{split} is sorted by class: the first N samples of an evaluation are of the first classes; --shuffle all mixes them."

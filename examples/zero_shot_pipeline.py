@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.cli import flag, parse_settings, required, run
 from utils.encoders import check_model, quiet_transformers
 from utils.errors import UserError
+from utils.images import ImageError, ImageTransform, decode
 
 
 @dataclass
@@ -41,9 +42,10 @@ def scores(model: str, image: str, labels: list[str], template: str) -> list[tup
     """(label, score) from the highest score down; the scores sum to 1. Raises ``UserError``."""
     check_model(model, "--model", ("clip",))
     try:
-        picture = Image.open(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:  # of Pillow, depending on the damage
+        pixels = decode(Path(image).read_bytes(), ImageTransform(resize=None, crop=None))  # as everywhere here
+    except (OSError, ImageError) as error:
         raise UserError(f"--image {image}: no picture ({error}); give a JPEG, PNG or WebP") from None
+    picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     with quiet_transformers():
         classify = pipeline("zero-shot-image-classification", model=model, trust_remote_code=False)
         # It formats with str.format: other braces would be places too.

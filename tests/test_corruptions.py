@@ -357,6 +357,20 @@ def test_broken_published_files_are_skipped_and_counted(tmp_path):
     assert sorted(found) == [0]
 
 
+def test_a_systems_own_folders_are_no_classes(tmp_path, caplog):
+    """Of the kind of @eaDir: labels of all classes behind it were one too high."""
+    folder = imagenet_c(tmp_path)
+    expected = [find_published(folder).dataset(TRANSFORM, "fog", 1)[0, slot, slot]["label"] for slot in range(7)]
+    for place in ("noise/gaussian_noise", "fog"):
+        for severity in SEVERITIES:
+            (folder / place / str(severity) / "@eaDir").mkdir()
+    (folder / "fog/1/n01/x.HEIC").write_bytes(b"")
+    published = find_published(folder)
+    assert published.num_classes == 3
+    assert [published.dataset(TRANSFORM, "fog", 1)[0, slot, slot]["label"] for slot in range(7)] == expected
+    assert "not taken: 1 .heic files (n01/x.HEIC)" in caplog.text
+
+
 def test_an_array_that_has_gone_is_counted_too(tmp_path):
     data = find_published(cifar_c(tmp_path)).dataset(TRANSFORM, "fog", 2)
     (tmp_path / "fog.npy").unlink()

@@ -11,6 +11,7 @@ import sys
 import matplotlib
 import numpy as np
 import pytest
+from PIL import Image
 
 import evaluate
 import train_po
@@ -539,3 +540,41 @@ def test_what_no_tokenizer_and_no_file_can_take_is_refused_before_a_model_is_loa
     ):
         with pytest.raises(UserError, match=line):
             evaluate.main(arguments(**changes))
+
+
+def test_splits_with_lists_of_their_own_are_compared_by_name(arguments, small_clip, tmp_path):
+    """A probe learnt from labels of another order measured them by number (dmvr#6)."""
+    for name, lists in {
+        "same": {"train": ["red", "blue"], "test": ["red", "blue"]},
+        "other": {"train": ["blue", "red"], "test": ["red", "blue"]},
+        "lacking": {"train": ["blue", "green"], "test": ["red", "blue"]},
+    }.items():
+        for split, names in lists.items():
+            samples = [
+                (
+                    f"{n}",
+                    {
+                        "png": coloured(("red", "blue")[n % 2], n),
+                        "cls": b"%d" % (n % 2 if names[0] == "red" else 1 - n % 2),
+                    },
+                )
+                for n in range(30)
+            ]
+            write_shard(tmp_path / name / split / "0.tar", samples)
+            (tmp_path / name / split / "classnames.txt").write_text("\n".join(names) + "\n")
+    common = {"attack": "clean", "classifier": "knn", "num_samples": 30}
+    found = {}
+    for name in ("same", "other"):
+        evaluate.main(arguments(data=tmp_path / name, output_dir=tmp_path / f"eval-{name}", **common))
+        (found[name],) = results(tmp_path / f"eval-{name}")
+    assert found["other"]["value"] == found["same"]["value"] > 0.9
+    with pytest.raises(UserError, match=r"class names of train and test differ \('green' is in one list alone\)"):
+        evaluate.main(arguments(data=tmp_path / "lacking", output_dir=tmp_path / "eval-lacking", **common))
+
+
+def coloured(colour, seed):
+    pixels = np.random.default_rng(seed).integers(0, 60, (32, 32, 3), dtype=np.uint8)
+    pixels[..., 0 if colour == "red" else 2] += 150
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()

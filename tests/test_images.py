@@ -15,7 +15,7 @@ from transformers import BitImageProcessor, CLIPImageProcessor, SiglipImageProce
 
 from tests.shard_maker import image_bytes
 from utils.errors import UserError
-from utils.images import MAX_PIXELS, ImageError, ImageTransform, decode
+from utils.images import MAX_PIXELS, OWN_FORMATS, ImageError, ImageTransform, decode
 
 RAW = {"do_rescale": False, "do_normalize": False}
 PROCESSORS = {
@@ -172,3 +172,91 @@ def test_draft_keeps_every_pixel_in_its_place(size):
 def test_transforms_can_be_sent_to_workers():
     transform = ImageTransform((20, 10), None, 2, True)
     assert pickle.loads(pickle.dumps(transform)) == transform
+
+
+# ------------------------------------------------------------------------------- what files hold beside eight bits of RGB
+
+FULL = ImageTransform(None, None)
+
+
+def png_bytes(rows: np.ndarray, colour_type: int, extra: bytes = b"") -> bytes:
+    """A PNG of 16 bits: uint16 (H, W) or (H, W, channels)."""
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", rows.shape[1], rows.shape[0], 16, colour_type, 0, 0, 0)
+    lines = zlib.compress(b"".join(b"\0" + row.astype(">u2").tobytes() for row in rows))
+    notes = chunk(extra[:4], extra[4:]) if extra else b""
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + notes + chunk(b"IDAT", lines) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_stand_upright(format, orientation, tmp_path):
+    """As the processors read a file by its path, and as the library datasets decodes one (datasets#6252)."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (3, 5, 3), dtype=np.uint8)).resize((80, 48), 0)
+    data = encoded(picture, format, exif=exif, **{"JPEG": {"quality": 95}, "WEBP": {"lossless": True}}.get(format, {}))
+    (tmp_path / "x").write_bytes(data)
+    for name, transform in (("clip, crop without resize", FULL), ("clip 32", None)):
+        processor = PROCESSORS[name]
+        expected = np.asarray(processor.fetch_images(str(tmp_path / "x"))).transpose(2, 0, 1)
+        if transform is None:
+            expected = processor(str(tmp_path / "x"), return_tensors="np")["pixel_values"][0]
+        found = decode(data, transform or ImageTransform.from_processor(processor), OWN_FORMATS)
+        assert found.shape == expected.shape
+        assert np.array_equal(found.numpy(), expected)
+    sides = (80, 48) if orientation > 4 else (48, 80)
+    assert decode(data, FULL, OWN_FORMATS).shape == (3, *sides)
+
+
+def test_a_draft_of_a_turned_picture_is_upright_too():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.open(io.BytesIO(image_bytes(1, (1201, 803)))), "JPEG", exif=exif)
+    transforms = [ImageTransform(100, None, draft=draft) for draft in (False, True)]
+    exact, draft = (decode(data, transform) for transform in transforms)
+    assert exact.shape == draft.shape == (3, 149, 100)
+    assert (exact.int() - draft.int()).abs().float().mean() < 1
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0no note at all", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"], ids=["text", "cut"])
+def test_an_unreadable_note_says_nothing_against_the_pixels(exif):
+    picture = Image.open(io.BytesIO(image_bytes(1)))
+    assert torch.equal(decode(encoded(picture, "JPEG", exif=exif), FULL), decode(encoded(picture, "JPEG"), FULL))
+
+
+RAMP = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        png_bytes(RAMP, 0),
+        png_bytes(np.stack([RAMP, np.full_like(RAMP, 65535)], axis=2), 4),
+        png_bytes(np.repeat(RAMP[..., None], 3, axis=2), 2),
+        encoded(Image.fromarray(RAMP), "TIFF"),
+        encoded(Image.fromarray(RAMP.astype(">u2")), "TIFF"),
+        encoded(Image.fromarray(RAMP), "TIFF", compression="tiff_lzw"),
+    ],
+    ids=["grey", "grey with alpha", "colours", "tiff", "tiff, big-endian", "tiff, compressed"],
+)
+def test_sixteen_bits_become_eight(data):
+    """A ramp of mean 127.5, where Pillow alone makes a white picture of mean 254 (Pillow#2574)."""
+    pixels = decode(data, FULL, OWN_FORMATS)
+    assert pixels.float().mean() == 127.5
+    assert torch.equal(pixels[0], torch.from_numpy((RAMP >> 8).astype(np.uint8)))
+
+
+def test_a_transparent_grey_of_sixteen_bits_is_white():
+    pixels = decode(png_bytes(RAMP, 0, b"tRNS" + struct.pack(">H", 0x1234)), FULL)
+    expected = torch.from_numpy(np.where(RAMP == 0x1234, 255, RAMP >> 8).astype(np.uint8))
+    assert torch.equal(pixels[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_numbers_without_a_scale_are_no_picture(dtype):
+    with pytest.raises(ImageError, match=r"32 bits a pixel.* save it with 8 or 16 bits"):
+        decode(encoded(Image.fromarray(RAMP.astype(dtype)), "TIFF"), FULL, OWN_FORMATS)

@@ -9,10 +9,13 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import time
+import unicodedata
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
@@ -20,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from PIL import Image
+from PIL import Image, ImageCms
 from scipy.io import savemat
 
 import train_lore
@@ -30,12 +33,13 @@ from tests.shard_maker import image_bytes, write_shard
 from tests.test_example_sets import call, read_split
 from utils.data_order import SequentialOrder
 from utils.errors import UserError
-from utils.images import ImageTransform, decode
+from utils.images import OWN_FORMATS, ImageTransform, decode
 from utils.pairs import PairDataset
 from utils.shards import ShardDataset
 from utils.tar_index import scan_tar
 from utils.zeroshot import imagenet_prompts, imagenet_wordnet_ids, open_set
 
+FULL = ImageTransform(None, None)
 CLASSES = ["big_cat", "dog", "owl"]
 
 
@@ -676,6 +680,345 @@ def test_the_recipe_of_imagenets_validation_images_sorts_them(tmp_path: Path, mo
     }
 
 
+# ------------------------------------------------------------------------- what a shard is made of, and when it is made again
+
+
+def replace_picture(root: Path) -> None:
+    (root / "train/dog/0001.jpg").write_bytes(image_bytes(77, (24, 20)))
+
+
+def touch_picture(root: Path) -> None:
+    """Other content of the same size, as an editor leaves it: the time alone is new."""
+    path = root / "train/dog/0001.jpg"
+    before = path.stat()
+    data = next(data for seed in range(70, 200) if len(data := image_bytes(seed, (24, 20))) <= before.st_size)
+    path.write_bytes(data.ljust(before.st_size, b"\0"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+
+
+def add_caption(root: Path) -> None:
+    (root / "train/dog/0001.txt").write_text("a dog")
+
+
+@pytest.mark.parametrize("change", [replace_picture, touch_picture, add_caption])
+def test_a_changed_source_makes_its_shard_again_and_no_other(tmp_path: Path, capsys: pytest.CaptureFixture, change) -> None:  # fmt: skip
+    """A picture replaced later kept its old pixels (img2dataset#174)."""
+    write_folder(tmp_path / "data", {"train": 4})
+    arguments = (tmp_path / "data", tmp_path / "out", "--samples_per_shard", 3, "--shuffle", "none")
+    out = make(*arguments)
+    before = {path: path.stat().st_mtime_ns for path in out.glob("train/*.tar")}
+    change(tmp_path / "data")
+    capsys.readouterr()
+    make(*arguments)
+    assert {path.name for path, time in before.items() if path.stat().st_mtime_ns != time} == {"000001.tar"}
+    assert "1 shards were there and were made again" in capsys.readouterr().out
+    fresh = make(tmp_path / "data", tmp_path / "fresh", "--samples_per_shard", 3, "--shuffle", "none")
+    assert shard_files(out) == shard_files(fresh)
+    make(*arguments)
+    assert "made again" not in capsys.readouterr().out
+
+
+def test_a_mended_picture_is_taken_by_the_same_command(tmp_path: Path) -> None:
+    """The script stopped with "mend the shards", and again after they were mended."""
+    files = write_folder(tmp_path / "data", {"train": 4})
+    broken, hidden = tmp_path / "data/train/dog/0001.jpg", tmp_path / "data/train/owl/0002.jpg"
+    broken.write_bytes(b"no image")
+    kept = hidden.rename(tmp_path / "kept.jpg")
+    hidden.symlink_to(tmp_path / "gone.jpg")  # its time stays the same when what it points to comes back
+    arguments = (tmp_path / "data", tmp_path / "out", "--samples_per_shard", 3)
+    with pytest.raises(UserError, match=r"skipped.txt names them; .* those of mended images made again"):
+        make(*arguments)
+    broken.write_bytes(files["train/dog/0001.jpg"])
+    kept.rename(tmp_path / "gone.jpg")
+    out = make(*arguments)
+    assert not (out / "skipped.txt").exists()
+    assert {sample["jpg"] for sample in read_split(out / "train").values()} == set(files.values())
+
+
+def test_another_pillow_makes_again_what_it_would_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "data", {"train": 2}, ["dog"])
+    (tmp_path / "data/train/dog/9.bmp").write_bytes(image_bytes(1, format="BMP"))
+    arguments = (tmp_path / "data", tmp_path / "out", "--samples_per_shard", 1, "--shuffle", "none")
+    out = make(*arguments)
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("train/*.tar")}
+    monkeypatch.setattr(make_shards.PIL, "__version__", "99.0.0")
+    make(*arguments)
+    again = {path.name for path in out.glob("train/*.tar") if path.stat().st_mtime_ns != before[path.name]}
+    assert again == {"000002.tar"}  # copied bytes do not depend on it
+
+
+def test_a_changed_shard_or_dataset_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets", reason="read with the library datasets")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a"])})
+    outside = tmp_path / "outside.png"
+
+    def dataset(picture: dict) -> datasets.Dataset:
+        return datasets.Dataset.from_dict({"image": [picture], "label": [0]}, features=features)
+
+    of_paths = dataset({"bytes": None, "path": str(outside)})
+    for seed in (0, 50):
+        data, written = image_bytes(seed, format="PNG"), image_bytes(seed, format="BMP")
+        outside.write_bytes(data)
+        shutil.rmtree(tmp_path / "saved", ignore_errors=True)
+        dataset({"bytes": data, "path": None}).save_to_disk(tmp_path / "saved")
+        write_shard(tmp_path / "shards/train/0.tar", [("0", {"bmp": written, "cls": b"0"})])
+        (tmp_path / "shards/classnames.txt").write_text("a\n")
+        for name, original in (("saved", data), ("paths", data), ("shards", written)):
+            with monkeypatch.context() as patch:
+                if name == "paths":  # saved, they would be put into the dataset
+                    patch.setattr(make_shards, "load_dataset", lambda *arguments: of_paths)
+                out = make(tmp_path / ("shards" if name == "shards" else "saved"), tmp_path / f"out-{name}")
+            (sample,) = read_split(out / "train").values()
+            assert torch.equal(decode(sample["png"], FULL), decode(original, FULL)), (name, seed)
+
+
+# ------------------------------------------------------------------------------------------------------------------ pixels
+
+
+def encoded(picture: Image.Image, format: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, format, **options)
+    return stream.getvalue()
+
+
+def odd_pictures() -> dict[str, bytes]:
+    """Pictures whose pixels need more than eight bits of RGB to be read, by name."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise = np.random.default_rng(0).integers(0, 256, (4, 6, 4), dtype=np.uint8)
+    rgba = Image.fromarray(noise).resize((90, 60), Image.Resampling.BICUBIC)
+    rgb, profile = rgba.convert("RGB"), display_p3()
+    ramp = Image.fromarray(np.linspace(0, 65535, 90 * 60).reshape(60, 90).astype(np.uint16))
+    frames = [rgb, rgb.transpose(Image.Transpose.ROTATE_180)]
+    return {
+        "turned.jpg": encoded(rgb, "JPEG", quality=95, exif=exif),
+        "turned.png": encoded(rgb, "PNG", exif=exif),
+        "turned.webp": encoded(rgb, "WEBP", lossless=True, exif=exif),
+        "turned.tif": encoded(rgb, "TIFF", exif=exif),
+        "turned.avif": encoded(rgb, "AVIF", quality=100, exif=exif),
+        "grey16.png": encoded(ramp, "PNG"),
+        "grey16.tiff": encoded(ramp, "TIFF"),
+        "wide.jpg": encoded(rgb, "JPEG", quality=95, icc_profile=profile),
+        "wide.png": encoded(rgb, "PNG", icc_profile=profile),
+        "wide.tif": encoded(rgb, "TIFF", icc_profile=profile),
+        "ink.jpg": encoded(rgb.convert("CMYK"), "JPEG", quality=95, icc_profile=profile[:16] + b"CMYK" + profile[20:]),
+        "alpha.png": encoded(rgba, "PNG"),
+        "grey-alpha.png": encoded(rgba.convert("LA"), "PNG"),
+        "palette.png": encoded(rgb.quantize(16), "PNG", transparency=3),
+        "bits.png": encoded(rgb.convert("1"), "PNG"),
+        "frames.gif": encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]),
+        "frames.webp": encoded(frames[0], "WEBP", lossless=True, save_all=True, append_images=frames[1:]),
+        "frames.png": encoded(frames[0], "PNG", save_all=True, append_images=frames[1:]),
+        "named.jfif": encoded(rgb, "JPEG", quality=95),
+        "NAMED.JPE": encoded(rgb, "JPEG", quality=94),
+        "NAMED.BMP": encoded(rgb, "BMP"),
+    }  # fmt: skip
+
+
+@lru_cache
+def display_p3() -> bytes:
+    """sRGB's profile under another name: what is kept is bytes."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    return bytes(profile) + b"Display P3"
+
+
+@pytest.mark.parametrize("source", ["folder", "datasets"])
+@pytest.mark.parametrize("image_size", [None, 40])
+def test_what_is_read_from_shards_is_what_the_pictures_show(
+    tmp_path: Path, source: str, image_size: int | None
+) -> None:
+    """Turned, of 16 bits, of wide gamut, transparent (datasets#6252, 11ty/image#49, Pillow#2574): the same from both."""
+    pictures = odd_pictures()
+    (tmp_path / "data/x").mkdir(parents=True)
+    if source == "folder":
+        for name, data in pictures.items():
+            (tmp_path / "data/x" / name).write_bytes(data)
+    else:
+        datasets = pytest.importorskip("datasets", reason="read with the library datasets")
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["x"])})
+        rows = {"image": [{"bytes": data, "path": None} for data in pictures.values()], "label": [0] * len(pictures)}
+        datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "data")
+    out = make(tmp_path / "data", tmp_path / "out", *([] if image_size is None else ["--image_size", image_size]))
+    assert not (out / "skipped.txt").exists()
+    samples = read_split(out / "train")
+    assert len(samples) == len(pictures)
+    transform = ImageTransform(image_size, None)
+    for _, key, _, reference in plan_of(out, "train"):
+        name = Path(reference).name if source == "folder" else list(pictures)[int(reference)]
+        (data,) = (data for extension, data in samples[key].items() if extension != "cls")
+        expected, found = decode(pictures[name], transform, OWN_FORMATS), decode(data, FULL)
+        assert found.shape == expected.shape, name
+        if image_size is None:
+            assert torch.equal(found, expected), name
+        else:
+            assert (found.int() - expected.int()).abs().float().mean() < (8 if name == "bits.png" else 3), name
+            assert Image.open(io.BytesIO(data)).getexif().get(0x0112) is None
+        if image_size is None and name.endswith((".jpg", ".png", ".webp", ".jfif", ".JPE")):
+            assert data == pictures[name]
+        kept = Image.open(io.BytesIO(data)).info.get("icc_profile")
+        if name.startswith("wide"):
+            assert kept == display_p3()
+        elif image_size is not None:
+            assert kept is None
+
+
+# ---------------------------------------------------------------------------------------------------------- names of classes
+
+NFC, NFD = unicodedata.normalize("NFC", "café"), unicodedata.normalize("NFD", "café")
+
+
+@pytest.mark.parametrize("form", ["saved", "parquet"])
+def test_labels_of_splits_with_other_orders_are_read_by_name(tmp_path: Path, form: str) -> None:
+    """The first split's list was taken for all (dmvr#6)."""
+    datasets = pytest.importorskip("datasets", reason="read with the library datasets")
+    lists = {"train": ["cat", NFC], "test": [NFD, "owl", "cat"]}
+    splits, truth = {}, {}
+    for split, names in lists.items():
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        data = [image_bytes(len(truth) + n) for n in range(len(names))]
+        truth |= {image: unicodedata.normalize("NFC", name) for image, name in zip(data, names)}
+        rows = {"image": [{"bytes": image, "path": None} for image in data], "label": list(range(len(names)))}
+        splits[split] = datasets.Dataset.from_dict(rows, features=features)
+    if form == "saved":
+        datasets.DatasetDict(splits).save_to_disk(tmp_path / "data")
+    else:
+        (tmp_path / "data").mkdir()
+        for split, dataset in splits.items():
+            dataset.to_parquet(tmp_path / f"data/{split}-00000-of-00001.parquet")
+    out = make(tmp_path / "data", tmp_path / "out")
+    names = (out / "classnames.txt").read_text().splitlines()
+    assert names == ["cat", NFC, "owl"]
+    found = {sample["jpg"]: names[int(sample["cls"])] for split in lists for sample in read_split(out / split).values()}
+    assert found == truth
+    alone = make(tmp_path / "data", tmp_path / "alone", "--splits", "test", "--classes", NFD, "owl")
+    assert {sample["jpg"]: sample["cls"] for sample in read_split(alone / "test").values()} == {
+        image: b"%d" % [NFC, "owl"].index(name) for image, name in list(truth.items())[2:4]
+    }
+
+
+def test_parquet_files_of_one_split_with_other_orders_are_refused(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="read with the library datasets")
+    (tmp_path / "data").mkdir()
+    for number, names in enumerate((["cat", "dog"], ["dog", "cat"])):
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        rows = {"image": [{"bytes": image_bytes(number), "path": None}], "label": [0]}
+        dataset = datasets.Dataset.from_dict(rows, features=features)
+        dataset.to_parquet(tmp_path / f"data/train-{number:05d}-of-00002.parquet")
+    with pytest.raises(UserError, match=r"train-00001.* has other class names, or another order of them"):
+        make(tmp_path / "data", tmp_path / "out")
+
+
+def test_folders_of_one_name_in_two_forms_are_one_class(tmp_path: Path) -> None:
+    for number, place in enumerate(
+        (f"train/{NFC}", "train/dog", f"train/{NFD}", f"test/{NFD}", "test/ant", "test/dog")
+    ):
+        (tmp_path / "data" / place).mkdir(parents=True)
+        (tmp_path / "data" / place / f"{number}.jpg").write_bytes(image_bytes(number))
+    out = make(tmp_path / "data", tmp_path / "out")
+    assert (out / "classnames.txt").read_text().splitlines() == ["ant", NFC, "dog"]
+    labels = {key: int(sample["cls"]) for split in ("train", "test") for key, sample in read_split(out / split).items()}
+    assert labels == {"0": 1, "1": 2, "2": 1, "3": 1, "4": 0, "5": 2}
+    chosen = make(tmp_path / "data", tmp_path / "chosen", "--classes", NFD)
+    assert set(read_split(chosen / "train")) == {"0", "2"}
+
+
+def test_shards_whose_splits_have_their_own_lists_are_read_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for split, names in (("train", ["cat", "dog"]), ("test", ["dog", "cat"])):
+        samples = [(f"{name}-{split}", {"jpg": image_bytes(n), "cls": b"%d" % n}) for n, name in enumerate(names)]
+        write_shard(tmp_path / f"set/{split}/0.tar", samples)
+        (tmp_path / f"set/{split}/classnames.txt").write_text("\n".join(names) + "\n")
+    (tmp_path / "set/train/1.tar.gz").touch()
+    (tmp_path / "set/val").mkdir()
+    out = make(tmp_path / "set", tmp_path / "out")
+    assert (out / "classnames.txt").read_text() == "cat\ndog\n"
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Not taken: 1 .gz files (train/1.tar.gz), 1 folders without .tar files (val/)." in printed
+    for split in ("train", "test"):
+        found = {key: sample["cls"] for key, sample in read_split(out / split).items()}
+        assert found == {f"cat-{split}": b"0", f"dog-{split}": b"1"}
+
+
+@pytest.mark.parametrize(
+    ("folders", "expected"),
+    [
+        (["hot dog", "hot_dog"], "the classes 'hot dog' and 'hot_dog' have one name, 'hot dog'"),
+        (["hot_dog", "hot__dog"], "the classes 'hot__dog' and 'hot_dog' have one name, 'hot dog'"),
+        (["dog", "dog "], "the classes 'dog' and 'dog ' have one name, 'dog'"),
+        (["A", "a"], None),  # letters are classes; a text tower does not tell them apart, which is said
+        (["dog", "d\u200bog"], None),
+    ],
+)
+def test_two_classes_of_one_name_do_not_pass_without_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, folders: list[str], expected: str | None
+) -> None:
+    """Duplicate names after normalisation (CuPL#2)."""
+    for number, name in enumerate(folders):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "0.jpg").write_bytes(image_bytes(number))
+    if expected is None:
+        make(tmp_path / "data", tmp_path / "out")
+        assert f"classes 0 {sorted(folders)[0]!r} and 1 {sorted(folders)[1]!r} have one name" in caplog.text
+    else:
+        with pytest.raises(UserError, match=expected):
+            make(tmp_path / "data", tmp_path / "out")
+        (tmp_path / "names.txt").write_text("sausage\npet\n")
+        make(tmp_path / "data", tmp_path / "out", "--classnames", tmp_path / "names.txt")
+
+
+# ------------------------------------------------------------------------------------------------------------ what is not taken
+
+
+def test_all_that_is_not_taken_is_counted_and_links_are_followed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Symlinked folders were skipped (pytorch/vision#1580), @eaDir and the like were classes."""
+    data = tmp_path / "data"
+    inside = ["dog/a.jpg", "dog/deep/b.JPG", "dog/@eaDir/a.jpg/thumb.jpg", "dog/.hidden.jpg", "dog/c.HEIC", "dog/d.heic", "dog/e.txt", "dog/f"]  # fmt: skip
+    junk = ["@eaDir", "__MACOSX", "$RECYCLE.BIN", ".ipynb_checkpoints", "lost+found", "#recycle", "System Volume Information"]  # fmt: skip
+    elsewhere = ["../more/g.jpeg", "../whole/h.png", "../one.webp"]
+    for number, name in enumerate([*inside, *(f"{folder}/x.jpg" for folder in junk), *elsewhere, "loose.jpg"]):
+        path = data / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(image_bytes(number))
+    (data / "empty").mkdir()
+    (data / "dog/more").symlink_to(tmp_path / "more")
+    (data / "dog/one.webp").symlink_to(tmp_path / "one.webp")
+    (data / "owl").symlink_to(tmp_path / "whole")
+    (data / "dog/deep/circle").symlink_to("..")
+    (data / "dog/top").symlink_to(data)
+    (data / "self").symlink_to("self")
+    (data / "round").symlink_to(data)
+    (data / "gone").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(data / "dog/pipe.jpg")  # opened, it would be waited for
+    out = make(data, tmp_path / "out")
+    assert (out / "classnames.txt").read_text().splitlines() == ["dog", "empty", "owl"]
+    sources = {source.split("/", 1)[0] + "/" + Path(source).name for *_, source in plan_of(out, "train")}
+    assert sources == {"dog/a.jpg", "dog/b.JPG", "dog/g.jpeg", "dog/one.webp", "owl/h.png"}
+    printed = " ".join(capsys.readouterr().out.split())
+    for expected in (
+        "8 hidden folders, or a system's own (#recycle/, $RECYCLE.BIN/, .ipynb_checkpoints/, ...)",
+        "2 .heic files (dog/c.HEIC, dog/d.heic)",
+        "3 links to folders that are read already (dog/deep/circle/, dog/top/, round/)",
+        "2 broken links (gone, self)",
+        "1 .jpg files (loose.jpg)",
+        "1 .txt files without an image (dog/e.txt)",
+        "1 files without a suffix (dog/f)",
+        "1 hidden files (dog/.hidden.jpg)",
+        "1 pipes, sockets or devices (dog/pipe.jpg)",
+        "Class folders without an image, which stay classes: empty.",
+    ):
+        assert expected in printed
+    assert "images of these classes" not in printed
+
+
+def test_where_nothing_is_taken_the_line_says_what_there_is(tmp_path: Path) -> None:
+    (tmp_path / "data/dog").mkdir(parents=True)
+    for number in range(4):
+        (tmp_path / f"data/dog/{number}.HEIC").write_bytes(b"")
+    with pytest.raises(UserError, match=re.escape("expected at least one (not taken: 4 .heic files (dog/0.HEIC, ")):
+        make(tmp_path / "data", tmp_path / "out")
+
+
 # -------------------------------------------------------------------------------------------------------------- mistakes
 
 
@@ -685,6 +1028,10 @@ def test_the_recipe_of_imagenets_validation_images_sorts_them(tmp_path: Path, mo
         (["--data", "no/such/place"], "--data no/such/place: no such directory"),
         (["--data", "empty"], "--data empty: no class folders"),
         (["--data", "bare"], "no image of these classes in its train"),
+        (
+            ["--data", "capitals"],
+            "capitals: Train/ holds folders and would be one class; expected splits in small letters",
+        ),
         (["--data", "flat", "--splits", "train", "test"], "flat has no folder of a split"),
         (["--data", "tars"], "--data tars: .tar files without a split"),
         (["--splits", "valid"], "--splits valid: no such split in pictures; there is train, val"),
@@ -713,6 +1060,7 @@ def test_mistakes_are_named_in_one_line(
     Path("empty").mkdir()
     Path("bare/train/dog").mkdir(parents=True)
     Path("flat/dog").mkdir(parents=True)
+    Path("capitals/Train/dog").mkdir(parents=True)
     Path("used").mkdir()
     Path("used/notes.txt").write_text("mine")
     write_shard(Path("tars/0.tar"), [("0", {"png": b""})])

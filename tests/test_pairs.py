@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import webdataset
 from tests.conftest import ROOT
 from tests.shard_maker import NUM_CLASSES, image_bytes, labelled_samples, make_shards, write_shard
 from utils.errors import UserError
-from utils.images import ImageTransform
+from utils.images import OWN_FORMATS, ImageTransform, decode
 from utils.pairs import PairDataset, Row, TypographicDataset, collate_rows, pack_pair_folder, pair_shards, parse_pair
 from utils.shard_sources import expand_shards
 from utils.shards import ShardDataset, eval_loader, index_shards, train_batches
@@ -290,6 +291,45 @@ def test_a_folder_of_named_pictures_becomes_a_shard(tmp_path, monkeypatch):
     index = index_shards([renewed], cache_dir=cache)
     images = [PairDataset(index, TRANSFORM, order="sequential")[0, slot, slot]["rows"][0].image for slot in range(4)]
     assert sum(any(torch.equal(image, item["rows"][0].image) for item in items) for image in images) == 3
+
+
+def test_pictures_of_other_formats_are_taken_and_what_is_not_is_said(tmp_path, caplog):
+    """Extensions were lumped together, and what was not taken went unnamed (pytorch/vision#1580)."""
+    folder, cache = tmp_path / "photos", tmp_path / "cache"
+    (folder / "more").mkdir(parents=True)
+    formats = {"label=a_text=b.jfif": "JPEG", "label=c_text=d.TIFF": "TIFF", "label=e_text=f.bmp": "BMP"}
+    for number, (name, format) in enumerate(formats.items()):
+        (folder / name).write_bytes(image_bytes(number, format=format))
+    for name in ("label=g_text=h.HEIC", "other.png", ".DS_Store"):
+        (folder / name).write_bytes(b"")
+    (folder / "label=i_text=j.png").symlink_to("nowhere")
+    os.mkfifo(folder / "label=k_text=l.png")
+    (shard,) = pair_shards([str(folder)], str(cache))
+    index = index_shards([shard], cache_dir=cache)
+    items = [PairDataset(index, ImageTransform(None, None), order="sequential")[0, slot, slot] for slot in range(3)]
+    assert [item["rows"][0].chosen for item in items] == [f"a photo of a {letter}." for letter in "ace"]
+    for number, (item, format) in enumerate(zip(items, formats.values())):
+        expected = decode(image_bytes(number, format=format), ImageTransform(None, None), OWN_FORMATS)
+        assert torch.equal(item["rows"][0].image, expected)
+    for expected in (
+        "1 .heic files (label=g_text=h.HEIC)",
+        "1 .png files (other.png)",
+        "1 broken links (label=i",
+        "1 folders (more/)",
+    ):
+        assert expected in caplog.text
+    for name in formats:
+        (folder / name).unlink()
+    with pytest.raises(UserError, match=r"none of a format that is read: .*label=g_text=h.HEIC"):
+        pack_pair_folder(folder, str(cache))
+
+
+def test_texts_in_two_unicode_forms_are_one():
+    composed, apart = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    row, _ = parse_pair(None, f"label={apart}_text=dog", "where")
+    assert row.chosen == f"a photo of a {composed}."
+    row, dropped = parse_pair(json.dumps({"chosen": composed, "rejected": [apart, "dog"]}).encode(), "x", "where")
+    assert (row.chosen, row.rejected, dropped) == (composed, ["dog"], 1)
 
 
 def test_other_folders_and_patterns_stay_as_they_are(tmp_path, shards):

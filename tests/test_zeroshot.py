@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from huggingface_hub import errors
 from PIL import Image
 
 from tests.conftest import ROOT
+from tests.shard_maker import write_shard
 from tests.small_models import photos, small_encoder
 from utils.classifiers import LinearClassifier
 from utils.encoders import load_model
@@ -22,6 +24,7 @@ from utils.zeroshot import (
     find_classes,
     imagenet_prompts,
     interpretability_templates,
+    open_set,
     predictions,
     read_classnames,
     read_templates,
@@ -263,3 +266,27 @@ for name in ("clip-benchmark/wds_cifar10", "clip-benchmark/wds_cars"):
         "dataset --local-dir data/wds_cars` where there is internet and give that folder, or "
         "bring everything before, by the same command with --prefetch true where there is internet"
     )
+
+
+def test_sets_whose_lists_differ_are_not_read_by_the_first(tmp_path):
+    """Labels of a second set were read by the names of the first (dmvr#6)."""
+    shards = [write_shard(tmp_path / name / "train/0.tar", [("0", {"png": b""})]) for name in ("a", "b", "c")]
+    for name, names in (("a", "cat\ndog\n"), ("b", "cat\ndog"), ("c/train", "dog\ncat\n")):
+        (tmp_path / name / "classnames.txt").write_text(names)
+    assert find_classes(shards[:2], None, "--train_shards")[0] == ["cat", "dog"]
+    with pytest.raises(UserError, match=r"a/classnames.txt and .*c/train/classnames.txt are not the same"):
+        find_classes(shards, None, "--train_shards")
+    assert find_classes(shards, str(tmp_path / "b/classnames.txt"), "--train_shards")[0] == ["cat", "dog"]
+
+
+def test_names_are_composed_and_two_of_one_name_are_said(tmp_path, caplog):
+    """A list in NFD is that in NFC; ImageNet's own has two pairs, so that it is a warning (CuPL#2)."""
+    composed = unicodedata.normalize("NFC", "café")
+    (tmp_path / "classnames.txt").write_text(f"{unicodedata.normalize('NFD', 'café')}\nhot_dog\nowl\nHot  dog\n")
+    assert read_classnames(tmp_path / "classnames.txt")[0] == composed
+    write_shard(tmp_path / "test/0.tar", [("0", {"png": b"", "cls": b"0"})])
+    options = {"flag": "--data", "with_classes": True, "cache_dir": str(tmp_path / "cache")}
+    open_set([str(tmp_path / "test")], **options)
+    assert "classes 1 'hot_dog' and 3 'Hot  dog' have one name" in caplog.text
+    open_set([str(tmp_path / "test")], classnames="imagenet", **options)
+    assert "836 'sunglasses' and 837 'sunglasses'" in caplog.text

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from utils.class_names import composed
 from utils.images import ImageTransform
 from utils.shards import ShardDataset, ShardIndex, ShardReader, collate
 from utils.skipped import BadSample
@@ -15,7 +16,10 @@ LONGEST_NAME = 200  # characters
 
 
 class AttributeDataset(ShardDataset):
-    """Items and batches of ``ShardDataset`` in order, with ``attribute``: str, in a batch ``attributes``: list[str]."""
+    """Items and batches of ``ShardDataset`` in order, with ``attribute``: str, in a batch ``attributes``: list[str].
+
+    In NFC, with single spaces: two ways to write a word are one group.
+    """
 
     def __init__(self, index: ShardIndex, transform: ImageTransform, *, num_classes: int) -> None:
         super().__init__(index, transform, order="sequential", with_labels=True, num_classes=num_classes)
@@ -34,12 +38,12 @@ class AttributeDataset(ShardDataset):
             attribute = parse_json(members["json"])["attribute"]
         except (ValueError, KeyError, TypeError):
             raise BadSample("bad attribute", where, 'expected {"attribute": "..."} in the .json member') from None
-        if not isinstance(attribute, str) or not attribute:
-            found = "empty" if attribute == "" else f"a {type(attribute).__name__}"
+        if not isinstance(attribute, str) or not attribute.strip():
+            found = "empty" if isinstance(attribute, str) else f"a {type(attribute).__name__}"
             raise BadSample("bad attribute", where, f"attribute is {found}, not a text")
         if len(attribute) > LONGEST_NAME or not attribute.isprintable():  # it names a group in tables
             raise BadSample("bad attribute", where, f"attribute {attribute[:100]!r} is no name")
-        return super().load(reader, shard, sample, epoch) | {"attribute": attribute}
+        return super().load(reader, shard, sample, epoch) | {"attribute": composed(" ".join(attribute.split()))}
 
 
 def collate_attributes(samples: Sequence[dict[str, Any]], *, image_size: tuple[int, int] | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ The strengths were chosen for 224 px. At 32 px the same numbers are harsher than
 
 from __future__ import annotations
 
-import os
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -28,9 +28,12 @@ from utils.attacks import seed_from
 from utils.digests import files_digest, text_digest
 from utils.errors import UserError
 from utils.images import MAX_IMAGE_BYTES, ImageError, ImageTransform, decode
+from utils.picture_folders import LeftOut, describe, entries_of, is_picture, kind_of, leave, subfolders
 from utils.shard_sources import one_line
-from utils.shards import IMAGE_EXTENSIONS, SampleDataset, ShardDataset, ShardIndex, ShardReader
+from utils.shards import SampleDataset, ShardDataset, ShardIndex, ShardReader
 from utils.skipped import BadSample, Skipped
+
+logger = logging.getLogger(__name__)
 
 # fmt: off
 CORRUPTIONS = (
@@ -391,8 +394,7 @@ def _find_severities(folder: Path, name: str) -> Path | None:
 
 
 def _class_folders(path: Path) -> list[str]:
-    with os.scandir(path) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    names = subfolders(path)
     if not names:
         raise UserError(f"{path}: no class folders; expected <class folder>/*.JPEG; unpack the archive again")
     return names
@@ -401,12 +403,16 @@ def _class_folders(path: Path) -> list[str]:
 def _list_images(path: Path) -> FolderImages:
     """By file name: ILSVRC2012_val_... is mixed over the classes, so that the first N images are a fair sample."""
     files = []
+    left_out: LeftOut = {}
     for label, folder in enumerate(_class_folders(path)):
-        with os.scandir(path / folder) as entries:
-            for entry in entries:
-                extension = entry.name.rpartition(".")[2].lower()
-                if extension in IMAGE_EXTENSIONS and not entry.name.startswith(".") and entry.is_file():
-                    files.append((entry.name, folder, label))
+        for entry in entries_of(path / folder):
+            # Before the suffix: a pipe would be waited for without end.
+            if kind_of(entry) == "file" and is_picture(entry.name):
+                files.append((entry.name, folder, label))
+            else:
+                leave(left_out, entry, path)
+    if left_out:
+        logger.warning("%s: not taken: %s", path, describe(left_out))
     if not files:
         raise UserError(f"{path}: no images; expected <class folder>/*.JPEG; unpack the archive again")
     return FolderImages(path, sorted(files))

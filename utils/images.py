@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from utils.errors import UserError
 
@@ -24,11 +25,24 @@ from utils.errors import UserError
 MAX_PIXELS = 89_478_485
 MAX_SIDE = 65_535  # pixels, JPEG's own; the filter of a longer side alone would take 32 bytes a pixel of it
 MAX_OUTPUT_SIDE = 4096  # of what a model takes; they take 224 to 1024
+MAX_PROFILE_BYTES = 1 << 20  # of a colour profile that is kept; the usual ones take 0.5 to 4 KiB
 MAX_IMAGE_BYTES = 256 << 20  # of an encoded image: three bytes for each of MAX_PIXELS, which is no compression at all
 
 # Readers for what image sets hold under .jpg, .jpeg, .png and .webp. Without the list Pillow would try every format it
 # knows on untrusted bytes, down to PostScript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+# Pictures of the user's own, which become shards: these too, and what no shard holds is written as PNG.
+OWN_FORMATS = (*FORMATS, "TIFF", "AVIF")
+
+# Where Pillow keeps what may hold an orientation; a TIFF, which has it among its own tags, it turns by itself.
+NOTES = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
+# EXIF's orientation -> what makes the picture upright.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+TURNED = [UPRIGHT[orientation] for orientation in (5, 6, 7, 8)]  # height and width change places
 
 
 class ImageError(ValueError):
@@ -37,7 +51,10 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """Convert to RGB (transparency onto white), resize, centre crop.
+    """Convert to 8 bits and RGB (transparency onto white), stand upright as EXIF says, resize, centre crop.
+
+    A file is read as the processors read it by its path, and as the library datasets decodes it. Colour profiles and gamma
+    are passed over, as they do.
 
     resize: length of the shorter edge, the longer one keeps the proportions, rounded down; or exactly (height, width);
         or None for no resizing.
@@ -99,18 +116,27 @@ class ImageTransform:
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Pillow image -> uint8 tensor (3, H, W), 0 ... 255."""
+        jpeg = image.format in ("JPEG", "MPO")
+        if not jpeg:
+            image.load()  # the orientation of a PNG may stand behind its pixels
+        turn = _turn(image)
+        width, height = image.size
+        if turn in TURNED:
+            width, height = height, width
         # A draft changes the size, and the proportions by a pixel: the size wanted follows from the original.
-        size = self._resized(*image.size)
+        size = self._resized(width, height)
         if size is not None:
             # Pillow resizes the rows first: between the two passes it holds the new width at the old height.
-            most = size[0] * max(size[1], image.height)
+            most = size[0] * max(size[1], height)
             if most > MAX_PIXELS:
-                raise ImageError(f"{image.width} x {image.height} would take {most} pixels to resize")
+                raise ImageError(f"{width} x {height} would take {most} pixels to resize")
         box = None
-        if self.draft and size is not None and image.format in ("JPEG", "MPO"):
+        if self.draft and size is not None and jpeg and turn is None:
             # The picture's part of what is decoded, which is whole pixels: without it 1201 x 1803 loses 13 dB.
             _, box = image.draft(None, (2 * size[0], 2 * size[1])) or (None, None)
         image = _to_rgb(image)
+        if turn is not None:
+            image = image.transpose(turn)
         if size is not None:
             image = image.resize(size, resample=self.resample, box=box)
         pixels = np.array(image)
@@ -218,7 +244,7 @@ def _convnext_sizes(image_processor: Any) -> tuple[int | tuple[int, int], tuple[
     return int(edge / share), (edge, edge)
 
 
-def decode(data: bytes, transform: ImageTransform) -> torch.Tensor:
+def decode(data: bytes, transform: ImageTransform, formats: tuple[str, ...] = FORMATS) -> torch.Tensor:
     """Encoded image -> uint8 tensor (3, H, W); ImageError for anything but a whole image within the limits above.
 
     The limits are checked on the header, before pixels are decoded. Of an animation the first frame counts. Texts and colour
@@ -227,7 +253,7 @@ def decode(data: bytes, transform: ImageTransform) -> torch.Tensor:
     if len(data) > MAX_IMAGE_BYTES:
         raise ImageError(f"more than {MAX_IMAGE_BYTES >> 20} MiB")
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
             _check_size(*image.size)
             return transform(image)
     except (ImageError, MemoryError):
@@ -237,17 +263,81 @@ def decode(data: bytes, transform: ImageTransform) -> torch.Tensor:
         raise ImageError(" ".join(f"{type(error).__name__}: {error}".split())) from error
 
 
+def known_format(data: bytes) -> str:
+    """jpg, png or webp, the extensions of shards, by the first bytes, whatever a name says; "" for anything else."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "jpg"
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "png"
+    return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else ""
+
+
+def encode(pixels: torch.Tensor, like: bytes, format: str, **options: Any) -> bytes:
+    """uint8 (3, H, W) -> an encoded image, with the RGB colour profile of ``like``, the bytes that the pixels come from.
+
+    A profile of another colour space, such as CMYK, says nothing about RGB and is left out.
+    """
+    with Image.open(io.BytesIO(like), formats=OWN_FORMATS) as image:
+        profile = image.info.get("icc_profile")
+    if profile and profile[16:20] == b"RGB " and len(profile) <= MAX_PROFILE_BYTES:
+        options["icc_profile"] = profile
+    stream = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(stream, format, **options)
+    return stream.getvalue()
+
+
+def as_shard_member(data: bytes) -> tuple[str, bytes]:
+    """Extension and bytes of an image as shards hold it: as it is, or what they have no extension for as PNG of the same
+    pixels. ImageError where that cannot be decoded."""
+    extension = known_format(data)
+    if extension:
+        return extension, data
+    return "png", encode(decode(data, ImageTransform(resize=None, crop=None), OWN_FORMATS), data, "PNG")
+
+
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
         raise ImageError(f"{width} x {height} pixels, at most {MAX_PIXELS} of {MAX_SIDE} a side are decoded")
 
 
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes the picture upright, or None. A note that cannot be read says nothing against the pixels."""
+    if not NOTES & image.info.keys():
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # struct.error, SyntaxError, TypeError and others of Pillow's reader
+        return None
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of 8 bits. Transparency is laid onto white, as the processors do. ImageError for numbers without a known scale."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        image = _eight_bits(image)
+    elif image.mode in ("I", "F"):
+        raise ImageError(
+            f"one {'whole' if image.mode == 'I' else 'floating-point'} number of 32 bits a pixel, of which none says how "
+            "bright it is; save it with 8 or 16 bits"
+        )
+    elif image.mode in ("La", "RGBa"):
+        image = image.convert(image.mode.upper())
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         background = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(background, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits as its high bytes, as Pillow reads colours of 16 bits; Pillow alone would make all above 255 white."""
+    values = np.asarray(image)
+    grey = Image.fromarray((values >> 8).astype(np.uint8))
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def _center_crop(pixels: np.ndarray, height: int, width: int) -> np.ndarray:

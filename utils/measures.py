@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from utils.attacks import Point, attack_seeds, frozen, gaussian_noise, make_points, run_apgd, square
 from utils.attributes import AttributeDataset
+from utils.class_names import same_classes, twins
 from utils.corruptions import CorruptedDataset, PublishedCorruptions
 from utils.distributed import default_num_workers, gather_objects
 from utils.encoders import ImageEncoder, logit_scale
@@ -753,10 +754,10 @@ def measure_fidelity(
 def train_features(
     settings: Any, accelerator: Accelerator, model: Model, data: EvalSet, cell: Cell
 ) -> tuple[Tensor, Tensor]:
-    """image_embeds (N, D) float32 and labels (N,) of the whole --train_split, on the CPU."""
+    """image_embeds (N, D) float32 and labels (N,) of the whole --train_split, on the CPU; its classes found by name."""
     labelled = data.splits[settings.train_split]
     dataset = ShardDataset(
-        labelled.index, model.transform, order="sequential", with_labels=True, num_classes=len(data.classnames)
+        labelled.index, model.transform, order="sequential", with_labels=True, num_classes=len(labelled.classnames)
     )
     cell = cell | {"measure": "features", "attack": settings.train_split}
     positions, embeds, labels = [], [], []
@@ -765,7 +766,9 @@ def train_features(
             positions += batch["positions"].tolist()
             embeds.append(embed_images(model, batch).cpu())
             labels.append(batch["labels"])
-    return tuple(merge_arrays(accelerator, cell, positions, embeds, labels)[1:])
+    features, labels = merge_arrays(accelerator, cell, positions, embeds, labels)[1:]
+    places = same_classes(labelled.classnames, data.classnames)
+    return features, labels if places is None else torch.tensor(places)[labels]
 
 
 # Heads and fairness
@@ -828,6 +831,12 @@ def measure_fairness(
                 attributes.append(batch["attributes"])
         _, images, labels, attributes = merge_arrays(accelerator, job[0], positions, embeds, labels, attributes)
         names = sorted(set(attributes))
+        if accelerator.is_main_process and (groups_of_one := twins(names)):
+            logger.warning(
+                "%s: attributes %s are taken for different groups",
+                job[0]["dataset"],
+                " and ".join(repr(names[place]) for place in groups_of_one[0]),
+            )
         groups = torch.tensor([names.index(attribute) for attribute in attributes])
         if settings.top_k >= len(images):
             raise UserError(

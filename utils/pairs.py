@@ -14,24 +14,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from utils.class_names import composed, fold
 from utils.errors import UserError
-from utils.images import MAX_IMAGE_BYTES, ImageTransform
+from utils.images import MAX_IMAGE_BYTES, ImageError, ImageTransform, as_shard_member
+from utils.picture_folders import LeftOut, describe, entries_of, is_picture, kind_of, leave
 from utils.shard_sources import default_cache_dir, known_path
 from utils.shards import IMAGE_EXTENSIONS, ShardDataset, ShardIndex, ShardReader
 from utils.skipped import BadSample, Skipped
 from utils.strict_json import parse_json
-from utils.typographic import Draws, WordStyle, fold, merge_names, write_word, wrong_words
+from utils.typographic import Draws, WordStyle, merge_names, write_word, wrong_words
+
+logger = logging.getLogger(__name__)
 
 # A batch holds a row of marks over all its texts for each of its pictures.
 MOST_TEXTS, LONGEST_TEXT = 10_000, 10_000  # of a pair, characters
@@ -69,7 +74,7 @@ class TypographicDataset(PreferenceDataset):
     """A labelled set, each image clean and with ``attacks_per_image`` (0 for none) wrong class names written on copies.
 
     The same (seed, epoch, key) always gives the same attack; ``fixed_epoch`` gives every epoch the attacks of one. Classes
-    whose names are equal after case and space folding are one. UserError where fewer than two are left.
+    whose names are equal after folding (``class_names.fold``) are one. UserError where fewer than two are left.
     """
 
     texts: list[str]
@@ -142,7 +147,8 @@ def parse_pair(text: bytes | None, key: str, where: str, lacking: str = "no .jso
         if named is None:
             raise BadSample("missing pair", where, f"{lacking}, and it is not named label=X_text=Y")
         label, written = (
-            NAME_TEMPLATE.replace("{c}", " ".join(named[part].replace("_", " ").split())) for part in ("label", "text")
+            NAME_TEMPLATE.replace("{c}", " ".join(composed(named[part]).replace("_", " ").split()))
+            for part in ("label", "text")
         )
         fields: Any = {"chosen": label, "rejected": [written]}
     else:
@@ -168,6 +174,9 @@ def parse_pair(text: bytes | None, key: str, where: str, lacking: str = "no .jso
         "".join([chosen or "", *rejected, *(candidates or [])]).encode()
     except UnicodeEncodeError:  # no tokenizer takes half a surrogate pair, or a file name that is not UTF-8
         raise BadSample("bad pair", where, "a text is not valid Unicode") from None
+    # Two ways to write é are one text.
+    chosen, rejected = chosen and composed(chosen), list(map(composed, rejected))
+    candidates = None if candidates is None else list(map(composed, candidates))
     if candidates is not None and not candidates:
         raise BadSample("bad pair", where, "candidates: the list is empty; leave it out or name the texts")
     if reg and candidates is None:
@@ -241,23 +250,39 @@ def pair_shards(patterns: Sequence[str], cache_dir: str | None) -> list[str]:
     return [shard or pattern for shard, pattern in zip(packed, patterns)]
 
 
+@lru_cache
+def say_once(text: str) -> None:
+    """A warning; a folder is opened several times in a run."""
+    logger.warning(text)
+
+
 def pack_pair_folder(folder: Path, cache_dir: str | None) -> str | None:
     """A folder of pictures named ``label=X_text=Y.png`` as one shard in the cache; None where it holds no such pictures.
 
-    The shard is made once and again whenever names, sizes or times of the pictures change.
+    The shard is made once and again whenever names, sizes or times of the pictures change. A broken picture stays what it
+    is, a sample that is skipped and counted. What else lies in the folder is named in a warning.
     """
-    pictures = [
-        path
-        for path in sorted(folder.iterdir())
-        if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS and NAMED_PAIR.fullmatch(path.stem) and path.is_file()
-    ]
+    left_out: LeftOut = {}
+    pictures = []
+    for entry in entries_of(folder):
+        path = Path(entry.path)
+        if kind_of(entry) == "file" and is_picture(entry.name) and NAMED_PAIR.fullmatch(path.stem):
+            pictures.append(path)
+        else:
+            leave(left_out, entry, folder)
     if not pictures:
+        if any(NAMED_PAIR.match(path) for paths in left_out.values() for path in paths):
+            raise UserError(
+                f"{folder}: files named label=X_text=Y, but none of a format that is read: {describe(left_out)}"
+            )
         return None
+    if left_out:
+        say_once(f"{folder}: {len(pictures)} pictures named label=X_text=Y; not taken: {describe(left_out)}")
     import webdataset  # here alone: reading shards does not need it
 
     states = [(path.name, path.stat()) for path in pictures]
-    # ctime too: a picture that is replaced may keep its size and its date.
-    listing = [(name, of.st_size, of.st_mtime_ns, of.st_ctime_ns, of.st_ino) for name, of in states]
+    # The 2: pictures of other formats are written anew. ctime too: a picture that is replaced may keep its size and its date.
+    listing = [2, *((name, of.st_size, of.st_mtime_ns, of.st_ctime_ns, of.st_ino) for name, of in states)]
     digest = hashlib.blake2b(json.dumps([str(folder.resolve()), listing]).encode(), digest_size=12).hexdigest()
     shard = Path(cache_dir or default_cache_dir()) / "pair_folders" / f"{folder.resolve().name}-{digest}.tar"
     if not shard.exists():
@@ -267,10 +292,14 @@ def pack_pair_folder(folder: Path, cache_dir: str | None) -> str | None:
             with aside.open("wb") as file, webdataset.TarWriter(file, mtime=0) as writer:
                 for number, path in enumerate(pictures):
                     # A dot in a name would end the sample's key; neighbours of one key (.jpg beside .png) would be one.
-                    key, extension = path.stem.replace(".", " "), path.suffix.lower().lstrip(".")
+                    key = path.stem.replace(".", " ")
                     key = f"{number}/{key}" if key == last_key else key
                     with path.open("rb") as picture:  # one byte too many is one sample that is skipped
                         data = picture.read(MAX_IMAGE_BYTES + 1)
+                    try:
+                        extension, data = as_shard_member(data)
+                    except ImageError:
+                        extension = "png"
                     writer.write({"__key__": key, extension: data})
                     last_key = key
             os.replace(aside, shard)

@@ -19,7 +19,7 @@ LONGEST_PLACE, LONGEST_DETAIL = 1000, 300  # characters
 class Skipped:
     """What was left out. kind: "missing shard", "damaged shard", "empty shard", "joined archives", "unread
     member", "repeated member", "repeated key", "outdated sizes.json" (about whole shards), "undecodable image",
-    "oversized member", "missing image", "missing label", "bad label", "missing pair", "bad pair", "chosen equals rejected", "chosen among
+    "oversized member", "missing image", "missing label", "bad label", "unreadable image", "missing pair", "bad pair", "chosen equals rejected", "chosen among
     rejected" (a notice), "missing attribute", "bad attribute". where: the shard, or shard#sample; never holds a token.
 
     Names and texts of a shard are shown to people: what they hold of control characters is escaped, what is long is cut.

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from utils.class_names import fold
 from utils.cli import nearest
 from utils.errors import UserError
 
@@ -67,11 +68,6 @@ class Draws:
     def between(self, low: float, high: float) -> float:
         """Uniform in [low, high) in steps of 1 / 65536 of the range."""
         return low + (high - low) * self.below(65536) / 65536
-
-
-def fold(name: str) -> str:
-    """What two names must differ in to be different words: case and runs of spaces do not count."""
-    return " ".join(name.split()).casefold()
 
 
 def merge_names(names: Sequence[str]) -> tuple[list[str], list[int]]:

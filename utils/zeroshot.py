@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from utils.attacks import Logits, attack_seeds, frozen, pgd, uniform_start
+from utils.class_names import composed, describe_twins, twins
 from utils.classifiers import LinearClassifier, own_linear_head, read_linear_head
 from utils.encoders import ImageEncoder, TextEncoder, has_text, logit_scale
 from utils.errors import UserError
@@ -27,6 +29,8 @@ from utils.shards import ShardIndex, index_shards
 from utils.text_files import holds_controls, text_lines
 from utils.tokens import fill_up, read_prompts, refuse_equal_texts
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_TEMPLATES = ["a photo of a {c}."]
 IMAGENET = "imagenet"  # --classnames imagenet
 LONGEST_NAME = 1000  # characters; CLIP reads the first 77 tokens
@@ -36,14 +40,15 @@ PROMPTS = Path(__file__).parent / "prompts"
 def read_classnames(path: str | Path, cache_dir: str | None = None) -> list[str]:
     """One class name per line, the line number is the class. Raises ``UserError`` for an absent, empty or odd file.
 
-    A name has at most ``LONGEST_NAME`` characters and no control characters. A line ends where ``text_lines`` says: U+2028 and
-    the like are letters of a name. Spaces around a name and empty lines at the end are no part of it.
+    A name has at most ``LONGEST_NAME`` characters and no control characters, and is given in NFC. A line ends where
+    ``text_lines`` says: U+2028 and the like are letters of a name. Spaces around a name and empty lines at the end are no part
+    of it.
     """
     text = read_text(str(path), cache_dir or default_cache_dir())
     path = display_url(str(path))
     if text is None:
         raise UserError(f"{path}: no such file; expected class names, one per line, line number = class")
-    names = [line.strip() for line in text_lines(text, str(path))]
+    names = [composed(line.strip()) for line in text_lines(text, str(path))]
     while names and not names[-1]:
         names.pop()
     if not names:
@@ -98,20 +103,47 @@ def find_classes(
 ) -> tuple[list[str], list[str]]:
     """Class names and templates of a set: ``classnames`` if given, else the file beside its shards or one folder up.
 
-    ``classnames`` "imagenet" stands for ``imagenet_prompts()``, where there is no file of this name.
+    ``classnames`` "imagenet" stands for ``imagenet_prompts()``, where there is no file of this name. UserError where shards of
+    several folders have lists that differ: a label has one meaning.
     """
     if classnames == IMAGENET and not os.path.isfile(classnames):
         return imagenet_prompts()
-    shard = shards[0] if is_remote(shards[0]) else os.path.abspath(shards[0])
-    folders = (shard, shard.rpartition("/")[0])
-    for path in [classnames] if classnames else [sibling(folder, "classnames.txt") for folder in folders]:
-        if path and (classnames or read_text(path, cache_dir or default_cache_dir()) is not None):
-            templates = sibling(path, "zeroshot_classification_templates.txt")
-            return read_classnames(path, cache_dir), read_templates(templates, cache_dir)
-    raise UserError(
-        f"{flag}: no classnames.txt beside {display_url(shards[0])} or one folder up; put one there (one name per "
-        "line, line number = class) or name one with --classnames (--classnames imagenet: CLIP's names of ImageNet)"
-    )
+    path = classnames or _list_of(shards[0], cache_dir)
+    if path is None:
+        raise UserError(
+            f"{flag}: no classnames.txt beside {display_url(shards[0])} or one folder up; put one there (one name per "
+            "line, line number = class) or name one with --classnames (--classnames imagenet: CLIP's names of ImageNet)"
+        )
+    names = read_classnames(path, cache_dir)
+    if not classnames:
+        one_of_folder = {sibling(shard, "classnames.txt"): shard for shard in reversed(shards)}
+        for other in dict.fromkeys(_list_of(shard, cache_dir) for shard in one_of_folder.values()):
+            if other not in (path, None) and read_classnames(other, cache_dir) != names:
+                raise UserError(
+                    f"{flag}: {display_url(path)} and {display_url(other)} are not the same, so that one label would name two "
+                    "classes; give sets with equal lists, or one list for all with --classnames"
+                )
+    return names, read_templates(sibling(path, "zeroshot_classification_templates.txt"), cache_dir)
+
+
+def _list_of(shard: str, cache_dir: str | None) -> str | None:
+    """The classnames.txt beside a shard, else one folder up, else None."""
+    place = shard if is_remote(shard) else os.path.abspath(shard)
+    for path in (sibling(place, "classnames.txt"), sibling(place.rpartition("/")[0], "classnames.txt")):
+        if path and read_text(path, cache_dir or default_cache_dir()) is not None:
+            return path
+    return None
+
+
+def warn_of_twins(names: Sequence[str], where: str) -> None:
+    """Says where classes have one name, or names that differ in case, spaces or underscores alone: ImageNet has four such."""
+    if groups := twins(names):
+        logger.warning(
+            "%s: %s have one name for a text tower, which can never tell them apart; rename one, unless figures of others "
+            "with these names are compared",
+            where,
+            describe_twins(names, groups),
+        )
 
 
 @dataclass
@@ -136,6 +168,7 @@ def open_set(
     """Finds and counts the shards that a flag names, and reads their class names. Raises ``UserError``."""
     urls = expand_shards(patterns, flag=flag, allow_pipe_urls=allow_pipe_urls, cache_dir=cache_dir)
     names, templates = find_classes(urls, classnames, flag, cache_dir) if with_classes else ([], [])
+    warn_of_twins(names, f"{flag} {display_url(patterns[0])}")
     with RunProgress(f"counting {flag}", len(urls), transient=True) as progress:
         index = index_shards(
             urls,

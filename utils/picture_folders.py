@@ -1,0 +1,134 @@
+"""Folders of pictures on a disk: what in them is a picture or a folder, and an account of all that is not taken."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from utils.errors import UserError
+
+# By the formats of Pillow; what a file is in truth its first bytes say.
+SUFFIXES = {
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".pjpeg", ".pjp", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib",
+    ".tif", ".tiff", ".avif",
+}  # fmt: skip
+# Folders that systems put beside those of people: thumbnails, waste paper, what was found after a crash.
+SYSTEM_FOLDERS = {
+    "@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "__macosx", "__pycache__", "$recycle.bin", "recycler", "lost+found",
+    "system volume information", "found.000",
+}  # fmt: skip
+
+READ_ALREADY = "links to folders that are read already"
+LeftOut = dict[str, list[str]]  # what kind of thing -> paths
+
+
+def is_system(name: str) -> bool:
+    """Whether a folder of this name is hidden, or a system's own."""
+    return name.startswith(".") or name.casefold() in SYSTEM_FOLDERS
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file of this name is taken for a picture."""
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def kind_of(entry: os.DirEntry) -> str:
+    """ "folder", "file", "broken link" or "other", after links: a pipe or a device would be waited for without end."""
+    try:
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file():
+            return "file"
+        return "broken link" if entry.is_symlink() and not os.path.exists(entry.path) else "other"
+    except OSError:  # a link to itself, or into a folder that may not be entered
+        return "broken link"
+
+
+def entries_of(folder: Path) -> list[os.DirEntry]:
+    """What is in a folder, sorted by name. UserError where it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror}); mend it and start again") from None
+
+
+def subfolders(folder: Path, left_out: LeftOut | None = None, root: Path | None = None) -> list[str]:
+    """Names of the folders in ``folder``, sorted, but those of a system; none where it is no folder.
+
+    Everything else in it is added to ``left_out``, as paths from ``root``.
+    """
+    if not folder.is_dir():
+        return []
+    found, around = [], _around(folder)
+    for entry in entries_of(folder):
+        if kind_of(entry) == "folder" and not is_system(entry.name):
+            if not entry.is_symlink() or _identity(Path(entry.path)) not in around:
+                found.append(entry.name)
+            elif left_out is not None:
+                leave(left_out, entry, root or folder, READ_ALREADY)
+        elif left_out is not None:
+            leave(left_out, entry, root or folder)
+    return found
+
+
+def leave(left_out: LeftOut, entry: os.DirEntry, root: Path, kind: str | None = None) -> None:
+    """Adds an entry to what is left out, by the kind of thing that it is."""
+    path, found = os.path.relpath(entry.path, root), kind_of(entry)
+    if kind is None and found == "folder":
+        kind = "hidden folders, or a system's own" if is_system(entry.name) else "folders"
+    elif kind is None and found == "file":
+        suffix = os.path.splitext(entry.name)[1].lower()
+        kind = (
+            "hidden files" if entry.name.startswith(".") else f"{suffix} files" if suffix else "files without a suffix"
+        )
+    elif kind is None:
+        kind = "broken links" if found == "broken link" else "pipes, sockets or devices"
+    left_out.setdefault(kind, []).append(f"{path}/" if found == "folder" else path)
+
+
+def describe(left_out: LeftOut) -> str:
+    """ "7 .heic files (a/1.HEIC, a/2.HEIC, a/3.HEIC, ...), 1 broken links (b/4.jpg)"; "" where nothing is left out."""
+    parts = []
+    for kind, paths in sorted(left_out.items(), key=lambda item: (-len(item[1]), item[0])):
+        more = ", ..." if len(paths) > 3 else ""
+        parts.append(f"{len(paths):,} {kind} ({', '.join(sorted(paths)[:3])}{more})")
+    return ", ".join(parts)
+
+
+def walk(folder: Path, left_out: LeftOut, root: Path) -> Iterator[tuple[Path, list[os.DirEntry]]]:
+    """``folder`` and all folders below it, each with its files and broken links; what is neither goes to ``left_out``.
+
+    Links are followed. No folder is visited twice, nor one that holds ``folder``, so that circles end.
+    """
+    seen = _around(folder)
+    waiting = [folder]
+    while waiting:
+        place = waiting.pop()
+        files, inner = [], []
+        for entry in entries_of(place):
+            kind = kind_of(entry)
+            if kind == "folder" and not is_system(entry.name):
+                identity = _identity(Path(entry.path))
+                if identity in seen:
+                    leave(left_out, entry, root, READ_ALREADY)
+                    continue
+                seen.add(identity)
+                inner.append(Path(entry.path))
+            elif kind in ("file", "broken link") and not entry.name.startswith("."):
+                files.append(entry)
+            else:
+                leave(left_out, entry, root)
+        waiting += reversed(inner)
+        yield place, files
+
+
+def _around(folder: Path) -> set[tuple[int, int]]:
+    """The folder and all that hold it: a link to one of them is a circle."""
+    return {_identity(place) for place in (folder, *folder.absolute().parents, *folder.resolve().parents)}
+
+
+def _identity(place: Path) -> tuple[int, int]:
+    status = place.stat()
+    return status.st_dev, status.st_ino
