@@ -52,7 +52,6 @@ from utils.distributed import (
     from_main_process,
     gather_objects,
     gathered,
-    launched_processes,
     log_row,
     mean_over_processes,
     shard_frozen,
@@ -83,6 +82,7 @@ from utils.lagrangian import (
     primal_lagrangian,
     violation,
 )
+from utils.launcher import launched_processes
 from utils.losses import cross_entropy, kl_divergence, squared_distance
 from utils.memory import print_estimate
 from utils.metrics import (
@@ -234,6 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         report_to=settings.report_to,
         output_dir=settings.output_dir,
         tf32=settings.tf32,
+        compile=settings.compile,
     )
     device, world_size = accelerator.device, accelerator.num_processes
     check_reference_dtype(settings.reference_dtype, compute_dtype(accelerator))

@@ -53,7 +53,6 @@ from utils.distributed import (
     everywhere,
     from_main_process,
     gather_objects,
-    launched_processes,
     log_row,
     mean_over_processes,
     on_every_node,
@@ -82,6 +81,7 @@ from utils.hub import fetch_model, on_this_node
 from utils.images import ImageTransform
 from utils.interruption import StopRequest
 from utils.lagrangian import Multiplier, dual_lagrangian, embedding_margin, primal_lagrangian, violation
+from utils.launcher import launched_processes
 from utils.losses import squared_distance
 from utils.metrics import (
     MetricsFile,
@@ -251,6 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         report_to=settings.report_to,
         output_dir=settings.output_dir,
         tf32=settings.tf32,
+        compile=settings.compile,
     )
     device, world_size = accelerator.device, accelerator.num_processes
     check_reference_dtype(settings.reference_dtype, compute_dtype(accelerator))
