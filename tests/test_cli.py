@@ -180,7 +180,7 @@ def test_a_recipe_and_the_command_line_have_one_grammar(name, tmp_path):
     for text in TEXTS:
         typed = outcome(*given, f"--{name}", text)
         quoted = "'" + text + "'"
-        for written in (text, quoted, json.dumps(text), f"  # why\n  {text}"):
+        for written in (text, quoted):
             assert outcome(*given, recipe=f"{name}: {written}", tmp_path=tmp_path) == typed, text
         assert outcome(*given, f"--{name}={text}") == typed, text
 

@@ -408,7 +408,9 @@ def _check_fields(section: dict[str, Any], prefix: str, where: str, expected: Ma
         name = prefix + key
         rule = DEEPSPEED.get(name)
         within = any(known.startswith(f"{name}.") for known in DEEPSPEED)
-        off = value in (False, None) or (isinstance(value, dict) and str(value.get("enabled")).lower() in FALSE)
+        off = (
+            value is False or value is None or (isinstance(value, dict) and str(value.get("enabled")).lower() in FALSE)
+        )
         if value == "auto" and name not in _AUTO:
             raise UserError(
                 f"{where}: {name}: 'auto' is not filled in here; write a value, as in accelerate_configs/deepspeed/"
