@@ -33,7 +33,7 @@ from utils.classifiers import (
     read_linear_head,
     save_linear_head,
 )
-from utils.cli import flag, parse_settings, required, run
+from utils.cli import flag, launched_rank, parse_settings, required, run
 from utils.corruptions import CORRUPTIONS, KNOWN, SEVERITIES, find_published, require_package
 from utils.distributed import (
     everywhere,
@@ -275,7 +275,7 @@ def check_models(settings: Settings) -> None:
 
 def prefetch(settings: Settings) -> None:
     """Brings models and sets, and says where they are. Under a launcher the first process works alone, the others leave."""
-    if int(os.environ.get("RANK", "0")) > 0:
+    if launched_rank() > 0:
         return
     check_models(settings)
     lines = []

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ from utils.checkpoint import (
     set_aside_later,
     take_output_dir,
 )
-from utils.cli import flag, parse_settings, required, run
+from utils.cli import flag, launched_rank, parse_settings, required, run
 from utils.data_order import TrainBatchSampler
 from utils.data_speed import TimedBatches, measured_workers
 from utils.distributed import (
@@ -683,7 +682,7 @@ def estimate_memory(settings: Settings) -> None:
         config = check_model(name, "--model_name_or_path", ("clip",))
         config.vision_config.projection_dim = config.projection_dim
         model = Path(name).resolve().name if Path(name).exists() else name, config.vision_config
-    if int(os.environ.get("RANK", "0")):
+    if launched_rank():
         return
     print_estimate(
         model,

@@ -261,6 +261,8 @@ def test_the_home_directory_is_meant_unless_something_is_called_so(tmp_path, mon
     (tmp_path / "$HOME").touch()
     assert parse("--model", "m", "--folder", "~/x").folder == "~/x"
     assert parse("--model", "m", "--folder", "$HOME").folder == "$HOME"
+    assert parse("--model", "m", "--folder", "~/{0..3}.tar").folder == "~/{0..3}.tar"
+    assert parse("--model", "m", "--folder", "~/a/*.tar").folder == "/home/me/a/*.tar"
 
 
 PATHS = "output_dir cache_dir classnames linear_head model_name_or_path train_shards eval_shards resume_from_checkpoint data model"

@@ -476,7 +476,10 @@ def with_home(text: str, where: str) -> str:
     A shell does that for a word of its own, but not in a recipe, in quotes or after ``--flag=``. Raises ``UserError`` for
     a user who does not exist, and for a variable of the shell: a folder of that name is what nobody wants.
     """
-    if text[:1] not in ("~", "$") or "\0" in text or os.path.lexists(text):
+    if text[:1] not in ("~", "$") or "\0" in text:
+        return text
+    known = re.split(r"[*?\[{]", text)[0]  # of a pattern the folder in front of it
+    if os.path.lexists(text) or (known != text and os.path.lexists(os.path.dirname(known))):
         return text
     expanded = os.path.expanduser(text)
     if expanded != text:
