@@ -36,7 +36,7 @@ from accelerate.utils import (
 from torch import Tensor, nn
 
 from utils.errors import UserError
-from utils.launcher import check_launch, launched_processes, meet
+from utils.launcher import check_launch, meet
 
 WORKING = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.DEEPSPEED)
 MIXED_PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -67,7 +67,7 @@ def start_accelerator(
     Raises ``UserError`` where the launcher's processes did not become processes of one group, and for settings that an
     accelerate config or the environment cannot ask for here (utils/launcher.py).
     """
-    check_launch(
+    launched = check_launch(  # once: accelerate changes some of its variables
         per_device_batch_size=per_device_batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps,
         max_grad_norm=max_grad_norm,
@@ -111,9 +111,9 @@ def start_accelerator(
             f"the accelerate config asks for DeepSpeed but accelerate chose {accelerator.distributed_type.value}; leave "
             "use_cpu out of the config and ACCELERATE_USE_CPU out of the environment"
         )
-    if accelerator.num_processes != launched_processes():
+    if accelerator.num_processes != launched:
         raise UserError(
-            f"the launcher started {launched_processes()} processes but accelerate formed a group of "
+            f"the launcher started {launched} processes but accelerate formed a group of "
             f"{accelerator.num_processes}: each would train alone; use a config of accelerate_configs/ (cpu_2proc.yaml shows what CPU processes need)"
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:

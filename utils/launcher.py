@@ -237,8 +237,8 @@ def check_launch(
     gradient_accumulation_steps: int | None = None,
     max_grad_norm: float | None = None,
     compile: bool = False,
-) -> None:
-    """Raises ``UserError`` for what the launcher, its config or the environment asks for and these scripts would not do.
+) -> int:
+    """Processes of the run. Raises ``UserError`` for what the launcher, its config or the environment asks for and these scripts would not do.
 
     The arguments are the run's own; None where nothing is trained. What is obeyed is left in the environment as accelerate
     reads it.
@@ -273,6 +273,7 @@ def check_launch(
         )
     if compile:
         _check_compiler()
+    return processes
 
 
 def _said(name: str) -> str:
