@@ -34,7 +34,7 @@ from utils.classifiers import (
     read_linear_head,
     save_linear_head,
 )
-from utils.cli import flag, parse_settings, required, run
+from utils.cli import flag, launched_rank, parse_settings, required, run
 from utils.corruptions import CORRUPTIONS, KNOWN, SEVERITIES, find_published, require_package
 from utils.digests import KIND, files_digest, shards_digest, side_by_side, text_digest
 from utils.distributed import (
@@ -117,14 +117,14 @@ class Settings:
     """Everything that an evaluation can be told."""
 
     # fmt: off
-    model: list[str] = required("Hugging Face ids or local directories: CLIP, or with --classifier encoders without text (DINOv2, CLIP vision models)", group="what", many=True)
-    data: list[str] = required("directories or sets of the hub with classnames.txt and <split>/*.tar, preference pairs, or published corruptions", group="what", many=True)
+    model: list[str] = required("Hugging Face ids or local directories: CLIP, or with --classifier encoders without text (DINOv2, CLIP vision models)", group="what", path=True, many=True)
+    data: list[str] = required("directories or sets of the hub with classnames.txt and <split>/*.tar, preference pairs, or published corruptions", group="what", path=True, many=True)
     split: str = flag("test", "folder of each data set that is read", group="what")
     num_samples: int | None = flag(None, "the first N samples of each set, shards in numeric order (default: all)", group="what", minimum=1)
-    classnames: str | None = flag(None, "file with one class name per line, or imagenet for CLIP's own (default: the set's)", group="what")
+    classnames: str | None = flag(None, "file with one class name per line, or imagenet for CLIP's own (default: the set's)", group="what", path=True)
     measure: list[str] = flag(["accuracy"], "accuracy; interpretability: cosine to 150 descriptions of the true class; fidelity: distance of embeddings to the reference; retention: KL to the reference; fairness: of retrieval and classes between attributes; head_t: everything over the strength of a head", group="what", choices=MEASURES)
     classifier: str = flag("zero_shot", "zero_shot: class names by the text tower; linear_head: a file; linear_probe, knn: learnt from --train_split", group="what", choices=("zero_shot", "linear_head", "linear_probe", "knn"))
-    linear_head: str | None = flag(None, "safetensors with weight (C, D) and maybe bias (C,) for --classifier linear_head (default: the model's own, of DINOv2 saved for image classification)", group="what")
+    linear_head: str | None = flag(None, "safetensors with weight (C, D) and maybe bias (C,) for --classifier linear_head (default: the model's own, of DINOv2 saved for image classification)", group="what", path=True)
     train_split: str = flag("train", "folder from which a linear probe or k-NN learns", group="what")
 
     attack: list[str] = flag(["clean"], "what the images are measured under", group="attack", choices=tuple(ATTACKS))
@@ -140,23 +140,23 @@ class Settings:
     severities: list[int] = flag(list(SEVERITIES), "of the corruptions", group="attack", minimum=1, maximum=5)
     seed: int = flag(0, "of the random starts, the noise and the words", group="attack", minimum=0, maximum=2**32 - 1)
 
-    fonts: list[str] = flag(["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"], "fonts of written words: of matplotlib, Aileron, or .ttf files", group="words")
+    fonts: list[str] = flag(["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"], "fonts of written words: of matplotlib, Aileron, or .ttf files", group="words", path=True)
     word_size_min: float = flag(20.0, "smallest letters, in pixels at an image side of 224", group="words", above=0)
     word_size_max: float = flag(40.0, "largest letters, in the same unit", group="words", above=0)
     word_kind: str = flag("outlined", "coloured letters with an outline, or black on a white label", group="words", choices=KINDS)
     word_place: str = flag("anywhere", "which half of the image words are written in", group="words", choices=PLACES)
 
-    reference_model_name_or_path: str | None = flag(None, "retention, fidelity: the model that the others are compared with", group="measure")
+    reference_model_name_or_path: str | None = flag(None, "retention, fidelity: the model that the others are compared with", group="measure", path=True)
     top_k: int = flag(100, "fairness: K of MaxSkew@K, smaller than the set", group="measure", minimum=1)
     t: list[float] = flag(DEFAULT_TS, "head_t: strengths; 0 and 1 are always among them", group="measure", minimum=-10, maximum=10)
     val_split: str = flag("val", "head_t: folder of the pairs on which the neutral t* is chosen", group="measure")
     query: list[str] = flag([], "texts whose best images on labelled sets are shown in retrieval_<set>.png, model beside model", group="measure")
     task_tolerance: float = flag(0.02, "head_t: how much task accuracy t* may cost on validation data", group="measure", minimum=0, maximum=1)
 
-    output_dir: str = required("report.html, results.json, benchmark.csv, records/ and pictures/ are written here", group="run")
+    output_dir: str = required("report.html, results.json, benchmark.csv, records/ and pictures/ are written here", group="run", path=True)
     batch_size: int = flag(128, "images per process and batch", group="run", minimum=1)
     num_workers: int | None = flag(None, "data workers per process (default: by the CPU cores, at most 8)", group="run", minimum=0)
-    cache_dir: str | None = flag(None, "where shard indexes are kept, and sets of the hub in its hub/ (default: the system's cache, the hub's own)", group="run")
+    cache_dir: str | None = flag(None, "where shard indexes are kept, and sets of the hub in its hub/ (default: the system's cache, the hub's own)", group="run", path=True)
     max_bad_fraction: float = flag(0.01, "share of unreadable samples past which the evaluation stops", group="run", minimum=0, maximum=1)
     prefetch: bool = flag(False, "bring everything that the evaluation needs into the caches, which nodes without internet have to share, and stop; see docs/offline.md", group="run")
     # fmt: on
@@ -328,7 +328,7 @@ def check_models(settings: Settings) -> None:
 
 def prefetch(settings: Settings) -> None:
     """Brings models and sets, and says where they are. Under a launcher the first process works alone, the others leave."""
-    if int(os.environ.get("RANK", "0")) > 0:
+    if launched_rank() > 0:
         return
     check_models(settings)
     lines = []

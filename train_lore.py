@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ from utils.checkpoint import (
     set_aside_later,
     take_output_dir,
 )
-from utils.cli import flag, parse_settings, required, run
+from utils.cli import flag, launched_rank, parse_settings, required, run
 from utils.data_order import TrainBatchSampler
 from utils.data_speed import TimedBatches, measured_workers
 from utils.distributed import (
@@ -52,7 +51,6 @@ from utils.distributed import (
     from_main_process,
     gather_objects,
     gathered,
-    launched_processes,
     log_row,
     mean_over_processes,
     shard_frozen,
@@ -83,6 +81,7 @@ from utils.lagrangian import (
     primal_lagrangian,
     violation,
 )
+from utils.launcher import launched_processes
 from utils.losses import cross_entropy, kl_divergence, squared_distance
 from utils.memory import print_estimate
 from utils.metrics import (
@@ -117,8 +116,8 @@ class Settings:
     """Everything that a run can be told."""
 
     # fmt: off
-    model_name_or_path: str = required("Hugging Face id or local directory: CLIP, SigLIP, DINOv2, or the image half of a CLIP", group="model")
-    reference_model_name_or_path: str | None = flag(None, "frozen reference, for going on from a fine-tuned model (default: the start model)", group="model")
+    model_name_or_path: str = required("Hugging Face id or local directory: CLIP, SigLIP, DINOv2, or the image half of a CLIP", group="model", path=True)
+    reference_model_name_or_path: str | None = flag(None, "frozen reference, for going on from a fine-tuned model (default: the start model)", group="model", path=True)
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward passes: less memory, more time", group="model")
     shard_reference: bool = flag(False, "shard the frozen reference over the processes too (DeepSpeed): for encoders too large to copy", group="model")
     reference_dtype: str = flag("float32", "weights of the reference's blocks; bfloat16 halves them, needs mixed_precision bf16 and changes no embedding", group="model", choices=("float32", "bfloat16"))
@@ -129,14 +128,14 @@ class Settings:
     estimate_processes: int = flag(8, "processes of the run that is estimated", group="memory", minimum=1)
     estimate_precision: str = flag("bf16", "mixed_precision of the run that is estimated", group="memory", choices=("bf16", "fp16", "no"))
 
-    train_shards: list[str] = required("brace-expanded paths, globs, directories, hf:// or https:// URLs of .tar shards", group="data", many=True)
-    eval_shards: list[str] = flag([], "shards with labels for the periodic clean and PGD accuracy (default: no evaluation)", group="data")
+    train_shards: list[str] = required("brace-expanded paths, globs, directories, hf:// or https:// URLs of .tar shards", group="data", path=True, many=True)
+    eval_shards: list[str] = flag([], "shards with labels for the periodic clean and PGD accuracy (default: no evaluation)", group="data", path=True)
     eval_num_samples: int = flag(1000, "the first N images of the evaluation shards", group="data", minimum=1)
-    classnames: str | None = flag(None, "file with one class name per line (default: classnames.txt beside the shards or one folder up)", group="data")
-    linear_head: str | None = flag(None, "safetensors with weight (C, D) and maybe bias (C,): tells classes apart in place of class names, for encoders without text (default: the model's own, where it has one)", group="data")
+    classnames: str | None = flag(None, "file with one class name per line (default: classnames.txt beside the shards or one folder up)", group="data", path=True)
+    linear_head: str | None = flag(None, "safetensors with weight (C, D) and maybe bias (C,): tells classes apart in place of class names, for encoders without text (default: the model's own, where it has one)", group="data", path=True)
     num_workers: int | None = flag(None, "data workers per process (default: measured)", group="data", minimum=0)
     jpeg_draft: bool = flag(False, "decode large JPEGs of the training at reduced size: faster from 896 pixels a side on (for 224), other pixels (about 50 dB)", group="data")
-    cache_dir: str | None = flag(None, "where shards behind URLs and shard indexes are kept (default: the system's cache)", group="data")
+    cache_dir: str | None = flag(None, "where shards behind URLs and shard indexes are kept (default: the system's cache)", group="data", path=True)
     cache_limit_gb: float | None = flag(None, "most that shards behind URLs may take there, in 10^9 bytes (default: no limit)", group="data", above=0)
     max_bad_fraction: float = flag(0.01, "share of unreadable samples past which the run stops", group="data", minimum=0, maximum=1)
     allow_pipe_urls: bool = flag(False, "allow pipe: URLs, which execute shell commands; not in a recipe", group="data", in_recipe=False)
@@ -170,12 +169,12 @@ class Settings:
     max_steps: int | None = flag(None, "steps in all, in place of --epochs; a step is one batch with its K updates", group="optimisation", minimum=1)
     seed: int = flag(0, "of data order, attack starts and multiplier", group="optimisation", minimum=0, maximum=2**32 - 1)
 
-    output_dir: str = required("directory of the run: the trained model, metrics.jsonl, checkpoints/", group="output")
+    output_dir: str = required("directory of the run: the trained model, metrics.jsonl, checkpoints/", group="output", path=True)
     eval_steps: int = flag(500, "steps between evaluations; one more at step 0 and at the end", group="output", minimum=1)
     logging_steps: int = flag(10, "steps between log rows", group="output", minimum=1)
     checkpoint_steps: int = flag(500, "steps between checkpoints, 0 for none", group="output", minimum=0)
     checkpoints_total_limit: int = flag(3, "checkpoints kept, 0 for all", group="output", minimum=0)
-    resume_from_checkpoint: str | None = flag(None, "a checkpoint directory, or latest (starts anew where there is none yet)", group="output")
+    resume_from_checkpoint: str | None = flag(None, "a checkpoint directory, or latest (starts anew where there is none yet)", group="output", path=True)
     keep_best: str | None = flag(None, "eval_accuracy_clean or eval_accuracy_pgd: the model with its highest value is kept in best/", group="output", choices=("eval_accuracy_clean", "eval_accuracy_pgd"))
     report_to: str = flag("tensorboard", "tracker; metrics.jsonl is always written", group="output", choices=("tensorboard", "wandb", "none"))
     # fmt: on
@@ -232,6 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         report_to=settings.report_to,
         output_dir=settings.output_dir,
         tf32=settings.tf32,
+        compile=settings.compile,
     )
     device, world_size = accelerator.device, accelerator.num_processes
     check_reference_dtype(settings.reference_dtype, compute_dtype(accelerator))
@@ -692,7 +692,7 @@ def estimate_memory(settings: Settings) -> None:
         config = check_model(name, "--model_name_or_path", ("clip",))
         config.vision_config.projection_dim = config.projection_dim
         model = Path(name).resolve().name if Path(name).exists() else name, config.vision_config
-    if int(os.environ.get("RANK", "0")):
+    if launched_rank():
         return
     print_estimate(
         model,

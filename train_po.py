@@ -54,7 +54,6 @@ from utils.distributed import (
     everywhere,
     from_main_process,
     gather_objects,
-    launched_processes,
     log_row,
     mean_over_processes,
     on_every_node,
@@ -85,6 +84,7 @@ from utils.hub import fetch_model, on_this_node, refuse_mistyped_paths
 from utils.images import ImageTransform
 from utils.interruption import StopRequest
 from utils.lagrangian import Multiplier, dual_lagrangian, embedding_margin, primal_lagrangian, violation
+from utils.launcher import launched_processes
 from utils.losses import squared_distance
 from utils.metrics import (
     MetricsFile,
@@ -134,8 +134,8 @@ class Settings:
     """Everything that a run can be told."""
 
     # fmt: off
-    model_name_or_path: str = required("Hugging Face id or local directory: CLIP, SigLIP, or another with a text tower", group="model")
-    reference_model_name_or_path: str | None = flag(None, "frozen reference, for going on from a fine-tuned model (default: the start model)", group="model")
+    model_name_or_path: str = required("Hugging Face id or local directory: CLIP, SigLIP, or another with a text tower", group="model", path=True)
+    reference_model_name_or_path: str | None = flag(None, "frozen reference, for going on from a fine-tuned model (default: the start model)", group="model", path=True)
     trainable: str = flag("image", "what is trained: a square matrix on both embeddings, the image tower, or both towers", group="model", choices=TRAINABLE)
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward passes: less memory, more time", group="model")
     shard_reference: bool = flag(False, "shard the frozen reference over the processes too (DeepSpeed): for encoders too large to copy", group="model")
@@ -143,14 +143,14 @@ class Settings:
     compile: bool = flag(False, "torch.compile the image encoders", group="model")
     tf32: bool = flag(False, "NVIDIA GPUs: products that stay float32 run in TF32, the patch embedding excepted; matters with mixed_precision no", group="model")
 
-    train_shards: list[str] = required("brace-expanded paths, globs, directories, hf:// or https:// URLs of .tar shards; with --task pairs also folders of label=X_text=Y pictures", group="data", many=True)
+    train_shards: list[str] = required("brace-expanded paths, globs, directories, hf:// or https:// URLs of .tar shards; with --task pairs also folders of label=X_text=Y pictures", group="data", path=True, many=True)
     task: str = flag("typographic", "write wrong class names on labelled images, or read chosen and rejected texts from .json members", group="data", choices=("typographic", "pairs"))
-    eval_shards: list[str] = flag([], "shards of the same kind for the periodic evaluation (default: none)", group="data")
+    eval_shards: list[str] = flag([], "shards of the same kind for the periodic evaluation (default: none)", group="data", path=True)
     eval_num_samples: int = flag(1000, "the first N samples of the evaluation shards", group="data", minimum=1)
-    classnames: str | None = flag(None, "file with one class name per line (default: classnames.txt beside the shards or one folder up)", group="data")
+    classnames: str | None = flag(None, "file with one class name per line (default: classnames.txt beside the shards or one folder up)", group="data", path=True)
     num_workers: int | None = flag(None, "data workers per process (default: measured)", group="data", minimum=0)
     jpeg_draft: bool = flag(False, "decode large JPEGs of the training at reduced size: faster from 896 pixels a side on (for 224), other pixels (about 50 dB)", group="data")
-    cache_dir: str | None = flag(None, "where shards behind URLs, shard indexes and embeddings are kept (default: the system's cache)", group="data")
+    cache_dir: str | None = flag(None, "where shards behind URLs, shard indexes and embeddings are kept (default: the system's cache)", group="data", path=True)
     cache_limit_gb: float | None = flag(None, "most that shards behind URLs may take there, in 10^9 bytes (default: no limit)", group="data", above=0)
     cache_features: bool = flag(True, "--trainable head: embed every image once and keep the embeddings; false draws new words every epoch", group="data")
     max_bad_fraction: float = flag(0.01, "share of unreadable samples past which the run stops", group="data", minimum=0, maximum=1)
@@ -158,7 +158,7 @@ class Settings:
     prefetch: bool = flag(False, "bring everything that the run needs into the caches and stop: for nodes without internet; shards go to --cache_dir, which those nodes have to share, see docs/offline.md", group="data")
 
     attacks_per_image: int = flag(1, "copies of each image, each with another wrong word", group="words", minimum=1)
-    fonts: list[str] = flag(["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"], "fonts of matplotlib, Aileron, or .ttf files", group="words")
+    fonts: list[str] = flag(["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"], "fonts of matplotlib, Aileron, or .ttf files", group="words", path=True)
     word_size_min: float = flag(20.0, "smallest letters, in pixels at an image side of 224", group="words", above=0)
     word_size_max: float = flag(40.0, "largest letters, in the same unit", group="words", above=0)
     word_kind: str = flag("outlined", "coloured letters with an outline, or black on a white label", group="words", choices=KINDS)
@@ -190,12 +190,12 @@ class Settings:
     weight_average: str = flag("none", "save and evaluate the run's weights averaged with Beta(0.7, 0.7)", group="optimisation", choices=("none", "beta"))
     seed: int = flag(0, "of data order, words and multiplier", group="optimisation", minimum=0, maximum=2**32 - 1)
 
-    output_dir: str = required("directory of the run: the trained model, metrics.jsonl, checkpoints/", group="output")
+    output_dir: str = required("directory of the run: the trained model, metrics.jsonl, checkpoints/", group="output", path=True)
     eval_steps: int = flag(500, "steps between evaluations; one more at step 0 and at the end", group="output", minimum=1)
     logging_steps: int = flag(10, "steps between log rows", group="output", minimum=1)
     checkpoint_steps: int = flag(500, "steps between checkpoints, 0 for none", group="output", minimum=0)
     checkpoints_total_limit: int = flag(3, "checkpoints kept, 0 for all", group="output", minimum=0)
-    resume_from_checkpoint: str | None = flag(None, "a checkpoint directory, or latest (starts anew where there is none yet)", group="output")
+    resume_from_checkpoint: str | None = flag(None, "a checkpoint directory, or latest (starts anew where there is none yet)", group="output", path=True)
     keep_best: str | None = flag(None, "the model with the highest value is kept in best/", group="output", choices=("eval_accuracy_clean", "eval_accuracy_attacked", "eval_pair_accuracy"))
     report_to: str = flag("tensorboard", "tracker; metrics.jsonl is always written", group="output", choices=("tensorboard", "wandb", "none"))
     # fmt: on
@@ -253,6 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         report_to=settings.report_to,
         output_dir=settings.output_dir,
         tf32=settings.tf32,
+        compile=settings.compile,
     )
     device, world_size = accelerator.device, accelerator.num_processes
     check_reference_dtype(settings.reference_dtype, compute_dtype(accelerator))

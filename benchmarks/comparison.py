@@ -37,11 +37,11 @@ class LoreSettings:
     """Flags of every comparison that is made of runs of train_lore.py."""
 
     # fmt: off
-    model: str = required("the model that every run starts from", group="what")
-    data: str = required("labelled set with train/ and test/", group="what")
+    model: str = required("the model that every run starts from", group="what", path=True)
+    data: str = required("labelled set with train/ and test/", group="what", path=True)
     seeds: list[int] = flag([0], "one run of each variant per seed", group="what", minimum=0)
-    output_dir: str = required("runs and evaluations go here; scripts that train alike can share it", group="what")
-    numbers_dir: str | None = flag(None, "what was found goes here, for benchmarks/results.py (default: --output_dir)", group="what")
+    output_dir: str = required("runs and evaluations go here; scripts that train alike can share it", group="what", path=True)
+    numbers_dir: str | None = flag(None, "what was found goes here, for benchmarks/results.py (default: --output_dir)", group="what", path=True)
     numbers_name: str | None = flag(None, "as NAME.json (default: the script's)", group="what")
     batch_size: int = flag(64, "images per step", group="training", minimum=1)
     learning_rate: float = flag(3e-4, "of the encoder, the same for every variant", group="training", minimum=0)

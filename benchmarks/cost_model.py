@@ -53,7 +53,7 @@ class Settings:
     """What is estimated, and with which rates."""
 
     # fmt: off
-    encoders: list[str] = flag(["ViT-L/14", "ViT-H/14"], "image towers", group="run", choices=TOWERS)
+    encoders: list[str] = flag(["ViT-L/14", "ViT-H/14"], "image towers", group="run", path=True, choices=TOWERS)
     gpus: list[int] = flag([8, 64, 512], "numbers of GPUs", group="run", minimum=1)
     samples: int = flag(1_281_167, "images of an epoch (ImageNet's)", group="run", minimum=1)
     epochs: int = flag(2, "passes over them", group="run", minimum=1)
@@ -68,7 +68,7 @@ class Settings:
     device_tflops: float | None = flag(None, "model TFLOP/s that one GPU sustained in whole LORE steps", group="rate of one GPU", above=0)
     matmul_tflops: float | None = flag(None, "bf16 TFLOP/s of its matrix products alone, measured", group="rate of one GPU", above=0)
     utilisations: list[float] = flag([30.0, 50.0], "shares of --matmul_tflops to assume, in per cent", group="rate of one GPU", above=0, maximum=100)
-    measured: str | None = flag(None, "JSON of benchmarks/train_step.py: the fastest LORE row of each tower counts", group="rate of one GPU")
+    measured: str | None = flag(None, "JSON of benchmarks/train_step.py: the fastest LORE row of each tower counts", group="rate of one GPU", path=True)
     float32_tflops: float = flag(67.0, "float32 TFLOP/s without tensor cores (H100's and H200's data sheet)", group="rate of one GPU", above=0)
     memory_gb_s: float = flag(4800.0, "GB/s of its memory (H200's data sheet)", group="rate of one GPU", above=0)
 
@@ -77,8 +77,8 @@ class Settings:
     between_gb_s: float = flag(50.0, "GB/s of a GPU's adapter to other machines (400 Gb/s)", group="network, assumed", above=0)
     latency_us: float = flag(10.0, "microseconds per hop of a collective", group="network, assumed", minimum=0)
 
-    output: str | None = flag(None, "all numbers as JSON", group="output")
-    markdown: str | None = flag(None, "file whose block of tables is replaced", group="output")
+    output: str | None = flag(None, "all numbers as JSON", group="output", path=True)
+    markdown: str | None = flag(None, "file whose block of tables is replaced", group="output", path=True)
     # fmt: on
 
 

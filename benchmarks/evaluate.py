@@ -35,15 +35,15 @@ from utils.zeroshot import open_set, set_classifier, to_pixel_values
 @dataclass
 class Settings:
     # fmt: off
-    model: list[str] = required("CLIP models, say one that is robust and one that is not", group="what", many=True)
-    data: str = required("labelled set with test/", group="what")
+    model: list[str] = required("CLIP models, say one that is robust and one that is not", group="what", path=True, many=True)
+    data: str = required("labelled set with test/", group="what", path=True)
     eps: list[float] = flag([2.0, 4.0], "radii, in 1/255", group="what", above=0, maximum=255)
     num_samples: int = flag(500, "the first N test images", group="what", minimum=1)
     num_steps: int = flag(100, "steps of each run", group="what", minimum=1)
     batch_size: int = flag(128, "images per forward, of both", group="what", minimum=1)
     seed: int = flag(0, "of the starts", group="what", minimum=0)
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device", group="run")
-    output_dir: str = required("table.md is written here", group="run")
+    output_dir: str = required("table.md is written here", group="run", path=True)
     # fmt: on
 
 

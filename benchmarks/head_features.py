@@ -23,9 +23,9 @@ from utils.metrics import MetricsFile
 
 @dataclass
 class Settings:
-    model: str = required("CLIP model", group="what")
-    data: str = required("labelled set with train/", group="what")
-    output_dir: str = required("runs and table.md go here; must not exist yet", group="what")
+    model: str = required("CLIP model", group="what", path=True)
+    data: str = required("labelled set with train/", group="what", path=True)
+    output_dir: str = required("runs and table.md go here; must not exist yet", group="what", path=True)
     batch_size: int = flag(128, "images per step", group="training", minimum=1)
     steps: int = flag(300, "steps on kept embeddings", group="training", minimum=20)
     recomputed_steps: int = flag(10, "steps without them", group="training", minimum=1)

@@ -48,16 +48,16 @@ WARM_UP = 2  # rounds that are not counted
 class Settings:
     # fmt: off
     image_sizes: list[str] = flag(["32x32", "64x64", "500x375", "2048x1536"], "width x height of the images that are made", group="data")
-    data: str | None = flag(None, "a directory of .tar shards to read in place of made images", group="data")
+    data: str | None = flag(None, "a directory of .tar shards to read in place of made images", group="data", path=True)
     seed: int = flag(0, "of the images", group="data", minimum=0)
     num_images: int = flag(32, "images of each size", group="measure", minimum=1)
     batch_size: int = flag(16, "images per batch", group="measure", minimum=1)
     rounds: int = flag(7, "rounds; the table shows medians", group="measure", minimum=1)
     seconds: float = flag(4.0, "of reading with each number of workers, after their start; the fastest of three such readings counts", group="measure", above=0)
     workers: list[int] = flag([0, 1, 2], "numbers of data workers", group="measure", minimum=0)
-    model: str = flag("examples/reading_clip", "CLIP that train_lore.py trains here", group="training")
+    model: str = flag("examples/reading_clip", "CLIP that train_lore.py trains here", group="training", path=True)
     train_steps: int = flag(20, "steps of each training run, 0 for none; the first half is not counted", group="training", minimum=0)
-    output_dir: str = required("made images, runs, results.json and table.md; must not exist yet", group="output")
+    output_dir: str = required("made images, runs, results.json and table.md; must not exist yet", group="output", path=True)
     # fmt: on
 
 

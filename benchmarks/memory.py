@@ -43,7 +43,7 @@ TEXT_TOWERS = {"B": (512, 12, 8), "L": (768, 12, 12), "H": (1024, 24, 16), "b": 
 class Settings:
     # fmt: off
     models: list[str] = flag(["ViT-B/32", "ViT-L/14"], "image towers", group="what", choices=TOWERS)
-    output_dir: str = required("models and runs go here, table.md stays; must not exist yet", group="what")
+    output_dir: str = required("models and runs go here, table.md stays; must not exist yet", group="what", path=True)
     batch_size: int = flag(4, "images per step", group="step", minimum=1)
     gradient_checkpointing: list[str] = flag(["false", "true"], "without, with, or both", group="step", choices=("false", "true"))
     optimizer: str = flag("adamw", "of the encoder", group="step", choices=("adamw", "adamw_8bit"))

@@ -48,9 +48,9 @@ KEYS = ["original", "typographic", "follows", "kl"]
 @dataclass
 class Settings(compare_preferences.Settings):
     # fmt: off
-    numbers_dir: str | None = flag(None, "what was found goes here, for benchmarks/results.py (default: --output_dir)", group="what")
+    numbers_dir: str | None = flag(None, "what was found goes here, for benchmarks/results.py (default: --output_dir)", group="what", path=True)
     numbers_name: str | None = flag(None, "as NAME.json (default: the script's)", group="what")
-    pairs: str | None = flag(None, "preference pairs with train/, val/ and test/, for the head (default: no head)", group="what")
+    pairs: str | None = flag(None, "preference pairs with train/, val/ and test/, for the head (default: no head)", group="what", path=True)
     beta_factors: list[float] = flag([0.1, 0.3, 3.0], "multiples of beta", group="curves", above=0)
     reg_factors: list[float] = flag([0.0, 0.3, 3.0], "multiples of the weight of the KL", group="curves", minimum=0)
     head_beta: float = flag(0.05, "beta of the head", group="head", above=0)

@@ -45,8 +45,8 @@ ELSEWHERE = [
 
 @dataclass
 class Settings:
-    numbers_dir: str = required("directory of what the scripts left", group="what")
-    page: str = required("Markdown file to fill or to make", group="what")
+    numbers_dir: str = required("directory of what the scripts left", group="what", path=True)
+    page: str = required("Markdown file to fill or to make", group="what", path=True)
     title: str = flag("Results", "heading of a page that is made", group="what")
 
 

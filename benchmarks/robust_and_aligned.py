@@ -53,11 +53,11 @@ MARKERS = ["*", "o", "s", "D", "^", "v", "<", ">"]  # of the start model and the
 @dataclass
 class Settings:
     # fmt: off
-    model: str = required("the model that everything starts from; one that can read", group="what")
-    data: str = required("labelled set: train/ is trained on, test/ is evaluated on", group="what")
+    model: str = required("the model that everything starts from; one that can read", group="what", path=True)
+    data: str = required("labelled set: train/ is trained on, test/ is evaluated on", group="what", path=True)
     methods: list[str] = flag(list(METHODS), "which runs; the first stage that a method needs is made in any case", group="what", choices=tuple(METHODS))
     seeds: list[int] = flag([0], "one run of each method per seed", group="what", minimum=0)
-    output_dir: str = required("runs, evaluation, table.md and scatter.png go here", group="what")
+    output_dir: str = required("runs, evaluation, table.md and scatter.png go here", group="what", path=True)
 
     batch_size: int = flag(64, "images per step", group="training", minimum=1)
     eps: float = flag(4.0, "LORE: radius of the training attack, in 1/255", group="training", above=0, maximum=255)
@@ -72,14 +72,14 @@ class Settings:
     head_learning_rate: float = flag(1e-2, "PO: of the head", group="training", minimum=0)
     po_rho: float = flag(0.05, "PO + l2: tolerance of the constraint, from the model that the stage starts from", group="training", minimum=0)
     po_dual_learning_rate: float = flag(1e-3, "PO + l2: of the multiplier", group="training", minimum=0)
-    fonts: list[str] = flag(["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"], "of the words trained on", group="training")
+    fonts: list[str] = flag(["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"], "of the words trained on", group="training", path=True)
     word_size_min: float = flag(40.0, "letters, in pixels at an image side of 224", group="training", above=0)
     word_size_max: float = flag(60.0, "in the same unit", group="training", above=0)
     word_place: str = flag("bottom", "of all words", group="training", choices=PLACES)
     word_kind: str = flag("label", "of all words", group="training", choices=KINDS)
 
     eval_eps: list[float] = flag([4.0], "radii of APGD, in 1/255", group="evaluation", above=0, maximum=255)
-    eval_fonts: list[str] = flag(["Aileron", "cmr10", "cmtt10"], "of the words evaluated on", group="evaluation")
+    eval_fonts: list[str] = flag(["Aileron", "cmr10", "cmtt10"], "of the words evaluated on", group="evaluation", path=True)
     apgd_steps: int = flag(100, "steps of each run of APGD", group="evaluation", minimum=1)
     num_samples: int | None = flag(None, "test images (default: all)", group="evaluation", minimum=1)
     jobs: int = flag(1, "runs at a time, one thread each where more than one; then processes of the evaluation", group="run", minimum=1)

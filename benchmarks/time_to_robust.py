@@ -49,8 +49,8 @@ METHODS = {  # name -> folder, flags of train_lore.py
 @dataclass
 class Settings:
     # fmt: off
-    model: str = required("the model that every run starts from", group="what")
-    data: str = required("labelled set with train/ and test/", group="what")
+    model: str = required("the model that every run starts from", group="what", path=True)
+    data: str = required("labelled set with train/ and test/", group="what", path=True)
     target: float = flag(0.25, "accuracy under APGD to reach", group="what", minimum=0, maximum=1)
     eval_eps: float = flag(2.0, "radius of APGD, in 1/255", group="what", above=0, maximum=255)
     num_samples: int = flag(300, "the first N test images", group="what", minimum=1)
@@ -63,7 +63,7 @@ class Settings:
     precision: str = flag("bf16", "of this project's runs", group="training", choices=("bf16", "no"))
     compile: bool = flag(True, "compile this project's runs", group="training")
     seed: int = flag(0, "of data order and attack starts", group="training", minimum=0)
-    output_dir: str = required("runs, evaluations and table.md go here", group="run")
+    output_dir: str = required("runs, evaluations and table.md go here", group="run", path=True)
     # fmt: on
 
 

@@ -73,8 +73,8 @@ MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.2757
 @dataclass
 class Settings:
     # fmt: off
-    encoders: list[str] = flag(["small", "ViT-B/32"], f"small, {', '.join(TOWERS)}, or directories of CLIP models", group="what")
-    data: str | None = flag(None, "shards of images (default: noise)", group="what")
+    encoders: list[str] = flag(["small", "ViT-B/32"], f"small, {', '.join(TOWERS)}, or directories of CLIP models", group="what", path=True)
+    data: str | None = flag(None, "shards of images (default: noise)", group="what", path=True)
     batch_size: list[int] = flag([128, 32], "images per step: one number, or one for each encoder", group="what", minimum=1)
     methods: list[str] = flag(list(METHODS), "what a step is of", group="what", choices=METHODS)
     variants: list[str] = flag([], "only these, by their first words (default: all)", group="what")
@@ -85,7 +85,7 @@ class Settings:
     seed: int = flag(0, "of weights, images and starts", group="run", minimum=0)
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device", group="run")
     trainer: bool = flag(True, "the last row, of the trainer itself", group="run")
-    output_dir: str = required("results.json and table.md are written here", group="run")
+    output_dir: str = required("results.json and table.md are written here", group="run", path=True)
     # fmt: on
 
 

@@ -48,8 +48,8 @@ PROBE = "{} (probe)"
 @dataclass
 class Settings(LoreSettings):
     # fmt: off
-    zero_shot_data: list[str] = flag([], "labelled sets whose test/ is classified by class names (default: --data)", group="what")
-    probe_data: list[str] = flag([], "labelled sets whose test/ is halved for a linear probe", group="what")
+    zero_shot_data: list[str] = flag([], "labelled sets whose test/ is classified by class names (default: --data)", group="what", path=True)
+    probe_data: list[str] = flag([], "labelled sets whose test/ is halved for a linear probe", group="what", path=True)
     eps: float = flag(4.0, "radius of the training attack, in 1/255", group="training", above=0, maximum=255)
     rhos: list[float] = flag([0.05, 0.02], "LORE's tolerances", group="training", minimum=0)
     steps: int = flag(100, "training steps", group="training", minimum=1)

@@ -27,9 +27,9 @@ class Settings:
     """What is counted."""
 
     # fmt: off
-    model: str = required("CLIP model to train", group="runs")
-    data: str = required("data set with train/", group="runs")
-    output_dir: str = required("directory for runs and counts", group="runs")
+    model: str = required("CLIP model to train", group="runs", path=True)
+    data: str = required("data set with train/", group="runs", path=True)
+    output_dir: str = required("directory for runs and counts", group="runs", path=True)
     attack_steps: int = flag(10, "PGD steps", group="runs", minimum=1)
     primal_steps: int = flag(5, "K", group="runs", minimum=1)
     steps: int = flag(4, "training steps; the first two, in which DeepSpeed learns the order of the layers, and the last are not counted", group="runs", minimum=4)

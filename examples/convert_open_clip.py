@@ -81,15 +81,15 @@ State = dict[str, Tensor]
 class Settings:
     # fmt: off
     to: str = required("transformers or open_clip: the layout that is written", group="conversion")
-    input: str = required("to transformers: a state dict of open_clip, or a folder with one; to open_clip: a directory that from_pretrained loads", group="conversion")
-    output_dir: str = required("where the model goes", group="conversion")
+    input: str = required("to transformers: a state dict of open_clip, or a folder with one; to open_clip: a directory that from_pretrained loads", group="conversion", path=True)
+    output_dir: str = required("where the model goes", group="conversion", path=True)
     activation: str | None = flag(None, "to transformers: quick_gelu (OpenAI's weights, and names with -quickgelu) or gelu (LAION's and most others)", group="open_clip to transformers", choices=("quick_gelu", "gelu"))
     vision_heads: int | None = flag(None, "attention heads of the image tower (default: width / 64; 16 for widths 1280, 1408, 1664, 1792)", group="open_clip to transformers", minimum=1)
     text_heads: int | None = flag(None, "attention heads of the text tower (default: width / 64)", group="open_clip to transformers", minimum=1)
     image_size: int | None = flag(None, "side of the images in pixels, for a ConvNeXt; a ViT's follows from its weights", group="open_clip to transformers", minimum=1)
     image_mean: list[float] = flag([], "of the normalisation, three numbers (default: OpenAI's)", group="open_clip to transformers")
     image_std: list[float] = flag([], "of the normalisation, three numbers (default: OpenAI's)", group="open_clip to transformers")
-    tokenizer: str = flag("openai/clip-vit-base-patch32", "Hugging Face id or directory that the tokenizer is taken from", group="open_clip to transformers")
+    tokenizer: str = flag("openai/clip-vit-base-patch32", "Hugging Face id or directory that the tokenizer is taken from", group="open_clip to transformers", path=True)
     custom_text: bool = flag(False, "to open_clip: put the text tower under text., as open_clip's CustomTextCLIP has it", group="transformers to open_clip")
     # fmt: on
 

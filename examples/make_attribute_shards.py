@@ -60,7 +60,7 @@ VAL_SHARE, TEST_SHARE = 0.15, 0.25
 
 @dataclass
 class Settings:
-    output_dir: str = required("where the three sets go", group="output")
+    output_dir: str = required("where the three sets go", group="output", path=True)
     image_size: int = flag(64, "side of the images, in pixels", group="images", minimum=8)
     caption_bias: float = flag(
         0.8,

@@ -43,7 +43,7 @@ TEST_SHARE = 0.2
 
 @dataclass
 class Settings:
-    output_dir: str = required("where the set goes: train/*.tar, test/*.tar, classnames.txt", group="output")
+    output_dir: str = required("where the set goes: train/*.tar, test/*.tar, classnames.txt", group="output", path=True)
     image_size: int = flag(32, "side of the images, in pixels", group="images", minimum=8)
     colour: bool = flag(True, "random background and ink; false for white on black", group="images")
     samples_per_shard: int = flag(180, "samples per .tar", group="output", minimum=1)

@@ -94,24 +94,24 @@ NOT_IN_PLAN = {"data", "splits", "classes", "classnames", "templates", "cache_di
 @dataclass
 class Settings:
     # fmt: off
-    data: str = required("an image folder, a set of shards, a saved Hugging Face dataset, .parquet files, or a dataset's name on the hub", group="data")
+    data: str = required("an image folder, a set of shards, a saved Hugging Face dataset, .parquet files, or a dataset's name on the hub", group="data", path=True)
     splits: list[str] | None = flag(None, "splits to take, as NAME or NAME=NEW_NAME; default those that are there; of a folder of classes alone, the one split that it becomes", group="data")
     labelled: bool = flag(True, "write the class of each image; false: all images below a split's folder, and no classes", group="data")
     dataset_config: str | None = flag(None, "configuration of a dataset on the hub that has several", group="data")
     image_column: str | None = flag(None, "of a Hugging Face dataset (default: its only column of images)", group="data")
     label_column: str | None = flag(None, "of a Hugging Face dataset (default: its only column of class labels, or the one named label)", group="data")
     caption_column: str | None = flag(None, "of a Hugging Face dataset: texts to be written as .txt", group="data")
-    cache_dir: str | None = flag(None, "where indexes of shards, and what the library datasets prepares, are kept (default: the user's caches)", group="data")
+    cache_dir: str | None = flag(None, "where indexes of shards, and what the library datasets prepares, are kept (default: the user's caches)", group="data", path=True)
 
-    classes: list[str] | None = flag(None, "classes to take, in the order of the new labels: names, folders or ImageNet's WordNet ids, or one file with one a line (default: all)", group="classes")
-    classnames: str | None = flag(None, "file with a name per class of --data, in the order of its labels, or imagenet for CLIP's names of the 1000 classes (default: that where all classes are WordNet ids of ImageNet's, else the set's own names or the folders', underscores as spaces)", group="classes")
-    templates: str | None = flag(None, "file of prompt templates to be put beside the names, or imagenet for CLIP's 80 (default: the set's own; imagenet where the names are)", group="classes")
+    classes: list[str] | None = flag(None, "classes to take, in the order of the new labels: names, folders or ImageNet's WordNet ids, or one file with one a line (default: all)", group="classes", path=True)
+    classnames: str | None = flag(None, "file with a name per class of --data, in the order of its labels, or imagenet for CLIP's names of the 1000 classes (default: that where all classes are WordNet ids of ImageNet's, else the set's own names or the folders', underscores as spaces)", group="classes", path=True)
+    templates: str | None = flag(None, "file of prompt templates to be put beside the names, or imagenet for CLIP's 80 (default: the set's own; imagenet where the names are)", group="classes", path=True)
 
     verify: bool = flag(True, "decode every image fully once", group="images")
     image_size: int | None = flag(None, f"make the shorter edge of larger images so many pixels long, bicubic, JPEG of quality {JPEG_QUALITY} (default: bytes stay as they are)", group="images", minimum=1, maximum=4096)
     max_bad_fraction: float = flag(0.01, "share of images left out past which the script stops", group="images", minimum=0, maximum=1)
 
-    output_dir: str = required("where the set goes; the same flags go on with an interrupted one", group="output")
+    output_dir: str = required("where the set goes; the same flags go on with an interrupted one", group="output", path=True)
     samples_per_shard: int = flag(1000, "samples per .tar", group="output", minimum=1)
     shuffle: str = flag("train", "splits whose samples are shuffled over their shards; others keep the order", group="output", choices=("train", "all", "none"))
     test_fraction: float = flag(0.0, "share of each class that a set without a test split gives up for one, at most 0.9; what is drawn depends on --seed alone", group="output", minimum=0, maximum=0.9)

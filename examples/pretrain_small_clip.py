@@ -55,11 +55,17 @@ class Settings:
     train_data: list[str] = required(
         "set directories: classnames.txt, train/*.tar and, for the accuracy, test/*.tar; several are learnt as one",
         group="data",
+        path=True,
     )
     image_size: int = flag(32, "side of the images, in pixels", group="data", minimum=8)
-    classnames: str | None = flag(None, "class names, one per line; default classnames.txt of the set", group="data")
+    classnames: str | None = flag(
+        None, "class names, one per line; default classnames.txt of the set", group="data", path=True
+    )
     templates: str | None = flag(
-        None, "templates, one per line, {c} the class name; default the set's, else 'a photo of a {c}.'", group="data"
+        None,
+        "templates, one per line, {c} the class name; default the set's, else 'a photo of a {c}.'",
+        group="data",
+        path=True,
     )
     train_num_samples: int | None = flag(
         None, "use the first N training images of each set; default all", group="data", minimum=1
@@ -68,10 +74,12 @@ class Settings:
     max_bad_fraction: float = flag(
         0.01, "share of unusable samples at which the run stops", group="data", minimum=0, maximum=1
     )
-    cache_dir: str | None = flag(None, "where indexes of shards are kept; default the user's cache", group="data")
+    cache_dir: str | None = flag(
+        None, "where indexes of shards are kept; default the user's cache", group="data", path=True
+    )
 
     start_from: str | None = flag(
-        None, "go on from this model, its sizes and its tokenizer; default random weights", group="model"
+        None, "go on from this model, its sizes and its tokenizer; default random weights", group="model", path=True
     )
     patch_size: int = flag(8, "side of the patches, in pixels", group="model", minimum=1)
     hidden_size: int = flag(128, "width of the image tower", group="model", minimum=1)
@@ -103,6 +111,7 @@ class Settings:
         None,
         "file with the word to print for each class, an empty line for none; default the class names",
         group="words",
+        path=True,
     )
     words_per_step: int = flag(64, "pictures of words per step", group="words", minimum=1)
     words_on_images: float = flag(
@@ -113,7 +122,10 @@ class Settings:
         maximum=1,
     )
     fonts: list[str] = flag(
-        ["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"], "fonts of matplotlib, Aileron, or .ttf files", group="words"
+        ["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"],
+        "fonts of matplotlib, Aileron, or .ttf files",
+        group="words",
+        path=True,
     )
     word_size_min: float = flag(40.0, "smallest letters, in pixels at an image side of 224", group="words", above=0)
     word_size_max: float = flag(60.0, "largest letters, in the same unit", group="words", above=0)
@@ -123,7 +135,7 @@ class Settings:
     flip: bool = flag(True, "mirror images at random; false for digits and letters", group="training")
     seed: int = flag(0, "of weights, order, crops and templates", group="training", minimum=0)
 
-    output_dir: str = required("where the model goes", group="output")
+    output_dir: str = required("where the model goes", group="output", path=True)
     overwrite: bool = flag(False, "write into a non-empty output_dir", group="output")
     eval_epochs: int = flag(5, "test accuracy after every N epochs, and at the end", group="output", minimum=1)
     logging_steps: int = flag(50, "a row in metrics.jsonl every N steps", group="output", minimum=1)

@@ -49,8 +49,8 @@ PICTURES = 6  # rows of predictions.png
 @dataclass
 class Settings:
     # fmt: off
-    model: list[str] = required("directories (or Hugging Face ids): CLIP, CLIP vision models, DINOv2", group="what", many=True)
-    output_dir: str = required("results.json and predictions.png go there", group="what")
+    model: list[str] = required("directories (or Hugging Face ids): CLIP, CLIP vision models, DINOv2", group="what", path=True, many=True)
+    output_dir: str = required("results.json and predictions.png go there", group="what", path=True)
     num_train: int = flag(1000, "images that the head learns from", group="data", minimum=1)
     num_test: int = flag(200, "images that are measured", group="data", minimum=1)
     seed: int = flag(0, "of the images, the head's batches and the attack's starts", group="data", minimum=0)

@@ -22,9 +22,9 @@ from utils.head import HEAD_FILE, load_head, set_head_t, warn_of_condition
 
 @dataclass
 class Settings:
-    model: str = required("directory with a model and its head.safetensors", group="model")
+    model: str = required("directory with a model and its head.safetensors", group="model", path=True)
     t: float = flag(1.0, "strength: 1 as trained, 0 the original", group="model", minimum=-10, maximum=10)
-    output_dir: str = required("where the model goes", group="output")
+    output_dir: str = required("where the model goes", group="output", path=True)
 
 
 def main() -> None:

@@ -44,9 +44,11 @@ TOWER = re.compile(r"(?:^|\.)vision_tower\.(?:vision_model\.)?(.+)$")
 
 @dataclass
 class Settings:
-    llava: str = required("directory of a LLaVA or LLaVA-NeXT model, with safetensors", group="models")
-    model: str = required("directory (or Hugging Face id) of the CLIP whose image tower goes in", group="models")
-    output_dir: str = required("where the new LLaVA goes", group="output")
+    llava: str = required("directory of a LLaVA or LLaVA-NeXT model, with safetensors", group="models", path=True)
+    model: str = required(
+        "directory (or Hugging Face id) of the CLIP whose image tower goes in", group="models", path=True
+    )
+    output_dir: str = required("where the new LLaVA goes", group="output", path=True)
     hard_links: bool = flag(
         False, "link the files without a part of the tower, in place of copying: no space, but shared", group="output"
     )

@@ -28,18 +28,18 @@ IMAGES_PER_ROW = 4
 @dataclass
 class Settings:
     # fmt: off
-    data: str = required("set directory: classnames.txt and <split>/*.tar", group="data")
+    data: str = required("set directory: classnames.txt and <split>/*.tar", group="data", path=True)
     split: str = flag("test", "folder of the shards", group="data")
     num_images: int = flag(24, "images, drawn from the whole split", group="data", minimum=1)
     image_size: int = flag(64, "side of the images, in pixels", group="data", minimum=8)
-    cache_dir: str | None = flag(None, "where indexes of shards are kept (default: the system's cache)", group="data")
-    fonts: list[str] = flag(["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"], "fonts of matplotlib, Aileron, or .ttf files", group="words")
+    cache_dir: str | None = flag(None, "where indexes of shards are kept (default: the system's cache)", group="data", path=True)
+    fonts: list[str] = flag(["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"], "fonts of matplotlib, Aileron, or .ttf files", group="words", path=True)
     word_size_min: float = flag(20.0, "smallest letters, in pixels at an image side of 224", group="words", above=0)
     word_size_max: float = flag(40.0, "largest letters, in the same unit", group="words", above=0)
     word_kind: str = flag("outlined", "coloured letters with an outline, or black on a white label", group="words", choices=KINDS)
     word_place: str = flag("anywhere", "which half of the image words are written in", group="words", choices=PLACES)
     seed: int = flag(0, "of the images and the words", group="words", minimum=0)
-    output: str = required("the sheet, a .png", group="output")
+    output: str = required("the sheet, a .png", group="output", path=True)
     # fmt: on
 
 

@@ -24,8 +24,8 @@ from utils.images import ImageError, ImageTransform, decode
 
 @dataclass
 class Settings:
-    model: str = required("directory (or Hugging Face id) of a CLIP", group="what")
-    image: str = required("a picture", group="what")
+    model: str = required("directory (or Hugging Face id) of a CLIP", group="what", path=True)
+    image: str = required("a picture", group="what", path=True)
     labels: list[str] = required("what may be on it", group="what", many=True)
     template: str = flag("a photo of a {c}.", "text of a label, {c} its place", group="what")
 

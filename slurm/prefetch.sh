@@ -17,4 +17,7 @@ if [ -z "${CACHE_DIR:-}" ] && [[ "${arguments[*]} $* $in_recipe" == *://* ]]; th
     "same for this and for sbatch, as in: export CACHE_DIR=\$SCRATCH/shards" >&2
   exit 2
 fi
-HF_HUB_OFFLINE=0 python "$trainer" --output_dir runs/prefetch "${arguments[@]}" --cache_dir "$cache_dir" "$@" --prefetch true
+add_flags --output_dir runs/prefetch "${arguments[@]}" --cache_dir "$cache_dir"
+add_flags "$@"
+add_flags --prefetch true
+HF_HUB_OFFLINE=0 python "$trainer" "${merged[@]}"

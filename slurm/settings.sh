@@ -38,6 +38,21 @@ last_value() {
   echo "$value"
 }
 
+# add_flags <flags>...: adds them to `merged`. A flag that is there already is replaced with all its values: the scripts
+# refuse one that is given twice, and join the values of one that takes many.
+merged=()
+add_flags() {
+  local word named=" " kept=() keep=1
+  for word in "$@"; do
+    case $word in --*) named+="${word%%=*} " ;; esac
+  done
+  for word in "${merged[@]}"; do
+    case $word in --*) case $named in *" ${word%%=*} "*) keep= ;; *) keep=1 ;; esac ;; esac
+    [ -z "$keep" ] || kept+=("$word")
+  done
+  merged=("${kept[@]}" "$@")
+}
+
 # 5. A recipe of the command line says what is trained on what, so nothing of 2. may win over it. The trainer is the one
 # that its first line names, as in "# train_po.py: DPO ...".
 recipe=$(last_value --config "" "$@")

@@ -67,6 +67,21 @@ def flags(settings: dict[str, object]) -> list[str]:
     return words
 
 
+def later_wins(*commands: list[str]) -> list[str]:
+    """Flags of several layers as one command: a layer replaces the flags that it names, with all their values."""
+    merged: dict[str, list[str]] = {}
+    for command in commands:
+        own: dict[str, list[str]] = {}
+        for word in command:
+            if word.startswith("--"):
+                name = word.partition("=")[0]
+                own.setdefault(name, []).append(word)
+            else:
+                own[name].append(word)
+        merged |= own
+    return [word for words in merged.values() for word in words]
+
+
 def two_processes() -> tuple[str, ...]:
     """torchrun with two processes on this machine."""
     return (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}")

@@ -1,12 +1,18 @@
 import dataclasses
+import json
+import shlex
 import signal
 
 import pytest
 
+import evaluate
 import train_lore
+import train_po
 from tests.conftest import ROOT, run_script
+from utils.checkpoint import refuse_changed_settings
 from utils.cli import flag, parse_settings, required
 from utils.errors import UserError
+from utils.model_card import command_line
 
 
 @dataclasses.dataclass
@@ -19,6 +25,9 @@ class Settings:
     compile: bool = flag(False, "compile", group="b")
     objective: str = flag("embedding", "objective", group="b", choices=("embedding", "tecoa"))
     estimate: bool = flag(False, "estimate", group="b", waives_required=True)
+    names: list[str] | None = flag(None, "names", group="b")
+    t: list[float] = flag([0.5], "strengths", group="b", minimum=-10, maximum=10)
+    folder: str | None = flag(None, "a folder", group="b", path=True)
 
 
 def parse(*argv, recipe=None, tmp_path=None):
@@ -61,6 +70,23 @@ def test_a_flag_that_asks_for_something_else_than_a_run_waives_the_required_ones
         (["--model", "m", "--objective", "embeding"], r"'embeding' is not one of embedding, tecoa, did you mean embedding\?"),
         (["--model", "m", "--eps"], r"--eps: expected"),
         (["--eps", "4"], r"--model: missing; a model"),
+        (["--model", "m", "--eps"], r"--eps: expected a number after it"),
+        (["--model", "m", "--eps", "4", "--eps", "8"], r"--eps: given twice, '4' and '8'; which one counts is unclear"),
+        (["--model", "m", "--eps=4", "--eps", "4"], r"--eps: given twice"),
+        (["--model", "m", "--compile", "--compile", "false"], r"--compile: given twice, 'true' and 'false'"),
+        (["--config", "a", "--config", "b"], r"--config: given twice"),
+        (["--model", "m", "-eps", "4"], r"'-eps': a flag has two dashes, did you mean --eps\?"),
+        (["--shards", "a", "-eps", "4"], r"'-eps': a flag has two dashes"),
+        (["--model", "-x"], r"--model: expected a text after it \(one that begins with a dash: --model=-value\)"),
+        (["--model", "m", "--"], r"'--': an argument without a flag"),
+        (["--model", "m", "--ep", "4"], r"--ep: no such flag"),
+        (["--model", "m", "--shards=a", "b"], r"'b': an argument without a flag"),
+        (["--model", ""], r"--model: empty; expected a text"),
+        (["--model="], r"--model: empty"),
+        (["--model", "m", "--shards", "a", ""], r"--shards: empty"),
+        (["--model", "m", "--eps", ""], r"--eps: empty; expected a number"),
+        (["--model", "m", "--eps", "-inf"], r"--eps: '-inf' is not finite"),
+        (["--model", "m", "--eps", "-1_0"], r"--eps: '-1_0' is not a number"),
         (["--config", "/nowhere.yaml"], r"--config /nowhere.yaml: cannot be read \(No such file"),
     ],
 )  # fmt: skip
@@ -74,15 +100,206 @@ def test_mistakes_on_the_command_line(argv, message):
     [
         ("epss: 4", r"recipe.yaml: epss: no such setting, did you mean eps\?"),
         ("eps: [1, 2]", r"recipe.yaml: eps: expected a number, found a list"),
-        ("steps: true", r"recipe.yaml: steps: True is not a whole number"),
+        ("steps: true", r"recipe.yaml: steps: 'true' is not a whole number"),
         ("eps:", r"recipe.yaml: eps: empty; expected a number"),
-        ("just text", r"expected 'flag: value' lines, found a str"),
+        ("just text", r"expected 'flag: value' lines, found a text"),
         ("eps: [", r"not valid YAML"),
+        (
+            "eps: 4\nsteps: 3\n'eps': 8",
+            r"recipe.yaml: eps: in line 1 and again in line 3; keep one of them",
+        ),  # pyyaml#165
+        ("{eps: 4, eps: 4}", r"recipe.yaml: eps: in line 1 and again in line 1"),
+        ("eps: 4\n<<: {eps: 8}", r"<<: no such setting"),
+        ("shards: [a, ]\nshards:\n- b", r"shards: in line 1 and again in line 2"),
+        ("eps: 4 # a\u2028steps: 3", r"line 1: holds U\+2028, which looks like a space"),
+        ("? [eps]\n: 4", r"a key that is no text: no such setting"),
+        ("output: a\n---\noutput: b", r"not valid YAML"),
+        ("shards: [a, ~]", r"shards: empty"),
+        ('folder: ""', r"folder: empty; expected a text"),
     ],
 )
 def test_mistakes_in_a_recipe(recipe, message, tmp_path):
     with pytest.raises(UserError, match=message):
         parse("--model", "m", recipe=recipe, tmp_path=tmp_path)
+
+
+# Texts that YAML 1.1 or Python's own int(), float() and argparse read in another way than they look: pyyaml#395,
+# cpython#96994.
+TEXTS = [
+    *(
+        "1.10",
+        "2024_05_01",
+        "2024-05-01",
+        "no",
+        "NO",
+        "on",
+        "off",
+        "yes",
+        "y",
+        "true",
+        "True",
+        "1",
+        "0",
+        "010",
+        "0o10",
+        "0x10",
+    ),
+    *(
+        "1:30",
+        "1e-5",
+        "1E5",
+        "1.0e3",
+        "-5e-1",
+        "-.5",
+        ".5",
+        "5.",
+        "+4",
+        "1_000",
+        "-1_0",
+        ".inf",
+        "-.inf",
+        "inf",
+        "nan",
+        ".NaN",
+    ),
+    *("1,5", "\u0661", "\uff11", "4.0", "-0", "none", "None", "=", "a b", "C:\\x", "a#b", "embedding", "300", "9" * 30),
+]
+
+
+def outcome(*argv, **recipe):
+    """The settings, or what the error says without where it was said."""
+    try:
+        return dataclasses.asdict(parse(*argv, **recipe))
+    except UserError as error:
+        return str(error).split(": ", 2 if recipe else 1)[-1]
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Settings)])
+def test_a_recipe_and_the_command_line_have_one_grammar(name, tmp_path):
+    given = () if name == "model" else ("--model", "m")
+    for text in TEXTS:
+        typed = outcome(*given, f"--{name}", text)
+        quoted = "'" + text + "'"
+        for written in (text, quoted):
+            assert outcome(*given, recipe=f"{name}: {written}", tmp_path=tmp_path) == typed, text
+        assert outcome(*given, f"--{name}={text}") == typed, text
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("model", "1.10", "1.10"), ("model", "2024_05_01", "2024_05_01"), ("model", "no", "no"), ("model", "1:30", "1:30"),
+        ("model", "2024-05-01", "2024-05-01"), ("model", "0x10", "0x10"), ("model", "1e3", "1e3"), ("folder", "on", "on"),
+        ("steps", "010", 10), ("steps", "+4", 4), ("eps", "1e-5", 1e-5), ("eps", ".5", 0.5), ("eps", "5.", 5.0),
+        ("compile", "no", False), ("compile", "ON", True), ("compile", "1", True), ("limit", "none", None),
+        ("t", "-5e-1", [-0.5]), ("t", "-.5", [-0.5]), ("names", "none", None), ("names", "1.10", ["1.10"]),
+    ],
+)  # fmt: skip
+def test_values_are_read_as_written(name, text, value, tmp_path):
+    given = () if name == "model" else ("--model", "m")
+    assert getattr(parse(*given, f"--{name}", text), name) == value
+    assert getattr(parse(*given, recipe=f"{name}: {text}", tmp_path=tmp_path), name) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *(("steps", text) for text in ("0x10", "0o10", "1_000", "\u0661", "1e3", "4.0", "1:30", " 4 ", "4\r", "true")),
+        *(("eps", text) for text in ("1_0", "\u0661", " 4 ", "0x10", "1:30", "1,5", "4 # four", "true")),
+        *(("compile", text) for text in ("y", "t", "2", "", " true", "truee")),
+    ],
+)
+def test_what_only_looks_like_a_value_is_refused(name, text, tmp_path):
+    with pytest.raises(UserError, match=rf"--{name}: .*(is not|empty)"):
+        parse("--model", "m", f"--{name}", text)
+    with pytest.raises(UserError, match=rf"recipe.yaml: {name}: .*(is not|empty)"):
+        parse("--model", "m", recipe=f"{name}: {json.dumps(text)}", tmp_path=tmp_path)
+
+
+def test_lists_are_joined_and_negative_numbers_are_values():
+    settings = parse(
+        *["--model", "m", "--shards", "a", "b", "--t", "-1", "-5e-1", "-.5", "1e-1", "--shards", "c", "--shards=-d"]
+    )
+    assert (settings.shards, settings.t) == (["a", "b", "c", "-d"], [-1, -0.5, -0.5, 0.1])
+    assert parse("--model=--x=1 y").model == "--x=1 y"
+
+
+@pytest.mark.parametrize("written", ["shards: [1.10, no]", "shards:\n- 1.10\n- no", "shards: [\"1.10\", 'no']"])
+def test_lists_of_a_recipe_are_read_as_written(written, tmp_path):
+    assert parse("--model", "m", recipe=written, tmp_path=tmp_path).shards == ["1.10", "no"]
+    assert parse("--model", "m", "--shards", "x", recipe=written, tmp_path=tmp_path).shards == ["x"]
+
+
+@pytest.mark.parametrize("empty", ["", "~", "null", "Null", "# nothing"])
+def test_null_of_yaml_is_none(empty, tmp_path):
+    assert parse("--model", "m", recipe=f"limit: {empty}\nfolder: {empty}", tmp_path=tmp_path).limit is None
+    assert parse("--model", "m", recipe=empty, tmp_path=tmp_path) == parse("--model", "m")
+    assert parse(recipe="model: 'null'", tmp_path=tmp_path).model == "null"
+
+
+def test_a_byte_order_mark_is_not_part_of_the_first_key(tmp_path):
+    assert parse("--model", "m", recipe="\ufeffeps: 8\r\nsteps: 3\r\n", tmp_path=tmp_path).eps == 8
+    (tmp_path / "recipe.yaml").write_bytes("eps: 8".encode("utf-16"))
+    with pytest.raises(UserError, match=r"recipe.yaml: not valid YAML: UTF-16, expected UTF-8"):
+        parse("--config", str(tmp_path / "recipe.yaml"))
+
+
+def test_the_home_directory_is_meant_unless_something_is_called_so(tmp_path, monkeypatch):
+    """A shell leaves it to the program in quotes, after ``--flag=`` and in a recipe."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    assert parse("--model", "~/m", "--folder=~/x") == Settings("~/m", folder="/home/me/x")
+    assert parse("--model", "m", recipe="folder: ~/x", tmp_path=tmp_path).folder == "/home/me/x"
+    assert parse("--model", "m", "--folder", "a/~/x").folder == "a/~/x"
+    with pytest.raises(UserError, match=r"--config /home/me/r.yaml: cannot be read"):
+        parse("--config=~/r.yaml")
+    for text in ("~no-such-user/x", "$HOME/x", "${HOME}"):
+        with pytest.raises(UserError, match=r"no such user|variables are not filled in"):
+            parse("--model", "m", "--folder", text)
+    (tmp_path / "~").mkdir()
+    (tmp_path / "~/x").touch()
+    (tmp_path / "$HOME").touch()
+    assert parse("--model", "m", "--folder", "~/x").folder == "~/x"
+    assert parse("--model", "m", "--folder", "$HOME").folder == "$HOME"
+    assert parse("--model", "m", "--folder", "~/{0..3}.tar").folder == "~/{0..3}.tar"
+    assert parse("--model", "m", "--folder", "~/a/*.tar").folder == "/home/me/a/*.tar"
+
+
+PATHS = "output_dir cache_dir classnames linear_head model_name_or_path train_shards eval_shards resume_from_checkpoint data model"
+
+
+@pytest.mark.parametrize("script", [train_lore, train_po, evaluate])
+def test_what_names_a_path_is_marked_so(script):
+    fields = {field.name: field.metadata["path"] for field in dataclasses.fields(script.Settings)}
+    assert [name for name in PATHS.split() if fields.get(name) is False] == []
+
+
+def test_the_command_of_a_card_gives_the_same_settings(monkeypatch):
+    words = [
+        "--model",
+        "it's $HOME",
+        "--shards",
+        "a b",
+        "c;d",
+        "--t=-5e-1",
+        "--folder",
+        "*?",
+        "--names",
+        "\u2028",
+        "--eps",
+        "1e-1",
+    ]
+    monkeypatch.setattr("sys.argv", ["train.py", *words])
+    assert parse(*shlex.split(command_line())[2:]) == parse(*words)
+
+
+def test_a_setting_in_its_old_form_goes_on(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    refuse_changed_settings(
+        {"model": "~/m", "shards": ["~/a"]}, {"model": "/home/me/m", "shards": ["/home/me/a"]}, set()
+    )
+    with pytest.raises(UserError, match=r"model was ~/m, is /home/me/n"):
+        refuse_changed_settings({"model": "~/m"}, {"model": "/home/me/n"}, set())
 
 
 @pytest.fixture
@@ -145,6 +362,7 @@ def test_a_process_of_several_ends_without_the_interpreters_end(status, tmp_path
     script.write_text(f"""
 import atexit, os, sys, threading, time
 sys.path.insert(0, {str(ROOT)!r})
+from utils.checkpoint import refuse_changed_settings
 from utils.cli import run
 
 

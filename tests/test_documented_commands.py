@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import ROOT, flags
+from tests.conftest import ROOT, flags, later_wins
 from tests.documented_commands import Command, documented, pages
 from tests.shard_maker import image_bytes
 from tests.small_models import save_small_clip, save_small_model
@@ -94,7 +94,7 @@ def values(arguments: list[str]) -> dict[str, list[str]]:
 
 
 def completed(command: Command) -> list[str]:
-    return command.arguments if command.whole else [*flags(ADDED), *command.arguments]
+    return command.arguments if command.whole else later_wins(flags(ADDED), command.arguments)
 
 
 def shrunk(command: Command) -> list[str]:
@@ -107,7 +107,7 @@ def shrunk(command: Command) -> list[str]:
     smaller = {name: value for name, value in SMALLER.get(script, {}).items() if name in known}
     if "config" in values(arguments) and script != "evaluate.py":
         smaller["global_batch_size"] = 4
-    return arguments + flags(smaller)
+    return later_wins(arguments, flags(smaller))
 
 
 def test_the_documents_have_commands():
@@ -125,10 +125,10 @@ def test_the_flags_of_a_documented_command_are_accepted(command, monkeypatch):
     script, arguments = command.script, completed(command)
     if script.endswith(".sbatch"):  # as slurm/settings.sh does: a recipe replaces what is trained on what
         recipe = values(arguments).get("config", [None])[0]
-        arguments = [*flags({"output_dir": "runs/job"} if recipe else ADDED), *arguments]
+        arguments = later_wins(flags({"output_dir": "runs/job"} if recipe else ADDED), arguments)
         script = "train_lore.py" if recipe is None else re.match(r"# (train_\w+\.py): ", (ROOT / recipe).read_text())[1]
         if command.script == "slurm/evaluate.sbatch":
-            script, arguments = "evaluate.py", ["--output_dir", "runs/job", *command.arguments]
+            script, arguments = "evaluate.py", later_wins(["--output_dir", "runs/job"], command.arguments)
     monkeypatch.chdir(ROOT)
     parse_settings(settings_class(script), arguments)
     for config in re.findall(r"accelerate_configs/\w+\.yaml", " ".join(command.words)):

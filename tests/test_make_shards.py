@@ -28,7 +28,7 @@ from scipy.io import savemat
 
 import train_lore
 from examples import make_shards
-from tests.conftest import ROOT, run_script
+from tests.conftest import ROOT, later_wins, run_script
 from tests.shard_maker import image_bytes, write_shard
 from tests.test_example_sets import call, read_split
 from utils.data_order import SequentialOrder
@@ -1096,7 +1096,8 @@ def test_lore_trains_on_the_result(
     assert command[4:8] == ["--train_shards", str(out / "train"), "--eval_shards", str(out / "val")]
     changes = ["--model_name_or_path", small_clip, "--output_dir", tmp_path / "run", "--cache_dir", tmp_path / "cache"]
     changes += ["--max_steps", 1, "--per_device_train_batch_size", 4, "--attack_steps", 1, "--eval_steps", 1]
-    train_lore.main([*command[2:], *map(str, changes), "--report_to", "none", "--num_workers", "0"])
+    changes += ["--report_to", "none", "--num_workers", "0"]
+    train_lore.main(later_wins(command[2:], [str(word) for word in changes]))
     (*_, row) = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
     assert 0 <= row["eval_accuracy_clean"] <= 1
     assert (tmp_path / "run/model.safetensors").is_file()

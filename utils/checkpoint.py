@@ -471,10 +471,15 @@ def _clear_leftovers(output_dir: Path) -> None:
 
 
 def _known_by(value: Any) -> Any:
-    """A setting as it is compared: of web addresses without the mark of their query, which signs them for hours or days."""
+    """A setting as it is compared: of web addresses without the mark of their query, which signs them for hours or days.
+
+    Older checkpoints hold ``~`` as it was typed.
+    """
     if isinstance(value, list):
         return [_known_by(item) for item in value]
-    return re.sub(r" \([0-9a-f]{8}\)$", "", value) if isinstance(value, str) and "://" in value else value
+    if not isinstance(value, str):
+        return value
+    return re.sub(r" \([0-9a-f]{8}\)$", "", value) if "://" in value else os.path.expanduser(value)
 
 
 def _sha256(path: Path) -> str:

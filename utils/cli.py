@@ -8,6 +8,9 @@ A script declares its settings once::
 
 and calls ``parse_settings(Settings)`` inside ``run(main)``. Flags win over ``--config recipe.yaml``, which wins over
 the defaults. Whatever the user got wrong ends as one line on stderr and exit status 2.
+
+A recipe and the command line have one grammar: both give texts, as they were written, and ``_convert`` alone makes
+numbers, truths and paths of them. YAML's own idea of types (``010`` is 8, ``no`` is false, ``1:30`` is 90) has no say.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ import yaml
 from utils.errors import UserError
 from utils.progress import forgive_encoding
 from utils.redaction import shown_setting
+from utils.text_files import decode_text
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -52,12 +56,14 @@ def flag(
     minimum: float | None = None,
     above: float | None = None,
     maximum: float | None = None,
+    path: bool = False,
     in_recipe: bool = True,
     waives_required: bool = False,
 ) -> Any:
     """A settings field: its default, its help text (with the unit), its group in ``--help`` and its allowed values.
 
     ``minimum`` and ``maximum`` are allowed themselves, ``above`` is not. A list default is copied per instance.
+    ``path``: the text is a path or a list of them (or a name that is looked up as one), where ``~`` is the home directory.
     ``in_recipe``: False for what only the command line may say, because recipes come from others. Where a flag that
     ``waives_required`` is true, the required ones may be missing: it asks for something other than a run.
     """
@@ -68,6 +74,7 @@ def flag(
         "minimum": minimum,
         "above": above,
         "maximum": maximum,
+        "path": path,
         "in_recipe": in_recipe,
         "waives_required": waives_required,
     }
@@ -86,26 +93,17 @@ def parse_settings(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     fields = {field.name: field for field in dataclasses.fields(settings_class)}
-    parser = _build_parser(settings_class, description)
-    given, unknown = parser.parse_known_args(argv)
-    for word in unknown:
-        name = word.split("=", 1)[0]
-        if name.startswith("--"):
-            raise UserError(
-                f"{name}: no such flag{_did_you_mean(name[2:], fields, prefix='--')}; --help lists all flags"
-            )
-    if unknown:
-        raise UserError(
-            f"{_quoted(unknown[0])}: an argument without a flag; every value follows its flag, as in --eps 4"
-        )
-
-    values = {}
-    if given.config is not None:
-        values = {key: (value, f"{given.config}: {key}") for key, value in _read_recipe(given.config, fields).items()}
-    for name in fields:
-        if hasattr(given, name):
-            values[name] = (getattr(given, name), f"--{name}")
     hints = typing.get_type_hints(settings_class)
+    given = _read_command_line(argv, {name: _unpack_type(hints[name])[:2] for name in fields})
+    if "help" in given:
+        _help_parser(settings_class, description).print_help()
+        sys.exit(0)
+
+    values: dict[str, tuple[Any, str]] = {}
+    if "config" in given:
+        recipe = with_home(given.pop("config"), "--config")
+        values = {key: (value, f"{recipe}: {key}") for key, value in _read_recipe(recipe, fields).items()}
+    values |= {name: (value, f"--{name}") for name, value in given.items()}
     settings = settings_class(
         **{name: _convert(value, hints[name], fields[name], where) for name, (value, where) in values.items()}
     )
@@ -116,9 +114,9 @@ def parse_settings(
     return settings
 
 
-def required(help: str, *, group: str, many: bool = False) -> Any:
+def required(help: str, *, group: str, many: bool = False, path: bool = False) -> Any:
     """A settings field without a default: ``parse_settings`` refuses to go on without it. ``many`` makes it a list."""
-    field = flag([] if many else None, help, group=group)
+    field = flag([] if many else None, help, group=group, path=path)
     field.metadata = types.MappingProxyType({**field.metadata, "required": True})
     return field
 
@@ -139,7 +137,7 @@ def run(main: Callable[[], Any]) -> None:
     """
     forgive_encoding()
     script = Path(sys.argv[0]).name
-    rank = int(os.environ.get("RANK", "0"))
+    rank = launched_rank()
     try:
         try:
             main()
@@ -186,6 +184,12 @@ def run(main: Callable[[], Any]) -> None:
         _leave(0)
 
 
+def launched_rank() -> int:
+    """The rank that the launcher gave, 0 without one; what is no number is the launcher's check to refuse."""
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isascii() and rank.isdigit() else 0
+
+
 def _leave(status: int) -> NoReturn:
     """Ends a process of several without the interpreter's own end.
 
@@ -211,9 +215,54 @@ def _did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     return f", did you mean {prefix}{match}?" if match else ""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+_NEGATIVE = re.compile(r"-(\d|\.|_|inf|nan)", re.IGNORECASE)  # how a number may begin; -5e-1 and -.5 are no flags
+
+
+def _read_command_line(argv: Sequence[str], kinds: dict[str, tuple[type, bool]]) -> dict[str, Any]:
+    """{flag: text, or list of texts where it takes many} as typed; ``help``: True. ``kinds``: (type, takes many) by flag.
+
+    ``--flag value ...`` or ``--flag=value``. A flag of many values may come again and adds to them; any other may not, for
+    nothing says which of its values counts.
+    """
+    kinds = {"config": (str, False), **kinds}
+    words, given = list(argv), {}  # type: list[str], dict[str, Any]
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        if word in ("--help", "-h"):
+            return {"help": True}
+        if not word.startswith("--") or not name:
+            if word.startswith("-") and word.lstrip("-").partition("=")[0] in kinds:
+                raise UserError(f"{_quoted(word)}: a flag has two dashes, did you mean --{word.lstrip('-')}?")
+            raise UserError(
+                f"{_quoted(word)}: an argument without a flag; every value follows its flag, as in --eps 4 (one that "
+                "begins with a dash: --flag=-value)"
+            )
+        if name not in kinds:
+            raise UserError(f"--{name}: no such flag{_did_you_mean(name, kinds, prefix='--')}; --help lists all flags")
+        kind, many = kinds[name]
+        values = [value] if equals else []
+        while words and not equals and (many or not values) and _is_value(words[0]):
+            values.append(words.pop(0))
+        if not values and kind is bool:
+            values = ["true"]
+        if not values:
+            raise UserError(
+                f"--{name}: expected {_describe(kind)} after it (one that begins with a dash: --{name}=-value)"
+            )
+        if many:
+            given.setdefault(name, []).extend(values)
+        elif name in given:
+            raise UserError(
+                f"--{name}: given twice, {_quoted(given[name])} and {_quoted(values[0])}; which one counts is unclear, give it once"
+            )
+        else:
+            given[name] = values[0]
+    return given
+
+
+def _is_value(word: str) -> bool:
+    return not word.startswith("-") or word == "-" or _NEGATIVE.match(word) is not None
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -234,14 +283,12 @@ class _HelpFormatter(argparse.HelpFormatter):
         return f"{action.option_strings[-1]} {self._format_args(action, '')}"
 
 
-def _build_parser(settings_class: type[DataclassInstance], description: str | None) -> argparse.ArgumentParser:
-    """Every flag takes plain strings here; ``_convert`` gives flags and recipes the same errors."""
-    parser = _Parser(
+def _help_parser(settings_class: type[DataclassInstance], description: str | None) -> argparse.ArgumentParser:
+    """Knows the flags for ``--help`` alone: argparse takes -5e-1 for a flag and lets the last of two values win."""
+    parser = argparse.ArgumentParser(
         description=description,
         usage="%(prog)s [--config recipe.yaml] [--flag value ...]",
-        allow_abbrev=False,
         formatter_class=_HelpFormatter,
-        argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--config", metavar="FILE", default=None, help="YAML recipe with defaults for the flags below")
     groups: dict[str, Any] = {}
@@ -273,38 +320,63 @@ def _help_text(field: dataclasses.Field) -> str:
     return f"{text} (default: {typed.lower() if isinstance(default, bool) else typed})"
 
 
+# PyYAML ends a line at these, as YAML 1.1 had it; no editor shows it.
+_OTHER_LINE_ENDS = re.compile("[\x85\u2028\u2029]")
+
+
 def _read_recipe(path: str, fields: dict[str, dataclasses.Field]) -> dict[str, Any]:
+    """{setting: text, list of texts, None where it is empty or null, or {} where it is something nested}."""
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_RECIPE_BYTES + 1)
-        if len(data) > MAX_RECIPE_BYTES:
-            raise UserError(f"--config {path}: more than {MAX_RECIPE_BYTES >> 20} MiB; expected 'flag: value' lines")
-        text = data.decode("utf-8")
-        _refuse_what_no_recipe_needs(text, path)
-        recipe = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
-    except UnicodeDecodeError:
-        raise UserError(f"--config {path}: not valid YAML: not a UTF-8 text") from None
+    if len(data) > MAX_RECIPE_BYTES:
+        raise UserError(f"--config {path}: more than {MAX_RECIPE_BYTES >> 20} MiB; expected 'flag: value' lines")
+    text = decode_text(data, f"--config {path}: not valid YAML")
+    if other := _OTHER_LINE_ENDS.search(text):
+        line = text.count("\n", 0, other.start()) + 1
+        raise UserError(
+            f"--config {path}: line {line}: holds U+{ord(other[0]):04X}, which looks like a space; remove it"
+        )
+    try:
+        _refuse_what_no_recipe_needs(text, path)
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         # Not the whole text of the error, which shows the line: it may hold a token.
-        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"--config {path}: not valid YAML: {str(error.problem)[:100]}{line}") from None
+        place = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"--config {path}: not valid YAML: {str(error.problem)[:100]}{place}") from None
     except yaml.YAMLError as error:
         raise UserError(f"--config {path}: not valid YAML: {str(error)[:100]}") from None
-    except ValueError:  # what looks like a date and is none, or a number of thousands of digits
-        raise UserError(f"--config {path}: not valid YAML: holds a date or number that does not exist") from None
-    if recipe is None:
+    if root is None or _written(root) is None:
         return {}
-    if not isinstance(recipe, dict):
-        raise UserError(f"--config {path}: expected 'flag: value' lines, found a {type(recipe).__name__}")
-    for key in recipe:
-        if key not in fields:
-            key = str(key)[:100] if isinstance(key, str) else _quoted(key)
-            raise UserError(f"{path}: {key}: no such setting{_did_you_mean(key, fields)}; --help lists all settings")
+    if not isinstance(root, yaml.MappingNode):
+        found = "list" if isinstance(root, yaml.SequenceNode) else "text"
+        raise UserError(f"--config {path}: expected 'flag: value' lines, found a {found}")
+    recipe: dict[str, Any] = {}
+    lines: dict[str, int] = {}
+    for key_node, value_node in root.value:
+        key, line = key_node.value, key_node.start_mark.line + 1
+        if not isinstance(key, str) or key not in fields:
+            shown = key[:100] if isinstance(key, str) else "a key that is no text"
+            raise UserError(
+                f"{path}: {shown}: no such setting{_did_you_mean(shown, fields)}; --help lists all settings"
+            )
         if not fields[key].metadata["in_recipe"]:
             raise UserError(f"{path}: {key}: not in a recipe, which may come from others; say --{key} yourself")
+        if key in lines:
+            raise UserError(f"{path}: {key}: in line {lines[key]} and again in line {line}; keep one of them")
+        recipe[key], lines[key] = _written(value_node), line
     return recipe
+
+
+def _written(node: yaml.Node) -> Any:
+    """What stands in the file: YAML's types are not looked at, but for null, which no flag can say."""
+    if isinstance(node, yaml.SequenceNode):
+        return [_written(item) for item in node.value]
+    if isinstance(node, yaml.MappingNode):
+        return {}
+    return None if node.tag == "tag:yaml.org,2002:null" else node.value
 
 
 def _refuse_what_no_recipe_needs(text: str, path: str) -> None:
@@ -338,8 +410,10 @@ def _unpack_type(hint: Any) -> tuple[type, bool, bool]:
 
 
 def _convert(value: Any, hint: Any, field: dataclasses.Field, where: str) -> Any:
+    """A text, a list of texts or None -> what the field's type says. Raises ``UserError`` that begins with ``where``."""
     kind, is_list, optional = _unpack_type(hint)
-    if value is None or (isinstance(value, str) and value.lower() == "none" and optional):
+    single = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if value is None or (optional and isinstance(single, str) and single.lower() == "none"):
         if optional:
             return None
         raise UserError(f"{where}: empty; expected {_describe(kind)}")
@@ -353,23 +427,30 @@ def _convert(value: Any, hint: Any, field: dataclasses.Field, where: str) -> Any
     return _convert_one(value, kind, field, where)
 
 
-def _convert_one(value: Any, kind: type, field: dataclasses.Field, where: str) -> Any:
+TRUTHS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+# Stricter than int() and float(), which also take "1_000", " 4 " and the digits of other scripts.
+_NUMBERS = {
+    int: re.compile(r"[+-]?[0-9]+"),
+    float: re.compile(r"[+-]?(([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|\.?(inf(inity)?|nan))", re.IGNORECASE),
+}
+MOST_DIGITS = 400  # Python turns no text of more than 4300 into a whole number
+
+
+def _convert_one(value: str | None, kind: type, field: dataclasses.Field, where: str) -> Any:
+    if not value:
+        raise UserError(f"{where}: empty; expected {_describe(kind)}")
+    converted: Any = value
     if kind is bool:
-        if isinstance(value, bool):
-            return value
-        if str(value).lower() in ("true", "yes", "1"):
-            return True
-        if str(value).lower() in ("false", "no", "0"):
-            return False
-        raise UserError(f"{where}: {_quoted(value)} is not true or false")
-    if isinstance(value, bool) and kind in (int, float):
-        raise UserError(f"{where}: {_quoted(value)} is not {_describe(kind)}")
-    try:
-        if kind is int and isinstance(value, float) and not value.is_integer():
-            raise ValueError
-        converted = kind(value)
-    except (ValueError, TypeError, OverflowError):
-        raise UserError(f"{where}: {_quoted(value)} is not {_describe(kind)}") from None
+        if value.lower() not in TRUTHS:
+            raise UserError(f"{where}: {_quoted(value)} is not true or false")
+        return TRUTHS[value.lower()]
+    if kind in _NUMBERS:
+        if not _NUMBERS[kind].fullmatch(value):
+            raise UserError(f"{where}: {_quoted(value)} is not {_describe(kind)}")
+        if kind is int and len(value) > MOST_DIGITS:
+            raise UserError(f"{where}: {_quoted(value)} is too large; expected {_describe(kind)} of at most 63 bits")
+        digits = re.sub(r"\.(?=[in])", "", value, flags=re.IGNORECASE) if kind is float else value  # .inf of YAML
+        converted = kind(digits)
     if isinstance(converted, float) and not math.isfinite(converted):
         raise UserError(f"{where}: {_quoted(value)} is not finite; expected {_describe(kind)}")
     if isinstance(converted, int) and abs(converted) >= 2**63:
@@ -377,6 +458,8 @@ def _convert_one(value: Any, kind: type, field: dataclasses.Field, where: str) -
     if isinstance(converted, str) and ("\0" in converted or not _encodable(converted)):
         raise UserError(f"{where}: {_quoted(value)} holds a character that no file name or text can have")
     limits = field.metadata
+    if limits["path"]:
+        converted = with_home(converted, where)
     if limits["choices"] and converted not in limits["choices"]:
         hint = _did_you_mean(str(converted), limits["choices"])
         raise UserError(f"{where}: {_quoted(converted)} is not one of {', '.join(limits['choices'])}{hint}")
@@ -389,14 +472,35 @@ def _convert_one(value: Any, kind: type, field: dataclasses.Field, where: str) -
     return converted
 
 
+def with_home(text: str, where: str) -> str:
+    """``text`` with the home directory in place of a leading ``~``, where nothing is called so as it is written.
+
+    A shell does that for a word of its own, but not in a recipe, in quotes or after ``--flag=``. Raises ``UserError`` for
+    a user who does not exist, and for a variable of the shell: a folder of that name is what nobody wants.
+    """
+    if text[:1] not in ("~", "$") or "\0" in text:
+        return text
+    known = re.split(r"[*?\[{]", text)[0]  # of a pattern the folder in front of it
+    if os.path.lexists(text) or (known != text and os.path.lexists(os.path.dirname(known))):
+        return text
+    expanded = os.path.expanduser(text)
+    if expanded != text:
+        return expanded
+    if text[0] == "~":
+        raise UserError(
+            f"{where}: {_quoted(text)}: no such user; write the path out, or ./{text.split('/')[0]} for a file of this name"
+        )
+    if re.match(r"\$(\w+|\{\w+\})(/|$)", text):
+        raise UserError(f"{where}: {_quoted(text)}: variables are not filled in here; write the path out")
+    return text
+
+
 def _describe(kind: type) -> str:
     return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}.get(kind, kind.__name__)
 
 
 def _quoted(value: Any) -> str:
     """``repr`` for a message: short, and without secrets."""
-    if isinstance(value, int) and abs(value) >= 2**63:
-        return "a number of more than 63 bits"  # of more than 4300 digits Python makes no text
     text = repr(shown_setting(value))
     return text if len(text) <= 100 else text[:97] + "..."
 

@@ -10,7 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import secrets
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,41 +36,44 @@ from accelerate.utils import (
 from torch import Tensor, nn
 
 from utils.errors import UserError
+from utils.launcher import check_launch, meet
 
+WORKING = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.DEEPSPEED)
 MIXED_PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 logger = logging.getLogger(__name__)
 
 
-def launched_processes() -> int:
-    """Processes of the run, as the launcher says it: known before they are a group."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def start_accelerator(
     *,
     seed: int = 0,
-    per_device_batch_size: int = 1,
-    gradient_accumulation_steps: int = 1,
-    max_grad_norm: float = 0.0,
+    per_device_batch_size: int | None = None,
+    gradient_accumulation_steps: int | None = None,
+    max_grad_norm: float | None = None,
     report_to: str = "none",
     output_dir: str | None = None,
     days_of_patience: float | None = None,
     tf32: bool = False,
+    compile: bool = False,
 ) -> Accelerator:
     """The Accelerator for what ``accelerate launch``, ``torchrun`` or plain ``python`` set up; float32 stays float32.
 
     ``tf32``: products of float32 tensors keep 10 bits of mantissa on NVIDIA GPUs, at several times the speed.
     ``days_of_patience``: how long a process waits for the others in a collective (default: torch's own 10 to 30 minutes).
 
+    Batch, accumulation and clipping are None where nothing is trained.
+
     Raises ``UserError`` where the launcher's processes did not become processes of one group, and for settings that an
-    accelerate config cannot ask for here.
+    accelerate config or the environment cannot ask for here (utils/launcher.py).
     """
-    if report_to == "tensorboard" and not is_tensorboard_available():
-        raise UserError("--report_to tensorboard: needs the package tensorboardX; install it or use --report_to none")
-    if report_to == "wandb" and not is_wandb_available():
-        raise UserError("--report_to wandb: needs the package wandb; install it or use --report_to none")
+    launched = check_launch(  # once: accelerate changes some of its variables
+        per_device_batch_size=per_device_batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        max_grad_norm=max_grad_norm,
+        compile=compile,
+    )
+    check_tracker(report_to)
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     # torch 2.13 calls the argument outdated, but accelerate passes no other.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
@@ -84,24 +90,36 @@ def start_accelerator(
             group["timeout"] = timedelta(days=days_of_patience)
         if group:
             handlers.append(InitProcessGroupKwargs(**group))
-    accelerator = Accelerator(
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        kwargs_handlers=handlers,
-        log_with=None if report_to == "none" else report_to,
-        project_dir=output_dir,
-    )
+        if not torch.distributed.is_initialized():
+            meet()
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=gradient_accumulation_steps or 1,
+            kwargs_handlers=handlers,
+            log_with=None if report_to == "none" else report_to,
+            project_dir=output_dir,
+        )
+    except (ValueError, ImportError, NotImplementedError) as error:  # how accelerate says that it cannot do what is set
+        raise UserError(f"accelerate: {str(error)[:300]}; correct the accelerate config") from None
+    if accelerator.distributed_type not in WORKING:
+        raise UserError(
+            f"accelerate chose {accelerator.distributed_type.value}; the scripts run on CPUs and CUDA GPUs, alone, under DDP or "
+            "DeepSpeed: use a config of accelerate_configs/ (torch_xla installed: USE_TORCH_XLA=0)"
+        )
     if deepspeed and accelerator.distributed_type != DistributedType.DEEPSPEED:
         raise UserError(
             f"the accelerate config asks for DeepSpeed but accelerate chose {accelerator.distributed_type.value}; leave "
             "use_cpu out of the config and ACCELERATE_USE_CPU out of the environment"
         )
-    if accelerator.num_processes != launched_processes():
+    if accelerator.num_processes != launched:
         raise UserError(
-            f"the launcher started {launched_processes()} processes but accelerate formed a group of "
+            f"the launcher started {launched} processes but accelerate formed a group of "
             f"{accelerator.num_processes}: each would train alone; use a config of accelerate_configs/ (cpu_2proc.yaml shows what CPU processes need)"
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        _configure_deepspeed(accelerator, per_device_batch_size, gradient_accumulation_steps, max_grad_norm)
+        _configure_deepspeed(
+            accelerator, per_device_batch_size or 1, gradient_accumulation_steps or 1, max_grad_norm or 0.0
+        )
     # The patch embedding is the only convolution of a ViT, and pixels lose an attack's steps in TF32's 10 bits.
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = tf32
@@ -130,7 +148,35 @@ def _configure_deepspeed(accelerator: Accelerator, batch_size: int, accumulation
     # DeepSpeed's own bf16 would turn the patch embedding to bf16 and weaken the attack; see utils/encoders.py.
     config["bf16"] = {"enabled": False}
     config["fp16"] = {"enabled": False}
+    config["zero_force_ds_cpu_optimizer"] = False  # accelerate would put its own in place of --optimizer
     config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True  # in float32, as they are
+
+
+def check_tracker(report_to: str) -> None:
+    """Raises ``UserError`` for a tracker whose package or key is missing: it would be known after the model is loaded only."""
+    if report_to == "tensorboard" and not is_tensorboard_available():
+        raise UserError("--report_to tensorboard: needs the package tensorboardX; install it or use --report_to none")
+    if report_to != "wandb":
+        return
+    if not is_wandb_available():
+        raise UserError("--report_to wandb: needs the package wandb; install it or use --report_to none")
+    offline = os.environ.get("WANDB_MODE", "").lower() in ("offline", "disabled", "dryrun")
+    if offline or os.environ.get("WANDB_API_KEY") or sys.stdin.isatty():  # at a terminal wandb asks for it
+        return
+    try:
+        import wandb  # type: ignore[import-not-found]
+
+        key = wandb.api.api_key  # looks into its settings and ~/.netrc
+    except Exception:
+        return
+    if key is None:
+        raise UserError(f"--report_to wandb: {_WANDB_KEY}")
+
+
+_WANDB_KEY = "not logged in; wandb login once, or WANDB_API_KEY, or WANDB_MODE=offline, or --report_to none"
+# A thread of tensorboardX that has died takes nothing from its queue any more, and who puts there waits for ever.
+_WRITERS: list[threading.Thread] = []
+_MOST_QUEUED = 1000  # events, one for each value of a row
 
 
 def start_tracker(
@@ -139,7 +185,8 @@ def start_tracker(
     """Opens the tracker with the run's settings. accelerate takes numbers and texts only.
 
     A run that is resumed goes on in its old place: wandb by the id in ``output_dir``/run.json, chosen at the first start;
-    tensorboard in its directory, where everything after ``first_step`` is taken back, for it comes again.
+    tensorboard in its directory, where everything after ``first_step`` is taken back, for it comes again. A tracker that
+    does not start is left out with a warning; ``UserError`` where a key is all that it lacks.
     """
     if report_to == "none":
         return
@@ -162,28 +209,49 @@ def start_tracker(
                 ) from None
         options = {"id": run_id, "resume": "allow"}
         if report_to == "tensorboard":
-            options = {"purge_step": first_step + 1 if first_step else 0}
+            options = {"purge_step": first_step + 1 if first_step else 0, "max_queue": _MOST_QUEUED}
             config = None if known else config  # tensorboard would show the settings as one more run
-    accelerator.init_trackers(project, config=config, init_kwargs={report_to: options})
+    try:
+        accelerator.init_trackers(project, config=config, init_kwargs={report_to: options})
+    except Exception as error:
+        if report_to == "wandb" and re.search(
+            r"api.?key|log ?in|auth", f"{type(error).__name__} {error}", re.IGNORECASE
+        ):
+            raise UserError(f"--report_to wandb: {_WANDB_KEY}") from None
+        _leave_out_tracker(accelerator, "did not start", error)
+    _WRITERS[:] = [thread for thread in threading.enumerate() if type(thread).__module__.startswith("tensorboardX")]
 
 
 def log_row(accelerator: Accelerator, row: dict[str, Any]) -> None:
-    """A row of metrics.jsonl for the tracker. Raises ``UserError`` where that cannot write, as on a full disk."""
+    """A row of metrics.jsonl for the tracker. One that cannot take it is left out from here on, with a warning."""
     try:
+        if not all(thread.is_alive() for thread in _WRITERS):
+            raise OSError("its writing thread has ended")
         accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
-    except OSError as error:
-        raise UserError(
-            f"--report_to: step {row['step']} cannot be logged ({error.strerror}); mend that, then go on with "
-            "--resume_from_checkpoint latest, or with --report_to none"
-        ) from None
+    except Exception as error:
+        _leave_out_tracker(accelerator, f"could not take step {row['step']}", error)
+
+
+def _leave_out_tracker(accelerator: Accelerator, what: str, error: Exception) -> None:
+    """The run is worth more than its display: metrics.jsonl has every row."""
+    accelerator.trackers = []
+    _WRITERS.clear()
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    logger.warning(
+        "--report_to: the tracker %s (%s); the run goes on without it, metrics.jsonl has every row", what, reason
+    )
 
 
 def end_training(accelerator: Accelerator) -> None:
     """Closes tracker and process group. What a tracker cannot write any more is said, the run is finished all the same."""
     try:
         accelerator.end_training()
-    except OSError as error:
-        logger.warning("the tracker could not write all of its rows (%s)", error.strerror)
+    except Exception as error:
+        if not accelerator.trackers:
+            raise
+        _leave_out_tracker(accelerator, "could not write all of its rows", error)
+        accelerator.end_training()
+    _WRITERS.clear()
 
 
 def compute_dtype(accelerator: Accelerator) -> torch.dtype:

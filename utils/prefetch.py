@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from utils.cli import launched_rank
 from utils.encoders import MODEL_TYPES, check_model
 from utils.errors import UserError
 from utils.hub import model_folder
@@ -52,7 +53,7 @@ def prefetch_training(
     models: (flag, name or path or None), of the types ``supported``. sets: the arguments of ``open_set``.
     Mistakes are found before anything large is downloaded. Raises ``UserError``. Under a launcher the first process works alone, the others leave.
     """
-    if int(os.environ.get("RANK", "0")) > 0:
+    if launched_rank() > 0:
         return
     sets = [options for options in sets if options["patterns"]]
     named = [(flag, name, supported) for flag, name in models if name is not None]
