@@ -127,6 +127,8 @@ PLAIN = {"tokenizer_class": "PreTrainedTokenizerFast"}  # adds what tokenizer.js
         ("clip", {"tokenizer.json": {"post_processor": None}, "tokenizer_config.json": PLAIN,
                   "config.json": {"text_config.eos_token_id": 2}}, [],
          r"eos_token_id 2 in config.json\), and its tokenizer ends texts with id 339"),
+        ("clip", {"tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer"}}, [], r"a GPT2Tokenizer, spells words that"),
+        ("clip", {"tokenizer.json": {"model.merges": []}}, [], r"a CLIPTokenizer, spells words that its vocabulary has"),
         ("siglip2", {"tokenizer_config.json": {"pad_token": "<fill>"}}, [], r"no pad_token among the 33 tokens"),
     ],
 )  # fmt: skip
@@ -135,6 +137,22 @@ def test_a_tokenizer_that_is_not_the_text_towers_is_refused(kind, files, remove,
     directory = changed(kind, files, [*remove, "model.safetensors"])
     with pytest.raises(UserError, match=rf"^--model .*{message}"):
         load_model(str(directory), "--model")
+
+
+def test_another_start_is_said(changed, caplog):
+    tokens._said.clear()
+    load_model(str(changed("clip", {"tokenizer_config.json": {"bos_token": "a"}})))
+    assert [record.message for record in caplog.records if "the model's start is 527" in record.message]
+
+
+def test_small_letters_are_made_where_the_file_asks_for_them(changed):
+    """SigLIP 2 of fixed resolution is a "siglip" with Gemma's tokenizer, which transformers 5 loads without its normalizer."""
+    files = {"tokenizer_config.json": {"tokenizer_class": "GemmaTokenizer", "do_lower_case": True}}
+    tokenizer = AutoTokenizer.from_pretrained(changed("siglip2", files | {"config.json": {"model_type": "siglip"}}))
+    assert tokens.token_ids(tokenizer, ["A Cat"]) == tokens.token_ids(tokenizer, ["a cat"])
+    tokenizer.init_kwargs["do_lower_case"] = False
+    if type(tokenizer).__name__ == "GemmaTokenizer":
+        assert tokens.token_ids(tokenizer, ["A Cat"]) != tokens.token_ids(tokenizer, ["a cat"])
 
 
 def test_old_configs_with_eos_2_pool_the_highest_id(changed):

@@ -9,6 +9,7 @@ refused when the model is loaded. The tokenizer itself stays as it was, and is s
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 SIGLIP2_LENGTH = 64  # of the processor in transformers, which asks no tokenizer
+WORDS = 20  # of a vocabulary, to see whether they are found
 SHORTEST = 3  # a text of one token between a start and an end
 ARGMAX_EOS = 2  # in the config of a CLIP of before 2023: the tower pools the token of the highest id
 # Words of several scripts, in pairs of as many letters and bytes: a tokenizer that tells one pair apart knows letters.
@@ -94,7 +96,17 @@ def fill_up(rows: Sequence[list[int]], processor: Any, config: PreTrainedConfig)
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
-    """The ids of every prompt, as long as it is, with those of start and end. The tokenizer's own settings stay."""
+    """The ids of every prompt, as long as it is, with those of start and end. The tokenizer's own settings stay.
+
+    In small letters where the file asks for them: transformers loads SigLIP 2's as a class that does not look at that.
+    """
+    if tokenizer.init_kwargs.get("do_lower_case"):
+        small, large = _plain_ids(tokenizer, [PROBES[0][0], PROBES[0][0].upper()])
+        prompts = prompts if small == large else [prompt.lower() for prompt in prompts]
+    return _plain_ids(tokenizer, prompts)
+
+
+def _plain_ids(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
     if not prompts:
         return []
     backend: Any = getattr(tokenizer, "_tokenizer", None)
@@ -125,7 +137,8 @@ def check_tokenizer(tokenizer: Any, config: PreTrainedConfig) -> None:
             "tokenizer_config.json"
         )
     added = set(getattr(tokenizer, "added_tokens_decoder", ()))
-    ordinary = sorted(set(tokenizer.get_vocab().values()) - added - set(tokenizer.all_special_ids))
+    vocabulary = tokenizer.get_vocab()
+    ordinary = sorted(set(vocabulary.values()) - added - set(tokenizer.all_special_ids))
     files = "put the tokenizer's own files beside config.json"
     probes = [_cut(token_ids(tokenizer, pair), text_length(tokenizer, config), tokenizer) for pair in PROBES]
     if all(first == second for first, second in probes):
@@ -138,6 +151,14 @@ def check_tokenizer(tokenizer: Any, config: PreTrainedConfig) -> None:
         raise ValueError(
             f"its tokenizer knows {len(tokenizer)} tokens, the largest id is {largest}, its text tower {text.vocab_size} "
             f"(vocab_size); it is another model's: {files}"
+        )
+    # CLIP's vocabulary says where words end, and which ones it has.
+    words = [word for word in vocabulary if re.fullmatch("[a-z]{3,}</w>", word)][:WORDS]
+    spelt = token_ids(tokenizer, [word.removesuffix("</w>") for word in words])
+    if words and not any(vocabulary[word] in ids for word, ids in zip(words, spelt)):
+        raise ValueError(
+            f"its tokenizer, a {type(tokenizer).__name__}, spells words that its vocabulary has, such as {words[0][:-4]!r}; its "
+            f"class or its merges are another model's: {files}"
         )
     if _is_siglip(config):
         if tokenizer.pad_token_id is None or not 0 <= tokenizer.pad_token_id < text.vocab_size:
@@ -156,12 +177,13 @@ def check_tokenizer(tokenizer: Any, config: PreTrainedConfig) -> None:
                 f"its text tower pools the end of text, id {wanted} (eos_token_id {text.eos_token_id} in config.json), and its "
                 f"tokenizer ends texts with id {last}; {files}, or correct eos_token_id"
             )
-    start = tokenizer.bos_token_id
-    if start is not None and probes[0][0][0] != start:
+    # Old configs name another start as well, and no tower looks at it: a note.
+    start = text.bos_token_id if text.eos_token_id != ARGMAX_EOS else tokenizer.bos_token_id
+    if isinstance(start, int) and start < text.vocab_size and probes[0][0][0] != start:
         _say_once(
             "start",
-            f"the tokenizer does not begin texts with its bos_token, id {start}, as CLIP's does; unless the model was trained "
-            "so, its files are another model's",
+            f"the tokenizer begins texts with id {probes[0][0][0]}, the model's start is {start} (bos_token_id); unless it was "
+            "trained so, the tokenizer's files are not its own",
         )
 
 
