@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,10 @@ MAX_IMAGE_BYTES = 256 << 20  # of an encoded image: three bytes for each of MAX_
 # Readers for what image sets hold under .jpg, .jpeg, .png and .webp. Without the list Pillow would try every format it
 # knows on untrusted bytes, down to PostScript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+
+
+_BLOCK = bytes(512)
+_NOT_ZERO = re.compile(rb"[^\0]")
 
 
 class ImageError(ValueError):
@@ -133,6 +138,8 @@ def decode(data: bytes, transform: ImageTransform) -> torch.Tensor:
     """
     if len(data) > MAX_IMAGE_BYTES:
         raise ImageError(f"more than {MAX_IMAGE_BYTES >> 20} MiB")
+    if hole := _find_hole(data):
+        raise ImageError(f"zeros from byte {hole[0]} to {hole[1]}, as where a disk has lost blocks")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(*image.size)
@@ -142,6 +149,23 @@ def decode(data: bytes, transform: ImageTransform) -> torch.Tensor:
     except Exception as error:
         # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error and others, depending on the damage.
         raise ImageError(" ".join(f"{type(error).__name__}: {error}".split())) from error
+
+
+def _find_hole(data: bytes) -> tuple[int, int] | None:
+    """The first and last byte of zeros that fill whole blocks: what a disk or a broken copy has lost.
+
+    Decoders of JPEG and WebP make pixels of them without a word. Files, and members of a tar, begin with a block. Zeros that
+    belong to an image, of a flat one for example, begin and end anywhere.
+    """
+    start = data.find(_BLOCK)
+    while start >= 0:
+        after = _NOT_ZERO.search(data, start)
+        end = after.start() if after else len(data)
+        whole = data[max(0, start - 2) : start] == b"\xff\xd9"  # a JPEG that is filled up
+        if start % len(_BLOCK) == 0 and (end % len(_BLOCK) == 0 or end == len(data)) and not whole:
+            return start, end
+        start = data.find(_BLOCK, end)
+    return None
 
 
 def _check_size(width: int, height: int) -> None:
