@@ -127,6 +127,35 @@ def test_other_files_raise(data):
         decode(data, ImageTransform())
 
 
+@pytest.mark.parametrize(
+    "options", [{"format": "JPEG"}, {"format": "JPEG", "progressive": True}, {"format": "WEBP"}], ids=str
+)
+def test_lost_blocks_of_an_image_raise(options):
+    """Light-Untar#29: a hole of zeros. The decoders of both formats take it for pixels."""
+    noise = np.random.default_rng(0).integers(0, 256, (150, 150, 3), dtype=np.uint8)
+    whole = encoded(Image.fromarray(noise), quality=95, **options)
+    for first, after in ((8192, 12288), (512 * 20, 512 * 21), (512 * 20, len(whole))):
+        holed = whole[:first] + bytes(after - first) + whole[after:]
+        with pytest.raises(ImageError, match=f"zeros from byte {first} to {after}, as where a disk has lost blocks"):
+            decode(holed, ImageTransform())
+
+
+def test_zeros_of_a_whole_image_are_none_lost():
+    for image in (Image.new("RGB", (1500, 1500), (128, 128, 128)), Image.new("RGB", (1500, 1500))):
+        for options in (
+            {"format": "JPEG", "optimize": True},
+            {"format": "WEBP"},
+            {"format": "BMP"},
+            {"format": "PNG", "compress_level": 0},
+        ):
+            decode(encoded(image, **options), ImageTransform())
+    data = image_bytes(0)
+    decode(data + bytes(-len(data) % 512 + 4096), ImageTransform())  # filled up behind its end
+    decode(
+        data[:2] + b"\xff\xfe" + (510 - 4).to_bytes(2, "big") + b"x" * 504 + data[2:] + bytes(4096), ImageTransform()
+    )
+
+
 def test_decompression_bombs_raise_before_they_are_decoded(monkeypatch):
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))

@@ -426,6 +426,7 @@ ABSENCES = {
     "a member twice": (HELD + CLS + HELD + HELD + EMPTY, 3, [("repeated member", 1), ("repeated key", 0)]),
     "a sample twice": (HELD + HELD + HELD + EMPTY, 1, [("repeated member", 2)]),
     "capital letters": (HELD + files(("a.JPG", b"x")) + EMPTY, 1, [("repeated member", 1)]),
+    "a member twice, then damage": (HELD + CLS + CLS + b"x" * 512, 1, [("damaged shard", 11)]),
     "members apart": (files(*PLAIN[0::2], *PLAIN[1::2]) + EMPTY, 24, [("repeated key", 0)]),
     # numbers and names that stand elsewhere
     "a size in pax": (special("a.jpg", b"0", pax={"size": str(len(SAMPLES[0][1]["jpg"]))}) + HELD[512:] + CLS + EMPTY, 2, []),

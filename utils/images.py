@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import warnings
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -43,6 +44,10 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 TURNED = [UPRIGHT[orientation] for orientation in (5, 6, 7, 8)]  # height and width change places
+
+
+_BLOCK = bytes(512)
+_NOT_ZERO = re.compile(rb"[^\0]")
 
 
 class ImageError(ValueError):
@@ -252,6 +257,8 @@ def decode(data: bytes, transform: ImageTransform, formats: tuple[str, ...] = FO
     """
     if len(data) > MAX_IMAGE_BYTES:
         raise ImageError(f"more than {MAX_IMAGE_BYTES >> 20} MiB")
+    if hole := _find_hole(data):
+        raise ImageError(f"zeros from byte {hole[0]} to {hole[1]}, as where a disk has lost blocks")
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:
             _check_size(*image.size)
@@ -293,6 +300,25 @@ def as_shard_member(data: bytes) -> tuple[str, bytes]:
     if extension:
         return extension, data
     return "png", encode(decode(data, ImageTransform(resize=None, crop=None), OWN_FORMATS), data, "PNG")
+
+
+def _find_hole(data: bytes) -> tuple[int, int] | None:
+    """The first and last byte of zeros that fill whole blocks: what a disk or a broken copy has lost.
+
+    Decoders of JPEG and WebP make pixels of them without a word; other formats have checksums, or black pixels that are zeros.
+    Files, and members of a tar, begin with a block. Zeros that belong to an image begin and end anywhere.
+    """
+    if known_format(data) not in ("jpg", "webp"):
+        return None
+    start = data.find(_BLOCK)
+    while start >= 0:
+        after = _NOT_ZERO.search(data, start)
+        end = after.start() if after else len(data)
+        whole = data[max(0, start - 2) : start] == b"\xff\xd9"  # a JPEG that is filled up
+        if start % len(_BLOCK) == 0 and (end % len(_BLOCK) == 0 or end == len(data)) and not whole:
+            return start, end
+        start = data.find(_BLOCK, end)
+    return None
 
 
 def _check_size(width: int, height: int) -> None:

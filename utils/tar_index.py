@@ -129,6 +129,7 @@ def scan_tar(path: str | os.PathLike) -> TarIndex:
         last = {extension_ids[member] for member in range(starts[-1], len(offsets))}
         before = {extension_ids[member] for member in range(starts[-2], starts[-1])} if len(keys) > 1 else None
         if last != before:
+            again.pop(len(keys), None)
             keys.pop()
             first = starts.pop()
             del extension_ids[first:], offsets[first:], sizes[first:]
@@ -146,16 +147,22 @@ def scan_tar(path: str | os.PathLike) -> TarIndex:
         _follow_links(index, links, path, unread)
     if unread:
         lost = len({key for key, _ in unread} - set(index.keys))
-        index.notes.append(("unread member", f"{len(unread)}, the first is {unread[0][1]}", lost))
+        index.notes.append(("unread member", f"{len(unread)} members, the first is {unread[0][1]}", lost))
     if again:
         lost = sum(max(more.values()) for more in again.values())
         first_key, first_number = keys[min(again) - 1], next(iter(again[min(again)]))
         name = f"{first_key}.{index.extensions[first_number]}"
-        index.notes.append(("repeated member", f"{lost}, the first is another {name}; one of each name is read", lost))
-    if len(set(index.keys)) < len(index):
+        index.notes.append(
+            (
+                "repeated member",
+                f"{lost} times a name again, the first is another {name}; the first of each is read",
+                lost,
+            )
+        )
+    if (repeated := len(index) - len(set(index.keys))) > 0:
         first_key, count = Counter(index.keys).most_common(1)[0]
         detail = (
-            f"{len(index) - len(set(index.keys))}, such as {first_key}, {count} times apart in the shard, each time as a "
+            f"{repeated} keys again, such as {first_key}, {count} times apart in the shard, each time as a "
             "sample of its own; members of one sample have to be neighbours"
         )
         index.notes.append(("repeated key", detail, 0))
