@@ -465,12 +465,13 @@ def _load_pretrained(
                 f"{flag} {name_or_path}: {_weights_file(name_or_path, name)} holds {name}, for which config.json leaves no "
                 f"place in a {model_class.__name__}; give the config of these weights"
             )
-    for name, tensor in model.state_dict().items():
-        if not tensor.isfinite().all():
-            raise UserError(
-                f"{flag} {name_or_path}: {_weights_file(name_or_path, name)}: {name} holds what is not finite (NaN or "
-                "infinity); give weights that are whole, such as those of an earlier checkpoint"
-            )
+    with torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if not tensor.isfinite().all():
+                raise UserError(
+                    f"{flag} {name_or_path}: {_weights_file(name_or_path, name)}: {name} holds what is not finite (NaN or "
+                    "infinity); give weights that are whole, such as those of an earlier checkpoint"
+                )
     return model, set(found["missing_keys"])
 
 
