@@ -67,12 +67,12 @@ def flags(settings: dict[str, object]) -> list[str]:
     return words
 
 
-def later_wins(*commands: list[str]) -> list[str]:
+def later_wins(*commands: list) -> list[str]:
     """Flags of several layers as one command: a layer replaces the flags that it names, with all their values."""
     merged: dict[str, list[str]] = {}
     for command in commands:
         own: dict[str, list[str]] = {}
-        for word in command:
+        for word in map(str, command):
             if word.startswith("--"):
                 name = word.partition("=")[0]
                 own.setdefault(name, []).append(word)

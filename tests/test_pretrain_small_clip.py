@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, CLIPModel, CLIPProcessor
 
 from examples import make_digit_shards, make_shards, pretrain_small_clip
-from tests.conftest import run_script
+from tests.conftest import later_wins, run_script
 from utils.errors import UserError
 from utils.typographic import WordStyle
 
@@ -252,7 +252,7 @@ def test_mistakes_are_named(
     Path("used/notes.txt").write_text("mine")
     out = ["--output_dir", "out", "--cache_dir", "cache"]
     with pytest.raises(UserError, match=re.escape(expected)):
-        call(pretrain_small_clip, "--train_data", digits, *out, *arguments)
+        call(pretrain_small_clip, *later_wins(["--train_data", digits, *out], arguments))
     assert not Path("out").exists()
     assert Path("used/notes.txt").read_text() == "mine"
 

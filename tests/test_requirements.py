@@ -44,7 +44,10 @@ def imported(path: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
             names.add(node.module)
-    names.discard("_typeshed")  # the type checker's own
+    names -= {
+        "_typeshed",
+        "wandb",
+    }  # the type checker's own; a tracker that who wants it installs, imported where it is there
     own = {*FOLDERS, *(script.stem for script in SCRIPTS)}
     return {name.split(".")[0] for name in names} - own - set(sys.stdlib_module_names)
 
