@@ -18,6 +18,7 @@ import dataclasses
 import difflib
 import errno
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -33,6 +34,7 @@ import yaml
 
 from utils.errors import UserError
 from utils.redaction import shown_setting
+from utils.streams import outlive_streams
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -134,8 +136,10 @@ def run(main: Callable[[], Any]) -> None:
     """Calls ``main`` and turns ``UserError`` into one line on stderr and exit status 2, Ctrl-C into status 130.
 
     Under several processes rank 0 speaks for all; another rank speaks where the error is its own. A process whose partner
-    has died says so in one line and ends with status 1. A process of several ends here in every case.
+    has died says so in one line and ends with status 1. A process of several ends here in every case. What is printed
+    cannot end the process: ``utils/streams.py``.
     """
+    outlive_streams()
     script = Path(sys.argv[0]).name
     rank = int(os.environ.get("RANK", "0"))
     try:
@@ -151,9 +155,7 @@ def run(main: Callable[[], Any]) -> None:
             line = " ".join(str(error).split())
             print(f"{script}: error: {line}", file=sys.stderr, flush=True)
         # The other ranks may be waiting in a collective: leave without waiting for them. The launcher ends them.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(2)
+        _leave_at_once(2)
     except RuntimeError as error:
         if "DataLoader worker (pid" in str(error):
             reason = " ".join(str(error).split())[:160]
@@ -162,7 +164,7 @@ def run(main: Callable[[], Any]) -> None:
                 file=sys.stderr,
                 flush=True,
             )
-            os._exit(1)
+            _leave_at_once(1)
         if "RANK" not in os.environ or not _PARTNER_LOST.search(str(error)):
             raise
         reason = " ".join(str(error).split())[:160]
@@ -172,16 +174,25 @@ def run(main: Callable[[], Any]) -> None:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(1)
+        _leave_at_once(1)
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr, flush=True)
-        os._exit(130)
+        _leave_at_once(130)
     except SystemExit as error:
         if "RANK" not in os.environ or not isinstance(error.code, int):
             raise
         _leave(error.code)
     if "RANK" in os.environ:
         _leave(0)
+
+
+def _leave_at_once(status: int) -> NoReturn:
+    """Ends the process without waiting for anything; its data workers, which may be stuck, with it."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _leave(status: int) -> NoReturn:

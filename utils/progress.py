@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from utils.redaction import printable
+
 SILENCE = 5.0  # seconds
 T = TypeVar("T")
 
@@ -31,7 +33,7 @@ class RunProgress:
         self.started = self.spoken = time.monotonic()
         self.fields: dict[str, Any] = {}
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
@@ -58,7 +60,7 @@ class RunProgress:
         elif self.enabled and (report or self._silent_for_long()):
             left = f"left {_duration(self._seconds_left())}" if self.first < done < self.total else ""
             line = "  ".join(filter(None, [f"{self.title} {done}/{self.total}", _join(fields or {}), left]))
-            print(line, file=sys.stderr, flush=True)
+            print(printable(line), file=sys.stderr, flush=True)
             self.spoken = time.monotonic()
 
     def within(self, what: str, batches: Iterable[T], total: int) -> Iterator[T]:
@@ -72,6 +74,7 @@ class RunProgress:
     def note(self, line: str) -> None:
         """A line that stays on the screen and in the log."""
         if self.enabled:
+            line = printable(line)
             if self.live:
                 self.console.print(line, markup=False)
             else:
