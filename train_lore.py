@@ -35,6 +35,7 @@ from utils.checkpoint import (
     read_state,
     refuse_changed_settings,
     refuse_non_finite,
+    refuse_unwritable,
     replace_model,
     save_checkpoint,
     set_aside_later,
@@ -93,7 +94,7 @@ from utils.metrics import (
     peak_memory_gib,
     violation_statistics,
 )
-from utils.model_card import model_card
+from utils.model_card import model_card, write_card
 from utils.optimization import (
     accumulation_steps,
     cosine_learning_rate,
@@ -243,6 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stop = StopRequest(accelerator)
     from_main_process(accelerator, lambda: take_output_dir(output_dir))
     checkpoint = from_main_process(accelerator, lambda: find_checkpoint(output_dir, settings.resume_from_checkpoint))
+    from_main_process(accelerator, lambda: refuse_unwritable(output_dir, [Path(__file__).stem]))
     resumed = from_main_process(accelerator, lambda: read_state(checkpoint)) if checkpoint else None
     train_set = from_main_process(accelerator, lambda: open_shards(settings, "train_shards", needs_labels))
     eval_set = from_main_process(accelerator, lambda: open_shards(settings, "eval_shards", True))
@@ -447,18 +449,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         encoder_state = accelerator.get_state_dict(encoder)  # on all processes: ZeRO-3 gathers here
         if accelerator.is_main_process:
             save_model(directory, model, processor, encoder_state)
-            card = model_card(
-                method=method_name(settings),
-                model_class=type(model).__name__,
-                with_text=has_text(model.config),
-                about="The image tower was fine-tuned to resist l_inf perturbations of the pixels; the rest is the base model's.",
-                tags=[model.config.model_type, "adversarial-robustness"],
-                base_model=settings.model_name_or_path,
-                settings=known_settings,
-                evaluations=[row for row in metrics_file.read() if "eval_accuracy_clean" in row],
-                notes=[f"Skipped samples: {line}." for line in all_skips.summary().splitlines()],
+            write_card(
+                directory,
+                lambda: model_card(
+                    method=method_name(settings),
+                    model_class=type(model).__name__,
+                    with_text=has_text(model.config),
+                    about="The image tower was fine-tuned to resist l_inf perturbations of the pixels; the rest is the base model's.",
+                    tags=[model.config.model_type, "adversarial-robustness"],
+                    base_model=settings.model_name_or_path,
+                    settings=known_settings,
+                    evaluations=[row for row in metrics_file.read() if "eval_accuracy_clean" in row],
+                    notes=[f"Skipped samples: {line}." for line in all_skips.summary().splitlines()],
+                ),
             )
-            (directory / "README.md").write_text(card, encoding="utf-8")
 
     def record(row: dict[str, Any]) -> None:
         if accelerator.is_main_process:

@@ -38,6 +38,7 @@ from utils.checkpoint import (
     read_state,
     refuse_changed_settings,
     refuse_non_finite,
+    refuse_unwritable,
     replace_model,
     save_checkpoint,
     set_aside_later,
@@ -90,7 +91,7 @@ from utils.metrics import (
     preference_flops_per_sample,
     violation_statistics,
 )
-from utils.model_card import model_card
+from utils.model_card import model_card, write_card
 from utils.optimization import (
     BetaAverage,
     accumulation_steps,
@@ -262,6 +263,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stop = StopRequest(accelerator)
     from_main_process(accelerator, lambda: take_output_dir(output_dir))
     checkpoint = from_main_process(accelerator, lambda: find_checkpoint(output_dir, settings.resume_from_checkpoint))
+    from_main_process(accelerator, lambda: refuse_unwritable(output_dir, [Path(__file__).stem]))
     resumed = from_main_process(accelerator, lambda: read_state(checkpoint)) if checkpoint else None
     if settings.task == "pairs":  # folders of pictures become shards in the cache of every node
         pictures = [*settings.train_shards, *settings.eval_shards]
@@ -579,17 +581,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             towers = {name.split(".", 1)[1]: tensor for name, tensor in state.items()}
             save_model(directory, clip, processor, towers)
-        card = model_card(
-            method=method_name(settings),
-            model_class=type(clip).__name__,
-            about=ABOUT[settings.trainable].format(t=settings.export_t) + (HELD if constrained else ""),
-            tags=[clip.config.model_type, "preference-optimization"],
-            base_model=settings.model_name_or_path,
-            settings=known_settings,
-            evaluations=[row for row in metrics_file.read() if any(key.startswith("eval_") for key in row)],
-            notes=[f"Skipped samples: {line}." for line in all_skips.summary().splitlines()],
+        write_card(
+            directory,
+            lambda: model_card(
+                method=method_name(settings),
+                model_class=type(clip).__name__,
+                about=ABOUT[settings.trainable].format(t=settings.export_t) + (HELD if constrained else ""),
+                tags=[clip.config.model_type, "preference-optimization"],
+                base_model=settings.model_name_or_path,
+                settings=known_settings,
+                evaluations=[row for row in metrics_file.read() if any(key.startswith("eval_") for key in row)],
+                notes=[f"Skipped samples: {line}." for line in all_skips.summary().splitlines()],
+            ),
         )
-        (directory / "README.md").write_text(card, encoding="utf-8")
 
     def dual_state() -> dict[str, Any]:
         return {"multiplier": multiplier.state_dict(), "dual_optimizer": dual_optimizer.state_dict()["state"]}

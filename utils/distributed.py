@@ -33,6 +33,7 @@ from accelerate.utils import (
 from torch import Tensor, nn
 
 from utils.errors import UserError
+from utils.redaction import printable
 
 MIXED_PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -143,7 +144,7 @@ def start_tracker(
     """
     if report_to == "none":
         return
-    config: dict[str, Any] | None = {name: str(value) for name, value in settings.items()}
+    config: dict[str, Any] | None = {name: printable(str(value)) for name, value in settings.items()}
     options: dict[str, Any] = {}
     if accelerator.is_main_process:  # the only one that opens a tracker
         run_file = output_dir / "run.json"
@@ -168,22 +169,28 @@ def start_tracker(
 
 
 def log_row(accelerator: Accelerator, row: dict[str, Any]) -> None:
-    """A row of metrics.jsonl for the tracker. Raises ``UserError`` where that cannot write, as on a full disk."""
+    """A row of metrics.jsonl for the tracker. One that fails, as on a full disk, is left out from then on, with a word."""
     try:
         accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
-    except OSError as error:
-        raise UserError(
-            f"--report_to: step {row['step']} cannot be logged ({error.strerror}); mend that, then go on with "
-            "--resume_from_checkpoint latest, or with --report_to none"
-        ) from None
+    except Exception as error:
+        logger.warning(
+            "--report_to: step %d cannot be logged (%s); the run goes on without the tracker, metrics.jsonl has all rows",
+            row["step"],
+            _reason(error),
+        )
+        accelerator.trackers = []  # a second attempt might wait for a thread of the tracker that has died
 
 
 def end_training(accelerator: Accelerator) -> None:
     """Closes tracker and process group. What a tracker cannot write any more is said, the run is finished all the same."""
     try:
         accelerator.end_training()
-    except OSError as error:
-        logger.warning("the tracker could not write all of its rows (%s)", error.strerror)
+    except Exception as error:
+        logger.warning("the tracker could not write all of its rows (%s); metrics.jsonl has them", _reason(error))
+
+
+def _reason(error: Exception) -> str:
+    return printable(" ".join((getattr(error, "strerror", None) or f"{type(error).__name__} {error}").split())[:160])
 
 
 def compute_dtype(accelerator: Accelerator) -> torch.dtype:

@@ -12,6 +12,8 @@ A model is what transformers makes of a directory, with its processor. What an e
 from __future__ import annotations
 
 import copy
+import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +49,10 @@ from transformers.utils import logging as transformers_logging
 from utils.errors import UserError
 from utils.images import ImageTransform
 from utils.layers import ATTENTION, recompute_convnext_layers, use_lean_layers
+from utils.redaction import printable
 from utils.shard_sources import BRING_IT
+
+logger = logging.getLogger(__name__)
 
 MODEL_CLASSES = {
     "clip": CLIPModel,
@@ -392,6 +397,9 @@ def enable_gradient_checkpointing(encoder: ImageEncoder) -> None:
         tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja")  # fmt: skip
+
+
 def save_model(directory: str | Path, model: PreTrainedModel, processor: Any, encoder_state: dict[str, Tensor]) -> None:
     """Writes config, model.safetensors and processor files: ``model`` with the encoder's new weights, the rest as it was.
 
@@ -416,7 +424,30 @@ def save_model(directory: str | Path, model: PreTrainedModel, processor: Any, en
         raise UserError(f"{directory}: {damaged[0]} is not finite, the model is not saved; lower --learning_rate")
     with quiet_transformers():
         model.save_pretrained(directory, state_dict=state)
+        _save_processor(Path(directory), model, processor)
+
+
+def _save_processor(directory: Path, model: PreTrainedModel, processor: Any) -> None:
+    """The processor's files; where it cannot be saved, with a warning, copies of those that it was loaded from.
+
+    OSError where the disk does not take them.
+    """
+    try:
         processor.save_pretrained(directory)
+    except Exception as error:
+        source = Path(model.name_or_path)
+        copied = [name for name in PROCESSOR_FILES if (source / name).is_file()]
+        if not copied and isinstance(error, OSError):
+            raise
+        for name in copied:
+            shutil.copyfile(source / name, directory / name)
+        reason = _first_line(error)[:160]
+        rest = (
+            f"{len(copied)} files of {source} stand in"
+            if copied
+            else "take those of the model that it was trained from"
+        )
+        logger.warning("%s: the processor's files cannot be written (%s); %s", directory, reason, printable(rest))
 
 
 @contextmanager

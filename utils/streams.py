@@ -79,5 +79,8 @@ class _Lasting(io.FileIO):
         except OSError as error:
             if self.number == 1 and not self.failed and error.errno != errno.EPIPE:  # "| head" has read what it wanted
                 self.failed = True
-                print(f"stdout cannot be written ({error.strerror}): what is printed is lost, files are not", file=sys.stderr)
+                print(
+                    f"stdout cannot be written ({error.strerror}): what is printed is lost, files are not",
+                    file=sys.stderr,
+                )
             return len(data)
