@@ -179,6 +179,8 @@ def run(main: Callable[[], Any]) -> None:
         print(f"{script}: interrupted", file=sys.stderr, flush=True)
         _leave_at_once(130)
     except SystemExit as error:
+        if isinstance(error.code, int) and multiprocessing.active_children():
+            _leave_at_once(error.code)  # a data worker that is stuck would be waited for
         if "RANK" not in os.environ or not isinstance(error.code, int):
             raise
         _leave(error.code)

@@ -435,7 +435,7 @@ def _save_processor(directory: Path, model: PreTrainedModel, processor: Any) -> 
     try:
         processor.save_pretrained(directory)
     except Exception as error:
-        source = Path(model.name_or_path)
+        source = Path(str(model.name_or_path))
         copied = [name for name in PROCESSOR_FILES if (source / name).is_file()]
         if not copied and isinstance(error, OSError):
             raise

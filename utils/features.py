@@ -186,7 +186,9 @@ def fingerprint(weights: dict[str, Tensor], urls: list[str], identity: dict[str,
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     for url in urls:
         status = os.stat(url) if os.path.isfile(url) else None
-        digest.update(f"{url} {(status.st_size, status.st_mtime_ns) if status else ''}\n".encode("utf-8", "surrogateescape"))
+        digest.update(
+            f"{url} {(status.st_size, status.st_mtime_ns) if status else ''}\n".encode("utf-8", "surrogateescape")
+        )
     digest.update(json.dumps(identity, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 

@@ -55,7 +55,7 @@ def _number_of(stream: io.TextIOWrapper) -> int | None:
 
 
 def _lasting_stream(number: int, encoding: str, line_buffering: bool) -> io.TextIOWrapper:
-    buffer = io.BufferedWriter(_Lasting(number))
+    buffer = io.BufferedWriter(_Lasting(number))  # type: ignore[type-var]
     return io.TextIOWrapper(buffer, encoding=encoding, errors="backslashreplace", line_buffering=line_buffering)
 
 

@@ -7,10 +7,12 @@ library; ``0001.jpg`` and ``0001.cls`` make one sample. Nothing is ever unpacked
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
 import re
+import stat
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -193,8 +195,13 @@ def _pax_records(data: bytes) -> dict[bytes, bytes]:
 
 
 def tar_index(path: str, cache_dir: str | os.PathLike, name: str | None = None) -> TarIndex:
-    """``scan_tar``, kept as JSON in ``cache_dir``/index by ``name`` (default: path and mtime) and the file's size."""
+    """``scan_tar``, kept as JSON in ``cache_dir``/index by ``name`` (default: path and mtime) and the file's size.
+
+    OSError where it cannot be read, or is no file.
+    """
     status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+        raise OSError(errno.EINVAL, "not a regular file")
     key = digest(f"3|{name or f'{os.path.abspath(path)}|{status.st_mtime_ns}'}|{status.st_size}")
     stored = Path(cache_dir) / "index" / f"{key}.json"
     arrays = {"starts": np.int64, "extension_ids": np.int32, "offsets": np.int64, "sizes": np.int64}
