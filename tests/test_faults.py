@@ -12,6 +12,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 
 import pytest
@@ -22,12 +24,15 @@ from transformers import CLIPConfig, CLIPModel
 import train_lore
 import train_po
 import utils.checkpoint
+import utils.interruption
 import utils.shards
 from tests.conftest import ROOT, free_port, run_script, two_processes
 from tests.shard_maker import ShardServer
 from tests.small_models import save_small_clip
 from utils.checkpoint import damage, last_checkpoint
 from utils.errors import UserError
+from utils.interruption import REQUEUE
+from utils.shards import eval_loader
 
 
 @pytest.fixture
@@ -164,6 +169,157 @@ def test_a_slow_shard_is_waited_for_with_a_word(arguments, digits, tmp_path, mon
     assert "waiting for data since" in caplog.text.removeprefix(index_then_read)
     assert_equal(tmp_path / "near", tmp_path / "slow")
     assert_equal(tmp_path / "near", tmp_path / "again")
+
+
+@pytest.fixture
+def stuck_after(monkeypatch):
+    """``stuck_after(32)``: whoever reads a later sample than so many of the run sleeps for ever, as on a dead disk."""
+    real = utils.shards.ShardDataset.__getitem__
+
+    def arrange(samples):
+        def read(self, reference):
+            if self.order == "shuffled" and reference[1] >= samples:
+                time.sleep(10_000)
+            return real(self, reference)
+
+        monkeypatch.setattr(utils.shards.ShardDataset, "__getitem__", read)
+        return lambda: monkeypatch.setattr(utils.shards.ShardDataset, "__getitem__", real)
+
+    yield arrange
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    utils.shards._ABANDONED.clear()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_data_that_never_comes_ends_the_run_and_keeps_the_last_checkpoint(
+    arguments, tmp_path, monkeypatch, stuck_after, num_workers
+):
+    """riga/law#184: a worker that delivers nothing is named, with the shards that it reads."""
+    stuck_after(32)
+    monkeypatch.setattr(utils.shards, "LONGEST_WAIT", 3.0)
+    who = r"data worker 0 \(process \d+\)" if num_workers else "reading"
+    with pytest.raises(UserError, match=rf"{who} has delivered nothing for 3 s; its batch is read from .*\d\.tar"):
+        train_lore.main(arguments(num_workers=num_workers))
+    assert checkpoints(tmp_path / "run") == ["step-2", "step-4"]
+
+
+@pytest.mark.parametrize("trainer", [train_lore, train_po])
+def test_a_signal_is_heard_while_the_run_waits_for_data(arguments, tmp_path, monkeypatch, stuck_after, trainer):
+    """riga/law#184. It goes back to the last whole step, saves it, and the run that goes on ends like any other."""
+    unknown = {"--attack_steps", "--primal_steps", "--eps"} if trainer is train_po else ()
+
+    def words(**changes):
+        given = arguments(checkpoint_steps=0, **changes)
+        return [word for pair in zip(given[::2], given[1::2]) if pair[0] not in unknown for word in pair]
+
+    trainer.main(words(output_dir=tmp_path / "whole"))
+    monkeypatch.setattr(utils.interruption, "GRACE", 0.2)
+    mend = stuck_after(24)
+    timed = threading.Timer(0, lambda: None)
+
+    def tell(step, *rest):
+        nonlocal timed
+        if step == 3:  # whose batch does not come
+            timed = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+            timed.start()
+        return real(step, *rest)
+
+    real = trainer.cosine_learning_rate
+    monkeypatch.setattr(trainer, "cosine_learning_rate", tell)
+    with pytest.raises(SystemExit) as stopped:
+        trainer.main(words(num_workers=1))
+    timed.join()
+    assert stopped.value.code == REQUEUE
+    assert checkpoints(tmp_path / "run") == ["step-3"]
+    mend()
+    monkeypatch.setattr(trainer, "cosine_learning_rate", real)
+    utils.checkpoint._LOCKS.clear()
+    trainer.main(words(resume_from_checkpoint="latest"))
+    assert_equal(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_signal_ends_a_run_that_does_not_come_to_its_first_step(arguments, tmp_path, monkeypatch, capfd):
+    def load(*words):
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(10_000)
+
+    monkeypatch.setattr(utils.interruption, "GRACE", 0.2)
+    monkeypatch.setattr(train_lore, "load_model", load)
+    with pytest.raises(SystemExit) as stopped:
+        train_lore.main(arguments())
+    assert stopped.value.code == REQUEUE
+    assert "SIGHUP before the first step: nothing new to save (exit status 85)" in capfd.readouterr().err
+
+
+def test_a_signal_ends_an_evaluation_whose_data_does_not_come(arguments, digits, tmp_path, monkeypatch):
+    real = utils.shards.ShardDataset.__getitem__
+
+    def read(self, reference):
+        if self.order == "sequential" and passes.count(1) > 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(10_000)
+        return real(self, reference)
+
+    passes = []
+    monkeypatch.setattr(
+        train_lore, "eval_loader", lambda *data, **more: (passes.append(1), eval_loader(*data, **more))[1]
+    )
+    monkeypatch.setattr(utils.shards.ShardDataset, "__getitem__", read)
+    monkeypatch.setattr(utils.interruption, "GRACE", 0.2)
+    with pytest.raises(SystemExit) as stopped:
+        train_lore.main(arguments(eval_shards=digits / "test", eval_steps=1, eval_num_samples=8, checkpoint_steps=0))
+    assert stopped.value.code == REQUEUE
+    assert checkpoints(tmp_path / "run") == ["step-1"]
+
+
+@pytest.mark.slow
+def test_a_signal_to_a_process_without_data_leads_all_out(arguments, tmp_path):
+    """On one of two its data does not come; the other waits for it in a collective, where it hears nothing."""
+    program = """
+import os, signal, sys, threading, time
+import utils.shards, train_lore
+from utils.cli import run
+if os.environ["RANK"] == "1":
+    real = utils.shards.ShardDataset.__getitem__
+    def read(self, reference):
+        if reference[1] >= 24:
+            threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            time.sleep(10_000)
+        return real(self, reference)
+    utils.shards.ShardDataset.__getitem__ = read
+run(train_lore.main)
+"""
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, *arguments(per_device_train_batch_size=4, checkpoint_steps=0)],
+            cwd=ROOT, env=os.environ | group | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    assert [process.wait(timeout=120) for process in processes] == [REQUEUE, REQUEUE]
+    assert checkpoints(tmp_path / "run") == ["step-3"]
+
+
+def test_a_long_temporary_folder_does_no_harm(arguments, tmp_path, monkeypatch):
+    """riga/law#184: data workers hand tensors over by sockets in it, whose paths have at most 107 bytes."""
+    folder = tmp_path / ("t" * 120)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setitem(multiprocessing.process.current_process()._config, "tempdir", None)
+    monkeypatch.setattr(utils.shards, "LONGEST_WAIT", 30.0)
+    train_lore.main(arguments(num_workers=1, max_steps=1))
+    monkeypatch.setitem(multiprocessing.process.current_process()._config, "tempdir", None)
+    monkeypatch.setattr(utils.shards, "LONGEST_SOCKET", 32)
+    with pytest.raises(UserError, match=r"TMPDIR .*: data workers need a folder for sockets.*--num_workers 0"):
+        utils.shards._short_socket_folder()
+
+
+def test_a_pipe_is_no_shard(arguments, digits, tmp_path):
+    os.mkfifo(tmp_path / "0.tar")
+    with pytest.raises(UserError, match=r"no readable sample in 1 shard, first: .*0\.tar \(not a regular file\)"):
+        train_lore.main(arguments(train_shards=tmp_path / "0.tar", model_name_or_path="x"))
 
 
 def test_more_processes_than_shards(arguments, digits, tmp_path):
