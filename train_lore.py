@@ -14,6 +14,7 @@ Precision (bf16, fp16, no) and sharding live in the accelerate config. Radii are
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -76,7 +77,7 @@ from utils.encoders import (
 )
 from utils.errors import UserError
 from utils.hub import fetch_model, on_this_node
-from utils.interruption import StopRequest
+from utils.interruption import GivenUp, StopRequest
 from utils.lagrangian import (
     Multiplier,
     dual_lagrangian,
@@ -437,7 +438,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             counted = count_skipped(passing, eval_skips)
             eager = torch.compiler.set_stance("force_eager")  # a last batch of its own size is not worth compiling
-            with gathered(module, settings.gather_for_attack), eager:
+            with contextlib.suppress(GivenUp), gathered(module, settings.gather_for_attack), eager:
                 _, correct = predictions(
                     module, counted, eval_classifier, device=device, eps=radius, seed=settings.seed
                 )

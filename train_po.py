@@ -81,7 +81,7 @@ from utils.features import features
 from utils.head import Head, fold_head, head_power, orthogonality_penalty, save_head, warn_of_condition
 from utils.hub import fetch_model, on_this_node
 from utils.images import ImageTransform
-from utils.interruption import StopRequest
+from utils.interruption import GivenUp, StopRequest
 from utils.lagrangian import Multiplier, dual_lagrangian, embedding_margin, primal_lagrangian, violation
 from utils.losses import squared_distance
 from utils.metrics import (
@@ -547,7 +547,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             pin_memory=device.type == "cuda",
         )
         eval_skips.seen = 0  # every pass is weighed by itself
-        with torch.no_grad(), average.applied(module) if average else contextlib.nullcontext():
+        averaged = average.applied(module) if average else contextlib.nullcontext()
+        with contextlib.suppress(GivenUp), torch.no_grad(), averaged:
             rows = judge(
                 count_skipped(progress.within("evaluating", stop.patiently(loader), len(loader)), eval_skips),
                 lambda images, texts: unit(*module(to_input(images), texts_of(texts, None))),

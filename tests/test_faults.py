@@ -31,7 +31,7 @@ from tests.shard_maker import ShardServer
 from tests.small_models import save_small_clip
 from utils.checkpoint import damage, last_checkpoint
 from utils.errors import UserError
-from utils.interruption import REQUEUE
+from utils.interruption import REQUEUE, SIGNALS
 from utils.shards import eval_loader
 
 
@@ -172,6 +172,18 @@ def test_a_slow_shard_is_waited_for_with_a_word(arguments, digits, tmp_path, mon
 
 
 @pytest.fixture
+def signals_as_before():
+    """A run that was told to stop leaves its handlers to the end of the process."""
+    numbers = (*SIGNALS, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    for number in numbers:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
+
+
+@pytest.fixture
 def stuck_after(monkeypatch):
     """``stuck_after(32)``: whoever reads a later sample than so many of the run sleeps for ever, as on a dead disk."""
     real = utils.shards.ShardDataset.__getitem__
@@ -179,7 +191,7 @@ def stuck_after(monkeypatch):
     def arrange(samples):
         def read(self, reference):
             if self.order == "shuffled" and reference[1] >= samples:
-                time.sleep(10_000)
+                time.sleep(60)
             return real(self, reference)
 
         monkeypatch.setattr(utils.shards.ShardDataset, "__getitem__", read)
@@ -205,7 +217,9 @@ def test_data_that_never_comes_ends_the_run_and_keeps_the_last_checkpoint(
 
 
 @pytest.mark.parametrize("trainer", [train_lore, train_po])
-def test_a_signal_is_heard_while_the_run_waits_for_data(arguments, tmp_path, monkeypatch, stuck_after, trainer):
+def test_a_signal_is_heard_while_the_run_waits_for_data(
+    arguments, tmp_path, monkeypatch, stuck_after, signals_as_before, trainer
+):
     """riga/law#184. It goes back to the last whole step, saves it, and the run that goes on ends like any other."""
     unknown = {"--attack_steps", "--primal_steps", "--eps"} if trainer is train_po else ()
 
@@ -239,10 +253,10 @@ def test_a_signal_is_heard_while_the_run_waits_for_data(arguments, tmp_path, mon
     assert_equal(tmp_path / "whole", tmp_path / "run")
 
 
-def test_a_signal_ends_a_run_that_does_not_come_to_its_first_step(arguments, tmp_path, monkeypatch, capfd):
+def test_a_signal_ends_a_run_that_does_not_come_to_its_first_step(arguments, monkeypatch, capfd, signals_as_before):
     def load(*words):
         os.kill(os.getpid(), signal.SIGHUP)
-        time.sleep(10_000)
+        time.sleep(60)
 
     monkeypatch.setattr(utils.interruption, "GRACE", 0.2)
     monkeypatch.setattr(train_lore, "load_model", load)
@@ -252,13 +266,15 @@ def test_a_signal_ends_a_run_that_does_not_come_to_its_first_step(arguments, tmp
     assert "SIGHUP before the first step: nothing new to save (exit status 85)" in capfd.readouterr().err
 
 
-def test_a_signal_ends_an_evaluation_whose_data_does_not_come(arguments, digits, tmp_path, monkeypatch):
+def test_a_signal_ends_an_evaluation_whose_data_does_not_come(
+    arguments, digits, tmp_path, monkeypatch, signals_as_before
+):
     real = utils.shards.ShardDataset.__getitem__
 
     def read(self, reference):
         if self.order == "sequential" and passes.count(1) > 2:
             os.kill(os.getpid(), signal.SIGUSR1)
-            time.sleep(10_000)
+            time.sleep(60)
         return real(self, reference)
 
     passes = []
@@ -285,7 +301,7 @@ if os.environ["RANK"] == "1":
     def read(self, reference):
         if reference[1] >= 24:
             threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
-            time.sleep(10_000)
+            time.sleep(60)
         return real(self, reference)
     utils.shards.ShardDataset.__getitem__ = read
 run(train_lore.main)

@@ -30,7 +30,7 @@ GIVEN_UP = 1000  # what is added to the signal's number where a process has no b
 T = TypeVar("T")
 
 
-class _GivenUp(WaitEnded):
+class GivenUp(WaitEnded):
     """The run was told to stop, and the data that it waits for does not come."""
 
 
@@ -56,11 +56,12 @@ class StopRequest:
             self.signal = signal.Signals(number)
             threading.Thread(target=self._remind, args=(number,), daemon=True).start()
         elif self._waiting:
-            raise _GivenUp
+            raise GivenUp
         elif self._loading:
             line = f"{self.signal.name} before the first step: nothing new to save (exit status {REQUEUE})\n"
             with contextlib.suppress(OSError):
                 os.write(2, line.encode())  # a handler may have interrupted a print
+            self._over = True
             raise SystemExit(REQUEUE)
 
     def _remind(self, number: int) -> None:
@@ -86,15 +87,17 @@ class StopRequest:
                 return fetch()
             finally:
                 self._waiting = False
-        except _GivenUp:
+        except GivenUp:
             self._gave_up = True
             return None
 
     def patiently(self, batches: Iterable[T]) -> Iterator[T]:
-        """Passes batches on; ends early where this process was told to stop and the next one does not come."""
+        """Passes batches on; raises GivenUp where this process was told to stop and the next one does not come."""
         iterator = iter(batches)
         while (batch := self.unless_told(lambda: next(iterator, None))) is not None:
             yield batch
+        if self._gave_up:
+            raise GivenUp
 
     def ask(self) -> None:
         """Asks all processes, without waiting for their answer. A collective: ask while the device has work to come."""
