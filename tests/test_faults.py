@@ -15,9 +15,11 @@ import sys
 import tempfile
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate.tracking import TensorBoardTracker
 from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel
 
@@ -30,6 +32,7 @@ from tests.conftest import ROOT, free_port, run_script, two_processes
 from tests.shard_maker import ShardServer
 from tests.small_models import save_small_clip
 from utils.checkpoint import damage, last_checkpoint
+from utils.encoders import load_model
 from utils.errors import UserError
 from utils.interruption import REQUEUE, SIGNALS
 from utils.shards import eval_loader
@@ -203,17 +206,16 @@ def stuck_after(monkeypatch):
     utils.shards._ABANDONED.clear()
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
 def test_data_that_never_comes_ends_the_run_and_keeps_the_last_checkpoint(
-    arguments, tmp_path, monkeypatch, stuck_after, num_workers
+    arguments, tmp_path, monkeypatch, stuck_after
 ):
     """riga/law#184: a worker that delivers nothing is named, with the shards that it reads."""
-    stuck_after(32)
-    monkeypatch.setattr(utils.shards, "LONGEST_WAIT", 3.0)
-    who = r"data worker 0 \(process \d+\)" if num_workers else "reading"
-    with pytest.raises(UserError, match=rf"{who} has delivered nothing for 3 s; its batch is read from .*\d\.tar"):
-        train_lore.main(arguments(num_workers=num_workers))
-    assert checkpoints(tmp_path / "run") == ["step-2", "step-4"]
+    stuck_after(16)
+    monkeypatch.setattr(utils.shards, "LONGEST_WAIT", 2.0)
+    expected = r"data worker 0 \(process \d+\) has delivered nothing for 2 s; its batch is read from .*\d\.tar"
+    with pytest.raises(UserError, match=expected):
+        train_lore.main(arguments(num_workers=1))
+    assert checkpoints(tmp_path / "run") == ["step-2"]
 
 
 @pytest.mark.parametrize("trainer", [train_lore, train_po])
@@ -224,7 +226,7 @@ def test_a_signal_is_heard_while_the_run_waits_for_data(
     unknown = {"--attack_steps", "--primal_steps", "--eps"} if trainer is train_po else ()
 
     def words(**changes):
-        given = arguments(checkpoint_steps=0, **changes)
+        given = arguments(checkpoint_steps=0, max_steps=4, **changes)
         return [word for pair in zip(given[::2], given[1::2]) if pair[0] not in unknown for word in pair]
 
     trainer.main(words(output_dir=tmp_path / "whole"))
@@ -500,6 +502,89 @@ def test_an_output_dir_that_cannot_be_written_is_one_line_before_a_model_is_load
     output = run_script("train_lore.py", *arguments(output_dir=tmp_path / "file/run", model_name_or_path="x"), status=2)
     assert output.count("\n") == 1
     assert "file/run: cannot be written (Not a directory); name a directory that can" in output
+
+
+# ------------------------------------------------------------------------------------- what presents the model
+
+
+def unsaveable(self, *words, **more):
+    raise NotImplementedError("this tokenizer $\\frac$ cannot be saved")
+
+
+def broken_tracker(self, values, step=None, **more):
+    raise ValueError("the tracker has gone")
+
+
+@pytest.mark.parametrize("trainer", [train_lore, train_po])
+def test_what_presents_a_model_cannot_take_it_along(
+    arguments, small_clip, digits, tmp_path, monkeypatch, caplog, trainer
+):
+    """nine-or-null#14, ownphotos#112, fertilizer#47: markup in names, bytes that are no text, a tokenizer, card and tracker
+    that fail: everything is saved, and what could not be is said in a line each."""
+    model = shutil.copytree(small_clip, tmp_path / "m $x$ [/b] ünï")
+    shards = os.fsdecode(os.fsencode(tmp_path) + b"/tr\xff$x$")
+    os.mkdir(shards)
+    shutil.copy(digits / "train/000000.tar", shards)
+    shutil.copy(digits / "classnames.txt", tmp_path)
+    unknown = {"--attack_steps", "--primal_steps", "--eps"} if trainer is train_po else ()
+
+    def words(**changes):
+        common = {"model_name_or_path": model, "train_shards": shards, "max_steps": 1, "checkpoint_steps": 1}
+        given = arguments(**common | changes)
+        return [word for pair in zip(given[::2], given[1::2]) if pair[0] not in unknown for word in pair]
+
+    run = tmp_path / "run $x$ [b]"
+    trainer.main(words(output_dir=run, report_to="tensorboard"))
+    assert "tr\\udcff$x$" in (run / "README.md").read_text(encoding="utf-8")
+    monkeypatch.setattr(type(load_model(model)[1]), "save_pretrained", unsaveable)
+    monkeypatch.setattr(trainer, "model_card", lambda **settings: "\udcff")
+    monkeypatch.setattr(TensorBoardTracker, "log", broken_tracker)
+    head = {"trainable": "head"} if trainer is train_po else {}
+    trainer.main(words(output_dir=tmp_path / "again", report_to="tensorboard", **head))
+    for folder in (tmp_path / "again", tmp_path / "again/checkpoints/step-1/model"):
+        load_model(folder)  # the tokenizer's files were copied
+        assert not (folder / "README.md").exists()
+    assert len((tmp_path / "again/metrics.jsonl").read_text().splitlines()) == 1
+    for said in (
+        "README.md cannot be written",
+        "the processor's files cannot be written",
+        "goes on without the tracker",
+    ):
+        assert said in caplog.text
+
+
+IN_THE_WAY = [
+    "checkpoints",
+    "best",
+    "train_lore",
+    "metrics.jsonl/",
+    "model.safetensors/",
+    "README.md/",
+    "checkpoints/step-2",
+]
+
+
+@pytest.mark.parametrize("name", [*IN_THE_WAY, b"run\xff", "n" * 200 + "/", "pipe metrics.jsonl"])
+def test_an_output_that_cannot_be_written_is_refused_before_data_is_opened(arguments, tmp_path, name):
+    """scarches#25: what stands in the way of checkpoints or of the model at the end; a path that is no UTF-8 or too long."""
+    run = tmp_path / "run"
+    expected = r"is in the way, the run writes a f\w+ of that name; move it away"
+    if isinstance(name, bytes):
+        run, expected = os.fsdecode(os.fsencode(tmp_path) + b"/" + name), r"run\\udcff: not UTF-8"
+    elif name.startswith("n"):
+        run, expected = tmp_path / "/".join([name.strip("/")] * 21), "its files would get names that are too long"
+        run = str(run)[: os.pathconf(tmp_path, "PC_PATH_MAX") - 100]
+    elif name.startswith("pipe"):
+        run.mkdir()
+        os.mkfifo(run / name.split()[1])
+    elif name.endswith("/"):
+        (run / name).mkdir(parents=True)
+    else:
+        (run / name).parent.mkdir(parents=True)
+        (run / name).write_text("")
+    with pytest.raises(UserError, match=expected):
+        train_lore.main(arguments(output_dir=run, train_shards="nowhere", resume_from_checkpoint="latest"))
+    assert not list(Path(run).glob("checkpoints/.*"))
 
 
 # --------------------------------------------------------------------------------------------------- numbers
