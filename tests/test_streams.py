@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-from tests.conftest import ROOT
+import pytest
+
+from tests.conftest import ROOT, two_processes
 
 SPEAKS = """
 import logging, os, sys
@@ -61,3 +64,31 @@ def shell(command: str, program: str, **env: str) -> subprocess.Popen:
         cwd=ROOT, text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
     )  # fmt: skip
+
+
+TRAIN = ("--train_shards", "--output_dir", "--max_steps", "--num_workers", "--logging_steps", "--report_to")
+
+
+@pytest.mark.parametrize(
+    ("script", "lost", "launcher"),
+    [
+        ("train_lore.py", "<&- >&- 2>&-", False),
+        pytest.param("train_po.py", ">/dev/full 2>&1", False, marks=pytest.mark.slow),
+        pytest.param("train_lore.py", "<&- >&- 2>&-", True, marks=pytest.mark.slow),
+    ],
+)
+def test_training_outlives_its_terminal(
+    small_clip: Path, digits: Path, tmp_path: Path, script: str, lost: str, launcher: bool
+) -> None:
+    """sos#4474: all is saved, metrics.jsonl whole, status 0; under a launcher too."""
+    values = (digits / "train/000000.tar", tmp_path / "run", 2, 1, 1, "tensorboard")
+    words = [str(word) for pair in zip(TRAIN, values) for word in pair]
+    words += ["--model_name_or_path", str(small_clip), "--per_device_train_batch_size", "4"]
+    words += ["--attack_steps", "1", "--primal_steps", "1"] if script == "train_lore.py" else []
+    start = " ".join(two_processes()[1:]) if launcher else ""
+    process = shell(f'"$0" {start} {script} {shlex.join(words)} {lost}', "")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert (tmp_path / "run/model.safetensors").is_file()
+    assert (tmp_path / "run/README.md").is_file()
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 2
