@@ -73,7 +73,7 @@ from utils.measures import (
 )
 from utils.pairs import pack_pair_folder
 from utils.prefetch import prefetch_models, say_where
-from utils.progress import forgive_encoding, wide_console
+from utils.progress import wide_console
 from utils.redaction import shown_setting
 from utils.results import (
     ATTACKS,
@@ -164,7 +164,6 @@ class Settings:
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse_settings(Settings, argv, description=__doc__)
-    forgive_encoding()
     check_settings(settings)
     if settings.prefetch:
         return prefetch(settings)

@@ -14,6 +14,7 @@ Precision (bf16, fp16, no) and sharding live in the accelerate config. Radii are
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import Tensor
 
 from utils.attacks import ascend, attack_seeds, frozen, pgd, uniform_start
@@ -34,6 +36,7 @@ from utils.checkpoint import (
     read_state,
     refuse_changed_settings,
     refuse_non_finite,
+    refuse_unwritable,
     replace_model,
     save_checkpoint,
     set_aside_later,
@@ -72,7 +75,7 @@ from utils.encoders import (
 )
 from utils.errors import UserError
 from utils.hub import fetch_model, on_this_node, refuse_mistyped_paths
-from utils.interruption import StopRequest
+from utils.interruption import GivenUp, StopRequest
 from utils.lagrangian import (
     Multiplier,
     dual_lagrangian,
@@ -92,7 +95,7 @@ from utils.metrics import (
     peak_memory_gib,
     violation_statistics,
 )
-from utils.model_card import model_card
+from utils.model_card import model_card, write_card
 from utils.optimization import (
     accumulation_steps,
     cosine_learning_rate,
@@ -242,6 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stop = StopRequest(accelerator)
     from_main_process(accelerator, lambda: take_output_dir(output_dir))
     checkpoint = from_main_process(accelerator, lambda: find_checkpoint(output_dir, settings.resume_from_checkpoint))
+    from_main_process(accelerator, lambda: refuse_unwritable(output_dir, [Path(__file__).stem]))
     resumed = from_main_process(accelerator, lambda: read_state(checkpoint)) if checkpoint else None
     train_set = from_main_process(accelerator, lambda: open_shards(settings, "train_shards", needs_labels))
     eval_set = from_main_process(accelerator, lambda: open_shards(settings, "eval_shards", True))
@@ -411,6 +415,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
 
     def evaluate(step: int) -> dict[str, float]:
+        """Empty where the run was told to stop and a batch did not come."""
         accuracies = {}
         for name, radius in (("eval_accuracy_clean", None), ("eval_accuracy_pgd", eps)):
             loader = eval_loader(
@@ -429,13 +434,18 @@ def main(argv: Sequence[str] | None = None) -> None:
                 pin_memory=device.type == "cuda",
             )
             eval_skips.seen = 0  # every pass is weighed by itself
-            passing = progress.within(f"evaluating {name.removeprefix('eval_accuracy_')}", loader, len(loader))
+            passing = progress.within(
+                f"evaluating {name.removeprefix('eval_accuracy_')}", stop.patiently(loader), len(loader)
+            )
             counted = count_skipped(passing, eval_skips)
             eager = torch.compiler.set_stance("force_eager")  # a last batch of its own size is not worth compiling
-            with gathered(module, settings.gather_for_attack), eager:
+            with contextlib.suppress(GivenUp), gathered(module, settings.gather_for_attack), eager:
                 _, correct = predictions(
                     module, counted, eval_classifier, device=device, eps=radius, seed=settings.seed
                 )
+            stop.ask()
+            if stop.gave_up():
+                return {}
             accuracies[name] = mean_over_processes(accelerator, correct)
             eval_skips.merge(gather_objects(accelerator, eval_skips.state())).check()
         progress.note(
@@ -448,23 +458,68 @@ def main(argv: Sequence[str] | None = None) -> None:
         encoder_state = accelerator.get_state_dict(encoder)  # on all processes: ZeRO-3 gathers here
         if accelerator.is_main_process:
             save_model(directory, model, processor, encoder_state)
-            card = model_card(
-                method=method_name(settings),
-                model_class=type(model).__name__,
-                with_text=has_text(model.config),
-                about="The image tower was fine-tuned to resist l_inf perturbations of the pixels; the rest is the base model's.",
-                tags=[model.config.model_type, "adversarial-robustness"],
-                base_model=settings.model_name_or_path,
-                settings=known_settings,
-                evaluations=[row for row in metrics_file.read() if "eval_accuracy_clean" in row],
-                notes=[f"Skipped samples: {line}." for line in all_skips.summary().splitlines()],
+            write_card(
+                directory,
+                lambda: model_card(
+                    method=method_name(settings),
+                    model_class=type(model).__name__,
+                    with_text=has_text(model.config),
+                    about="The image tower was fine-tuned to resist l_inf perturbations of the pixels; the rest is the base model's.",
+                    tags=[model.config.model_type, "adversarial-robustness"],
+                    base_model=settings.model_name_or_path,
+                    settings=known_settings,
+                    evaluations=[row for row in metrics_file.read() if "eval_accuracy_clean" in row],
+                    notes=[f"Skipped samples: {line}." for line in all_skips.summary().splitlines()],
+                ),
             )
-            (directory / "README.md").write_text(card, encoding="utf-8")
 
     def record(row: dict[str, Any]) -> None:
         if accelerator.is_main_process:
             metrics_file.write(row)
         log_row(accelerator, row)
+
+    def check(done: int, grad_norm: Any = None) -> None:
+        """Ends the run where a loss since the last check is not finite, or too many samples are lost. Synchronises."""
+        nonlocal all_skips
+        if losses:
+            refuse_non_finite(
+                accelerator,
+                losses,
+                settings.primal_steps * settings.gradient_accumulation_steps,
+                done,
+                last_good,
+                first_step=first_step,
+                terms=("objective", "distance of clean images"),
+                grad_norm=grad_norm,
+            )
+            losses.clear()
+        all_skips = skips.merge(gather_objects(accelerator, skips.state()))
+        all_skips.check()
+
+    def save(done: int) -> Path:
+        """The checkpoint of step ``done``, written where it is not there yet."""
+        if last_good == output_dir / "checkpoints" / f"step-{done}":
+            return last_good
+        return save_checkpoint(
+            accelerator,
+            output_dir,
+            done,
+            model=encoder,
+            optimizer=optimizer,
+            state={
+                "step": done,
+                "settings": known_settings,
+                "skips": all_skips.state(),
+                "best": best,
+                "sizes": train_set.index.sizes,
+            },
+            extra_state={
+                "multiplier": multiplier.state_dict(),
+                "dual_optimizer": dual_optimizer.state_dict()["state"],
+            },
+            write_model=write_model,
+            total_limit=settings.checkpoints_total_limit,
+        )
 
     metrics_file = MetricsFile(output_dir / "metrics.jsonl")
     from_main_process(accelerator, lambda: metrics_file.cut_back(first_step if resumed else -1))
@@ -482,8 +537,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     seconds, logged_step, last_good = 0.0, first_step, checkpoint
 
     with progress:
+        stop.loaded()
         if eval_set and not resumed:
             record({"step": 0, "samples": 0, **evaluate(0)})
+        stop.ask()
         if first_step < total_steps and (told_to_stop := stop.agreed()):
             stop.leave(told_to_stop, f"before step {first_step + 1}: nothing new to save", progress.note)
 
@@ -501,8 +558,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
             # 1. Reference embeddings and perturbations of all micro-batches, at the same encoder.
             micro_batches = []
-            for _ in range(settings.gradient_accumulation_steps):
-                loaded = next(batches)
+            all_loaded = stop.unless_told(lambda: [next(batches) for _ in range(settings.gradient_accumulation_steps)])
+            stop.ask()
+            # Under ZeRO-3 an attack gathers: no process begins one while another has no batch. Without it none has to wait.
+            if accelerator.distributed_type == DistributedType.DEEPSPEED and stop.gave_up():
+                all_loaded = None
+            for loaded in all_loaded or ():
                 pixel_values = to_pixel_values(loaded["images"], device)
                 batch = MicroBatch(
                     pixel_values, loaded["labels"].to(device, non_blocking=True) if needs_labels else None
@@ -527,7 +588,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                     with torch.no_grad():
                         batch.image_embeds = module(pixel_values)
                 micro_batches.append(batch)
-            stop.ask()
+            if stop.gave_up():  # back to the last whole step: data did not come, and the run was told to stop
+                told_to_stop = stop.agreed()
+                if step == first_step:
+                    stop.leave(told_to_stop, f"before step {done}: nothing new to save", progress.note)
+                check(step)
+                last_good = save(step)
+                stop.leave(told_to_stop, f"while waiting for data, after step {step}: saved {last_good}", progress.note)
 
             # 2. K primal updates on the same images and perturbations. The first one's embeddings are what is logged.
             row: dict[str, Any] = {}
@@ -573,19 +640,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             clock = time.perf_counter()
             updates = settings.primal_steps * len(micro_batches)
             first_loss = torch.stack(losses[-updates:][: len(micro_batches)])[:, 0].mean()
-            refuse_non_finite(
-                accelerator,
-                losses,
-                updates,
-                done,
-                last_good,
-                first_step=first_step,
-                terms=("objective", "distance of clean images"),
-                grad_norm=row.get("grad_norm"),
-            )
-            losses.clear()
-            all_skips = skips.merge(gather_objects(accelerator, skips.state()))
-            all_skips.check()
+            check(done, row.get("grad_norm"))
             seconds += time.perf_counter() - clock  # a device finishes its queue in here
             if log_now:
                 images_per_second = (done - logged_step) * global_batch_size / seconds
@@ -610,35 +665,18 @@ def main(argv: Sequence[str] | None = None) -> None:
                 }
             if eval_now:
                 row |= evaluate(done)
-                shown |= {"clean": row["eval_accuracy_clean"], "pgd": row["eval_accuracy_pgd"]}
+                shown |= {"clean": row.get("eval_accuracy_clean"), "pgd": row.get("eval_accuracy_pgd")}
             if row:
                 record({"step": done, "samples": done * global_batch_size, **row})
             progress.update(done, shown, report=log_now)
 
-            if eval_now and settings.keep_best and row[settings.keep_best] > best["value"]:
+            if eval_now and stop.gave_up():
+                told_to_stop, checkpoint_now = stop.agreed(), True
+            if eval_now and settings.keep_best and row.get(settings.keep_best, -1.0) > best["value"]:
                 best = {"step": done, "value": row[settings.keep_best], "metric": settings.keep_best}
                 replace_model(accelerator, output_dir / "best", write_model)
             if checkpoint_now:
-                last_good = save_checkpoint(
-                    accelerator,
-                    output_dir,
-                    done,
-                    model=encoder,
-                    optimizer=optimizer,
-                    state={
-                        "step": done,
-                        "settings": known_settings,
-                        "skips": all_skips.state(),
-                        "best": best,
-                        "sizes": train_set.index.sizes,
-                    },
-                    extra_state={
-                        "multiplier": multiplier.state_dict(),
-                        "dual_optimizer": dual_optimizer.state_dict()["state"],
-                    },
-                    write_model=write_model,
-                    total_limit=settings.checkpoints_total_limit,
-                )
+                last_good = save(done)
             if told_to_stop and not last:
                 stop.leave(told_to_stop, f"after step {done}: saved {last_good}", progress.note)
 

@@ -38,6 +38,7 @@ from utils.checkpoint import (
     read_state,
     refuse_changed_settings,
     refuse_non_finite,
+    refuse_unwritable,
     replace_model,
     save_checkpoint,
     set_aside_later,
@@ -82,7 +83,7 @@ from utils.features import features
 from utils.head import Head, fold_head, head_power, orthogonality_penalty, save_head, warn_of_condition
 from utils.hub import fetch_model, on_this_node, refuse_mistyped_paths
 from utils.images import ImageTransform
-from utils.interruption import StopRequest
+from utils.interruption import GivenUp, StopRequest
 from utils.lagrangian import Multiplier, dual_lagrangian, embedding_margin, primal_lagrangian, violation
 from utils.launcher import launched_processes
 from utils.losses import squared_distance
@@ -93,7 +94,7 @@ from utils.metrics import (
     preference_flops_per_sample,
     violation_statistics,
 )
-from utils.model_card import model_card
+from utils.model_card import model_card, write_card
 from utils.optimization import (
     BetaAverage,
     accumulation_steps,
@@ -266,6 +267,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stop = StopRequest(accelerator)
     from_main_process(accelerator, lambda: take_output_dir(output_dir))
     checkpoint = from_main_process(accelerator, lambda: find_checkpoint(output_dir, settings.resume_from_checkpoint))
+    from_main_process(accelerator, lambda: refuse_unwritable(output_dir, [Path(__file__).stem]))
     resumed = from_main_process(accelerator, lambda: read_state(checkpoint)) if checkpoint else None
     if settings.task == "pairs":  # folders of pictures become shards in the cache of every node
         pictures = [*settings.train_shards, *settings.eval_shards]
@@ -542,6 +544,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
 
     def evaluate(step: int) -> dict[str, float]:
+        """Empty where the run was told to stop and a batch did not come."""
         loader = eval_loader(
             datasets["eval"],
             num_samples=min(settings.eval_num_samples, len(datasets["eval"])),
@@ -552,13 +555,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             pin_memory=device.type == "cuda",
         )
         eval_skips.seen = 0  # every pass is weighed by itself
-        with torch.no_grad(), average.applied(module) if average else contextlib.nullcontext():
+        averaged = average.applied(module) if average else contextlib.nullcontext()
+        with contextlib.suppress(GivenUp), torch.no_grad(), averaged:
             rows = judge(
-                count_skipped(progress.within("evaluating", loader, len(loader)), eval_skips),
+                count_skipped(progress.within("evaluating", stop.patiently(loader), len(loader)), eval_skips),
                 lambda images, texts: unit(*module(to_input(images), texts_of(texts, None))),
                 lambda images, texts: unit(*reference_embeds(to_input(images), texts, None)),
                 scale,
             )
+        stop.ask()
+        if stop.gave_up():
+            return {}
         means = {
             key: mean_over_processes(accelerator, torch.tensor([value for _, value in rows.get(name, ())]))
             for name, key in EVAL_KEYS.items()
@@ -587,17 +594,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             towers = {name.split(".", 1)[1]: tensor for name, tensor in state.items()}
             save_model(directory, clip, processor, towers)
-        card = model_card(
-            method=method_name(settings),
-            model_class=type(clip).__name__,
-            about=ABOUT[settings.trainable].format(t=settings.export_t) + (HELD if constrained else ""),
-            tags=[clip.config.model_type, "preference-optimization"],
-            base_model=settings.model_name_or_path,
-            settings=known_settings,
-            evaluations=[row for row in metrics_file.read() if any(key.startswith("eval_") for key in row)],
-            notes=[f"Skipped samples: {line}." for line in all_skips.summary().splitlines()],
+        write_card(
+            directory,
+            lambda: model_card(
+                method=method_name(settings),
+                model_class=type(clip).__name__,
+                about=ABOUT[settings.trainable].format(t=settings.export_t) + (HELD if constrained else ""),
+                tags=[clip.config.model_type, "preference-optimization"],
+                base_model=settings.model_name_or_path,
+                settings=known_settings,
+                evaluations=[row for row in metrics_file.read() if any(key.startswith("eval_") for key in row)],
+                notes=[f"Skipped samples: {line}." for line in all_skips.summary().splitlines()],
+            ),
         )
-        (directory / "README.md").write_text(card, encoding="utf-8")
 
     def dual_state() -> dict[str, Any]:
         return {"multiplier": multiplier.state_dict(), "dual_optimizer": dual_optimizer.state_dict()["state"]}
@@ -606,6 +615,49 @@ def main(argv: Sequence[str] | None = None) -> None:
         if accelerator.is_main_process:
             metrics_file.write(row)
         log_row(accelerator, row)
+
+    def check(done: int, grad_norm: Any = None) -> None:
+        """Ends the run where a loss since the last check is not finite, or too many samples are lost. Synchronises."""
+        nonlocal all_skips
+        if losses:
+            refuse_non_finite(
+                accelerator,
+                losses,
+                settings.gradient_accumulation_steps,
+                done,
+                last_good,
+                first_step=first_step,
+                terms=part["names"],
+                grad_norm=grad_norm,
+            )
+            losses.clear()
+        all_skips = skips.merge(gather_objects(accelerator, skips.state()))
+        all_skips.check()
+
+    def save(done: int) -> Path:
+        """The checkpoint of step ``done``, written where it is not there yet."""
+        if last_good == output_dir / "checkpoints" / f"step-{done}":
+            return last_good
+        return save_checkpoint(
+            accelerator,
+            output_dir,
+            done,
+            model=policy,
+            optimizer=optimizer,
+            state={
+                "step": done,
+                "settings": known_settings,
+                "skips": all_skips.state(),
+                "best": best,
+                "sizes": train_set.index.sizes,
+            },
+            extra_state={
+                **({"average": average.state_dict()} if average else {}),
+                **(dual_state() if constrained else {}),
+            },
+            write_model=write_model,
+            total_limit=settings.checkpoints_total_limit,
+        )
 
     metrics_file = MetricsFile(output_dir / "metrics.jsonl")
     from_main_process(accelerator, lambda: metrics_file.cut_back(first_step if resumed else -1))
@@ -625,8 +677,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     seconds, logged_step, last_good = 0.0, first_step, checkpoint
 
     with progress:
+        stop.loaded()
         if eval_set and not resumed:
             record({"step": 0, "samples": 0, **evaluate(0)})
+        stop.ask()
         if first_step < total_steps and (told_to_stop := stop.agreed()):
             stop.leave(told_to_stop, f"before step {first_step + 1}: nothing new to save", progress.note)
 
@@ -644,9 +698,18 @@ def main(argv: Sequence[str] | None = None) -> None:
                 set_learning_rate(dual_optimizer, rates["dual_learning_rate"])
 
             # 1. One update on the mean over the rows of the global batch. A trained text tower sees the templates in turn.
-            micro_batches = [next(batches) for _ in range(settings.gradient_accumulation_steps)]
-            rows = [(len(batch["chosen"]), len(batch["reg_chosen"])) for batch in micro_batches]
+            micro_batches = stop.unless_told(
+                lambda: [next(batches) for _ in range(settings.gradient_accumulation_steps)]
+            )
             stop.ask()
+            if stop.gave_up():  # back to the last whole step: data did not come, and the run was told to stop
+                told_to_stop = stop.agreed()
+                if step == first_step:
+                    stop.leave(told_to_stop, f"before step {done}: nothing new to save", progress.note)
+                check(step)
+                last_good = save(step)
+                stop.leave(told_to_stop, f"while waiting for data, after step {step}: saved {last_good}", progress.note)
+            rows = [(len(batch["chosen"]), len(batch["reg_chosen"])) for batch in micro_batches]
             totals = accelerator.reduce(torch.tensor(rows, dtype=torch.float32, device=device).sum(dim=0))
             parts, clean_rows, row = [], [], {}
             for batch in micro_batches:
@@ -688,19 +751,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             # Everything below synchronises with the device and with the other processes.
             clock = time.perf_counter()
             mean_loss = torch.stack(losses[-settings.gradient_accumulation_steps :])[:, 0].mean()
-            refuse_non_finite(
-                accelerator,
-                losses,
-                settings.gradient_accumulation_steps,
-                done,
-                last_good,
-                first_step=first_step,
-                terms=part["names"],
-                grad_norm=row.get("grad_norm"),
-            )
-            losses.clear()
-            all_skips = skips.merge(gather_objects(accelerator, skips.state()))
-            all_skips.check()
+            check(done, row.get("grad_norm"))
             seconds += time.perf_counter() - clock  # a device finishes its queue in here
             if log_now:
                 images_per_second = (done - logged_step) * global_batch_size / seconds
@@ -737,30 +788,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 record({"step": done, "samples": done * global_batch_size, **row})
             progress.update(done, shown, report=log_now)
 
+            if eval_now and stop.gave_up():
+                told_to_stop, checkpoint_now = stop.agreed(), True
             if eval_now and settings.keep_best and row.get(settings.keep_best, -1.0) > best["value"]:
                 best = {"step": done, "value": row[settings.keep_best], "metric": settings.keep_best}
                 replace_model(accelerator, output_dir / "best", write_model)
             if checkpoint_now:
-                last_good = save_checkpoint(
-                    accelerator,
-                    output_dir,
-                    done,
-                    model=policy,
-                    optimizer=optimizer,
-                    state={
-                        "step": done,
-                        "settings": known_settings,
-                        "skips": all_skips.state(),
-                        "best": best,
-                        "sizes": train_set.index.sizes,
-                    },
-                    extra_state={
-                        **({"average": average.state_dict()} if average else {}),
-                        **(dual_state() if constrained else {}),
-                    },
-                    write_model=write_model,
-                    total_limit=settings.checkpoints_total_limit,
-                )
+                last_good = save(done)
             if told_to_stop and not last:
                 stop.leave(told_to_stop, f"after step {done}: saved {last_good}", progress.note)
 

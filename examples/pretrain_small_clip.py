@@ -29,14 +29,16 @@ from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from utils.checkpoint import refuse_unwritable, take_output_dir
 from utils.cli import flag, parse_settings, required, run
 from utils.encoders import ImageEncoder, check_model, load_model, make_encoder, quiet_transformers
 from utils.errors import UserError
 from utils.images import ImageTransform
 from utils.metrics import MetricsFile
-from utils.model_card import command_line, versions
+from utils.model_card import command_line, versions, write_card
 from utils.optimization import cosine_learning_rate, set_learning_rate
 from utils.progress import RunProgress
+from utils.redaction import printable
 from utils.shard_sources import has_shards
 from utils.shards import ShardDataset, eval_loader
 from utils.skipped import SkipCounter
@@ -146,6 +148,9 @@ def main() -> None:
     check(settings)
     if settings.start_from is not None:
         check_model(settings.start_from, "--start_from", ("clip",))
+    output_dir = Path(settings.output_dir)
+    take_output_dir(output_dir)
+    refuse_unwritable(output_dir)
     train = open_split(settings, "train")
     classnames = list(dict.fromkeys(name for one in train for name in one.classnames))
     templates = list(dict.fromkeys(template for one in train for template in one.templates))
@@ -188,8 +193,6 @@ def main() -> None:
         betas=(0.9, 0.98),
     )
 
-    output_dir = Path(settings.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     metrics = MetricsFile(output_dir / "metrics.jsonl")
     metrics.path.unlink(missing_ok=True)
     # On the CPU: the same order, crops and templates on every device.
@@ -589,7 +592,7 @@ def save(
         "Settings: " + ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(settings).items()) + ".",
         "Versions: " + ", ".join(f"{name} {number}" for name, number in versions().items()) + ".",
     ]
-    (output_dir / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_card(output_dir, lambda: "\n".join(map(printable, lines)) + "\n")
 
 
 if __name__ == "__main__":

@@ -480,7 +480,9 @@ def test_names_of_any_kind_are_shown_and_cost_no_figure(small_clip, tmp_path, mo
     (data / "classnames.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
     shutil.copytree(small_clip, model)
     shutil.copytree(small_clip, tmp_path / "plain")
-    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    stdout = io.TextIOWrapper(
+        io.BytesIO(), encoding="ascii", errors="backslashreplace"
+    )  # as ``outlive_streams`` makes it
     monkeypatch.setattr(sys, "stdout", stdout)
     queries = ["$\\frac$", "[/b]<i>é😀" + "q" * 500]
     evaluate.main(

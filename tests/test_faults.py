@@ -12,22 +12,30 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate.tracking import TensorBoardTracker
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel
 
 import train_lore
 import train_po
 import utils.checkpoint
+import utils.interruption
 import utils.shards
 from tests.conftest import ROOT, free_port, run_script, two_processes
 from tests.shard_maker import ShardServer
 from tests.small_models import save_scaled, save_small_clip
 from utils.checkpoint import damage, last_checkpoint
+from utils.encoders import load_model
 from utils.errors import UserError
+from utils.interruption import REQUEUE, SIGNALS
+from utils.shards import eval_loader
 from utils.training_state import load_parameters, read_tensors
 
 
@@ -165,6 +173,172 @@ def test_a_slow_shard_is_waited_for_with_a_word(arguments, digits, tmp_path, mon
     assert "waiting for data since" in caplog.text.removeprefix(index_then_read)
     assert_equal(tmp_path / "near", tmp_path / "slow")
     assert_equal(tmp_path / "near", tmp_path / "again")
+
+
+@pytest.fixture
+def signals_as_before():
+    """A run that was told to stop leaves its handlers to the end of the process."""
+    numbers = (*SIGNALS, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    for number in numbers:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def stuck_after(monkeypatch):
+    """``stuck_after(32)``: whoever reads a later sample than so many of the run sleeps for ever, as on a dead disk."""
+    real = utils.shards.ShardDataset.__getitem__
+
+    def arrange(samples):
+        def read(self, reference):
+            if self.order == "shuffled" and reference[1] >= samples:
+                time.sleep(60)
+            return real(self, reference)
+
+        monkeypatch.setattr(utils.shards.ShardDataset, "__getitem__", read)
+        return lambda: monkeypatch.setattr(utils.shards.ShardDataset, "__getitem__", real)
+
+    yield arrange
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    utils.shards._ABANDONED.clear()
+
+
+def test_data_that_never_comes_ends_the_run_and_keeps_the_last_checkpoint(
+    arguments, tmp_path, monkeypatch, stuck_after
+):
+    """riga/law#184: a worker that delivers nothing is named, with the shards that it reads."""
+    stuck_after(16)
+    monkeypatch.setattr(utils.shards, "LONGEST_WAIT", 2.0)
+    expected = r"data worker 0 \(process \d+\) has delivered nothing for 2 s; its batch is read from .*\d\.tar"
+    with pytest.raises(UserError, match=expected):
+        train_lore.main(arguments(num_workers=1))
+    assert checkpoints(tmp_path / "run") == ["step-2"]
+
+
+@pytest.mark.parametrize("trainer", [train_lore, train_po])
+def test_a_signal_is_heard_while_the_run_waits_for_data(
+    arguments, tmp_path, monkeypatch, stuck_after, signals_as_before, trainer
+):
+    """riga/law#184. It goes back to the last whole step, saves it, and the run that goes on ends like any other."""
+    unknown = {"--attack_steps", "--primal_steps", "--eps"} if trainer is train_po else ()
+
+    def words(**changes):
+        given = arguments(checkpoint_steps=0, max_steps=4, **changes)
+        return [word for pair in zip(given[::2], given[1::2]) if pair[0] not in unknown for word in pair]
+
+    trainer.main(words(output_dir=tmp_path / "whole"))
+    monkeypatch.setattr(utils.interruption, "GRACE", 0.2)
+    mend = stuck_after(24)
+    timed = threading.Timer(0, lambda: None)
+
+    def tell(step, *rest):
+        nonlocal timed
+        if step == 3:  # whose batch does not come
+            timed = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+            timed.start()
+        return real(step, *rest)
+
+    real = trainer.cosine_learning_rate
+    monkeypatch.setattr(trainer, "cosine_learning_rate", tell)
+    with pytest.raises(SystemExit) as stopped:
+        trainer.main(words(num_workers=1))
+    timed.join()
+    assert stopped.value.code == REQUEUE
+    assert checkpoints(tmp_path / "run") == ["step-3"]
+    mend()
+    monkeypatch.setattr(trainer, "cosine_learning_rate", real)
+    utils.checkpoint._LOCKS.clear()
+    trainer.main(words(resume_from_checkpoint="latest"))
+    assert_equal(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_signal_ends_a_run_that_does_not_come_to_its_first_step(arguments, monkeypatch, capfd, signals_as_before):
+    def load(*words):
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(60)
+
+    monkeypatch.setattr(utils.interruption, "GRACE", 0.2)
+    monkeypatch.setattr(train_lore, "load_model", load)
+    with pytest.raises(SystemExit) as stopped:
+        train_lore.main(arguments())
+    assert stopped.value.code == REQUEUE
+    assert "SIGHUP before the first step: nothing new to save (exit status 85)" in capfd.readouterr().err
+
+
+def test_a_signal_ends_an_evaluation_whose_data_does_not_come(
+    arguments, digits, tmp_path, monkeypatch, signals_as_before
+):
+    real = utils.shards.ShardDataset.__getitem__
+
+    def read(self, reference):
+        if self.order == "sequential" and passes.count(1) > 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(60)
+        return real(self, reference)
+
+    passes = []
+    monkeypatch.setattr(
+        train_lore, "eval_loader", lambda *data, **more: (passes.append(1), eval_loader(*data, **more))[1]
+    )
+    monkeypatch.setattr(utils.shards.ShardDataset, "__getitem__", read)
+    monkeypatch.setattr(utils.interruption, "GRACE", 0.2)
+    with pytest.raises(SystemExit) as stopped:
+        train_lore.main(arguments(eval_shards=digits / "test", eval_steps=1, eval_num_samples=8, checkpoint_steps=0))
+    assert stopped.value.code == REQUEUE
+    assert checkpoints(tmp_path / "run") == ["step-1"]
+
+
+@pytest.mark.slow
+def test_a_signal_to_a_process_without_data_leads_all_out(arguments, tmp_path):
+    """On one of two its data does not come; the other waits for it in a collective, where it hears nothing."""
+    program = """
+import os, signal, sys, threading, time
+import utils.shards, train_lore
+from utils.cli import run
+if os.environ["RANK"] == "1":
+    real = utils.shards.ShardDataset.__getitem__
+    def read(self, reference):
+        if reference[1] >= 24:
+            threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            time.sleep(60)
+        return real(self, reference)
+    utils.shards.ShardDataset.__getitem__ = read
+run(train_lore.main)
+"""
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, *arguments(per_device_train_batch_size=4, checkpoint_steps=0)],
+            cwd=ROOT, env=os.environ | group | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    assert [process.wait(timeout=120) for process in processes] == [REQUEUE, REQUEUE]
+    assert checkpoints(tmp_path / "run") == ["step-3"]
+
+
+def test_a_long_temporary_folder_does_no_harm(arguments, tmp_path, monkeypatch):
+    """riga/law#184: data workers hand tensors over by sockets in it, whose paths have at most 107 bytes."""
+    folder = tmp_path / ("t" * 120)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setitem(multiprocessing.process.current_process()._config, "tempdir", None)
+    monkeypatch.setattr(utils.shards, "LONGEST_WAIT", 30.0)
+    train_lore.main(arguments(num_workers=1, max_steps=1))
+    monkeypatch.setitem(multiprocessing.process.current_process()._config, "tempdir", None)
+    monkeypatch.setattr(utils.shards, "LONGEST_SOCKET", 32)
+    with pytest.raises(UserError, match=r"TMPDIR .*: data workers need a folder for sockets.*--num_workers 0"):
+        utils.shards._short_socket_folder()
+
+
+def test_a_pipe_is_no_shard(arguments, digits, tmp_path):
+    os.mkfifo(tmp_path / "0.tar")
+    with pytest.raises(UserError, match=r"no readable sample in 1 shard, first: .*0\.tar \(not a regular file\)"):
+        train_lore.main(arguments(train_shards=tmp_path / "0.tar", model_name_or_path="x"))
 
 
 def test_more_processes_than_shards(arguments, digits, tmp_path):
@@ -329,6 +503,89 @@ def test_an_output_dir_that_cannot_be_written_is_one_line_before_a_model_is_load
     output = run_script("train_lore.py", *arguments(output_dir=tmp_path / "file/run", model_name_or_path="x"), status=2)
     assert output.count("\n") == 1
     assert "file/run: cannot be written (Not a directory); name a directory that can" in output
+
+
+# ------------------------------------------------------------------------------------- what presents the model
+
+
+def unsaveable(self, *words, **more):
+    raise NotImplementedError("this tokenizer $\\frac$ cannot be saved")
+
+
+def broken_tracker(self, values, step=None, **more):
+    raise ValueError("the tracker has gone")
+
+
+@pytest.mark.parametrize("trainer", [train_lore, train_po])
+def test_what_presents_a_model_cannot_take_it_along(
+    arguments, small_clip, digits, tmp_path, monkeypatch, caplog, trainer
+):
+    """nine-or-null#14, ownphotos#112, fertilizer#47: markup in names, bytes that are no text, a tokenizer, card and tracker
+    that fail: everything is saved, and what could not be is said in a line each."""
+    model = shutil.copytree(small_clip, tmp_path / "m $x$ [/b] ünï")
+    shards = os.fsdecode(os.fsencode(tmp_path) + b"/tr\xff$x$")
+    os.mkdir(shards)
+    shutil.copy(digits / "train/000000.tar", shards)
+    shutil.copy(digits / "classnames.txt", tmp_path)
+    unknown = {"--attack_steps", "--primal_steps", "--eps"} if trainer is train_po else ()
+
+    def words(**changes):
+        common = {"model_name_or_path": model, "train_shards": shards, "max_steps": 1, "checkpoint_steps": 1}
+        given = arguments(**common | changes)
+        return [word for pair in zip(given[::2], given[1::2]) if pair[0] not in unknown for word in pair]
+
+    run = tmp_path / "run $x$ [b]"
+    trainer.main(words(output_dir=run, report_to="tensorboard"))
+    assert "tr\\udcff$x$" in (run / "README.md").read_text(encoding="utf-8")
+    monkeypatch.setattr(type(load_model(model)[1]), "save_pretrained", unsaveable)
+    monkeypatch.setattr(trainer, "model_card", lambda **settings: "\udcff")
+    monkeypatch.setattr(TensorBoardTracker, "log", broken_tracker)
+    head = {"trainable": "head"} if trainer is train_po else {}
+    trainer.main(words(output_dir=tmp_path / "again", report_to="tensorboard", **head))
+    for folder in (tmp_path / "again", tmp_path / "again/checkpoints/step-1/model"):
+        load_model(folder)  # the tokenizer's files were copied
+        assert not (folder / "README.md").exists()
+    assert len((tmp_path / "again/metrics.jsonl").read_text().splitlines()) == 1
+    for said in (
+        "README.md cannot be written",
+        "the processor's files cannot be written",
+        "goes on without the tracker",
+    ):
+        assert said in caplog.text
+
+
+IN_THE_WAY = [
+    "checkpoints",
+    "best",
+    "train_lore",
+    "metrics.jsonl/",
+    "model.safetensors/",
+    "README.md/",
+    "checkpoints/step-2",
+]
+
+
+@pytest.mark.parametrize("name", [*IN_THE_WAY, b"run\xff", "n" * 200 + "/", "pipe metrics.jsonl"])
+def test_an_output_that_cannot_be_written_is_refused_before_data_is_opened(arguments, tmp_path, name):
+    """scarches#25: what stands in the way of checkpoints or of the model at the end; a path that is no UTF-8 or too long."""
+    run = tmp_path / "run"
+    expected = r"is in the way, the run writes a f\w+ of that name; move it away"
+    if isinstance(name, bytes):
+        run, expected = os.fsdecode(os.fsencode(tmp_path) + b"/" + name), r"run\\udcff: not UTF-8"
+    elif name.startswith("n"):
+        run, expected = tmp_path / "/".join([name.strip("/")] * 21), "its files would get names that are too long"
+        run = str(run)[: os.pathconf(tmp_path, "PC_PATH_MAX") - 100]
+    elif name.startswith("pipe"):
+        run.mkdir()
+        os.mkfifo(run / name.split()[1])
+    elif name.endswith("/"):
+        (run / name).mkdir(parents=True)
+    else:
+        (run / name).parent.mkdir(parents=True)
+        (run / name).write_text("")
+    with pytest.raises(UserError, match=expected):
+        train_lore.main(arguments(output_dir=run, train_shards="nowhere", resume_from_checkpoint="latest"))
+    assert not list(Path(run).glob("checkpoints/.*"))
 
 
 # --------------------------------------------------------------------------------------------------- numbers

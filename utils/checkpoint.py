@@ -243,6 +243,64 @@ def take_output_dir(output_dir: str | Path) -> None:
     _clear_leftovers(output_dir)
 
 
+# Of what a run writes into its output_dir, by the ends of their names: files. The rest are folders.
+FILE_ENDINGS = (".safetensors", ".json", ".jsonl", ".txt", ".md", ".model", ".jinja", ".tmp")
+LONGEST_NAME = (
+    150  # characters that a run adds to output_dir: checkpoints/.step-<n>.incomplete/model/<file>, events of a tracker
+)
+
+
+def refuse_unwritable(output_dir: str | Path, folders: Sequence[str] = ()) -> None:
+    """Raises ``UserError`` where what the run will write later cannot be written. Call on the main process, at the start.
+
+    Tried out: a checkpoint's folder with the longest name is made, renamed and taken away. Looked at: what stands in the
+    way of checkpoints/, best/, ``folders`` and files. A path that is not UTF-8 is refused, for safetensors and tokenizers
+    cannot open it.
+    """
+    output_dir = Path(output_dir)
+    checkpoints = output_dir / "checkpoints"
+    if not _is_utf8(str(output_dir)):
+        raise UserError(
+            f"--output_dir {output_dir}: not UTF-8, so that models cannot be saved there; give another name"
+        )
+    present = list(output_dir.iterdir()) + (list(checkpoints.iterdir()) if checkpoints.is_dir() else [])
+    for path in present:
+        if path.name in ("checkpoints", "best", *folders) or re.fullmatch(r"step-\d+", path.name):
+            fits, expected = path.is_dir(), "a folder"
+        else:
+            fits, expected = not path.name.endswith(FILE_ENDINGS) or path.is_file(), "a file"
+        if not fits:
+            raise UserError(
+                f"--output_dir {output_dir}: {path.relative_to(output_dir)} is in the way, the run writes {expected} of that "
+                "name; move it away, or give another directory"
+            )
+    made = not checkpoints.exists()
+    trial, renamed = checkpoints / ".trial.incomplete", checkpoints / ".trial.outdated"
+    try:
+        trial.mkdir(parents=True)
+        (trial / ("x" * (LONGEST_NAME - len("checkpoints/.trial.incomplete/")))).write_bytes(bytes(4096))
+        replace_directory(trial, renamed)
+    except OSError as error:
+        reason = "its files would get names that are too long" if error.errno == errno.ENAMETOOLONG else error.strerror
+        raise UserError(
+            f"--output_dir {output_dir}: checkpoints/ cannot be written ({reason}); name a directory that can"
+        ) from None
+    finally:
+        for path in (trial, renamed):
+            shutil.rmtree(path, ignore_errors=True)
+        if made:
+            with contextlib.suppress(OSError):
+                checkpoints.rmdir()
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def find_checkpoint(output_dir: str | Path, resume: str | None) -> Path | None:
     """The checkpoint to go on from, or None for a fresh start; refuses a used output_dir without ``resume``."""
     output_dir = Path(output_dir)

@@ -21,6 +21,7 @@ import dataclasses
 import difflib
 import errno
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -35,8 +36,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import yaml
 
 from utils.errors import UserError
-from utils.progress import forgive_encoding
 from utils.redaction import shown_setting
+from utils.streams import outlive_streams
 from utils.text_files import decode_text
 
 if TYPE_CHECKING:
@@ -133,9 +134,10 @@ def run(main: Callable[[], Any]) -> None:
     """Calls ``main`` and turns ``UserError`` into one line on stderr and exit status 2, Ctrl-C into status 130.
 
     Under several processes rank 0 speaks for all; another rank speaks where the error is its own. A process whose partner
-    has died says so in one line and ends with status 1. A process of several ends here in every case.
+    has died says so in one line and ends with status 1. A process of several ends here in every case. What is printed
+    cannot end the process: ``utils/streams.py``.
     """
-    forgive_encoding()
+    outlive_streams()
     script = Path(sys.argv[0]).name
     rank = launched_rank()
     try:
@@ -151,9 +153,7 @@ def run(main: Callable[[], Any]) -> None:
             line = " ".join(str(error).split())
             print(f"{script}: error: {line}", file=sys.stderr, flush=True)
         # The other ranks may be waiting in a collective: leave without waiting for them. The launcher ends them.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(2)
+        _leave_at_once(2)
     except RuntimeError as error:
         if "DataLoader worker (pid" in str(error):
             reason = " ".join(str(error).split())[:160]
@@ -162,7 +162,7 @@ def run(main: Callable[[], Any]) -> None:
                 file=sys.stderr,
                 flush=True,
             )
-            os._exit(1)
+            _leave_at_once(1)
         if "RANK" not in os.environ or not _PARTNER_LOST.search(str(error)):
             raise
         reason = " ".join(str(error).split())[:160]
@@ -172,11 +172,13 @@ def run(main: Callable[[], Any]) -> None:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(1)
+        _leave_at_once(1)
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr, flush=True)
-        os._exit(130)
+        _leave_at_once(130)
     except SystemExit as error:
+        if isinstance(error.code, int) and multiprocessing.active_children():
+            _leave_at_once(error.code)  # a data worker that is stuck would be waited for
         if "RANK" not in os.environ or not isinstance(error.code, int):
             raise
         _leave(error.code)
@@ -188,6 +190,15 @@ def launched_rank() -> int:
     """The rank that the launcher gave, 0 without one; what is no number is the launcher's check to refuse."""
     rank = os.environ.get("RANK", "0")
     return int(rank) if rank.isascii() and rank.isdigit() else 0
+
+
+def _leave_at_once(status: int) -> NoReturn:
+    """Ends the process without waiting for anything; its data workers, which may be stuck, with it."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _leave(status: int) -> NoReturn:

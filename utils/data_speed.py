@@ -13,12 +13,13 @@ import torch
 from utils.data_order import EpochOrder, TrainBatchSampler
 from utils.distributed import default_num_workers
 from utils.shard_sources import is_remote
-from utils.shards import SLOW_BATCH, ShardDataset, ShardReader, said_when_slow
+from utils.shards import ShardDataset, ShardReader, waited_for
 from utils.skipped import BadSample
 
 SPARE = 1.25  # workers share memory, caches and disk; alone a sample is read faster than beside others
 SAMPLES, SECONDS = 48, 0.5  # that are timed at most
 NOTABLE_WAIT = 0.02
+NOTHING_READ = "--train_shards: not one sample could be read in all this time; look whether disk and network answer"
 
 
 def workers_needed(seconds_per_image: float, images_per_second: float, most: int) -> int:
@@ -58,7 +59,7 @@ def seconds_per_sample(
     urls, timed, started = dataset.index.urls, [], time.perf_counter()
     order = EpochOrder(dataset.index.sizes, dataset.seed, references[0][0])
     # A reader of its own: no descriptor and no prefetch thread is there when the workers are forked.
-    with closing(ShardReader(dataset.index)) as reader, said_when_slow(SLOW_BATCH):
+    with closing(ShardReader(dataset.index)) as reader, waited_for(lambda: NOTHING_READ):
         for epoch, slot, _ in references[: SAMPLES + 1]:
             if time.perf_counter() - started > patience:
                 break

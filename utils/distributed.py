@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from utils.errors import UserError
 from utils.launcher import check_launch, meet
+from utils.redaction import printable
 
 WORKING = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.DEEPSPEED)
 MIXED_PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -190,7 +191,7 @@ def start_tracker(
     """
     if report_to == "none":
         return
-    config: dict[str, Any] | None = {name: str(value) for name, value in settings.items()}
+    config: dict[str, Any] | None = {name: printable(str(value)) for name, value in settings.items()}
     options: dict[str, Any] = {}
     if accelerator.is_main_process:  # the only one that opens a tracker
         run_file = output_dir / "run.json"
@@ -236,7 +237,7 @@ def _leave_out_tracker(accelerator: Accelerator, what: str, error: Exception) ->
     """The run is worth more than its display: metrics.jsonl has every row."""
     accelerator.trackers = []
     _WRITERS.clear()
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    reason = printable(" ".join(f"{type(error).__name__}: {error}".split())[:200])
     logger.warning(
         "--report_to: the tracker %s (%s); the run goes on without it, metrics.jsonl has every row", what, reason
     )

@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,8 +53,11 @@ from transformers.utils import logging as transformers_logging
 from utils.errors import UserError
 from utils.images import ImageTransform, pixel_normalisation
 from utils.layers import ATTENTION, recompute_convnext_layers, use_lean_layers
+from utils.redaction import printable
 from utils.shard_sources import BRING_IT
 from utils.tokens import check_tokenizer
+
+logger = logging.getLogger(__name__)
 
 MODEL_CLASSES = {
     "clip": CLIPModel,
@@ -85,8 +89,6 @@ DUAL_ENCODER_PARTS = {"vision_config": ("convnext", "clip_vision_model"), "text_
 FIXED_POSITIONS = ("clip_vision_model", "siglip_vision_model")  # towers that take images of one size only
 HUB_ID = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}(/[A-Za-z0-9][A-Za-z0-9_.-]{0,95})?"
 LFS_POINTER = b"version https://git-lfs"
-
-logger = logging.getLogger(__name__)
 
 
 class ImageEncoder(nn.Module):
@@ -621,6 +623,9 @@ def enable_gradient_checkpointing(encoder: ImageEncoder) -> None:
         tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja")  # fmt: skip
+
+
 def save_model(directory: str | Path, model: PreTrainedModel, processor: Any, encoder_state: dict[str, Tensor]) -> None:
     """Writes config, model.safetensors and processor files: ``model`` with the encoder's new weights, the rest as it was.
 
@@ -647,7 +652,30 @@ def save_model(directory: str | Path, model: PreTrainedModel, processor: Any, en
         )
     with quiet_transformers():
         model.save_pretrained(directory, state_dict=state)
+        _save_processor(Path(directory), model, processor)
+
+
+def _save_processor(directory: Path, model: PreTrainedModel, processor: Any) -> None:
+    """The processor's files; where it cannot be saved, with a warning, copies of those that it was loaded from.
+
+    OSError where the disk does not take them.
+    """
+    try:
         processor.save_pretrained(directory)
+    except Exception as error:
+        source = Path(str(model.name_or_path))
+        copied = [name for name in PROCESSOR_FILES if (source / name).is_file()]
+        if not copied and isinstance(error, OSError):
+            raise
+        for name in copied:
+            shutil.copyfile(source / name, directory / name)
+        reason = _reason(error)[:160]
+        rest = (
+            f"{len(copied)} files of {source} stand in"
+            if copied
+            else "take those of the model that it was trained from"
+        )
+        logger.warning("%s: the processor's files cannot be written (%s); %s", directory, reason, printable(rest))
 
 
 @contextmanager

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import platform
+import re
 import shlex
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from utils.redaction import shown_setting
+from utils.redaction import printable, shown_setting
+
+logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "webdataset", "bitsandbytes")
 
@@ -31,6 +37,18 @@ def command_line() -> str:
     return shlex.join(["python", *(flag + equals + shown_setting(value) for flag, equals, value in words)])
 
 
+def write_card(directory: Path, make: Callable[[], str]) -> None:
+    """Writes the text of ``make()`` as README.md. It comes after the model: a failure is a warning, the model stays."""
+    path = directory / "README.md"
+    try:
+        path.write_text(make(), encoding="utf-8")
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:160]
+        logger.warning("%s cannot be written (%s); the model is saved without it", path, printable(reason))
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
 def model_card(
     *,
     method: str,
@@ -48,10 +66,11 @@ def model_card(
     ``model_class``: the class of transformers that loads the model. ``with_text``: whether it has a text tower.
     """
     processor_class = "AutoProcessor" if with_text else "AutoImageProcessor"
+    is_of_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base_model) and not Path(base_model).exists()
     lines = [
         "---",
         "library_name: transformers",
-        *([] if Path(base_model).exists() else [f"base_model: {base_model}"]),
+        *([f"base_model: {base_model}"] if is_of_hub else []),
         f"pipeline_tag: {'zero-shot-image-classification' if with_text else 'image-feature-extraction'}",
         f"tags: [{', '.join(tags)}]",
         "---",
@@ -74,7 +93,7 @@ def model_card(
     lines += [f"| {name} | {_cell(value)} |" for name, value in settings.items()]
     lines += ["", "## Versions", "", "| package | version |", "|---|---|"]
     lines += [f"| {name} | {number} |" for name, number in versions().items()]
-    return "\n".join(lines) + "\n"
+    return "\n".join(map(printable, lines)) + "\n"
 
 
 def _cell(value: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from utils.redaction import escaped
+from utils.redaction import escaped, printable
 
 SILENCE = 5.0  # seconds
 T = TypeVar("T")
@@ -61,7 +60,7 @@ class RunProgress:
         elif self.enabled and (report or self._silent_for_long()):
             left = f"left {_duration(self._seconds_left())}" if self.first < done < self.total else ""
             line = "  ".join(filter(None, [f"{self.title} {done}/{self.total}", _join(fields or {}), left]))
-            print(line, file=sys.stderr, flush=True)
+            print(printable(line), file=sys.stderr, flush=True)
             self.spoken = time.monotonic()
 
     def within(self, what: str, batches: Iterable[T], total: int) -> Iterator[T]:
@@ -75,6 +74,7 @@ class RunProgress:
     def note(self, line: str) -> None:
         """A line that stays on the screen and in the log."""
         if self.enabled:
+            line = printable(line)
             if self.live:
                 self.console.print(line, markup=False)
             else:
@@ -87,13 +87,6 @@ class RunProgress:
 
     def _seconds_left(self) -> float:
         return (time.monotonic() - self.started) / (self.done - self.first) * (self.total - self.done)
-
-
-def forgive_encoding() -> None:
-    """What the encoding of stdout or stderr lacks (é in ASCII, half a surrogate pair) is printed as an escape, from here on."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
 
 
 class _TableConsole(Console):

@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import re
+import select
 import tempfile
 import time
 import urllib.error
@@ -40,6 +41,8 @@ COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
 QUICK_TIMEOUT = 10.0  # the same, for a text of which there is a copy
 DOWNLOAD_RETRIES = 3
+PIPE_TIMEOUT = 600.0  # seconds without a byte from a command
+LONGEST_LOCK = 3600.0  # seconds for which another process may be fetching the same shard
 RETRY_DELAY = 1.0  # seconds before the first retry, doubled for each further one
 MAX_TEXT_BYTES = 64 << 20  # of sizes.json and the like; a million shards take half of it
 BRING_IT = "bring everything before, by the same command with --prefetch true where there is internet"
@@ -540,13 +543,24 @@ class ShardCache:
 
 @contextlib.contextmanager
 def _locked(path: Path, wait: bool) -> Iterator[bool]:
-    """Holds an exclusive lock between processes and threads; yields False where it is taken and ``wait`` is False."""
+    """Holds an exclusive lock between processes and threads; yields False where it is taken and ``wait`` is False.
+
+    UnavailableShard where somebody holds it for longer than LONGEST_LOCK.
+    """
     with open(path, "a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
+        started, pause = time.monotonic(), 0.01
+        while True:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not wait:
+                    yield False
+                    return
+                if time.monotonic() - started > LONGEST_LOCK:
+                    raise UnavailableShard(f"another process holds {path} for {LONGEST_LOCK:.0f} s; end it") from None
+            time.sleep(pause)
+            pause = min(1.0, 2 * pause)
         yield True  # closing the file gives the lock back
 
 
@@ -655,10 +669,18 @@ def _download_pipe(url: str, target: Path) -> None:
 
     # The exception of a failed command repeats the command, tokens and all: only its status is passed on.
     process = gopen(url)
+    output = process.stream.fileno()
     try:
         with open(target, "wb") as stream:
-            while chunk := process.stream.read(1 << 20):
+            while True:
+                if not select.select([output], [], [], PIPE_TIMEOUT)[0]:
+                    raise UnavailableShard(f"no byte of the command for {PIPE_TIMEOUT:.0f} s")
+                if not (chunk := os.read(output, 1 << 20)):
+                    break
                 stream.write(chunk)
+    except BaseException:
+        process.proc.kill()
+        raise
     finally:
         process.stream.close()
         status = process.proc.wait()

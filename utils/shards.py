@@ -12,17 +12,24 @@ start as after a resume. What cannot be read becomes a ``Skipped`` record that t
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import logging
+import multiprocessing
+import multiprocessing.util
 import os
+import shutil
 import signal
+import sys
+import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -58,6 +65,8 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 OPEN_SHARDS = 256
 REPLACEMENTS_TRIED = 100
 SLOW_BATCH = 60.0  # seconds after which waiting for data is said
+LONGEST_WAIT = 3600.0  # seconds after which nothing comes any more: a large shard over a slow line takes minutes
+LONGEST_SOCKET = 107  # bytes of the path of an AF_UNIX socket
 WORKER_DEATHS = 3  # in a row, without a batch in between
 
 # What a sample may claim. Ten thousand texts of a hundred letters are the longest preference pair that can be used.
@@ -429,6 +438,11 @@ class ShardDataset(SampleDataset):
         item["image"] = self._image(members, where)
         return item
 
+    def shards_of(self, references: Sequence[tuple[int, int, int]]) -> list[str]:
+        """The shards from which these samples are read, as they are shown."""
+        shards = [self._order(epoch).reference(slot)[0] for epoch, slot, _ in references]
+        return [display_url(self.index.urls[shard]) for shard in dict.fromkeys(shards)]
+
     def _where(self, shard: int, key: str) -> str:
         return f"{display_url(self.index.urls[shard])}#{key}"
 
@@ -593,19 +607,22 @@ def train_batches(
         sampler = TrainBatchSampler(
             samples_per_epoch, global_batch_size, per_device_batch_size, rank, world_size, first_step + steps, num_steps
         )
-        batches = iter(_loader(dataset, sampler, num_workers, pin_memory, persistent=False))
+        batches = iter(DataLoader(dataset, **_loading(dataset, sampler, num_workers, pin_memory)))
         # torch would raise a worker's death wherever the main thread is; without its handler it shows at the next batch.
         if num_workers:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
             for place in itertools.count():
-                with said_when_slow(SLOW_BATCH):
+                with waited_for(partial(_not_delivered, batches, dataset, sampler, place)):
                     batch = next(batches, None)
                 if batch is None:
                     return
                 if place >= done:  # a step that was cut short is begun again
                     yield batch
                     delivered, deaths = delivered + 1, 0
+        except WaitEnded:
+            _ABANDONED.append(batches)
+            raise
         except (RuntimeError, OSError, EOFError) as error:
             if not num_workers or not _worker_died(error):
                 raise
@@ -619,16 +636,45 @@ def train_batches(
             logger.warning("a data worker has died (%s); new ones go on with the same batches", reason)
 
 
+class WaitEnded(BaseException):
+    """Raised by the handler of a signal, out of a wait for data. No Exception: nothing on its way may catch it."""
+
+
+class _Late(WaitEnded):
+    """LONGEST_WAIT is over."""
+
+
+_ABANDONED: list[Any] = []  # loaders whose end would wait for workers that are stuck
+
+
 @contextmanager
-def said_when_slow(seconds: float) -> Iterator[None]:
+def waited_for(late: Callable[[], str]) -> Iterator[None]:
+    """A wait for data is said after SLOW_BATCH seconds and ends after LONGEST_WAIT, in a ShardError of the text ``late()``.
+
+    Only the main thread can be got out of a wait.
+    """
     text = "waiting for data since %.0f s: the disk, the network or the decoding is slow; the run goes on when it comes"
-    timer = threading.Timer(seconds, logger.warning, (text, seconds))
+    timer = threading.Timer(SLOW_BATCH, logger.warning, (text, SLOW_BATCH))
     timer.daemon = True
-    timer.start()
+    in_main_thread = threading.current_thread() is threading.main_thread()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise _Late
+
     try:
-        yield
-    finally:
-        timer.cancel()
+        timer.start()
+        if in_main_thread:
+            before = signal.signal(signal.SIGALRM, end)
+            signal.setitimer(signal.ITIMER_REAL, LONGEST_WAIT, 5.0)
+        try:
+            yield
+        finally:
+            timer.cancel()
+            if in_main_thread:
+                signal.setitimer(signal.ITIMER_REAL, 0.0)
+                signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
+    except _Late:
+        raise ShardError(late()) from None
 
 
 def _worker_died(error: Exception) -> bool:
@@ -641,9 +687,50 @@ def _worker_died(error: Exception) -> bool:
     return "DataLoader worker" in str(error) or isinstance(error, (ConnectionError, EOFError, FileNotFoundError))
 
 
+def _not_delivered(batches: Any, dataset: Any, sampler: Any, place: int) -> str:
+    """What is said of the batch at ``place``, counted from the start of ``batches``, that does not come."""
+    _ABANDONED.append(batches)
+    workers = getattr(batches, "_workers", [])
+    number = place % max(1, len(workers))
+    who = f"data worker {number} (process {workers[number].pid})" if workers else "reading"
+    references = list(itertools.islice(sampler, place, place + 1))
+    shards = dataset.shards_of(references[0]) if references and isinstance(dataset, ShardDataset) else []
+    names = ", ".join(shards[:3]) + (f" and {len(shards) - 3} more" if len(shards) > 3 else "")
+    return (
+        f"{who} has delivered nothing for {LONGEST_WAIT:.0f} s; its batch is read from {names or 'the cache'}; look whether "
+        "the disk, network or server of these files answers, or bring them near with --prefetch; then go on with "
+        "--resume_from_checkpoint latest"
+    )
+
+
+def _short_socket_folder() -> None:
+    """Sees to it that data workers can hand over tensors: by sockets in a temporary folder, whose paths have to be short.
+
+    With a longer one a worker's send fails where nobody sees it, and the run waits for ever.
+    """
+    config = multiprocessing.process.current_process()._config  # type: ignore[attr-defined]
+    if config.get("tempdir") is not None:
+        return
+    for folder in (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"):
+        if len(os.fsencode(folder)) + len("/pymp-xxxxxxxx/listener-xxxxxxxx") > LONGEST_SOCKET:
+            continue
+        with suppress(OSError):
+            made = tempfile.mkdtemp(prefix="pymp-", dir=folder)
+            multiprocessing.util.Finalize(None, shutil.rmtree, [made], {"ignore_errors": True}, exitpriority=-100)
+            config["tempdir"] = made
+            return
+    raise UserError(
+        f"TMPDIR {tempfile.gettempdir()}: data workers need a folder for sockets, with a path of at most "
+        f"{LONGEST_SOCKET - 32} bytes, that can be written; set TMPDIR to a shorter one, or --num_workers 0"
+    )
+
+
 def _calm_worker(worker: int) -> None:
     """Signals that ask the run to stop are for the process that trains."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    if sys.platform == "linux":  # a worker that is stuck does not look whether that process is still there
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
 
 
 def eval_loader(
@@ -661,24 +748,43 @@ def eval_loader(
     Every rank gets the same number of batches; the last ones of a rank may be empty.
     """
     sampler = EvalBatchSampler(min(num_samples, len(dataset)), batch_size, rank, world_size)
-    return _loader(dataset, sampler, num_workers, pin_memory, persistent=True)
+    return _PatientLoader(dataset, **_loading(dataset, sampler, num_workers, pin_memory, persistent=True))
 
 
-def _loader(
+class _PatientLoader(DataLoader):
+    """A DataLoader whose batches are waited for as those of the training are."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        batches = super().__iter__()
+        for place in itertools.count():
+            try:
+                with waited_for(partial(_not_delivered, batches, self.dataset, self.batch_sampler, place)):
+                    batch = next(batches, None)
+            except WaitEnded:
+                _ABANDONED.append(batches)
+                raise
+            if batch is None:
+                return
+            yield batch
+
+
+def _loading(
     dataset: SampleDataset,
     sampler: TrainBatchSampler | EvalBatchSampler,
     num_workers: int,
     pin_memory: bool,
-    persistent: bool,
-) -> DataLoader:
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        collate_fn=dataset.collate_fn,
-        persistent_workers=persistent and num_workers > 0,
-        worker_init_fn=_calm_worker,
+    persistent: bool = False,
+) -> dict[str, Any]:
+    """The arguments of a DataLoader."""
+    if num_workers:
+        _short_socket_folder()
+    return {
+        "batch_sampler": sampler,
+        "num_workers": num_workers,
+        "pin_memory": pin_memory,
+        "collate_fn": dataset.collate_fn,
+        "persistent_workers": persistent and num_workers > 0,
+        "worker_init_fn": _calm_worker,
         # The loader draws a seed for its workers, who draw nothing: from here, not from the run's own random state.
-        generator=torch.Generator(),
-    )
+        "generator": torch.Generator(),
+    }

@@ -13,6 +13,7 @@ import logging
 import os
 import posixpath
 import re
+import stat
 import tarfile
 import threading
 from collections import Counter
@@ -382,10 +383,20 @@ def _pax_records(data: bytes) -> dict[bytes, bytes]:
 
 
 def tar_index(path: str, cache_dir: str | os.PathLike, name: str | None = None) -> TarIndex:
-    """``scan_tar``, kept as JSON in ``cache_dir``/index by ``name`` (default: the path), and the file's mtime and size."""
+    """``scan_tar``, kept as JSON in ``cache_dir``/index by ``name`` (default: the path), and the file's mtime and size.
+
+    OSError where it cannot be read, or is no file.
+    """
     status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+        raise OSError(errno.EINVAL, "not a regular file")
+    state = [status.st_size, status.st_mtime_ns]
+    if (
+        name is None
+    ):  # a file that was written over may keep its size and date; ctime of a copy in the cache is its last use
+        state += [status.st_ctime_ns, status.st_ino]
     # The first number stands for the rules above: what older ones have kept is not theirs.
-    key = digest(f"4|{name or os.path.abspath(path)}|{status.st_mtime_ns}|{status.st_size}")
+    key = digest(f"4|{name or os.path.abspath(path)}|{state}")
     stored = Path(cache_dir) / "index" / f"{key}.json"
     arrays = {"starts": np.int64, "extension_ids": np.int32, "offsets": np.int64, "sizes": np.int64}
     try:

@@ -1,0 +1,86 @@
+"""The standard streams, made so that a run outlives them: closed, full, hung up or without a reader, in any encoding."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import select
+import sys
+
+PIECE = 4096  # bytes that a pipe takes whole once it takes any
+READER_PATIENCE = 60.0  # seconds for which a reader that has stopped reading (a pager, Ctrl-S) is waited for
+
+
+def outlive_streams() -> None:
+    """From now on nothing that is printed ends the process: not by ``| head``, ``>&-``, a full disk or a lost terminal.
+
+    What cannot be written is dropped, with a line on stderr where it is stdout that is full. A character that the stream's
+    encoding lacks, and a byte of a path that is not UTF-8, become escapes. Streams that were replaced, as by a test, stay.
+    """
+    for number in (0, 1, 2):
+        _occupy(number)
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, _lasting_stream(number, "utf-8", True))
+        elif isinstance(stream, io.TextIOWrapper) and _number_of(stream) == number:
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+            lines = stream.line_buffering or stream.write_through
+            setattr(sys, name, _lasting_stream(number, stream.encoding, lines))
+
+
+def _occupy(number: int) -> None:
+    """Opens /dev/null where a standard stream is closed: the next file would get its number, and what is printed."""
+    try:
+        os.fstat(number)
+    except OSError:
+        opened = os.open(os.devnull, os.O_RDWR)
+        os.dup2(opened, number)
+        if opened == number:
+            os.set_inheritable(number, True)
+        else:
+            os.close(opened)
+
+
+def _number_of(stream: io.TextIOWrapper) -> int | None:
+    try:
+        return stream.fileno()
+    except (OSError, ValueError):
+        return None
+
+
+def _lasting_stream(number: int, encoding: str, line_buffering: bool) -> io.TextIOWrapper:
+    buffer = io.BufferedWriter(_Lasting(number))  # type: ignore[type-var]
+    return io.TextIOWrapper(buffer, encoding=encoding, errors="backslashreplace", line_buffering=line_buffering)
+
+
+class _Lasting(io.FileIO):
+    """Writes to an open file by its number; what that does not take is dropped."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number, "wb", closefd=False)
+        self.number, self.failed, self.patience = number, False, READER_PATIENCE
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        try:
+            ready = select.poll()
+            ready.register(self.number, select.POLLOUT)
+            if not ready.poll(1000 * self.patience):
+                self.patience = 0.0  # from now on what comes too fast is lost at once
+                return len(data)
+            self.patience = READER_PATIENCE
+            written = super().write(memoryview(data)[:PIECE])
+            return len(data) if written is None else written
+        except OSError as error:
+            if self.number == 1 and not self.failed and error.errno != errno.EPIPE:  # "| head" has read what it wanted
+                self.failed = True
+                print(
+                    f"stdout cannot be written ({error.strerror}): what is printed is lost, files are not",
+                    file=sys.stderr,
+                )
+            return len(data)
