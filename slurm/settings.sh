@@ -39,7 +39,7 @@ last_value() {
 }
 
 # add_flags <flags>...: adds them to `merged`. A flag that is there already is replaced with all its values: the scripts
-# refuse one that is given twice, and join the values of one that takes many.
+# would join the values of one that takes many.
 merged=()
 add_flags() {
   local word named=" " kept=() keep=1

@@ -71,10 +71,6 @@ def test_a_flag_that_asks_for_something_else_than_a_run_waives_the_required_ones
         (["--model", "m", "--eps"], r"--eps: expected"),
         (["--eps", "4"], r"--model: missing; a model"),
         (["--model", "m", "--eps"], r"--eps: expected a number after it"),
-        (["--model", "m", "--eps", "4", "--eps", "8"], r"--eps: given twice, '4' and '8'; which one counts is unclear"),
-        (["--model", "m", "--eps=4", "--eps", "4"], r"--eps: given twice"),
-        (["--model", "m", "--compile", "--compile", "false"], r"--compile: given twice, 'true' and 'false'"),
-        (["--config", "a", "--config", "b"], r"--config: given twice"),
         (["--model", "m", "-eps", "4"], r"'-eps': a flag has two dashes, did you mean --eps\?"),
         (["--shards", "a", "-eps", "4"], r"'-eps': a flag has two dashes"),
         (["--model", "-x"], r"--model: expected a text after it \(one that begins with a dash: --model=-value\)"),
@@ -93,6 +89,16 @@ def test_a_flag_that_asks_for_something_else_than_a_run_waives_the_required_ones
 def test_mistakes_on_the_command_line(argv, message):
     with pytest.raises(UserError, match=message):
         parse(*argv)
+
+
+def test_a_flag_that_comes_again_adds_to_a_list_and_takes_the_place_of_one_value(caplog):
+    """cpython#96994. Scripts put their own flags behind those of others: the last one counts, which is said."""
+    assert parse("--model", "m", "--shards", "a", "--eps", "4", "--shards", "b", "--eps=4").shards == ["a", "b"]
+    assert not caplog.records
+    assert parse("--model", "m", "--eps", "4", "--eps=8", "--compile", "--compile", "false") == Settings("m", eps=8.0)
+    assert caplog.messages == [
+        "--eps: given twice, '4' and '8'; the last one counts", "--compile: given twice, 'true' and 'false'; the last one counts",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

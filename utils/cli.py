@@ -20,6 +20,7 @@ import atexit
 import dataclasses
 import difflib
 import errno
+import logging
 import math
 import multiprocessing
 import os
@@ -42,6 +43,8 @@ from utils.text_files import decode_text
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+logger = logging.getLogger(__name__)
 
 MAX_RECIPE_BYTES = 1 << 20  # a recipe has some hundred lines
 
@@ -263,11 +266,11 @@ def _read_command_line(argv: Sequence[str], kinds: dict[str, tuple[type, bool]])
             )
         if many:
             given.setdefault(name, []).extend(values)
-        elif name in given:
-            raise UserError(
-                f"--{name}: given twice, {_quoted(given[name])} and {_quoted(values[0])}; which one counts is unclear, give it once"
-            )
         else:
+            if given.get(name, values[0]) != values[0] and launched_rank() == 0:
+                logger.warning(
+                    "--%s: given twice, %s and %s; the last one counts", name, *map(_quoted, (given[name], values[0]))
+                )
             given[name] = values[0]
     return given
 
