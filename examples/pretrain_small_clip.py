@@ -148,9 +148,6 @@ def main() -> None:
     check(settings)
     if settings.start_from is not None:
         check_model(settings.start_from, "--start_from", ("clip",))
-    output_dir = Path(settings.output_dir)
-    take_output_dir(output_dir)
-    refuse_unwritable(output_dir)
     train = open_split(settings, "train")
     classnames = list(dict.fromkeys(name for one in train for name in one.classnames))
     templates = list(dict.fromkeys(template for one in train for template in one.templates))
@@ -193,6 +190,9 @@ def main() -> None:
         betas=(0.9, 0.98),
     )
 
+    output_dir = Path(settings.output_dir)
+    take_output_dir(output_dir)
+    refuse_unwritable(output_dir)
     metrics = MetricsFile(output_dir / "metrics.jsonl")
     metrics.path.unlink(missing_ok=True)
     # On the CPU: the same order, crops and templates on every device.
