@@ -12,7 +12,6 @@ from pathlib import Path
 import accelerate
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 
 import evaluate
 import train_lore
@@ -441,26 +440,6 @@ def test_a_key_that_wandb_lacks_is_one_line(tmp_path):
     )
     with pytest.raises(UserError, match="not logged in"):
         start_tracker(Failing("init_trackers", error), "wandb", "train_lore", {}, tmp_path, 0)
-
-
-def test_tensorboard_without_a_place_to_write(small_clip, digits, tmp_path, caplog):
-    """A file where its directory would be, for a root user can write everywhere. metrics.jsonl has all rows."""
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "train_lore").touch()
-    settings = {
-        "model_name_or_path": small_clip, "train_shards": digits / "train", "output_dir": run, "max_steps": 1, "num_workers": 0,
-        "per_device_train_batch_size": 2, "attack_steps": 1, "primal_steps": 1, "report_to": "tensorboard",
-        "resume_from_checkpoint": "latest", "checkpoint_steps": 0,
-    }  # fmt: skip
-    try:
-        train_lore.main(flags(settings))
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-    assert "the tracker did not start" in caplog.text
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == 1
-    assert (run / "model.safetensors").exists()
 
 
 def test_a_writer_that_has_died_is_not_waited_for(tmp_path, caplog, monkeypatch):

@@ -24,6 +24,7 @@ BROUGHT = {
     "markupsafe": "jinja2",
     "tqdm": "huggingface-hub",
     "opencv-python": "imagecorruptions-imaug",
+    "pyarrow": "datasets",
 }
 
 

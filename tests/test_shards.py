@@ -953,7 +953,7 @@ def test_small_texts_are_read_by_path_and_url(tmp_path, server):
     assert read_text(str(server.folder / "classnames.txt"), tmp_path / "cache") == "kühn\n"
     assert read_text(f"{server.url}/nothing.txt", tmp_path / "cache") is None
     assert read_text(str(server.folder / "nothing.txt"), tmp_path / "cache") is None
-    with pytest.raises(UserError, match="not UTF-8 text"):
+    with pytest.raises(UserError, match="not a UTF-8 text"):
         read_text(str(server.folder / "latin.txt"), tmp_path / "cache")
     kept = [path.name.partition("-")[2] for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     assert sorted(kept) == ["classnames.txt", "nothing.txt.absent"]
