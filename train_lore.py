@@ -45,6 +45,7 @@ from utils.checkpoint import (
 from utils.cli import flag, launched_rank, parse_settings, required, run
 from utils.data_order import TrainBatchSampler
 from utils.data_speed import TimedBatches, measured_workers
+from utils.digests import set_digest
 from utils.distributed import (
     MIXED_PRECISIONS,
     average_gradients,
@@ -316,7 +317,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     encoder, optimizer = accelerator.prepare(encoder, optimizer)
     module = accelerator.unwrap_model(encoder)  # attacks and evaluations go past the engine: see utils/distributed.py
 
-    best = {"value": -1.0}
+    of = set_digest(accelerator, eval_set, settings.eval_num_samples) if settings.keep_best else None
+    best = {"value": -1.0, "of": of}
     skips = SkipCounter(train_set.index, settings.max_bad_fraction)
     eval_skips = SkipCounter(eval_set.index, settings.max_bad_fraction) if eval_set else None
     if resumed:
@@ -673,7 +675,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if eval_now and stop.gave_up():
                 told_to_stop, checkpoint_now = stop.agreed(), True
             if eval_now and settings.keep_best and row.get(settings.keep_best, -1.0) > best["value"]:
-                best = {"step": done, "value": row[settings.keep_best], "metric": settings.keep_best}
+                best |= {"step": done, "value": row[settings.keep_best], "metric": settings.keep_best}
                 replace_model(accelerator, output_dir / "best", write_model)
             if checkpoint_now:
                 last_good = save(done)

@@ -47,7 +47,7 @@ from utils.checkpoint import (
 from utils.cli import flag, parse_settings, required, run
 from utils.data_order import TrainBatchSampler
 from utils.data_speed import TimedBatches, measured_workers
-from utils.digests import files_digest
+from utils.digests import files_digest, set_digest
 from utils.distributed import (
     average_gradients,
     compute_dtype,
@@ -357,7 +357,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     module = accelerator.unwrap_model(policy)  # evaluations go past the engine
     average = BetaAverage(module, total_steps) if settings.weight_average == "beta" else None
 
-    best = {"value": -1.0}
+    of = set_digest(accelerator, eval_set, settings.eval_num_samples) if settings.keep_best else None
+    best = {"value": -1.0, "of": of}
     skips = SkipCounter(train_set.index, settings.max_bad_fraction)
     eval_skips = SkipCounter(eval_set.index, settings.max_bad_fraction) if eval_set else None
     if resumed:
@@ -791,7 +792,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if eval_now and stop.gave_up():
                 told_to_stop, checkpoint_now = stop.agreed(), True
             if eval_now and settings.keep_best and row.get(settings.keep_best, -1.0) > best["value"]:
-                best = {"step": done, "value": row[settings.keep_best], "metric": settings.keep_best}
+                best |= {"step": done, "value": row[settings.keep_best], "metric": settings.keep_best}
                 replace_model(accelerator, output_dir / "best", write_model)
             if checkpoint_now:
                 last_good = save(done)

@@ -60,6 +60,7 @@ from utils.shard_sources import default_cache_dir, expand_shards, has_shards, kn
 from utils.shards import IMAGE_EXTENSIONS, Members, ShardIndex, ShardReader, index_shards
 from utils.skipped import BadSample, SkipCounter, Skipped
 from utils.tar_index import scan_tar
+from utils.text_files import parse_label
 from utils.zeroshot import (
     IMAGENET,
     LONGEST_NAME,
@@ -416,14 +417,18 @@ class ShardSource:
     def _label(self, members: Members, where: str, split: str) -> int:
         if "cls" not in members:
             raise UserError(f"--data {where}: {members.lacking('cls')}; mend it, or say --labelled false")
-        text = members.get("cls", b"").decode("ascii", "replace").strip()
         places = self.places[split]
         num_classes = len(places) or len(self.names)
-        if not (text.isdecimal() and len(text) <= 9) or int(text) >= num_classes:
+        try:
+            label = parse_label(members["cls"])
+        except ValueError:
+            label = -1
+        if not 0 <= label < num_classes:
+            text = members["cls"].decode("utf-8", "replace")
             raise UserError(
                 f"--data {where}: .cls is {text[:40]!r}; expected 0 ... {num_classes - 1}, a line of its class names"
             )
-        return places[int(text)] if places else int(text)
+        return places[label] if places else label
 
 
 class DatasetSource:

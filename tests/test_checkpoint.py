@@ -157,13 +157,15 @@ def test_a_run_never_meets_or_deletes_the_wrong_checkpoints(tmp_path):
 
 
 def test_the_best_value_goes_on_only_where_it_compares(tmp_path):
-    settings = {"eval_shards": ["a"], "eval_num_samples": 10, "keep_best": "clean"}
-    resumed = {"best": {"value": 0.5, "metric": "clean"}, "settings": settings}
-    assert best_so_far(resumed, settings, tmp_path, {"value": -1}) == {"value": -1}  # its model is not there
+    """Of a digest of the evaluated images and texts: labels that were corrected make a value of another kind."""
+    settings, fresh = {"keep_best": "clean"}, {"value": -1, "of": "these images"}
+    resumed = {"best": {"value": 0.5, "metric": "clean", "of": "these images"}}
+    assert best_so_far(resumed, settings, tmp_path, fresh) == fresh  # its model is not there
     (tmp_path / "best").mkdir()
-    assert best_so_far(resumed, settings, tmp_path, {"value": -1})["value"] == 0.5
-    for name, value in (("keep_best", "pgd"), ("eval_num_samples", 20)):
-        assert best_so_far(resumed, settings | {name: value}, tmp_path, {"value": -1}) == {"value": -1}
+    assert best_so_far(resumed, settings, tmp_path, fresh)["value"] == 0.5
+    assert best_so_far(resumed, {"keep_best": "pgd"}, tmp_path, fresh) == fresh
+    for other in ({"of": "other labels"}, {"of": None}):
+        assert best_so_far(resumed, settings, tmp_path, fresh | other) == fresh | other
 
 
 def test_every_kind_of_damage_is_named(tmp_path):

@@ -459,6 +459,13 @@ def test_absence_is_not_taken_for_completeness(tmp_path, case):
     assert len(counter.summary().splitlines()) == len(expected)
 
 
+def test_a_pointer_of_git_lfs_is_named(tmp_path):
+    (tmp_path / "0.tar").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 12345\n")
+    assert (
+        scan_tar(tmp_path / "0.tar").damage == "a pointer of Git LFS, not the file itself: bring it with `git lfs pull`"
+    )
+
+
 def test_an_index_of_older_rules_is_not_believed(tmp_path):
     (path,) = make_shards(tmp_path, [3])
     status = os.stat(path)
@@ -908,6 +915,18 @@ def test_shards_from_a_web_server(tmp_path, server):
     assert dict(server.requests) == wanted  # everything else came from the cache
     assert index_shards(urls, cache_dir=tmp_path / "other").sizes == [30, 25, 7]
     assert server.requests["/set/0.tar"] == 1
+
+
+def test_a_lock_does_not_live_on_in_a_worker_forked_meanwhile(tmp_path):
+    """A prefetch thread may hold one while data workers start: each would then wait for the other without end."""
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    with shard_sources._locked(tmp_path / "lock", wait=True):
+        worker.start()
+    try:
+        with shard_sources._locked(tmp_path / "lock", wait=False) as held:
+            assert held
+    finally:
+        worker.kill()
 
 
 def test_a_shard_the_server_does_not_have_is_missing(tmp_path, server):

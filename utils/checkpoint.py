@@ -356,11 +356,10 @@ def set_aside_later(output_dir: str | Path, step: int) -> None:
 def best_so_far(
     resumed: dict[str, Any], settings: dict[str, Any], output_dir: Path, fresh: dict[str, Any]
 ) -> dict[str, Any]:
-    """The checkpoint's best value, where it is of what is compared now and its model is still there; else ``fresh``."""
-    best, before = resumed["best"], resumed["settings"]
-    same = all(before.get(name) == settings[name] for name in ("eval_shards", "eval_num_samples"))
-    kept = best.get("metric") == settings["keep_best"] and (output_dir / "best").is_dir()
-    return best if same and kept else fresh
+    """The checkpoint's best value, where it is ``of`` the same images and texts and its model is still there; else ``fresh``."""
+    best = resumed["best"]
+    same = best.get("of") == fresh["of"] and best.get("metric") == settings["keep_best"]
+    return best if same and (output_dir / "best").is_dir() else fresh
 
 
 def last_checkpoint_name(checkpoints: Path) -> str | None:

@@ -25,6 +25,7 @@ from utils.progress import RunProgress
 from utils.shard_sources import ShardCache, UnavailableShard, default_cache_dir, digest
 from utils.shards import ShardIndex
 from utils.strict_json import parse_json
+from utils.zeroshot import LabelledSet
 
 KIND = "sha256"  # a processor with SHA instructions reads 1.8 GB/s a thread; blake2b 1.3 GB/s
 SETTLED = 2.0  # seconds; of a file that has just changed the clock may be too coarse to show the next change
@@ -94,6 +95,12 @@ def shards_digest(accelerator: Accelerator, index: ShardIndex, num_samples: int 
     for others in gather_objects(accelerator, found):
         found |= others
     return text_digest([f"{found[place]} {index.sizes[place]}" for place in range(used)])
+
+
+def set_digest(accelerator: Accelerator, data: LabelledSet, num_samples: int) -> str:
+    """A digest of what an evaluation reads: the shards of the first ``num_samples``, class names and templates."""
+    shards = shards_digest(accelerator, data.index, num_samples)
+    return text_digest([shards, *data.classnames, "", *data.templates])
 
 
 def side_by_side(read: Callable[[T], R], things: Sequence[T], *, enabled: bool = True) -> list[R]:

@@ -561,7 +561,11 @@ def _locked(path: Path, wait: bool) -> Iterator[bool]:
                     raise UnavailableShard(f"another process holds {path} for {LONGEST_LOCK:.0f} s; end it") from None
             time.sleep(pause)
             pause = min(1.0, 2 * pause)
-        yield True  # closing the file gives the lock back
+        try:
+            yield True
+        finally:
+            # Closing the file would not do: a data worker that was forked meanwhile has a copy of it, and the lock with it.
+            fcntl.flock(stream, fcntl.LOCK_UN)
 
 
 def digest(text: str) -> str:

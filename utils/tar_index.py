@@ -264,6 +264,8 @@ def _members(path: str | os.PathLike, gaps: list[tuple[int, int]]) -> Iterator[t
             header = os.pread(fd, BLOCK, offset)
             if len(header) < BLOCK:
                 text = f"ends at byte {end} without an end-of-archive mark" if end else "an empty file, of 0 bytes"
+                if offset == 0 and header.startswith(b"version https://git-lfs"):
+                    text = "a pointer of Git LFS, not the file itself: bring it with `git lfs pull`"
                 raise Damage(text, offset, end)
             if header == zeros:
                 following = _next_data(fd, offset, end)
