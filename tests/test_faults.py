@@ -256,6 +256,22 @@ def test_a_signal_is_heard_while_the_run_waits_for_data(
     assert_equal(tmp_path / "whole", tmp_path / "run")
 
 
+def test_a_signal_to_a_data_worker_is_not_for_it(arguments, tmp_path, monkeypatch, signals_as_before):
+    """A scheduler may signal every process; a worker that gave up would end the run in place of the step that saves."""
+    real, trainer = utils.shards.ShardDataset.__getitem__, os.getpid()
+
+    def read(self, reference):
+        if os.getpid() != trainer:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.05)
+        return real(self, reference)
+
+    monkeypatch.setattr(utils.interruption, "GRACE", 0.1)
+    monkeypatch.setattr(utils.shards.ShardDataset, "__getitem__", read)
+    train_lore.main(arguments(num_workers=1, max_steps=3, checkpoint_steps=0))
+    assert (tmp_path / "run/model.safetensors").exists()
+
+
 def test_a_signal_ends_a_run_that_does_not_come_to_its_first_step(arguments, monkeypatch, capfd, signals_as_before):
     def load(*words):
         os.kill(os.getpid(), signal.SIGHUP)

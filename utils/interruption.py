@@ -47,33 +47,26 @@ class StopRequest:
         self._loading, self._waiting, self._gave_up = True, False, False
         self._asked: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
         self._answer: int | None = None
-        self._over, self._lock = False, threading.Lock()
+        self._over = threading.Event()
+        self._reminder: threading.Thread | None = None
         hung_up = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]  # ignored under nohup
         self._before = {number: signal.signal(number, self._receive) for number in (*SIGNALS, *hung_up)}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal = signal.Signals(number)
-            threading.Thread(target=self._remind, args=(number,), daemon=True).start()
+            # Processes that load wait for each other in places that no signal reaches; most will leave together.
+            pause = 4 * GRACE if self._loading and self.accelerator.num_processes > 1 else GRACE
+            self._reminder = threading.Thread(target=_remind, args=(number, self._over, pause), daemon=True)
+            self._reminder.start()
         elif self._waiting:
             raise GivenUp
         elif self._loading:
             line = f"{self.signal.name} before the first step: nothing new to save (exit status {REQUEUE})\n"
             with contextlib.suppress(OSError):
                 os.write(2, line.encode())  # a handler may have interrupted a print
-            self._over = True
+            self._over.set()
             raise SystemExit(REQUEUE)
-
-    def _remind(self, number: int) -> None:
-        """Sends the signal once more, again and again: only a handler gets the main thread out of a wait."""
-        clock = threading.Event()
-        while True:
-            # Processes that load wait for each other in places that no signal reaches; most will leave together.
-            clock.wait(4 * GRACE if self._loading and self.accelerator.num_processes > 1 else GRACE)
-            with self._lock:
-                if self._over:
-                    return
-                signal.pthread_kill(threading.main_thread().ident or 0, number)
 
     def loaded(self) -> None:
         """The first step is about to begin: from now on the end is orderly."""
@@ -146,8 +139,7 @@ class StopRequest:
         """Ends the process with REQUEUE. Call on all processes; ``state`` says in words what was saved."""
         say(f"{told.name} {state}; --resume_from_checkpoint latest goes on (exit status {REQUEUE})")
         # A launcher signals the slower processes when the first one has left: they keep their exit status.
-        with self._lock:
-            self._over = True
+        self._stop_reminding()
         for number in self._before:
             signal.signal(number, signal.SIG_IGN)
         end_training(self.accelerator)
@@ -155,7 +147,20 @@ class StopRequest:
 
     def close(self) -> None:
         """The run is over: signals mean what they meant before."""
-        with self._lock:
-            self._over = True
+        self._stop_reminding()
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def _stop_reminding(self) -> None:
+        self._over.set()
+        if self._reminder is not None:
+            self._reminder.join()
+
+
+def _remind(number: int, over: threading.Event, pause: float) -> None:
+    """Sends the signal once more, again and again: only a handler gets the main thread out of a wait.
+
+    Knows no run: a thread that lets go of the last tensor while the interpreter ends would abort the process.
+    """
+    while not over.wait(pause):
+        signal.pthread_kill(threading.main_thread().ident or 0, number)

@@ -726,9 +726,9 @@ def _short_socket_folder() -> None:
 
 
 def _calm_worker(worker: int) -> None:
-    """Signals that ask the run to stop are for the process that trains."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    """Signals that ask the run to stop are for the process that trains, also where a scheduler sends them to all."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":  # a worker that is stuck does not look whether that process is still there
         ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
 
