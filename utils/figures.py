@@ -133,7 +133,11 @@ def draw_grid(path: Path, rows: Sequence[tuple[str, Sequence[tuple[Tensor, str]]
             axis.set_axis_off()
         for axis, (image, caption) in zip(line, pictures):
             axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
-            axis.set_title(caption, fontsize=8, pad=3, loc="left")
+            if len(caption) <= LABEL_LETTERS:
+                axis.set_title(caption, fontsize=8, pad=3, loc="left")
+            else:  # such as a query: over its neighbours; as a title it would push them away
+                above = axis.text(0, 1.025, caption, transform=axis.transAxes, fontsize=8)
+                above.set_in_layout(False)
         # Wrapped here: matplotlib's own wrapping takes dollars for mathematics whatever it was told.
         label = "\n".join(part for of_label in label.split("\n") for part in textwrap.wrap(of_label, LABEL_LETTERS))
         line[0].text(-0.08, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=8)
