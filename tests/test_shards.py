@@ -18,6 +18,7 @@ import torch
 import webdataset
 from PIL import Image
 
+from tests.conftest import ROOT
 from tests.shard_maker import (
     NUM_CLASSES,
     ShardServer,
@@ -457,6 +458,18 @@ def test_absence_is_not_taken_for_completeness(tmp_path, case):
         sum(n for _, n in expected) / (12 + readable + sum(n for _, n in expected))
     )
     assert len(counter.summary().splitlines()) == len(expected)
+
+
+@pytest.mark.parametrize(("text", "said"), [("3\n", True), ("2", False), ("\ufeff 3\r\n", True), ("many", False)])
+def test_shards_that_nshards_counts_and_that_are_not_there_are_said(tmp_path, text, said):
+    paths = make_shards(tmp_path / "set", [3, 2])
+    (tmp_path / "set/nshards.txt").write_text(text, encoding="utf-8")
+    index = index_shards(
+        paths[:1], cache_dir=tmp_path / "cache"
+    )  # one that was chosen; the other is there all the same
+    assert index.sizes == [3]
+    where = str(tmp_path / "set/nshards.txt")
+    assert index.skipped == [Skipped("missing shard", where, "counts 3 shards, 2 lie there", 0)] * said
 
 
 def test_a_pointer_of_git_lfs_is_named(tmp_path):
@@ -915,6 +928,21 @@ def test_shards_from_a_web_server(tmp_path, server):
     assert dict(server.requests) == wanted  # everything else came from the cache
     assert index_shards(urls, cache_dir=tmp_path / "other").sizes == [30, 25, 7]
     assert server.requests["/set/0.tar"] == 1
+
+
+def test_a_script_that_ends_with_its_loader_waits_for_no_worker(tmp_path):
+    """Workers hear no SIGTERM, by which multiprocessing would end them before it waits for them."""
+    make_shards(tmp_path, [30])
+    program = """
+import sys
+from utils.images import ImageTransform
+from utils.shards import ShardDataset, eval_loader, index_shards
+data = ShardDataset(index_shards([sys.argv[1]], cache_dir=sys.argv[2]), ImageTransform(8, (8, 8)), order="sequential")
+batches = iter(eval_loader(data, num_samples=30, batch_size=5, rank=0, world_size=1, num_workers=2))
+print(len(next(batches)["keys"]))
+"""
+    command = [sys.executable, "-c", program, tmp_path / "0.tar", tmp_path / "cache"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout == "5\n"
 
 
 def test_a_lock_does_not_live_on_in_a_worker_forked_meanwhile(tmp_path):

@@ -12,7 +12,9 @@ start as after a resume. What cannot be read becomes a ``Skipped`` record that t
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import functools
 import itertools
 import logging
 import multiprocessing
@@ -125,6 +127,7 @@ def index_shards(
         if sizes_file not in promised_by_folder:
             promised_by_folder[sizes_file] = _read_sizes(sizes_file, cache_dir)
             notes += _named_and_absent(sizes_file, promised_by_folder[sizes_file], urls)
+            notes += _counted_and_absent(sizes_file)
         promised = promised_by_folder[sizes_file].get(file_name(url))
         kind: str | None = None
         readable, detail, least = 0, "", 0
@@ -185,6 +188,20 @@ def _named_and_absent(sizes_file: str | None, promised: dict[str, int], urls: Se
     absent = sorted(name for name, size in promised.items() if size and name not in there)
     detail = f"names {len(absent)} shards that are not there, the first is {absent[0]}" if absent else ""
     return [Skipped("outdated sizes.json", sizes_file, detail, samples=0)] if absent else []
+
+
+def _counted_and_absent(sizes_file: str | None) -> list[Skipped]:
+    """A notice where nshards.txt in a local folder, as CLIP_benchmark writes it, counts more shards than lie there."""
+    if sizes_file is None or is_remote(sizes_file):
+        return []
+    folder = os.path.dirname(sizes_file) or os.curdir
+    with suppress(OSError, ValueError):  # not there, or no number: nothing to compare with
+        counted = parse_label(Path(folder, "nshards.txt").read_bytes())
+        there = sum(name.lower().endswith(".tar") for name in os.listdir(folder))
+        if there < counted:
+            detail = f"counts {counted} shards, {there} lie there"
+            return [Skipped("missing shard", os.path.join(folder, "nshards.txt"), detail, samples=0)]
+    return []
 
 
 def keep_sizes(index: ShardIndex, sizes: Sequence[int]) -> None:
@@ -725,6 +742,18 @@ def _short_socket_folder() -> None:
     )
 
 
+@functools.cache
+def _kill_workers_at_exit() -> None:
+    """multiprocessing tells its children to end by SIGTERM, which these do not hear, and then waits without end."""
+
+    def kill() -> None:
+        for child in multiprocessing.active_children():
+            if child.daemon:
+                child.kill()
+
+    atexit.register(kill)
+
+
 def _calm_worker(worker: int) -> None:
     """Signals that ask the run to stop are for the process that trains, also where a scheduler sends them to all."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
@@ -778,6 +807,7 @@ def _loading(
     """The arguments of a DataLoader."""
     if num_workers:
         _short_socket_folder()
+        _kill_workers_at_exit()
     return {
         "batch_sampler": sampler,
         "num_workers": num_workers,
