@@ -570,6 +570,14 @@ def test_what_presents_a_model_cannot_take_it_along(
         assert said in caplog.text
 
 
+def test_a_trial_that_was_killed_is_in_nobodys_way(tmp_path):
+    """A start that is killed while it tries its output_dir out leaves the trial's folders there."""
+    for name in (".trial.incomplete", ".trial.outdated"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    utils.checkpoint.refuse_unwritable(tmp_path)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
 IN_THE_WAY = [
     "checkpoints",
     "best",

@@ -277,7 +277,7 @@ def refuse_unwritable(output_dir: str | Path, folders: Sequence[str] = ()) -> No
     made = not checkpoints.exists()
     trial, renamed = checkpoints / ".trial.incomplete", checkpoints / ".trial.outdated"
     try:
-        trial.mkdir(parents=True)
+        trial.mkdir(parents=True, exist_ok=True)  # it is there where a start was killed in here
         (trial / ("x" * (LONGEST_NAME - len("checkpoints/.trial.incomplete/")))).write_bytes(bytes(4096))
         replace_directory(trial, renamed)
     except OSError as error:

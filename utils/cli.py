@@ -235,8 +235,8 @@ _NEGATIVE = re.compile(r"-(\d|\.|_|inf|nan)", re.IGNORECASE)  # how a number may
 def _read_command_line(argv: Sequence[str], kinds: dict[str, tuple[type, bool]]) -> dict[str, Any]:
     """{flag: text, or list of texts where it takes many} as typed; ``help``: True. ``kinds``: (type, takes many) by flag.
 
-    ``--flag value ...`` or ``--flag=value``. A flag of many values may come again and adds to them; any other may not, for
-    nothing says which of its values counts.
+    ``--flag value ...`` or ``--flag=value``. A flag of many values may come again and adds to them; of any other the
+    last value counts, with a warning where it differs.
     """
     kinds = {"config": (str, False), **kinds}
     words, given = list(argv), {}  # type: list[str], dict[str, Any]
@@ -298,7 +298,7 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 def _help_parser(settings_class: type[DataclassInstance], description: str | None) -> argparse.ArgumentParser:
-    """Knows the flags for ``--help`` alone: argparse takes -5e-1 for a flag and lets the last of two values win."""
+    """Knows the flags for ``--help`` alone: argparse takes -5e-1 for a flag and drops the first of two lists."""
     parser = argparse.ArgumentParser(
         description=description,
         usage="%(prog)s [--config recipe.yaml] [--flag value ...]",
