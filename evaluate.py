@@ -24,40 +24,14 @@ import torch
 from accelerate import Accelerator
 from rich.table import Table
 
-from utils.checkpoint import take_output_dir
-from utils.class_names import same_classes
-from utils.classifiers import (
-    KnnClassifier,
-    LinearClassifier,
-    fit_linear_probe,
-    own_linear_head,
-    read_linear_head,
-    save_linear_head,
-)
 from utils.cli import flag, launched_rank, parse_settings, required, run
-from utils.corruptions import CORRUPTIONS, KNOWN, SEVERITIES, find_published, require_package
-from utils.digests import KIND, files_digest, shards_digest, side_by_side, text_digest
-from utils.distributed import (
-    everywhere,
-    from_main_process,
-    on_every_node,
-    start_accelerator,
-)
-from utils.encoders import (
-    CONTRASTIVE_MODEL_TYPES,
-    MODEL_TYPES,
-    check_model,
-    has_own_head,
-    has_text,
-    image_transform,
-    load_model,
-    make_encoder,
-)
+from utils.data.digests import KIND, files_digest, shards_digest, side_by_side, text_digest
+from utils.data.images import ImageTransform
+from utils.data.shards import ShardDataset, ShardIndex, ShardReader
+from utils.data.skipped import BadSample
+from utils.data.sources import default_cache_dir, hub_set, known_path
 from utils.errors import UserError
-from utils.head import HEAD_FILE, load_head
-from utils.hub import fetch_model, folder_on_every_node, on_this_node
-from utils.images import ImageTransform
-from utils.measures import (
+from utils.evaluation.measures import (
     EvalSet,
     Finding,
     Model,
@@ -71,11 +45,7 @@ from utils.measures import (
     retrieved,
     train_features,
 )
-from utils.pairs import pack_pair_folder
-from utils.prefetch import prefetch_models, say_where
-from utils.progress import wide_console
-from utils.redaction import shown_setting
-from utils.results import (
+from utils.evaluation.results import (
     ATTACKS,
     Cell,
     Results,
@@ -87,12 +57,33 @@ from utils.results import (
     model_revision,
     refuse_unwritable,
 )
-from utils.shard_sources import default_cache_dir, hub_set, known_path
-from utils.shards import ShardDataset, ShardIndex, ShardReader
-from utils.skipped import BadSample
-from utils.typographic import KINDS, PLACES, font_files, word_style
-from utils.zeroshot import (
-    NonFiniteError,
+from utils.methods.head import HEAD_FILE, load_head
+from utils.models.classifiers import (
+    KnnClassifier,
+    LinearClassifier,
+    fit_linear_probe,
+    own_linear_head,
+    read_linear_head,
+    save_linear_head,
+)
+from utils.models.encoders import (
+    CONTRASTIVE_MODEL_TYPES,
+    MODEL_TYPES,
+    check_model,
+    has_own_head,
+    has_text,
+    image_transform,
+    load_model,
+    make_encoder,
+)
+from utils.models.hub import fetch_model, folder_on_every_node, on_this_node
+from utils.models.zeroshot import NonFiniteError
+from utils.processes.distributed import everywhere, from_main_process, on_every_node, start_accelerator
+from utils.processes.progress import wide_console
+from utils.redaction import shown_setting
+from utils.sets.class_names import same_classes
+from utils.sets.corruptions import CORRUPTIONS, KNOWN, SEVERITIES, find_published, require_package
+from utils.sets.labelled import (
     imagenet_prompts,
     interpretability_templates,
     open_set,
@@ -100,6 +91,10 @@ from utils.zeroshot import (
     read_templates,
     warn_of_twins,
 )
+from utils.sets.pairs import pack_pair_folder
+from utils.sets.typographic import KINDS, PLACES, font_files, word_style
+from utils.training.checkpoint import take_output_dir
+from utils.training.prefetch import prefetch_models, say_where
 
 MEASURES = ("accuracy", "interpretability", "fidelity", "retention", "fairness", "head_t")
 FAIRNESS = ("max_skew", "max_skew_worst_query", "ndkl", "parity_difference", "opportunity_difference", "worst_group_accuracy", "group_gap")  # fmt: skip
@@ -249,7 +244,7 @@ def finish(
 
 def write_page(settings: Settings, undrawn: list[str]) -> None:
     """report.html, which names what of its own and of ``undrawn`` could not be drawn."""
-    from utils.report import write_report
+    from utils.evaluation.report import write_report
 
     write_report(settings.output_dir, undrawn)
 
@@ -717,7 +712,7 @@ def draw_retrieved(
     settings: Settings, accelerator: Accelerator, sets: dict[str, EvalSet], results: Results, undrawn: list[str]
 ) -> None:
     """The best images of every --query by every model; a model with a head at t = 0, at its t* if known, and at t = 1."""
-    from utils.report import short_names
+    from utils.evaluation.report import short_names
 
     short = short_names(sets)
     for set_name, data in sets.items():
@@ -743,7 +738,7 @@ def draw_rows(
     settings: Settings, transform: ImageTransform, data: EvalSet, rows: list[tuple[str, str, list[int]]], path: Path
 ) -> None:
     """(query, label of the row, positions of its images) as a picture."""
-    from utils.figures import draw_grid
+    from utils.evaluation.figures import draw_grid
 
     dataset = ShardDataset(data.splits[settings.split].index, transform, order="sequential")
     grid = [
@@ -813,7 +808,7 @@ def print_strengths(
     settings: Settings, jobs: dict[tuple[str, str], list[list[Cell]]], results: Results, undrawn: list[str]
 ) -> None:
     """What every head does at t = 0, t* (where pairs gave one) and t = 1; the curve over all t goes into a picture."""
-    from utils.report import short_names
+    from utils.evaluation.report import short_names
 
     short = short_names(settings.model)
     cells = [cell for of_set in jobs.values() for job in of_set for cell in job]
@@ -842,7 +837,7 @@ def print_strengths(
 
 def draw_strengths(path: Path, name: str, curves: dict[str, dict[float, float]], neutral: float | None) -> None:
     """Accuracies in one panel, what else was measured over t in another."""
-    from utils.figures import draw_t_sweep
+    from utils.evaluation.figures import draw_t_sweep
 
     accuracies = {title: points for title, points in curves.items() if title.split(",")[0] in ACCURACIES}
     panels = {

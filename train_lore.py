@@ -27,26 +27,39 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor
 
-from utils.attacks import ascend, attack_seeds, frozen, pgd, uniform_start
-from utils.checkpoint import (
-    best_so_far,
-    find_checkpoint,
-    load_checkpoint,
-    publish_model,
-    read_state,
-    refuse_changed_settings,
-    refuse_non_finite,
-    refuse_unwritable,
-    replace_model,
-    save_checkpoint,
-    set_aside_later,
-    take_output_dir,
-)
 from utils.cli import flag, launched_rank, parse_settings, required, run
-from utils.data_order import TrainBatchSampler
-from utils.data_speed import TimedBatches, measured_workers
-from utils.digests import set_digest
-from utils.distributed import (
+from utils.data.order import TrainBatchSampler
+from utils.data.shards import ShardDataset, eval_loader, keep_sizes, train_batches
+from utils.data.skipped import SkipCounter, count_skipped
+from utils.data.sources import default_cache_dir
+from utils.errors import UserError
+from utils.methods.attacks import ascend, attack_seeds, frozen, pgd, uniform_start
+from utils.methods.lagrangian import (
+    Multiplier,
+    dual_lagrangian,
+    embedding_margin,
+    entropy_margin,
+    primal_lagrangian,
+    violation,
+)
+from utils.methods.losses import cross_entropy, kl_divergence, squared_distance
+from utils.models.encoders import (
+    check_model,
+    check_reference_dtype,
+    enable_gradient_checkpointing,
+    has_own_head,
+    has_text,
+    image_transform,
+    keep_weights_in,
+    load_model,
+    load_reference,
+    make_encoder,
+    save_model,
+)
+from utils.models.hub import fetch_model, on_this_node, refuse_mistyped_paths
+from utils.models.model_card import model_card, write_card
+from utils.models.zeroshot import predictions, set_classifier, to_pixel_values
+from utils.processes.distributed import (
     MIXED_PRECISIONS,
     average_gradients,
     compute_dtype,
@@ -61,34 +74,28 @@ from utils.distributed import (
     start_accelerator,
     start_tracker,
 )
-from utils.encoders import (
-    check_model,
-    check_reference_dtype,
-    enable_gradient_checkpointing,
-    has_own_head,
-    has_text,
-    image_transform,
-    keep_weights_in,
-    load_model,
-    load_reference,
-    make_encoder,
-    save_model,
+from utils.processes.launcher import launched_processes
+from utils.processes.progress import RunProgress
+from utils.redaction import shown_setting
+from utils.sets.labelled import LabelledSet, open_set, set_digest
+from utils.training.checkpoint import (
+    best_so_far,
+    find_checkpoint,
+    load_checkpoint,
+    publish_model,
+    read_state,
+    refuse_changed_settings,
+    refuse_non_finite,
+    refuse_unwritable,
+    replace_model,
+    save_checkpoint,
+    set_aside_later,
+    take_output_dir,
 )
-from utils.errors import UserError
-from utils.hub import fetch_model, on_this_node, refuse_mistyped_paths
-from utils.interruption import GivenUp, StopRequest
-from utils.lagrangian import (
-    Multiplier,
-    dual_lagrangian,
-    embedding_margin,
-    entropy_margin,
-    primal_lagrangian,
-    violation,
-)
-from utils.launcher import launched_processes
-from utils.losses import cross_entropy, kl_divergence, squared_distance
-from utils.memory import print_estimate
-from utils.metrics import (
+from utils.training.data_speed import TimedBatches, measured_workers
+from utils.training.interruption import GivenUp, StopRequest
+from utils.training.memory import print_estimate
+from utils.training.metrics import (
     MetricsFile,
     forward_flops,
     lore_flops_per_image,
@@ -96,8 +103,7 @@ from utils.metrics import (
     peak_memory_gib,
     violation_statistics,
 )
-from utils.model_card import model_card, write_card
-from utils.optimization import (
+from utils.training.optimization import (
     accumulation_steps,
     cosine_learning_rate,
     count_steps,
@@ -105,14 +111,8 @@ from utils.optimization import (
     make_optimizer,
     set_learning_rate,
 )
-from utils.prefetch import prefetch_training
-from utils.progress import RunProgress
-from utils.redaction import shown_setting
-from utils.shard_sources import default_cache_dir
-from utils.shards import ShardDataset, eval_loader, keep_sizes, train_batches
-from utils.skipped import SkipCounter, count_skipped
-from utils.training_state import load_parameters
-from utils.zeroshot import LabelledSet, open_set, predictions, set_classifier, to_pixel_values
+from utils.training.prefetch import prefetch_training
+from utils.training.state import load_parameters
 
 
 @dataclass
@@ -315,7 +315,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if resumed:
         load_parameters(encoder, checkpoint)
     encoder, optimizer = accelerator.prepare(encoder, optimizer)
-    module = accelerator.unwrap_model(encoder)  # attacks and evaluations go past the engine: see utils/distributed.py
+    module = accelerator.unwrap_model(
+        encoder
+    )  # attacks and evaluations go past the engine: see utils/processes/distributed.py
 
     of = set_digest(accelerator, eval_set, settings.eval_num_samples) if settings.keep_best else None
     best = {"value": -1.0, "of": of}

@@ -30,39 +30,27 @@ import torch.nn.functional as F
 from accelerate.utils import DistributedType
 from torch import Tensor
 
-from utils.checkpoint import (
-    best_so_far,
-    find_checkpoint,
-    load_checkpoint,
-    publish_model,
-    read_state,
-    refuse_changed_settings,
-    refuse_non_finite,
-    refuse_unwritable,
-    replace_model,
-    save_checkpoint,
-    set_aside_later,
-    take_output_dir,
-)
 from utils.cli import flag, parse_settings, required, run
-from utils.data_order import TrainBatchSampler
-from utils.data_speed import TimedBatches, measured_workers
-from utils.digests import files_digest, set_digest
-from utils.distributed import (
-    average_gradients,
-    compute_dtype,
-    end_training,
-    everywhere,
-    from_main_process,
-    gather_objects,
-    log_row,
-    mean_over_processes,
-    on_every_node,
-    shard_frozen,
-    start_accelerator,
-    start_tracker,
+from utils.data.digests import files_digest
+from utils.data.images import ImageTransform
+from utils.data.order import TrainBatchSampler
+from utils.data.shards import eval_loader, keep_sizes, train_batches
+from utils.data.skipped import SkipCounter, count_skipped
+from utils.data.sources import default_cache_dir
+from utils.errors import UserError
+from utils.methods.head import Head, fold_head, head_power, orthogonality_penalty, save_head, warn_of_condition
+from utils.methods.lagrangian import Multiplier, dual_lagrangian, embedding_margin, primal_lagrangian, violation
+from utils.methods.losses import squared_distance
+from utils.methods.preferences import (
+    DEFAULT_BETA,
+    PREFERENCES,
+    margin,
+    mean_over_rejected,
+    preference_loss,
+    retention_kl,
+    rewards,
 )
-from utils.encoders import (
+from utils.models.encoders import (
     CONTRASTIVE_MODEL_TYPES,
     ImageEncoder,
     TextEncoder,
@@ -78,24 +66,56 @@ from utils.encoders import (
     refuse_other_shape,
     save_model,
 )
-from utils.errors import UserError
-from utils.features import features
-from utils.head import Head, fold_head, head_power, orthogonality_penalty, save_head, warn_of_condition
-from utils.hub import fetch_model, on_this_node, refuse_mistyped_paths
-from utils.images import ImageTransform
-from utils.interruption import GivenUp, StopRequest
-from utils.lagrangian import Multiplier, dual_lagrangian, embedding_margin, primal_lagrangian, violation
-from utils.launcher import launched_processes
-from utils.losses import squared_distance
-from utils.metrics import (
+from utils.models.features import features
+from utils.models.hub import fetch_model, on_this_node, refuse_mistyped_paths
+from utils.models.model_card import model_card, write_card
+from utils.models.policy import TRAINABLE, Policy, TextTable, batch_logits, judge
+from utils.models.tokens import Tokens, refuse_equal_texts
+from utils.models.zeroshot import ensemble, to_pixel_values
+from utils.processes.distributed import (
+    average_gradients,
+    compute_dtype,
+    end_training,
+    everywhere,
+    from_main_process,
+    gather_objects,
+    log_row,
+    mean_over_processes,
+    on_every_node,
+    shard_frozen,
+    start_accelerator,
+    start_tracker,
+)
+from utils.processes.launcher import launched_processes
+from utils.processes.progress import RunProgress
+from utils.redaction import shown_setting
+from utils.sets.labelled import LabelledSet, open_set, set_digest
+from utils.sets.pairs import PairDataset, PreferenceDataset, TypographicDataset, pair_shards
+from utils.sets.typographic import KINDS, PLACES, font_files, merge_names, word_style
+from utils.training.checkpoint import (
+    best_so_far,
+    find_checkpoint,
+    load_checkpoint,
+    publish_model,
+    read_state,
+    refuse_changed_settings,
+    refuse_non_finite,
+    refuse_unwritable,
+    replace_model,
+    save_checkpoint,
+    set_aside_later,
+    take_output_dir,
+)
+from utils.training.data_speed import TimedBatches, measured_workers
+from utils.training.interruption import GivenUp, StopRequest
+from utils.training.metrics import (
     MetricsFile,
     forward_flops,
     peak_memory_gib,
     preference_flops_per_sample,
     violation_statistics,
 )
-from utils.model_card import model_card, write_card
-from utils.optimization import (
+from utils.training.optimization import (
     BetaAverage,
     accumulation_steps,
     cosine_learning_rate,
@@ -104,27 +124,8 @@ from utils.optimization import (
     make_optimizer,
     set_learning_rate,
 )
-from utils.pairs import PairDataset, PreferenceDataset, TypographicDataset, pair_shards
-from utils.policy import TRAINABLE, Policy, TextTable, batch_logits, judge
-from utils.preferences import (
-    DEFAULT_BETA,
-    PREFERENCES,
-    margin,
-    mean_over_rejected,
-    preference_loss,
-    retention_kl,
-    rewards,
-)
-from utils.prefetch import prefetch_training
-from utils.progress import RunProgress
-from utils.redaction import shown_setting
-from utils.shard_sources import default_cache_dir
-from utils.shards import eval_loader, keep_sizes, train_batches
-from utils.skipped import SkipCounter, count_skipped
-from utils.tokens import Tokens, refuse_equal_texts
-from utils.training_state import load_parameters
-from utils.typographic import KINDS, PLACES, font_files, merge_names, word_style
-from utils.zeroshot import LabelledSet, ensemble, open_set, to_pixel_values
+from utils.training.prefetch import prefetch_training
+from utils.training.state import load_parameters
 
 EVAL_KEYS = {"clean": "eval_accuracy_clean", "chosen": "eval_accuracy_attacked", "rejected": "eval_follows_rejected", "pair": "eval_pair_accuracy", "kl": "eval_kl"}  # fmt: skip
 DEFAULT_LEARNING_RATE = {"head": 1e-3, "image": 2e-5, "all": 2e-5}

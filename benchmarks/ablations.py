@@ -33,8 +33,8 @@ from benchmarks.evidence import (
     write_numbers,
 )
 from utils.cli import flag, parse_settings, run
-from utils.figures import line_style
-from utils.metrics import MetricsFile
+from utils.evaluation.figures import line_style
+from utils.training.metrics import MetricsFile
 
 K, FORM, MARGIN, STEPS, SUPERVISED = (
     "updates per batch",

@@ -34,12 +34,12 @@ from benchmarks.evidence import (
     show,
     write_numbers,
 )
-from utils.attacks import attack_seeds, frozen, pgd, uniform_start
 from utils.cli import flag, parse_settings, run
-from utils.encoders import load_model, make_encoder
-from utils.figures import COLORS, HATCHES
-from utils.losses import squared_distance
-from utils.results import Results
+from utils.evaluation.figures import COLORS, HATCHES
+from utils.evaluation.results import Results
+from utils.methods.attacks import attack_seeds, frozen, pgd, uniform_start
+from utils.methods.losses import squared_distance
+from utils.models.encoders import load_model, make_encoder
 
 EXACT, HALF = "LORE", "LORE, trained in bfloat16"
 COLUMNS = {"clean": "clean", "pgd": "PGD", "apgd": "APGD", "square": "Square"}

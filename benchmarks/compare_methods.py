@@ -32,7 +32,7 @@ from benchmarks.comparison import (
     print_table,
 )
 from utils.cli import flag, parse_settings, run
-from utils.metrics import MetricsFile
+from utils.training.metrics import MetricsFile
 
 LINES = [(":", "o"), ("--", "s"), ("-", "^"), ("-.", "v"), ("-", "D")]  # of the methods in turn
 

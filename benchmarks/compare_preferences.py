@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.comparison import claim_directory, in_parallel, launcher, markdown, percent, print_table
 from utils.cli import flag, parse_settings, required, run
 from utils.errors import UserError
-from utils.preferences import DEFAULT_BETA, PREFERENCES
-from utils.typographic import KINDS, PLACES
+from utils.methods.preferences import DEFAULT_BETA, PREFERENCES
+from utils.sets.typographic import KINDS, PLACES
 
 START = "start model"
 FIGURES = [("accuracy", "clean"), ("accuracy", "typographic"), ("follows_word", "typographic"), ("retention", "clean")]

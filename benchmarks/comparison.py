@@ -19,10 +19,10 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.cli import flag, required
-from utils.digests import files_digest, text_digest
+from utils.data.digests import files_digest, text_digest
 from utils.errors import UserError
-from utils.progress import wide_console
-from utils.results import Results, model_revision
+from utils.evaluation.results import Results, model_revision
+from utils.processes.progress import wide_console
 
 ROOT = Path(__file__).resolve().parents[1]
 FARE = {"constraint": "none"}

@@ -2,7 +2,7 @@
 
   python benchmarks/cost_model.py --matmul_tflops 790 --output runs/cost.json --markdown docs/cost_model.md
 
-utils/cost.py has the formulas. Every number is an estimate; nothing is run. Hours need the rate of one device, which has
+benchmarks/cost.py has the formulas. Every number is an estimate; nothing is run. Hours need the rate of one device, which has
 no default: --device_tflops (model TFLOP/s that it sustained in whole LORE steps), --measured (what benchmarks/train_step.py
 wrote), or --matmul_tflops (the rate of its matrix products alone), of which --utilisations are then assumed. Bandwidths are
 assumptions; give those of the cluster. --markdown replaces what stands between <!-- cost_model.py --> and <!-- end -->.
@@ -21,8 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.comparison import markdown, print_table
-from utils.cli import flag, parse_settings, run
-from utils.cost import (
+from benchmarks.cost import (
     PO,
     STAGES,
     Network,
@@ -39,10 +38,11 @@ from utils.cost import (
     step_time,
     tower_cost,
 )
+from utils.cli import flag, parse_settings, run
 from utils.errors import UserError
-from utils.memory import GB, TOWERS, Layout, count_step, peak_bytes, tower_config
-from utils.optimization import count_steps
 from utils.strict_json import parse_json
+from utils.training.memory import GB, TOWERS, Layout, count_step, peak_bytes, tower_config
+from utils.training.optimization import count_steps
 
 BEGIN, END = "<!-- cost_model.py -->", "<!-- end -->"
 TERA = 1e12
@@ -189,7 +189,7 @@ def flops_rows(settings: Settings, towers: dict[str, Tower]) -> list[list[str]]:
 
 
 def stage_rows(settings: Settings, towers: dict[str, Tower], network: Network) -> list[list[str]]:
-    """Collectives, bytes and seconds of a step by stage, on few GPUs and on many; memory by utils/memory.py."""
+    """Collectives, bytes and seconds of a step by stage, on few GPUs and on many; memory by utils/training/memory.py."""
     few, many = min(settings.gpus), max(settings.gpus)
     rows = [["image tower", "sharding", "collectives", "GB sent", "x parameters", f"s, {few} GPUs", f"s, {many} GPUs"]]
     rows[0] += [f"memory, {few} / {many}, GB"] if settings.memory else []

@@ -37,7 +37,7 @@ from benchmarks.evidence import (
     write_numbers,
 )
 from utils.cli import flag, parse_settings, run
-from utils.metrics import MetricsFile
+from utils.training.metrics import MetricsFile
 
 LORE = "LORE"
 QUANTILES = ("median", "p95", "max")

@@ -3,7 +3,7 @@
   python benchmarks/evaluate.py --model runs/small-clip runs/lore4 --data data/cifar10 --eps 2 4 --output_dir runs/bench-evaluate
 
 Both attack the same images from the same starts with APGD-CE and then APGD-T, in one process and in float32: first the
-authors' code (pyautoattack, one restart), then utils/attacks.py. The floor is what the reference's own trajectories
+authors' code (pyautoattack, one restart), then utils/methods/attacks.py. The floor is what the reference's own trajectories
 needed: a clean forward of every image, forwards until a point is first classified wrongly, whole runs for who holds out.
 Prints a table and writes table.md.
 """
@@ -23,13 +23,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 
 from benchmarks.comparison import markdown, print_table
-from utils.attacks import frozen, make_points, run_apgd, seed_from, sphere_start
-from utils.classifiers import LinearClassifier
 from utils.cli import flag, parse_settings, required, run
-from utils.encoders import ImageEncoder, load_model, make_encoder
-from utils.images import ImageTransform
-from utils.shards import ShardDataset, eval_loader
-from utils.zeroshot import open_set, set_classifier, to_pixel_values
+from utils.data.images import ImageTransform
+from utils.data.shards import ShardDataset, eval_loader
+from utils.evaluation.apgd import make_points, run_apgd, sphere_start
+from utils.methods.attacks import frozen, seed_from
+from utils.models.classifiers import LinearClassifier
+from utils.models.encoders import ImageEncoder, load_model, make_encoder
+from utils.models.zeroshot import set_classifier, to_pixel_values
+from utils.sets.labelled import open_set
 
 
 @dataclass

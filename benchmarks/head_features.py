@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.comparison import in_parallel, launcher, markdown, print_table
 from utils.cli import flag, parse_settings, required, run
 from utils.errors import UserError
-from utils.metrics import MetricsFile
+from utils.training.metrics import MetricsFile
 
 
 @dataclass

@@ -32,13 +32,13 @@ from transformers import CLIPImageProcessorPil
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.comparison import in_parallel, launcher, markdown, print_table
 from utils.cli import flag, parse_settings, required, run
-from utils.distributed import default_num_workers
+from utils.data.images import ImageTransform
+from utils.data.shards import ShardDataset, ShardIndex, index_shards, train_batches
+from utils.data.sources import expand_shards
 from utils.errors import UserError
-from utils.images import ImageTransform
-from utils.metrics import MetricsFile
-from utils.model_card import versions
-from utils.shard_sources import expand_shards
-from utils.shards import ShardDataset, ShardIndex, index_shards, train_batches
+from utils.models.model_card import versions
+from utils.processes.distributed import default_num_workers
+from utils.training.metrics import MetricsFile
 
 PROCESSOR, EXACT, DRAFT = "Hugging Face", "here", "here, --jpeg_draft"
 WARM_UP = 2  # rounds that are not counted

@@ -27,13 +27,13 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProce
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_lore
-import utils.encoders
+import utils.models.encoders
 from benchmarks.comparison import markdown, print_table
 from examples.pretrain_small_clip import make_tokenizer
 from utils.cli import flag, parse_settings, required, run
 from utils.errors import UserError
-from utils.memory import GB, TOWERS, Layout, LiveBytes, count_step, peak_bytes, tower_config
-from utils.metrics import MetricsFile, peak_memory_gib
+from utils.training.memory import GB, TOWERS, Layout, LiveBytes, count_step, peak_bytes, tower_config
+from utils.training.metrics import MetricsFile, peak_memory_gib
 
 # Width, layers, heads of the text towers that go with the image towers; the MLP is four times as wide.
 TEXT_TOWERS = {"B": (512, 12, 8), "L": (768, 12, 12), "H": (1024, 24, 16), "b": (1280, 32, 20)}
@@ -124,7 +124,7 @@ def measure(settings: Settings, model: Path, checkpointing: str) -> dict[str, An
     """Peak bytes, resident bytes and seconds of one step of train_lore.py. Call in a process of its own."""
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     run_dir = model / f"run-{checkpointing}"
-    utils.encoders.ATTENTION = "sdpa"  # flash attention as on a GPU, not what is faster on a CPU
+    utils.models.encoders.ATTENTION = "sdpa"  # flash attention as on a GPU, not what is faster on a CPU
     # Saving copies weights on the host and writes gigabytes: not part of a step.
     train_lore.save_model = lambda *_: None
     with LiveBytes(keep_history=False) as tensors:

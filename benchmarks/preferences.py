@@ -40,7 +40,7 @@ from benchmarks.evidence import (
     write_numbers,
 )
 from utils.cli import flag, parse_settings, run
-from utils.figures import line_style
+from utils.evaluation.figures import line_style
 
 KEYS = ["original", "typographic", "follows", "kl"]
 

@@ -21,7 +21,7 @@ from benchmarks.comparison import markdown
 from benchmarks.evidence import NOT_TESTED, Claim, Numbers, save_figure
 from utils.cli import flag, parse_settings, required, run
 from utils.errors import UserError
-from utils.results import replace_file
+from utils.evaluation.results import replace_file
 
 # Numbers by name, in the order of the page: the script that makes them, and a title.
 SCRIPTS: dict[str, tuple[ModuleType, str]] = {

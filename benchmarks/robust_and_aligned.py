@@ -25,8 +25,8 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.comparison import as_in_results, claim_directory, in_parallel, launcher, markdown, percent, print_table
 from utils.cli import flag, parse_settings, required, run
-from utils.preferences import PREFERENCES
-from utils.typographic import KINDS, PLACES
+from utils.methods.preferences import PREFERENCES
+from utils.sets.typographic import KINDS, PLACES
 
 
 class Method(NamedTuple):

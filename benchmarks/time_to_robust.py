@@ -28,14 +28,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.comparison import claim_directory, launcher, markdown, print_table
 from benchmarks.train_step import Trainee, cpu_name, ladder, load_tower, synchronise
 from utils.cli import flag, parse_settings, required, run
-from utils.encoders import load_model, save_model
+from utils.data.images import ImageTransform, pixel_normalisation
+from utils.data.shards import ShardDataset, train_batches
 from utils.errors import UserError
-from utils.images import ImageTransform, pixel_normalisation
-from utils.metrics import MetricsFile
-from utils.optimization import cosine_learning_rate, set_learning_rate
-from utils.progress import RunProgress
-from utils.shards import ShardDataset, train_batches
-from utils.zeroshot import open_set
+from utils.models.encoders import load_model, save_model
+from utils.processes.progress import RunProgress
+from utils.sets.labelled import open_set
+from utils.training.metrics import MetricsFile
+from utils.training.optimization import cosine_learning_rate, set_learning_rate
 
 ON_GPU = torch.cuda.is_available()
 CONFIG = "single_gpu.yaml" if ON_GPU else "cpu.yaml"

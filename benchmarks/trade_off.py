@@ -39,8 +39,8 @@ from benchmarks.evidence import (
     write_numbers,
 )
 from utils.cli import flag, parse_settings, run
-from utils.figures import line_style
-from utils.results import Results
+from utils.evaluation.figures import line_style
+from utils.evaluation.results import Results
 
 LORE, WEIGHT, EQUAL = "LORE", "FARE + weight", "FARE, K = {}"
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)

@@ -12,7 +12,7 @@ images pass one after the other, perturbation and weights are updated operation 
 itself as a user starts it with --compile true, with decoding, logging and all, in a process of its own.
 
 "off plain" is the largest relative difference, over all steps, of the perturbed images' distance after the attack (of the loss
-for PO) from the plain variant's. FLOP are the least that a step needs (52 F of one forward F for LORE, see utils/metrics.py), the same for all variants. Memory is
+for PO) from the plain variant's. FLOP are the least that a step needs (52 F of one forward F for LORE, see utils/training/metrics.py), the same for all variants. Memory is
 what a variant needs beyond the libraries and the images: weights, optimizer, reference, and the peak of a step above that,
 resident on a CPU, allocated on a GPU. Writes results.json and table.md.
 """
@@ -47,19 +47,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_lore
 from benchmarks.comparison import markdown, print_table
 from benchmarks.memory import TEXT_TOWERS, make_model_and_images
-from utils.attacks import ascend, attack_seeds, frozen, pgd, project, uniform_start
 from utils.cli import flag, parse_settings, required, run
-from utils.encoders import ImageEncoder, enable_gradient_checkpointing, frozen_copy, load_model
+from utils.data.images import ImageTransform
+from utils.data.shards import ShardDataset, train_batches
 from utils.errors import UserError
-from utils.images import ImageTransform
-from utils.lagrangian import Multiplier, dual_lagrangian, embedding_margin, primal_lagrangian, violation
-from utils.losses import squared_distance
-from utils.memory import GB, TOWERS, tower_config
-from utils.metrics import MetricsFile, forward_flops, lore_flops_per_image
-from utils.optimization import make_optimizer
-from utils.preferences import preference_loss, retention_kl
-from utils.shards import ShardDataset, train_batches
-from utils.zeroshot import open_set
+from utils.methods.attacks import ascend, attack_seeds, frozen, pgd, project, uniform_start
+from utils.methods.lagrangian import Multiplier, dual_lagrangian, embedding_margin, primal_lagrangian, violation
+from utils.methods.losses import squared_distance
+from utils.methods.preferences import preference_loss, retention_kl
+from utils.models.encoders import ImageEncoder, enable_gradient_checkpointing, frozen_copy, load_model
+from utils.sets.labelled import open_set
+from utils.training.memory import GB, TOWERS, tower_config
+from utils.training.metrics import MetricsFile, forward_flops, lore_flops_per_image
+from utils.training.optimization import make_optimizer
 
 SMALL = CLIPVisionConfig(
     hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, image_size=32, patch_size=8,
@@ -98,7 +98,7 @@ class Variant:
     one_forward: bool = False  # clean and perturbed images together
     fused: bool = False  # PGD in place, AdamW in one pass
     bf16: bool = False  # transformer blocks
-    lean: bool = False  # utils/layers.py in place of transformers' layers
+    lean: bool = False  # utils/models/layers.py in place of transformers' layers
     compiled: bool = False
 
 

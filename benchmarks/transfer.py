@@ -39,7 +39,7 @@ from benchmarks.evidence import (
     write_numbers,
 )
 from utils.cli import flag, parse_settings, run
-from utils.figures import COLORS, HATCHES
+from utils.evaluation.figures import COLORS, HATCHES
 
 COLUMNS = ["clean", "APGD", "noise", "corruptions"]
 PROBE = "{} (probe)"

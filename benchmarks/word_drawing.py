@@ -20,13 +20,13 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.cli import flag, parse_settings, required, run
+from utils.data.images import ImageTransform
+from utils.data.shards import ShardDataset
 from utils.errors import UserError
-from utils.images import ImageTransform
-from utils.pairs import TypographicDataset
-from utils.progress import wide_console
-from utils.shards import ShardDataset
-from utils.typographic import KINDS, WordStyle
-from utils.zeroshot import LabelledSet, open_set
+from utils.processes.progress import wide_console
+from utils.sets.labelled import LabelledSet, open_set
+from utils.sets.pairs import TypographicDataset
+from utils.sets.typographic import KINDS, WordStyle
 
 WARM_UP = 2  # rounds that are not counted: files come into memory, the first words into the cache
 

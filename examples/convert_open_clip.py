@@ -44,13 +44,13 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.checkpoint import replace_directory
 from utils.cli import flag, parse_settings, required, run
-from utils.encoders import check_model, load_weights, quiet_transformers
+from utils.data.images import normalisation_of_file
 from utils.errors import UserError
-from utils.hub import model_folder
-from utils.images import normalisation_of_file
+from utils.models.encoders import check_model, load_weights, quiet_transformers
+from utils.models.hub import model_folder
 from utils.strict_json import parse_json
+from utils.training.checkpoint import replace_directory
 
 OPENAI_MEAN, OPENAI_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 STATE_FILE, CONFIG_FILE = "open_clip_model.safetensors", "open_clip_config.json"

@@ -48,20 +48,18 @@ from PIL import Image
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.checkpoint import take_output_dir
-from utils.class_names import composed, twins
 from utils.cli import flag, nearest, parse_settings, required, run
-from utils.data_order import permutation
+from utils.data.folders import SUFFIXES, LeftOut, describe, is_picture, is_system, leave, subfolders, walk
+from utils.data.images import OWN_FORMATS, ImageError, ImageTransform, as_shard_member, decode, encode
+from utils.data.order import permutation
+from utils.data.shards import IMAGE_EXTENSIONS, Members, ShardIndex, ShardReader, index_shards
+from utils.data.skipped import BadSample, SkipCounter, Skipped
+from utils.data.sources import default_cache_dir, expand_shards, has_shards, known_path, one_line
+from utils.data.tars import scan_tar
 from utils.errors import UserError
-from utils.images import OWN_FORMATS, ImageError, ImageTransform, as_shard_member, decode, encode
-from utils.picture_folders import SUFFIXES, LeftOut, describe, is_picture, is_system, leave, subfolders, walk
-from utils.progress import RunProgress, wide_console
-from utils.shard_sources import default_cache_dir, expand_shards, has_shards, known_path, one_line
-from utils.shards import IMAGE_EXTENSIONS, Members, ShardIndex, ShardReader, index_shards
-from utils.skipped import BadSample, SkipCounter, Skipped
-from utils.tar_index import scan_tar
-from utils.text_files import parse_label
-from utils.zeroshot import (
+from utils.processes.progress import RunProgress, wide_console
+from utils.sets.class_names import composed, twins
+from utils.sets.labelled import (
     IMAGENET,
     LONGEST_NAME,
     imagenet_prompts,
@@ -70,6 +68,8 @@ from utils.zeroshot import (
     read_templates,
     warn_of_twins,
 )
+from utils.text_files import parse_label
+from utils.training.checkpoint import take_output_dir
 
 SIDECARS = ("txt", "json")  # of an image, beside it: its caption; its attribute, or the texts of a preference pair
 TEST = "test"

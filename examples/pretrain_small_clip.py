@@ -29,22 +29,23 @@ from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.checkpoint import refuse_unwritable, take_output_dir
 from utils.cli import flag, parse_settings, required, run
-from utils.encoders import ImageEncoder, check_model, load_model, make_encoder, quiet_transformers
+from utils.data.images import ImageTransform
+from utils.data.shards import ShardDataset, eval_loader
+from utils.data.skipped import SkipCounter
+from utils.data.sources import has_shards
 from utils.errors import UserError
-from utils.images import ImageTransform
-from utils.metrics import MetricsFile
-from utils.model_card import command_line, versions, write_card
-from utils.optimization import cosine_learning_rate, set_learning_rate
-from utils.progress import RunProgress
+from utils.models.encoders import ImageEncoder, check_model, load_model, make_encoder, quiet_transformers
+from utils.models.model_card import command_line, versions, write_card
+from utils.models.zeroshot import class_embeddings, to_pixel_values
+from utils.processes.progress import RunProgress
 from utils.redaction import printable
-from utils.shard_sources import has_shards
-from utils.shards import ShardDataset, eval_loader
-from utils.skipped import SkipCounter
+from utils.sets.labelled import LabelledSet, open_set, read_templates
+from utils.sets.typographic import KINDS, PLACES, Draws, WordStyle, word_style, write_word
 from utils.text_files import holds_controls, read_text_file, text_lines
-from utils.typographic import KINDS, PLACES, Draws, WordStyle, word_style, write_word
-from utils.zeroshot import LabelledSet, class_embeddings, open_set, read_templates, to_pixel_values
+from utils.training.checkpoint import refuse_unwritable, take_output_dir
+from utils.training.metrics import MetricsFile
+from utils.training.optimization import cosine_learning_rate, set_learning_rate
 
 MAX_TEXT_LENGTH = 77  # tokens, as in the published CLIPs
 MAX_SET_BYTES = 8 * 2**30

@@ -30,15 +30,15 @@ from rich.table import Table
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.attacks import attack_seeds, frozen, pgd, seed_from, uniform_start
 from utils.cli import flag, parse_settings, required, run
-from utils.encoders import ImageEncoder, check_model, load_model, make_encoder
 from utils.errors import UserError
-from utils.figures import draw_grid
-from utils.losses import squared_distance
-from utils.model_card import versions
-from utils.progress import wide_console
-from utils.results import attempt
+from utils.evaluation.figures import draw_grid
+from utils.evaluation.results import attempt
+from utils.methods.attacks import attack_seeds, frozen, pgd, seed_from, uniform_start
+from utils.methods.losses import squared_distance
+from utils.models.encoders import ImageEncoder, check_model, load_model, make_encoder
+from utils.models.model_card import versions
+from utils.processes.progress import wide_console
 
 CLASSES = ("background", "disc", "square", "triangle", "cross")
 PALETTE = [(40, 40, 40), (0, 114, 178), (213, 94, 0), (0, 158, 115), (240, 228, 66)]  # Okabe and Ito's

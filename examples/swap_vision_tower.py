@@ -25,13 +25,13 @@ from torch import Tensor
 from transformers import AutoConfig, CLIPVisionModel, PreTrainedConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.checkpoint import replace_directory
 from utils.cli import flag, parse_settings, required, run
-from utils.encoders import check_model, load_weights, quiet_transformers
+from utils.data.images import normalisation_of_file
 from utils.errors import UserError
-from utils.hub import model_folder
-from utils.images import normalisation_of_file
+from utils.models.encoders import check_model, load_weights, quiet_transformers
+from utils.models.hub import model_folder
 from utils.strict_json import parse_json
+from utils.training.checkpoint import replace_directory
 
 ARCHITECTURE = ("hidden_size", "num_hidden_layers", "patch_size", "image_size", "hidden_act", "num_attention_heads", "intermediate_size", "layer_norm_eps")  # fmt: skip
 CLIP_TYPES = ("clip", "clip_vision_model")

@@ -15,12 +15,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.cli import flag, parse_settings, required, run
+from utils.data.images import ImageTransform
 from utils.errors import UserError
-from utils.figures import draw_grid
-from utils.images import ImageTransform
-from utils.pairs import TypographicDataset
-from utils.typographic import KINDS, PLACES, word_style
-from utils.zeroshot import open_set
+from utils.evaluation.figures import draw_grid
+from utils.sets.labelled import open_set
+from utils.sets.pairs import TypographicDataset
+from utils.sets.typographic import KINDS, PLACES, word_style
 
 IMAGES_PER_ROW = 4
 

@@ -17,9 +17,9 @@ from transformers import pipeline
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.cli import flag, parse_settings, required, run
-from utils.encoders import check_model, quiet_transformers
+from utils.data.images import ImageError, ImageTransform, decode
 from utils.errors import UserError
-from utils.images import ImageError, ImageTransform, decode
+from utils.models.encoders import check_model, quiet_transformers
 
 
 @dataclass

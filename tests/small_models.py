@@ -78,7 +78,7 @@ def save_scaled(directory: Path, other: Path, name: str, largest: float) -> None
 
 def small_encoder(directory: Path, compute_dtype: torch.dtype = torch.float32):
     """The image encoder of a saved model."""
-    from utils.encoders import load_model, make_encoder
+    from utils.models.encoders import load_model, make_encoder
 
     return make_encoder(*load_model(str(directory)), compute_dtype)
 

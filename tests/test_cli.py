@@ -9,10 +9,10 @@ import evaluate
 import train_lore
 import train_po
 from tests.conftest import ROOT, run_script
-from utils.checkpoint import refuse_changed_settings
 from utils.cli import flag, parse_settings, required
 from utils.errors import UserError
-from utils.model_card import command_line
+from utils.models.model_card import command_line
+from utils.training.checkpoint import refuse_changed_settings
 
 
 @dataclasses.dataclass

@@ -19,7 +19,7 @@ from tests.conftest import flags, run_script, two_processes
 from tests.shard_maker import image_bytes, make_shards, relabelled, rewrite, write_shard
 from tests.small_models import save_scaled, save_small_clip
 from utils.errors import UserError
-from utils.results import Results
+from utils.evaluation.results import Results
 
 
 @pytest.fixture
@@ -511,7 +511,7 @@ def test_names_of_any_kind_are_shown_and_cost_no_figure(small_clip, tmp_path, mo
 def test_a_picture_that_fails_is_named_and_the_run_ends_with_its_figures(
     small_clip, arguments, tmp_path, monkeypatch, caplog
 ):
-    from utils import figures
+    from utils.evaluation import figures
 
     order = []
     real = Results.write
@@ -521,7 +521,7 @@ def test_a_picture_that_fails_is_named_and_the_run_ends_with_its_figures(
     )
     for name in ("inline_svg", "draw_grid"):
         monkeypatch.setattr(figures, name, lambda *arguments, **more: 1 / 0)
-    monkeypatch.setattr("utils.results.save_file", lambda *arguments, **more: 1 / 0)
+    monkeypatch.setattr("utils.evaluation.results.save_file", lambda *arguments, **more: 1 / 0)
     evaluate.main(arguments(eps=8, num_samples=6, query="a digit"))
     assert order == ["results", "results", "results", True]
     assert [cell["attack"] for cell in results(tmp_path / "eval")] == ["clean", "pgd"]

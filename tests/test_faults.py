@@ -25,18 +25,18 @@ from transformers import CLIPConfig, CLIPModel
 
 import train_lore
 import train_po
-import utils.checkpoint
-import utils.interruption
-import utils.shards
+import utils.data.shards
+import utils.training.checkpoint
+import utils.training.interruption
 from tests.conftest import ROOT, free_port, run_script, two_processes
 from tests.shard_maker import ShardServer
 from tests.small_models import save_scaled, save_small_clip
-from utils.checkpoint import damage, last_checkpoint
-from utils.encoders import load_model
+from utils.data.shards import eval_loader
 from utils.errors import UserError
-from utils.interruption import REQUEUE, SIGNALS
-from utils.shards import eval_loader
-from utils.training_state import load_parameters, read_tensors
+from utils.models.encoders import load_model
+from utils.training.checkpoint import damage, last_checkpoint
+from utils.training.interruption import REQUEUE, SIGNALS
+from utils.training.state import load_parameters, read_tensors
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_data_workers_that_always_die_end_the_run(arguments, monkeypatch):
     def dies(self, reference):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(utils.shards.ShardDataset, "__getitem__", dies)
+    monkeypatch.setattr(utils.data.shards.ShardDataset, "__getitem__", dies)
     monkeypatch.setattr(utils.shards, "WORKER_DEATHS", 1)
     with pytest.raises(UserError, match=r"--num_workers 1: data workers die again and again .*use fewer"):
         train_lore.main(arguments(num_workers=1))
@@ -114,7 +114,7 @@ def test_a_killed_data_worker_of_an_evaluation_is_one_line(small_clip, digits, t
     program = """
 import os, signal, evaluate, utils.shards
 from utils.cli import run
-utils.shards.ShardDataset.__getitem__ = lambda self, reference: os.kill(os.getpid(), signal.SIGKILL)
+utils.data.shards.ShardDataset.__getitem__ = lambda self, reference: os.kill(os.getpid(), signal.SIGKILL)
 run(evaluate.main)
 """
     words = ["--model", small_clip, "--data", digits, "--num_workers", "1", "--output_dir", tmp_path / "run"]
@@ -139,7 +139,7 @@ def test_a_shard_lost_in_the_middle_of_an_epoch(arguments, digits, tmp_path, in_
 
     in_step(train_lore, {2: break_it})
     # Files stay open: only a limit on them makes a vanished one be asked for again.
-    utils.shards.OPEN_SHARDS, limit = 1, utils.shards.OPEN_SHARDS
+    utils.data.shards.OPEN_SHARDS, limit = 1, utils.data.shards.OPEN_SHARDS
     try:
         common = {"train_shards": shards, "max_steps": 20, "checkpoint_steps": 5}
         train_lore.main(arguments(max_bad_fraction=1, **common))
@@ -149,7 +149,7 @@ def test_a_shard_lost_in_the_middle_of_an_epoch(arguments, digits, tmp_path, in_
         with pytest.raises(UserError, match=r"--max_bad_fraction 0.01: .*(missing|damaged) shard.*000000.tar"):
             train_lore.main(arguments(output_dir=tmp_path / "stopped", **common))
     finally:
-        utils.shards.OPEN_SHARDS = limit
+        utils.data.shards.OPEN_SHARDS = limit
 
 
 def test_a_slow_shard_is_waited_for_with_a_word(arguments, digits, tmp_path, monkeypatch, caplog):
@@ -190,7 +190,7 @@ def signals_as_before():
 @pytest.fixture
 def stuck_after(monkeypatch):
     """``stuck_after(32)``: whoever reads a later sample than so many of the run sleeps for ever, as on a dead disk."""
-    real = utils.shards.ShardDataset.__getitem__
+    real = utils.data.shards.ShardDataset.__getitem__
 
     def arrange(samples):
         def read(self, reference):
@@ -198,13 +198,13 @@ def stuck_after(monkeypatch):
                 time.sleep(60)
             return real(self, reference)
 
-        monkeypatch.setattr(utils.shards.ShardDataset, "__getitem__", read)
-        return lambda: monkeypatch.setattr(utils.shards.ShardDataset, "__getitem__", real)
+        monkeypatch.setattr(utils.data.shards.ShardDataset, "__getitem__", read)
+        return lambda: monkeypatch.setattr(utils.data.shards.ShardDataset, "__getitem__", real)
 
     yield arrange
     for worker in multiprocessing.active_children():
         worker.kill()
-    utils.shards._ABANDONED.clear()
+    utils.data.shards._ABANDONED.clear()
 
 
 def test_data_that_never_comes_ends_the_run_and_keeps_the_last_checkpoint(
@@ -251,14 +251,14 @@ def test_a_signal_is_heard_while_the_run_waits_for_data(
     assert checkpoints(tmp_path / "run") == ["step-3"]
     mend()
     monkeypatch.setattr(trainer, "cosine_learning_rate", real)
-    utils.checkpoint._LOCKS.clear()
+    utils.training.checkpoint._LOCKS.clear()
     trainer.main(words(resume_from_checkpoint="latest"))
     assert_equal(tmp_path / "whole", tmp_path / "run")
 
 
 def test_a_signal_to_a_data_worker_is_not_for_it(arguments, tmp_path, monkeypatch, signals_as_before):
     """A scheduler may signal every process; a worker that gave up would end the run in place of the step that saves."""
-    real, trainer = utils.shards.ShardDataset.__getitem__, os.getpid()
+    real, trainer = utils.data.shards.ShardDataset.__getitem__, os.getpid()
 
     def read(self, reference):
         if os.getpid() != trainer:
@@ -267,7 +267,7 @@ def test_a_signal_to_a_data_worker_is_not_for_it(arguments, tmp_path, monkeypatc
         return real(self, reference)
 
     monkeypatch.setattr(utils.interruption, "GRACE", 0.1)
-    monkeypatch.setattr(utils.shards.ShardDataset, "__getitem__", read)
+    monkeypatch.setattr(utils.data.shards.ShardDataset, "__getitem__", read)
     train_lore.main(arguments(num_workers=1, max_steps=3, checkpoint_steps=0))
     assert (tmp_path / "run/model.safetensors").exists()
 
@@ -288,7 +288,7 @@ def test_a_signal_ends_a_run_that_does_not_come_to_its_first_step(arguments, mon
 def test_a_signal_ends_an_evaluation_whose_data_does_not_come(
     arguments, digits, tmp_path, monkeypatch, signals_as_before
 ):
-    real = utils.shards.ShardDataset.__getitem__
+    real = utils.data.shards.ShardDataset.__getitem__
 
     def read(self, reference):
         if self.order == "sequential" and passes.count(1) > 2:
@@ -300,7 +300,7 @@ def test_a_signal_ends_an_evaluation_whose_data_does_not_come(
     monkeypatch.setattr(
         train_lore, "eval_loader", lambda *data, **more: (passes.append(1), eval_loader(*data, **more))[1]
     )
-    monkeypatch.setattr(utils.shards.ShardDataset, "__getitem__", read)
+    monkeypatch.setattr(utils.data.shards.ShardDataset, "__getitem__", read)
     monkeypatch.setattr(utils.interruption, "GRACE", 0.2)
     with pytest.raises(SystemExit) as stopped:
         train_lore.main(arguments(eval_shards=digits / "test", eval_steps=1, eval_num_samples=8, checkpoint_steps=0))
@@ -316,13 +316,13 @@ import os, signal, sys, threading, time
 import utils.shards, train_lore
 from utils.cli import run
 if os.environ["RANK"] == "1":
-    real = utils.shards.ShardDataset.__getitem__
+    real = utils.data.shards.ShardDataset.__getitem__
     def read(self, reference):
         if reference[1] >= 24:
             threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
             time.sleep(60)
         return real(self, reference)
-    utils.shards.ShardDataset.__getitem__ = read
+    utils.data.shards.ShardDataset.__getitem__ = read
 run(train_lore.main)
 """
     group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -348,7 +348,7 @@ def test_a_long_temporary_folder_does_no_harm(arguments, tmp_path, monkeypatch):
     monkeypatch.setitem(multiprocessing.process.current_process()._config, "tempdir", None)
     monkeypatch.setattr(utils.shards, "LONGEST_SOCKET", 32)
     with pytest.raises(UserError, match=r"TMPDIR .*: data workers need a folder for sockets.*--num_workers 0"):
-        utils.shards._short_socket_folder()
+        utils.data.shards._short_socket_folder()
 
 
 def test_a_pipe_is_no_shard(arguments, digits, tmp_path):
@@ -427,7 +427,7 @@ def test_one_directory_is_for_one_run_and_a_killed_run_leaves_it(arguments, digi
 def test_a_full_disk_keeps_the_last_checkpoint(arguments, tmp_path, monkeypatch):
     """Injected at every place where a checkpoint is written; the run that goes on ends like one that met no fault."""
     train_lore.main(arguments(output_dir=tmp_path / "whole"))
-    real, calls = utils.checkpoint.save_file, []
+    real, calls = utils.training.checkpoint.save_file, []
     train_lore.main(arguments(output_dir=tmp_path / "counted", max_steps=2))
     monkeypatch.setattr(utils.checkpoint, "save_file", lambda *words: (calls.append(1), real(*words)))
     train_lore.main(arguments(output_dir=tmp_path / "counted again", max_steps=2))
@@ -574,7 +574,7 @@ def test_a_trial_that_was_killed_is_in_nobodys_way(tmp_path):
     """A start that is killed while it tries its output_dir out leaves the trial's folders there."""
     for name in (".trial.incomplete", ".trial.outdated"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    utils.checkpoint.refuse_unwritable(tmp_path)
+    utils.training.checkpoint.refuse_unwritable(tmp_path)
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 

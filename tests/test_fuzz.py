@@ -35,20 +35,20 @@ import train_lore
 import train_po
 from tests.mutations import mutate_bytes, mutate_image, mutate_json, mutate_lines, mutate_tar
 from tests.shard_maker import image_bytes, make_shards, write_shard
-from utils.attributes import AttributeDataset
-from utils.classifiers import read_linear_head
 from utils.cli import parse_settings
-from utils.corruptions import find_published
+from utils.data.images import ImageError, ImageTransform, decode
+from utils.data.shards import ShardDataset, ShardReader, index_shards
+from utils.data.skipped import BadSample, SkipCounter
 from utils.errors import UserError
-from utils.head import load_head
-from utils.images import ImageError, ImageTransform, decode
-from utils.metrics import MetricsFile
-from utils.pairs import PairDataset, TypographicDataset, collate_rows, parse_pair
-from utils.report import Results, page_content, record_figures
-from utils.shards import ShardDataset, ShardReader, index_shards
-from utils.skipped import BadSample, SkipCounter
-from utils.typographic import Draws, WordStyle, merge_names, write_word
-from utils.zeroshot import find_classes
+from utils.evaluation.report import Results, page_content, record_figures
+from utils.methods.head import load_head
+from utils.models.classifiers import read_linear_head
+from utils.sets.attributes import AttributeDataset
+from utils.sets.corruptions import find_published
+from utils.sets.labelled import find_classes
+from utils.sets.pairs import PairDataset, TypographicDataset, collate_rows, parse_pair
+from utils.sets.typographic import Draws, WordStyle, merge_names, write_word
+from utils.training.metrics import MetricsFile
 
 DEADLINE = 20  # seconds of CPU time for one mutant, and ten times as many on the clock
 MEMORY = 1.5  # GiB by which one mutant may raise the peak: an image at the limit of pixels takes most of that

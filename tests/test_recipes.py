@@ -15,7 +15,7 @@ from tests.conftest import ROOT, flags
 from tests.small_models import save_small_model
 from tests.train_several import train
 from utils.cli import parse_settings
-from utils.optimization import accumulation_steps
+from utils.training.optimization import accumulation_steps
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 README = (ROOT / "recipes/README.md").read_text()

@@ -24,26 +24,27 @@ import train_lore
 from tests.conftest import ROOT, flags
 from tests.mutations import png, seal
 from tests.shard_maker import ShardServer, add_member, image_bytes, make_shards, write_shard
-from utils import shard_sources, tar_index
 from utils.cli import parse_settings
-from utils.encoders import load_model
+from utils.data import sources as shard_sources
+from utils.data import tars as tar_index
+from utils.data.images import MAX_PIXELS, MAX_SIDE, ImageError, ImageTransform, decode
+from utils.data.shards import MAX_SAMPLE_BYTES, ShardDataset, ShardReader, index_shards
+from utils.data.skipped import BadSample, Skipped
+from utils.data.sources import read_text
+from utils.data.tars import scan_tar
 from utils.errors import UserError
-from utils.images import MAX_PIXELS, MAX_SIDE, ImageError, ImageTransform, decode
-from utils.pairs import PairDataset
+from utils.evaluation.results import Results
+from utils.models.encoders import load_model
 from utils.redaction import display_url, printable, shown_setting, without_secrets
-from utils.results import Results
-from utils.shard_sources import read_text
-from utils.shards import MAX_SAMPLE_BYTES, ShardDataset, ShardReader, index_shards
-from utils.skipped import BadSample, Skipped
+from utils.sets.labelled import find_classes, read_classnames
+from utils.sets.pairs import PairDataset
 from utils.strict_json import parse_json
-from utils.tar_index import scan_tar
-from utils.zeroshot import find_classes, read_classnames
 
 # ---------------------------------------------------------------------------------------------------- what runs no code
 
 # (file, call): why it is there all the same.
 ALLOWED = {
-    ("utils/shard_sources.py", "gopen"): "pipe: URLs, after --allow_pipe_urls on the command line",
+    ("utils/data/sources.py", "gopen"): "pipe: URLs, after --allow_pipe_urls on the command line",
 }
 NEVER = {
     *("eval", "exec", "pickle.load", "pickle.loads", "pickle.Unpickler", "dill.load", "joblib.load", "marshal.loads"),

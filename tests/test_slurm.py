@@ -17,10 +17,10 @@ import train_po
 from slurm import rank as slurm_rank
 from slurm.rank import master, parse_command, task_cpus, tasks_per_node
 from tests.conftest import ROOT, accelerate_launch, flags, free_port, run_script
-from utils import interruption
 from utils.cli import parse_settings
-from utils.distributed import default_num_workers
 from utils.errors import UserError
+from utils.processes.distributed import default_num_workers
+from utils.training import interruption
 
 SBATCH = sorted(path.name for path in (ROOT / "slurm").glob("*.sbatch"))
 TRAINING = [name for name in SBATCH if name.startswith("train")]

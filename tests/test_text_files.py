@@ -7,12 +7,12 @@ import pytest
 
 from examples.pretrain_small_clip import read_words
 from utils.errors import UserError
-from utils.metrics import MetricsFile
-from utils.pairs import parse_pair
-from utils.results import Results
+from utils.evaluation.results import Results
+from utils.sets.labelled import find_classes, read_classnames, read_templates
+from utils.sets.pairs import parse_pair
 from utils.strict_json import parse_json
 from utils.text_files import decode_text, parse_label, read_text_file, text_lines
-from utils.zeroshot import find_classes, read_classnames, read_templates
+from utils.training.metrics import MetricsFile
 
 NAMES = ["cat", "fire truck", "café"]
 UNUSUAL = ["a\u2028b", "a\u2029b", "a\u00a0b", "a\u3000b", "a\u200db"]  # one name each

@@ -15,9 +15,9 @@ import train_lore
 from tests.conftest import ROOT, accelerate_launch, run_script
 from tests.shard_maker import image_bytes, write_shard
 from tests.small_models import photos, save_small_clip, small_encoder
-from utils.encoders import quiet_transformers
 from utils.errors import UserError
-from utils.lagrangian import Multiplier
+from utils.methods.lagrangian import Multiplier
+from utils.models.encoders import quiet_transformers
 
 KEYS = {
     "step", "samples", "loss", "distance_adv", "distance_clean", "violation_ratio_mean", "violation_ratio_median",

@@ -15,13 +15,13 @@ import train_po
 from tests.conftest import ROOT, accelerate_launch, run_script
 from tests.shard_maker import image_bytes, relabelled, rewrite, write_shard
 from tests.small_models import photos, save_small_clip, small_encoder
-from tests.test_train_step import Flops, ScalarsRead, flops_of
-from utils.encoders import load_model, quiet_transformers
+from tests.training.test_train_step import Flops, ScalarsRead, flops_of
 from utils.errors import UserError
-from utils.head import head_power, load_head
-from utils.lagrangian import Multiplier
-from utils.metrics import preference_flops_per_sample
-from utils.zeroshot import class_embeddings
+from utils.methods.head import head_power, load_head
+from utils.methods.lagrangian import Multiplier
+from utils.models.encoders import load_model, quiet_transformers
+from utils.models.zeroshot import class_embeddings
+from utils.training.metrics import preference_flops_per_sample
 
 KEYS = {
     "step", "samples", "loss", "preference_loss", "margin_mean", "reward_chosen", "reward_rejected", "reward_accuracy",
@@ -251,7 +251,7 @@ def test_kept_embeddings_follow_what_they_were_made_from(arguments, attribute_di
 def test_a_cache_that_cannot_take_embeddings_is_refused_before_they_are_made(
     arguments, attribute_digits, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("utils.features.compute_features", lambda *arguments, **more: pytest.fail("computed"))
+    monkeypatch.setattr("utils.models.features.compute_features", lambda *arguments, **more: pytest.fail("computed"))
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/features").write_text("a file")
     with pytest.raises(UserError, match=r"--cache_dir: the embeddings cannot be kept in .*features"):

@@ -8,7 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_lore
 from utils.cli import run
-from utils.memory import LiveBytes
+from utils.training.memory import LiveBytes
 
 directory = Path(sys.argv.pop(1))
 

@@ -14,9 +14,9 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import utils.checkpoint
+import utils.training.checkpoint
 from utils.cli import run
-from utils.interruption import REQUEUE, SIGNALS
+from utils.training.interruption import REQUEUE, SIGNALS
 
 
 def train(trainer, arguments, sgd=False, stop_in_step=None):
@@ -42,7 +42,7 @@ def train(trainer, arguments, sgd=False, stop_in_step=None):
         return stopped.code
     finally:
         module.make_optimizer, module.cosine_learning_rate = make_optimizer, learning_rate
-        utils.checkpoint._LOCKS.clear()  # they would last as long as this process
+        utils.training.checkpoint._LOCKS.clear()  # they would last as long as this process
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
     return 0

@@ -1,0 +1,499 @@
+"""What an evaluation leaves: results.json, a record per sample, kept pictures; and what follows from them.
+
+A cell is one figure: a dict with ``CELL`` keys, of which ``settings`` holds everything else that it depends on. Equal cells
+are the same measurement. A result is a cell with ``value``, ``ci95`` and ``n``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import logging
+import os
+import re
+import types
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from utils.data.digests import files_digest, text_digest
+from utils.data.sources import one_line
+from utils.errors import UserError
+from utils.evaluation.sanity import sanity_warnings
+from utils.models.model_card import versions
+from utils.strict_json import parse_json
+from utils.training.metrics import mcnemar
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+CELL = ("model", "dataset", "measure", "attack", "eps", "seed", "corruption", "severity", "sigma", "settings")
+
+# Of evaluate.py's --attack, in its order, and what the report says of each. A cell with eps is of an l_inf attack.
+ATTACKS = {
+    "clean": "The images as they are; the most similar class is the answer.",
+    "pgd": "Projected gradient descent: pixels may change by at most eps (the l_inf ball).",
+    "apgd": "APGD on the cross-entropy, then APGD-T against the other classes, each on the images still right, in the "
+    "l_inf ball of radius eps.",
+    "square": "Square attack in the l_inf ball of radius eps: it sees scores, no gradients.",
+    "gaussian_noise": "Normal noise of standard deviation sigma on every value of every pixel.",
+    "corruptions": "Common corruptions of ImageNet-C: noise, blur, weather and compression in five severities.",
+    "typographic": "A wrong class name is written on the image; photographs of preference pairs have words of their own.",
+}
+
+SHARES = ("accuracy", "follows_word", "pair_accuracy")  # of images: a number wherever there were any
+NUMBER, NOTHING = int | float, types.NoneType
+# What a record may hold, where it holds it.
+RECORD = {
+    **{"position": int, "key": str, "correct": bool, "label": int | NOTHING, "predicted": int | NOTHING, "top5": list},
+    **{"broken_by": str | NOTHING, "forwards": NUMBER | NOTHING, "value": NUMBER, "cosine": NUMBER},
+}
+
+# Of a cell's settings: digests of what was read, and the flag that named it.
+CONTENT = {
+    "model_revision": "--model {model}",
+    "shards": "--data {dataset}",
+    "prompts": "the class names or templates of --data {dataset}",
+    "classifier_revision": "--linear_head",
+    "reference_revision": "--reference_model_name_or_path",
+    "font_files": "--fonts",
+}
+LONGEST_FILE_NAME = 150  # in an output directory: ``cell_name`` and an ending
+NAMED_LATER = ("digests", "classnames", "linear_head")  # which cells of earlier versions lack
+MODEL_FILES = (".json", ".safetensors", ".bin", ".txt", ".model", ".jinja", ".spm", ".vocab", ".bpe", ".tiktoken")
+OWN_FILES = ("results.json", "run.json")  # written beside a model, never read with it
+
+T = TypeVar("T")
+Cell = dict[str, Any]
+Row = dict[str, Any]  # of a sample: position, and what was found; accuracies have label, predicted, correct
+
+
+class Results:
+    """results.json of a directory with its records and pictures, read at the start and written after every cell."""
+
+    def __init__(self, output_dir: str | Path) -> None:
+        self.output_dir = Path(output_dir)
+        self.path = self.output_dir / "results.json"
+        self.results: list[dict[str, Any]] = []
+        self.warnings: list[dict[str, Any]] = []  # {"model", "dataset", "attack", "eps", ..., "text"}
+        self.compared: list[dict[str, Any]] = []  # by ``compare``
+        self.environment: dict[str, str] = {}
+        self.written = ""
+        if not self.path.exists():
+            return
+        try:
+            report = parse_json(self.path.read_text(encoding="utf-8"))
+            if report["schema_version"] != SCHEMA_VERSION:
+                raise UserError(
+                    f"--output_dir {output_dir}: results.json has schema version {report['schema_version']}, this "
+                    f"program writes {SCHEMA_VERSION}; give another directory"
+                )
+            self.results, self.environment = report["results"], report["environment"]
+            self.warnings, self.compared = report.get("warnings", []), report.get("comparisons", [])
+            self.written = report.get("written", "")
+            self._check()
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise UserError(
+                f"--output_dir {output_dir}: results.json is not a report ({error}); give another directory"
+            ) from None
+
+    def _check(self) -> None:
+        """ValueError where tables and figures could not be made of what was read."""
+        strengths = dict.fromkeys(("eps", "sigma", "severity"), NUMBER | NOTHING) | {"corruption": str | NOTHING}
+        texts = dict.fromkeys(("model", "dataset", "attack"), str)
+        _check_types("environment", self.environment, dict.fromkeys(self.environment, str))
+        _check_types("written", {"written": self.written}, {"written": str})
+        for result in self.results:
+            kinds = (
+                texts | strengths | {"measure": str, "seed": int, "settings": dict, "value": NUMBER | NOTHING, "n": int}
+            )
+            _check_types("a result", result, kinds)
+            if result["measure"] != "accuracy":
+                figure_name(result)  # KeyError for one that is not known
+            if result["ci95"] is not None:
+                low, high = result["ci95"]
+                _check_types("ci95", {"low": low, "high": high}, {"low": NUMBER, "high": NUMBER})
+            share = result["measure"] in SHARES
+            if result["n"] < share or (share and result["value"] is None):
+                raise ValueError(f"a result of {result['measure']} without images or value")
+            needed = {
+                "pgd": "eps",
+                "apgd": "eps",
+                "square": "eps",
+                "gaussian_noise": "sigma",
+                "corruptions": "severity",
+            }
+            if result["attack"] in needed and result[needed[result["attack"]]] is None:
+                raise ValueError(f"a result of {result['attack']} without {needed[result['attack']]}")
+            if result["corruption"] is not None and result["severity"] is None:
+                raise ValueError(f"a result of {result['corruption'][:100]} without severity")
+            if "t" in result["settings"]:
+                _check_types("settings", result["settings"], {"t": NUMBER})
+        for warning in self.warnings:
+            _check_types("a warning", warning, texts | strengths | {"text": str, "model_revision": str | NOTHING})
+        known = {result["model"] for result in self.results}
+        for test in self.compared:
+            kinds = {"models": list, "dataset": str, "attack": str, "eps": NUMBER | NOTHING, "sigma": NUMBER | NOTHING}
+            _check_types("a comparison", test, kinds | dict.fromkeys(("n", "only_first", "only_second"), int))
+            _check_types("a comparison", test, {"p_value": NUMBER, "records": list})
+            if len(test["models"]) != 2 or not known.issuperset(test["models"]):
+                raise ValueError(f"a comparison of {str(test['models'])[:100]}, which have no results")
+
+    def find(self, cell: Cell) -> dict[str, Any] | None:
+        """The finished measurement of this cell, or None."""
+        return next((result for result in self.results if cell.items() <= result.items()), None)
+
+    def add(self, cell: Cell, value: float | None, interval: Sequence[float] | None, n: int) -> None:
+        self.results.append(cell | {"value": value, "ci95": None if interval is None else list(interval), "n": n})
+
+    def current(self) -> list[dict[str, Any]]:
+        """The results of what models, data, class names and heads hold now: of each the last one measured.
+
+        Those of weights or shards that were there before are history.
+        """
+        sources = [_sources(result) for result in self.results]
+        last = {name: content for of_result in sources for name, content in of_result.items()}
+        return [
+            result
+            for result, of_result in zip(self.results, sources)
+            if all(last[name] == content for name, content in of_result.items())
+        ]
+
+    def ask(self, cells: Sequence[Cell]) -> list[str]:
+        """What is known of these cells becomes current; a line for each reason why others have to be measured again."""
+        found = [result for cell in cells if (result := self.find(cell)) is not None]
+        current = {id(result) for result in self.current()}
+        if not all(id(result) in current for result in found):  # as where labels are put back to what they were
+            kept = {id(result) for result in found}
+            self.results = [result for result in self.results if id(result) not in kept] + found
+        known = {_question(result, "digests" not in result["settings"]): result for result in self.results}
+        reasons: Counter[str] = Counter()
+        for cell in cells:
+            if self.find(cell) is not None:
+                continue
+            old = known.get(_question(cell, False))
+            if old is not None:
+                changed = [name for name in CONTENT if old["settings"].get(name) != cell["settings"].get(name)]
+                reasons.update(f"{CONTENT[name].format(**cell)}: has changed" for name in changed)
+            elif _question(cell, True) in known:
+                reasons[
+                    f"--output_dir {self.output_dir}: of an earlier version, which did not look into the files"
+                ] += 1
+        return [
+            f"{reason}; {count} figure{'s' if count > 1 else ''} measured again, the old ones stay in results.json"
+            for reason, count in reasons.items()
+        ]
+
+    def warn(self, cell: Cell, text: str) -> None:
+        """Keeps what makes a figure doubtful, and says it; once."""
+        where = ("model", "dataset", "attack", "eps", "sigma", "corruption", "severity")
+        warning = {name: cell[name] for name in where} | {"text": text}
+        warning |= {name: cell["settings"].get(name) for name in ("model_revision", "shards")}
+        if warning not in self.warnings:
+            self.warnings.append(warning)
+            logger.warning(f"{cell['model']}  {cell['dataset']}  {column_name(cell)}: {text}")
+
+    def write(self) -> None:
+        """Replaces results.json, whole or not at all, with what the results say about one another."""
+        for result, text in sanity_warnings(self.current()):
+            self.warn(result, text)
+        threads = torch.get_num_threads()
+        device = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+        if torch.cuda.is_available():
+            device = torch.cuda.get_device_name()
+        self.environment = versions() | {"device": device}
+        self.written = datetime.now(UTC).isoformat(timespec="seconds")
+        report = {
+            "schema_version": SCHEMA_VERSION,
+            "written": self.written,
+            "environment": self.environment,
+            "results": self.results,
+            "comparisons": self.compared,
+            "warnings": self.warnings,
+        }
+        replace_file(self.path, json.dumps(report, indent=1, allow_nan=False).encode())
+
+    def write_records(self, cell: Cell, rows: Sequence[Row]) -> None:
+        """records/<cell>.jsonl, one sample a line, in the set's order."""
+        replace_file(self.records_path(cell), "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    def records(self, cell: Cell) -> list[Row]:
+        """Empty where there are none (figures over a whole set, and reports of earlier versions)."""
+        path = self.records_path(cell)
+        if not path.exists():
+            return []
+        rows = []
+        for number, line in enumerate(
+            path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n"), 1
+        ):
+            try:
+                row = parse_json(line)
+                _check_types("a record", row, {"position": int})
+                _check_types("a record", row, {name: kind for name, kind in RECORD.items() if name in row})
+            except ValueError as error:
+                raise UserError(
+                    f"{path}: line {number} is not a record ({error}); measure again in another directory"
+                ) from None
+            rows.append(row)
+        return rows
+
+    def records_path(self, cell: Cell) -> Path:
+        return self.output_dir / "records" / f"{cell_name(cell)}.jsonl"
+
+    def write_pictures(self, cell: Cell, clean: Tensor, attacked: Tensor, captions: Sequence[dict[str, str]]) -> None:
+        """pictures/<cell>.safetensors: clean and attacked pixel_values (k, 3, H, W) float32 in [0,1].
+
+        ``captions``, k of them: {"label", "predicted_clean", "predicted"}, names of classes.
+        """
+        path = self.pictures_path(cell)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".tmp")
+        tensors = {"clean": clean.float().contiguous(), "attacked": attacked.float().contiguous()}
+        save_file(tensors, aside, metadata={"captions": json.dumps(list(captions))})
+        os.replace(aside, path)
+
+    def pictures(self, cell: Cell) -> tuple[Tensor, Tensor, list[dict[str, str]]] | None:
+        """What ``write_pictures`` was given, or None."""
+        path = self.pictures_path(cell)
+        if not path.exists():
+            return None
+        try:
+            # By its descriptor: safetensors opens no path that is not UTF-8, and an output directory may have any name.
+            with path.open("rb") as opened, safe_open(f"/dev/fd/{opened.fileno()}", framework="pt") as file:
+                clean, attacked = file.get_tensor("clean").float(), file.get_tensor("attacked").float()
+                captions = parse_json((file.metadata() or {})["captions"])
+            if clean.ndim != 4 or clean.shape[1] != 3 or not clean.numel() or clean.shape != attacked.shape:
+                raise ValueError(f"images of {tuple(clean.shape)} and {tuple(attacked.shape)}")
+            if not isinstance(captions, list) or len(captions) != len(clean):
+                raise ValueError("captions of other images")
+            for caption in captions:
+                _check_types("a caption", caption, dict.fromkeys(("label", "predicted_clean", "predicted"), str))
+        except (SafetensorError, ValueError, KeyError, OSError) as error:
+            raise UserError(f"{path}: holds no pictures ({str(error)[:160]}); delete it, they are not needed") from None
+        return clean, attacked, captions
+
+    def pictures_path(self, cell: Cell) -> Path:
+        return self.output_dir / "pictures" / f"{cell_name(cell)}.safetensors"
+
+    def compare(self) -> None:
+        """Compares every two models on the same images by McNemar's exact test: cells alike in all but the model.
+
+        ``compared`` becomes [{"models": [a, b], "dataset", "attack", "eps", "sigma", "n", "only_first", "only_second",
+        "p_value", "records": [of a, of b]}]; ``only_first`` images are right for a alone. Corruptions are left out: 75 tests
+        of one question would prove nothing.
+        """
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for result in self.current():
+            if result["measure"] == "accuracy" and result["corruption"] is None and "t" not in result["settings"]:
+                groups.setdefault(_without_model(result), []).append(result)
+        self.compared = []
+        for group in groups.values():
+            if len(group) < 2:
+                continue
+            correct = [
+                {row["position"]: row["correct"] for row in self.records(result) if "correct" in row}
+                for result in group
+            ]
+            for (first, a), (second, b) in itertools.combinations(zip(group, correct), 2):
+                common = sorted(a.keys() & b.keys())
+                if not common:
+                    continue
+                only_first, only_second, p_value = mcnemar([a[i] for i in common], [b[i] for i in common])
+                self.compared.append(
+                    {
+                        "models": [first["model"], second["model"]],
+                        **{name: first[name] for name in ("dataset", "attack", "eps", "sigma")},
+                        "n": len(common),
+                        "only_first": only_first,
+                        "only_second": only_second,
+                        "p_value": p_value,
+                        "records": [cell_name(first), cell_name(second)],
+                    }
+                )
+
+
+def model_revision(name_or_path: str, cache_dir: str | None = None) -> str:
+    """What tells a model from another under the same name: a digest of a directory's files, or the hub's commit.
+
+    Of all that is loaded: weights, config, processor, tokenizer, head. OSError becomes ``UserError``.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        names = {path.name for path in folder.iterdir() if path.suffix in MODEL_FILES and path.is_file()}
+        for parts in folder.glob("*.index.json"):  # may name weights in folders below
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+                names |= set(map(str, parse_json(parts.read_bytes())["weight_map"].values()))
+        try:
+            digests = [
+                f"{name!r} {files_digest([folder / name], cache_dir)}"
+                for name in sorted(names.difference(OWN_FILES))
+                if (folder / name).is_file()
+            ]
+        except OSError as error:
+            raise UserError(
+                f"{error.filename}: cannot be read ({error.strerror}); check the files of the model {name_or_path}"
+            ) from None
+        return text_digest(digests)
+    from transformers import AutoConfig
+
+    return str(getattr(AutoConfig.from_pretrained(name_or_path, trust_remote_code=False), "_commit_hash", None))
+
+
+def cell_name(cell: Cell) -> str:
+    """A file name for a cell: readable, and told apart from all others by a hash of its identity."""
+    identity = {name: cell[name] for name in CELL}
+    digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=6).hexdigest()
+    parts = [Path(cell["model"]).name, Path(cell["dataset"]).name, cell["measure"], cell["attack"]]
+    for name in ("eps", "corruption", "severity", "sigma"):
+        if cell[name] is not None:
+            parts.append(cell[name] if name == "corruption" else f"{name}{cell[name]:g}")
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "_".join(parts))[:120] + f"_{digest}"
+
+
+def _check_types(what: str, found: Any, kinds: dict[str, Any]) -> None:
+    """ValueError where a dict lacks a key of ``kinds`` or has a value of another type there. True is no number here."""
+    if not isinstance(found, dict):
+        raise ValueError(f"{what} is a {type(found).__name__}")
+    for name, kind in kinds.items():
+        if name not in found:
+            raise ValueError(f"{what} has no {name}")
+        value = found[name]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"{what} has {str(value)[:60]!r} as {name}")
+
+
+def _sources(result: dict[str, Any]) -> dict[str, str]:
+    """{what a result was read from: the digest of what that held}."""
+    settings = result["settings"]
+    shards = settings.get("shards")
+    reading = [settings.get(name) for name in ("split", "num_samples", "classifier")]  # other ones read other shards
+    words = settings.get("words")
+    found: dict[tuple[Any, ...], Any] = {("model", result["model"]): settings.get("model_revision")}
+    for split, content in shards.items() if isinstance(shards, dict) else ():
+        found["shards", result["dataset"], split, json.dumps(reading)] = content
+    for name, source in (
+        ("prompts", [result["dataset"], settings.get("classnames")]),
+        ("classifier_revision", settings.get("linear_head")),
+        ("reference_revision", settings.get("reference")),
+        ("font_files", words.get("fonts") if isinstance(words, dict) else None),
+    ):
+        if name in settings:
+            found[name, json.dumps(source)] = settings[name]
+    return {json.dumps(source): json.dumps(content) for source, content in found.items()}
+
+
+def _question(cell: Cell, earlier: bool) -> str:
+    """A cell without what was read: two equal ones ask the same. ``earlier``: as cells of earlier versions ask."""
+    left_out = (*CONTENT, *(NAMED_LATER if earlier else ()))
+    settings = {name: value for name, value in cell["settings"].items() if name not in left_out}
+    return json.dumps([earlier, {name: cell[name] for name in CELL} | {"settings": settings}], sort_keys=True)
+
+
+def _without_model(result: dict[str, Any]) -> str:
+    own = ("model_revision", "classifier_revision")
+    settings = {name: value for name, value in result["settings"].items() if name not in own}
+    cell = {name: result[name] for name in CELL if name != "model"} | {"settings": settings}
+    return json.dumps(cell, sort_keys=True)
+
+
+def file_name(text: str) -> str:
+    """``text`` as part of a file name: a digest tells apart what had to be cut, or to lose letters other than a slash."""
+    slashless = text.replace("/", "-")
+    plain = re.sub("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "-", slashless)
+    short = plain.encode()[:100].decode(errors="ignore")
+    return plain if slashless == short else f"{short}_{text_digest([text])}"
+
+
+def refuse_unwritable(output_dir: str) -> None:
+    """UserError where what an evaluation leaves could not be written at its end. Makes nothing."""
+    folder = Path(output_dir)
+    try:
+        (folder / "pictures" / ("x" * LONGEST_FILE_NAME)).absolute().lstat()
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise UserError(
+                f"--output_dir {output_dir[:100]}: files in it cannot be named ({error.strerror}); give a shorter path"
+            ) from None
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    folders = {there, *(path for name in ("records", "pictures", "probes") if (path := folder / name).exists())}
+    for path in sorted(folders):
+        if not path.is_dir():
+            where = "" if path == folder else f"{path} "
+            raise UserError(f"--output_dir {output_dir}: {where}is a file; give a directory")
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise UserError(f"--output_dir {output_dir}: {path} cannot be written; name a directory that can")
+    for name in ("results.json", "report.html", "benchmark.csv"):
+        if (folder / name).is_dir():
+            raise UserError(f"--output_dir {output_dir}: {name} there is a directory; give another directory")
+
+
+def attempt(what: str, draw: Callable[[], T], undrawn: list[str]) -> T | None:
+    """``draw()``; None where it fails, for whatever reason: a picture must not cost the figures. It is said and noted."""
+    try:
+        return draw()
+    except Exception as error:
+        undrawn.append(f"{what} ({one_line(error)})")
+        logger.warning(f"not drawn: {undrawn[-1]}")
+        return None
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all. Raises ``UserError``."""
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_bytes(data)
+        os.replace(aside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); mend that, then give the same command again: what results.json "
+            "holds is not measured again"
+        ) from None
+
+
+def column_name(cell: Cell) -> str:
+    """The heading of a cell among accuracies: clean, apgd 4/255, gaussian_noise 16/255, follows the word, ..."""
+    if cell["measure"] == "follows_word":
+        return "follows the word"
+    strength = cell["eps"] if cell["sigma"] is None else cell["sigma"]
+    if cell["corruption"] is not None:
+        return f"{cell['corruption']} {cell['severity']}"
+    return cell["attack"] + (f" {strength:g}/255" if strength else "")
+
+
+def figure_name(cell: Cell) -> str:
+    """What a figure says, in words."""
+    top_k = cell["settings"].get("top_k")
+    names = {
+        "retention": "KL to the reference, nats",
+        "max_skew": f"MaxSkew@{top_k}, mean over classes",
+        "max_skew_worst_query": f"MaxSkew@{top_k}, worst class",
+        "ndkl": "NDKL",
+        "parity_difference": "demographic parity difference",
+        "opportunity_difference": "equal opportunity difference",
+        "worst_group_accuracy": "worst-group accuracy",
+        "group_gap": "accuracy gap between groups",
+        "follows_word": "follows the word",
+        "pair_accuracy": "chosen text over rejected",
+        "neutral_t": "neutral t*",
+        "interpretability": "cosine to descriptions of the true class",
+        "fidelity": "relative squared distance to the reference, mean",
+        "fidelity_median": "relative squared distance to the reference, median",
+        "fidelity_p95": "relative squared distance to the reference, 95th percentile",
+        "fidelity_max": "relative squared distance to the reference, largest",
+        "fidelity_cosine": "cosine to the reference, mean",
+    }
+    if cell["measure"] == "accuracy":
+        return "accuracy, clean" if cell["attack"] == "clean" else f"accuracy, {cell['attack']}"
+    return names[cell["measure"]]

@@ -1,0 +1,87 @@
+"""The constrained problem of LORE: margin, violation, multiplier, and the two Lagrangians.
+
+    minimise over the encoder   E[objective]     subject to   violation = distance - rho * margin <= 0 for every image
+
+A violation <= 0 is feasible, here and everywhere. The primal step sees the multiplier as a constant, the dual step
+sees the violation as a constant. Source: Khodabandeh, Afzali et al. (arXiv 2505.18884).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils.methods.losses import entropy
+
+
+def embedding_margin(ref_image_embeds: Tensor, kind: str) -> Tensor:
+    """m(x): ||z0||^2 for ``relative``, 1 for ``fixed``. (B, D) -> (B,), float32."""
+    if kind == "fixed":
+        return ref_image_embeds.new_ones(len(ref_image_embeds), dtype=torch.float32)
+    return ref_image_embeds.float().square().sum(dim=-1)
+
+
+def entropy_margin(ref_logits: Tensor, kind: str) -> Tensor:
+    """m(x) of the KL constraint: H(p0(.|x)) for ``relative`` (confident images are held tighter), 1 for ``fixed``.
+
+    (B, C) -> (B,), float32, in nats.
+    """
+    if kind == "fixed":
+        return ref_logits.new_ones(len(ref_logits), dtype=torch.float32)
+    return entropy(ref_logits)
+
+
+def violation(distance: Tensor, margin: Tensor, rho: float) -> Tensor:
+    """v = distance - rho * margin, (B,), (B,) -> (B,); <= 0 is feasible."""
+    return distance - rho * margin
+
+
+def primal_lagrangian(objective: Tensor, violation: Tensor, multiplier: Tensor, count: Tensor | None = None) -> Tensor:
+    """mean[objective + stopgrad(multiplier) * violation], minimised over the encoder. Three (B,) -> scalar.
+
+    ``count``: what the sum is divided by in place of B, where these are but some of the rows of a mean.
+    """
+    values = objective + multiplier.detach() * violation
+    return values.mean() if count is None else values.sum() / count
+
+
+def dual_lagrangian(violation: Tensor, multiplier: Tensor, count: Tensor | None = None) -> Tensor:
+    """mean[multiplier * stopgrad(violation)], maximised over the multiplier's parameters. Two (B,) -> scalar.
+
+    ``count``: as in ``primal_lagrangian``.
+    """
+    values = multiplier * violation.detach()
+    return values.mean() if count is None else values.sum() / count
+
+
+class Multiplier(nn.Module):
+    """lambda_w(z0) = softplus(g_w(z0)) >= 0, one value per image: (B, D) -> (B,), float32.
+
+    ``network``: g is two linear layers with a ReLU between them; ``linear``: one; ``scalar``: one number for all
+    images, 0 at the start (lambda = ln 2).
+    """
+
+    def __init__(self, kind: str, embed_dim: int, hidden_size: int = 512) -> None:
+        super().__init__()
+        self.raw: nn.Module
+        if kind == "network":
+            self.raw = nn.Sequential(nn.Linear(embed_dim, hidden_size), nn.ReLU(), nn.Linear(hidden_size, 1))
+        elif kind == "linear":
+            self.raw = nn.Linear(embed_dim, 1)
+        elif kind == "scalar":
+            self.raw = _Scalar()
+        else:
+            raise ValueError(f"multiplier {kind!r} is not network, linear or scalar")
+
+    def forward(self, ref_image_embeds: Tensor) -> Tensor:
+        return F.softplus(self.raw(ref_image_embeds.float())).squeeze(-1)
+
+
+class _Scalar(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.zeros(1))
+
+    def forward(self, ref_image_embeds: Tensor) -> Tensor:
+        return self.value.expand(len(ref_image_embeds), 1)

@@ -1,0 +1,143 @@
+"""Files of the Hugging Face hub on every node: brought by the node's first process, found by its others, also offline.
+
+Nodes may have caches of their own (HF_HOME, --cache_dir on a local disk): each node's first process, the one with
+LOCAL_RANK 0, brings the files into its own. Whatever fails on one process ends all of them with the same line.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from utils.data.shards import ShardIndex, refuse_lacking_shards
+from utils.data.sources import BRING_IT, ShardCache, hub_answered, hub_offline, one_line
+from utils.errors import UserError
+from utils.models.encoders import MODEL_TYPES, check_model, nearest, refuse_mistyped_path
+from utils.processes.distributed import everywhere, from_main_process, gather_objects, on_every_node
+
+logger = logging.getLogger(__name__)
+
+
+def folder_on_every_node(accelerator: Accelerator, find: Callable[[bool], Path], what: str) -> Path:
+    """This node's folder: ``find(False)`` on its first process, which may download, then ``find(True)`` on its others.
+
+    A folder of the hub's cache is named after its commit. UserError where the nodes have different ones: the processes
+    would compute with different models or data and nothing would show it.
+    """
+    brought = on_every_node(accelerator, lambda: find(False))
+    folder = everywhere(accelerator, lambda: brought or find(True))
+    versions = sorted(set(gather_objects(accelerator, folder.name)))
+    if len(versions) > 1:
+        raise UserError(
+            f"{what}: the nodes have different versions in their caches ({', '.join(versions)}); bring the same one to "
+            "all of them, by --prefetch true where there is internet, or delete the old ones"
+        )
+    return folder
+
+
+def fetch_model(accelerator: Accelerator, name_or_path: str, flag: str, supported: Sequence[str] = MODEL_TYPES) -> str:
+    """The local folder of a model on this node, downloaded once per node where it lacks it. Raises ``UserError``."""
+    return str(
+        folder_on_every_node(
+            accelerator,
+            lambda local_files_only: model_folder(name_or_path, flag, supported, local_files_only=local_files_only),
+            f"{flag} {name_or_path}",
+        )
+    )
+
+
+def refuse_mistyped_paths(models: Sequence[tuple[str, str | None]]) -> None:
+    """``UserError`` for the first of (flag, name or None) that no model can have, before anything else is read."""
+    for flag, name in models:
+        if name is not None:
+            refuse_mistyped_path(name, flag)
+
+
+def model_folder(
+    name_or_path: str,
+    flag: str,
+    supported: Sequence[str] = MODEL_TYPES,
+    *,
+    local_files_only: bool = False,
+) -> Path:
+    """The folder itself, or that of the hub's cache with all files that ``from_pretrained`` reads; lacking ones are brought.
+
+    The type of the model is checked before its weights are downloaded. Where the hub cannot be reached, or with
+    ``local_files_only``, what is there has to do. Raises ``UserError``.
+    """
+    refuse_mistyped_path(name_or_path, flag)
+    if os.path.isdir(name_or_path):
+        check_model(name_or_path, flag, supported)
+        return Path(name_or_path)
+    if local_files_only or hub_offline():
+        folder = _cached_model(name_or_path, flag)
+        check_model(str(folder), flag, supported)
+        return folder
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        names = [file.rfilename for file in HfApi().model_info(name_or_path).siblings or []]
+        check_model(name_or_path, flag, supported)
+        return Path(snapshot_download(name_or_path, allow_patterns=list(map(glob.escape, model_files(names)))))
+    except UserError:
+        raise
+    except Exception as error:  # the hub raises its own errors, httpx's and OSError
+        if hub_answered(error):
+            raise UserError(
+                f"{flag} {name_or_path}: neither a local model directory nor a model that the hub gives out "
+                f"({one_line(error)}); check the name, or log in with `hf auth login` if it is private or gated"
+            ) from None
+        folder = _cached_model(name_or_path, flag, f"the download failed ({one_line(error)})")
+        logger.warning("%s: nothing comes from the hub (%s); taken from %s", name_or_path, one_line(error), folder)
+        check_model(str(folder), flag, supported)
+        return folder
+
+
+def model_files(names: Sequence[str]) -> list[str]:
+    """Of a repository's files those that are loaded: configs, tokenizer and one format of the weights, not all."""
+    top = [name for name in names if "/" not in name]
+    for weights in (r"model(-\d+-of-\d+)?\.safetensors", r"pytorch_model(-\d+-of-\d+)?\.bin"):
+        found = [name for name in top if re.fullmatch(weights, name)]
+        if found:
+            break
+    return found + [name for name in top if name.endswith((".json", ".txt", ".model", ".jinja"))]
+
+
+def _cached_model(name: str, flag: str, reason: str = "") -> Path:
+    """The folder of the hub's cache, if it holds config and weights. Raises ``UserError``."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(name, "config.json")
+    lacking = "its weights" if isinstance(config, str) else "config.json"
+    if isinstance(config, str):
+        folder = Path(config).parent
+        for whole in ("model.safetensors", "pytorch_model.bin"):
+            parts = folder / f"{whole}.index.json"
+            files = [whole]
+            if parts.exists() and not (folder / whole).exists():
+                files = json.loads(parts.read_text(encoding="utf-8"))["weight_map"].values()
+            if all((folder / file).exists() for file in files):
+                return folder
+    reason = reason or ("HF_HUB_OFFLINE is set" if hub_offline() else "this node's first process did not bring it")
+    raise UserError(
+        f"{flag} {name}: neither a local model directory{nearest(name)} nor a model in the cache, which lacks {lacking} of it, and {reason}; "
+        f"check the path, or {BRING_IT}"
+    )
+
+
+def on_this_node(accelerator: Accelerator, index: ShardIndex, folders: Sequence[str | Path], flag: str) -> None:
+    """Gives an index of the main process the paths of this one: ``folders`` are its own for what may differ by node.
+
+    UserError on all processes where a node without internet lacks shards of the hub.
+    """
+    for there, here in zip(from_main_process(accelerator, lambda: list(map(str, folders))), map(str, folders)):
+        index.urls = [here + url[len(there) :] if url.startswith(f"{there}/") else url for url in index.urls]
+        index.cache_dir = here if index.cache_dir == there else index.cache_dir
+    on_every_node(accelerator, lambda: refuse_lacking_shards(index.urls, ShardCache(index.cache_dir), flag))

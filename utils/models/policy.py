@@ -1,0 +1,179 @@
+"""The policy of preference optimisation: what is trained of a contrastive model, its logits, and how its choices are judged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from utils.methods.head import Head
+from utils.methods.preferences import candidate_logits, retention_kl
+from utils.models.encoders import ImageEncoder, TextEncoder, text_embed_dim
+from utils.models.tokens import Tokens, tokenize
+from utils.models.zeroshot import ensemble, prompt_embeddings, refuse_non_finite_rows
+
+TRAINABLE = ("head", "image", "all")
+
+
+class Policy(nn.Module):
+    """Pictures and texts to embeddings, through those parts that are trained.
+
+    ``head``: both come as embeddings and pass the head. ``image``: pixels pass the image tower, texts come as embeddings.
+    ``all``: pixels and token ids pass both towers.
+    """
+
+    def __init__(
+        self,
+        image_encoder: ImageEncoder | None = None,
+        text_encoder: TextEncoder | None = None,
+        head: Head | None = None,
+    ) -> None:
+        super().__init__()
+        self.image_encoder, self.text_encoder, self.head = image_encoder, text_encoder, head
+
+    def forward(self, images: Tensor, texts: Tensor | Tokens) -> tuple[Tensor, Tensor]:
+        """(N, 3, H, W) in [0,1] or (N, D); tokens (T, P, L) or (T, P, D) -> (N, D) as they come and unit (T, D), float32.
+
+        P prompts of a text are averaged as in zero-shot classification, after the head, so that a folded head is exact.
+        """
+        image_embeds = self.embed_images(images)
+        prompt_embeds: Any = texts if self.text_encoder is None else self.text_encoder(*texts)
+        return image_embeds, ensemble(prompt_embeds if self.head is None else self.head(prompt_embeds))
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """image_embeds (N, D), float32, not normalised to unit length: what a constraint on distances measures."""
+        image_embeds = images if self.image_encoder is None else self.image_encoder(images)
+        return (image_embeds if self.head is None else self.head(image_embeds)).float()
+
+
+class TextTable:
+    """Embeddings of texts by the frozen text tower, (T, P, D): each text is encoded once, when it is first met.
+
+    ``per_prompt`` keeps the P prompts of a text apart, for a head that stands between them and their mean; else P = 1 and
+    the mean is kept (``ensemble`` of one unit embedding is that embedding).
+    """
+
+    def __init__(
+        self,
+        clip: PreTrainedModel,
+        processor: Any,
+        templates: Sequence[str],
+        device: torch.device,
+        *,
+        per_prompt: bool,
+    ) -> None:
+        self.processor, self.templates, self.device = processor, list(templates), device
+        self._clip, self._per_prompt = clip, per_prompt
+        self._places: dict[str, int] = {}
+        self._embeds = torch.empty(0, len(templates) if per_prompt else 1, text_embed_dim(clip), device=device)
+        self._last: tuple[list[str], Tensor] = ([], self._embeds)
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        if list(texts) == self._last[0]:  # the classes of a typographic run, step after step
+            return self._last[1]
+        new = [text for text in dict.fromkeys(texts) if text not in self._places]
+        if new:
+            found = prompt_embeddings(self._clip, self.processor, new, self.templates, self.device)
+            self._embeds = torch.cat([self._embeds, found if self._per_prompt else ensemble(found)[:, None]])
+            self._places.update({text: len(self._places) + place for place, text in enumerate(new)})
+        self._last = (list(texts), self._embeds[[self._places[text] for text in texts]])
+        return self._last[1]
+
+    def tokens(self, texts: Sequence[str], templates: Sequence[str]) -> Tokens:
+        """(T, P, L) of the texts in P templates, for a text tower that is trained."""
+        prompts = [template.replace("{c}", text) for text in texts for template in templates]
+        return (
+            tokenize(self.processor, self._clip.config, prompts).unflatten((len(texts), len(templates))).to(self.device)
+        )
+
+
+class BatchLogits(NamedTuple):
+    """Logits over the T texts of a batch, -inf where a text is no candidate, float32."""
+
+    reg: Tensor  # (R, T), of the regulariser's rows
+    pairs: Tensor  # (P, T), of the preferences
+
+
+def batch_logits(image_embeds: Tensor, text_embeds: Tensor, logit_scale: float, batch: dict[str, Any]) -> BatchLogits:
+    """s * cos(I, T) of all rows of a batch, the regulariser's first. Unit (N, D), (T, D)."""
+    logits = logit_scale * image_embeds @ text_embeds.T
+    num_reg = len(batch["reg_chosen"])
+    masks = [
+        None if mask is None else mask.to(logits.device) for mask in (batch["reg_candidates"], batch["candidates"])
+    ]
+    return BatchLogits(candidate_logits(logits[:num_reg], masks[0]), candidate_logits(logits[num_reg:], masks[1]))
+
+
+@torch.no_grad()
+def choices(logits: BatchLogits, ref_logits: BatchLogits | None, batch: dict[str, Any]) -> dict[str, Tensor]:
+    """What the policy chooses, row by row, on the CPU, (R,) of the regulariser's rows and (P,) of the preferences:
+
+    clean: whether the right text is the likeliest (rows without one are left out); kl: to the reference, nats.
+    chosen: whether the chosen text is the likeliest candidate; rejected: whether a rejected one is; pair: whether the chosen
+    text is likelier than every rejected one.
+    """
+    device = logits.pairs.device
+    reg_chosen, chosen, rejected = (batch[name].to(device) for name in ("reg_chosen", "chosen", "rejected"))
+    labelled = reg_chosen >= 0
+    likeliest = logits.pairs.argmax(dim=-1, keepdim=True) if logits.pairs.numel() else chosen[:, None]
+    rejected_logits = logits.pairs.gather(1, rejected.clamp_min(0)).masked_fill(rejected < 0, float("-inf"))
+    found = {
+        "clean": (logits.reg.argmax(dim=-1) == reg_chosen)[labelled] if len(reg_chosen) else labelled,
+        "chosen": likeliest[:, 0] == chosen,
+        "rejected": (likeliest == rejected).any(dim=-1),
+        "pair": logits.pairs.gather(1, chosen[:, None])[:, 0] > rejected_logits.max(dim=-1).values,
+    }
+    if ref_logits is not None:
+        found["kl"] = retention_kl(ref_logits.reg, logits.reg)
+    return {name: values.cpu() for name, values in found.items()}
+
+
+def _lengthened(unit: Tensor) -> Tensor:
+    """Unit vectors as they are; NaN for zeros, which are what is left of a vector whose length is beyond float32."""
+    return unit / unit.norm(dim=-1, keepdim=True)
+
+
+def row_names(batch: dict[str, Any]) -> list[str]:
+    """What a message calls the rows of an evaluation batch, the regulariser's first: the keys of their samples."""
+    positions = [*batch["reg_positions"].tolist(), *batch["positions"].tolist()]
+    keys = dict(zip(batch["sample_positions"], batch["keys"]))
+    return [keys[position] for position in positions]
+
+
+@torch.no_grad()
+def judge(
+    batches: Iterable[dict[str, Any]],
+    embed: Callable[[Tensor, Sequence[str]], tuple[Tensor, Tensor]],
+    ref_embed: Callable[[Tensor, Sequence[str]], tuple[Tensor, Tensor]] | None,
+    logit_scale: float,
+) -> dict[str, list[tuple[int, Any]]]:
+    """``choices`` over an evaluation loader's batches: name -> [(position, value), ...] of this process's rows.
+
+    ``embed`` maps (images as they come, texts) to unit embeddings; ``ref_embed`` those of the reference, or None.
+    """
+    rows: dict[str, list[tuple[int, Any]]] = {}
+    for batch in batches:
+        images, texts = batch["images"], batch["texts"]
+        if not len(
+            images
+        ):  # a process that has run out goes on with a black image: under ZeRO-3 all make equal forwards
+            black = images.new_zeros(1, *images.shape[1:])
+            embed(black, texts or [""])
+            if ref_embed is not None:
+                ref_embed(black, texts or [""])
+            continue
+        image_embeds, text_embeds = embed(images, texts)
+        refuse_non_finite_rows(_lengthened(image_embeds), row_names(batch), "embeddings")
+        logits, ref_logits = batch_logits(image_embeds, text_embeds, logit_scale, batch), None
+        if ref_embed is not None:
+            image_embeds, text_embeds = ref_embed(images, texts)
+            refuse_non_finite_rows(_lengthened(image_embeds), row_names(batch), "embeddings by the reference")
+            ref_logits = batch_logits(image_embeds, text_embeds, logit_scale, batch)
+        labelled = batch["reg_positions"][batch["reg_chosen"] >= 0]
+        for name, values in choices(logits, ref_logits, batch).items():
+            positions = {"clean": labelled, "kl": batch["reg_positions"]}.get(name, batch["positions"])
+            rows.setdefault(name, []).extend(zip(positions.tolist(), values.tolist()))
+    return rows

@@ -1,0 +1,210 @@
+"""Zero-shot classification: class names and templates, class embeddings, clean and attacked predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from utils.errors import UserError
+from utils.methods.attacks import Logits, attack_seeds, frozen, pgd, uniform_start
+from utils.methods.losses import cross_entropy
+from utils.models.classifiers import LinearClassifier, own_linear_head, read_linear_head
+from utils.models.encoders import ImageEncoder, TextEncoder, has_text, logit_scale
+from utils.models.tokens import fill_up, read_prompts, refuse_equal_texts
+from utils.sets.labelled import LabelledSet
+
+
+def set_classifier(
+    model: PreTrainedModel,
+    processor: Any,
+    encoder: ImageEncoder,
+    labelled: LabelledSet,
+    device: torch.device,
+    linear_head: str | None = None,
+) -> LinearClassifier:
+    """What tells the classes of a set apart: a linear head's file; else class texts by the text tower; else the model's head.
+
+    The class texts' logits are s * cos(z, t_c), s = exp(logit_scale); SigLIP's bias, the same for all classes, is left out.
+    Raises ``UserError`` where there is none of them, or another number of classes.
+    """
+    if linear_head is not None:
+        return read_linear_head(linear_head, encoder.embed_dim, len(labelled.classnames)).to(device)
+    if not has_text(model.config):
+        return own_linear_head(model, len(labelled.classnames)).to(device)
+    embeds = class_embeddings(model, processor, labelled.classnames, labelled.templates, device)
+    return LinearClassifier(embeds, scale=logit_scale(model), normalise=True)
+
+
+def class_embeddings(
+    model: PreTrainedModel,
+    processor: Any,
+    classnames: Sequence[str],
+    templates: Sequence[str],
+    device: torch.device | str = "cpu",
+    batch_size: int = 256,
+) -> Tensor:
+    """t_c: the mean over templates of unit text embeddings, made unit again. -> (C, D), float32, on ``device``.
+
+    Raises ``UserError`` for different names that are one to the model.
+    """
+    refuse_equal_texts(processor, model.config, classnames, templates[0])
+    return ensemble(prompt_embeddings(model, processor, classnames, templates, device, batch_size))
+
+
+def ensemble(prompt_embeds: Tensor) -> Tensor:
+    """Unit embedding of each text from those of its prompts: normalise, mean, normalise. (T, P, D) -> (T, D)."""
+    return F.normalize(F.normalize(prompt_embeds.float(), dim=-1).mean(dim=1), dim=-1)
+
+
+@torch.no_grad()
+def prompt_embeddings(
+    model: PreTrainedModel,
+    processor: Any,
+    texts: Sequence[str],
+    templates: Sequence[str],
+    device: torch.device | str = "cpu",
+    batch_size: int = 256,
+) -> Tensor:
+    """Un-normalised embeddings of every text in every template, (T, P, D) float32 on ``device``.
+
+    The text tower visits ``device`` for this and returns to where it was.
+    """
+    encoder = TextEncoder(model)
+    home = next(encoder.text_model.parameters()).device
+    encoder.to(device)
+    prompts = [template.replace("{c}", text) for text in texts for template in templates]
+    rows = read_prompts(processor, model.config, prompts)
+    embeds = [
+        encoder(*fill_up(rows[first : first + batch_size], processor, model.config).to(device))
+        for first in range(0, len(prompts), batch_size)
+    ]
+    encoder.to(home)
+    found = torch.cat(embeds)
+    refuse_non_finite_rows(found.norm(dim=-1, keepdim=True), [f"text {prompt!r}" for prompt in prompts], "embeddings")
+    return found.view(len(texts), len(templates), -1)
+
+
+class NonFiniteError(UserError):
+    """A model whose numbers are not finite: no figure can be made of them."""
+
+    every_rank = False  # it is met by the process that reads the image
+
+
+def refuse_non_finite_rows(values: Tensor, keys: Sequence[str], what: str) -> None:
+    """``NonFiniteError`` that names the first of the rows (N, D) of ``keys`` that is not finite. Synchronises."""
+    finite = values.isfinite().all(dim=1)
+    if not finite.all():
+        key = keys[int((~finite).nonzero()[0])]
+        raise NonFiniteError(
+            f"{key}: its {what} are not finite; no figure is made of them; the model's numbers overflow: try mixed_precision "
+            "no or bf16, else give another checkpoint"
+        )
+
+
+class Classified(NamedTuple):
+    """One batch on its way through a classifier. B images; B may be 0."""
+
+    positions: list[int]  # in the set
+    keys: list[str]
+    labels: Tensor  # (B,) int64
+    pixel_values: Tensor  # (B, 3, H, W) float32 in [0,1]
+    attacked: Tensor  # the same, or what was made of it
+    logits: Tensor  # (B, C), of ``attacked``
+
+
+def classified(
+    logits_fn: Callable[[Tensor], Tensor],
+    batches: Iterable[dict[str, Any]],
+    *,
+    device: torch.device,
+    perturb: Callable[[Tensor, Tensor, Sequence[int]], Tensor] | None = None,
+) -> Iterator[Classified]:
+    """The batches of an evaluation loader, moved to the device, changed by ``perturb`` and classified.
+
+    Args:
+        logits_fn: pixel_values (B, 3, H, W) -> logits (B, C).
+        batches: with ``images`` uint8 (B, 3, H, W), ``labels`` and ``positions`` (B,) int64, ``keys``.
+        perturb: (pixel_values, labels, positions) -> pixel_values; it takes gradients by itself.
+    """
+    for batch in batches:
+        count = len(batch["positions"])
+        images, labels, places = batch["images"], batch["labels"], batch["positions"]
+        if count == 0:  # a rank that has run out goes on with a black image: under ZeRO-3 all must make equal forwards
+            images, labels, places = images.new_zeros(1, *images.shape[1:]), labels.new_zeros(1), places.new_zeros(1)
+        pixel_values, labels = to_pixel_values(images, device), labels.to(device)
+        attacked = pixel_values if perturb is None else perturb(pixel_values, labels, places.tolist())
+        with torch.no_grad():
+            logits = logits_fn(attacked)
+        refuse_non_finite_rows(logits[:count], batch["keys"], "logits")
+        tensors = (tensor[:count] for tensor in (labels, pixel_values, attacked, logits))
+        yield Classified(batch["positions"].tolist(), list(batch["keys"]), *tensors)
+
+
+def pgd_images(
+    logits_fn: Callable[[Tensor], Tensor],
+    pixel_values: Tensor,
+    labels: Tensor,
+    positions: Sequence[int],
+    *,
+    eps: float,
+    step_size: float,
+    num_steps: int,
+    seed: int,
+) -> Tensor:
+    """Images under PGD on the cross-entropy; the random start of the image at position i depends on (seed, i) alone.
+
+    pixel_values (B, 3, H, W) float32 in [0,1] -> the same; eps, step_size as shares of the pixel range.
+    """
+    delta = pgd(
+        lambda adversarial: cross_entropy(logits_fn(adversarial), labels),
+        pixel_values,
+        eps=eps,
+        step_size=step_size,
+        num_steps=num_steps,
+        start=uniform_start(pixel_values, eps, attack_seeds(seed, 0, positions)),
+    )
+    return pixel_values + delta
+
+
+def predictions(
+    encoder: ImageEncoder,
+    batches: Iterable[dict[str, Any]],
+    classifier: Logits,
+    *,
+    device: torch.device,
+    eps: float | None = None,
+    num_steps: int = 10,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Whether each image is classified rightly: clean (``eps`` None) or under PGD with steps of eps / 4.
+
+    ``batches`` as in ``classified``; ``classifier`` maps image_embeds (B, D) to logits (B, C); eps is a share of the pixel
+    range.
+
+    Returns:
+        positions (n,) int64 and correct (n,) bool, on the CPU, of this process's images in the order read.
+    """
+
+    def logits_fn(pixel_values: Tensor) -> Tensor:
+        return classifier(encoder(pixel_values))
+
+    perturb = None
+    if eps is not None:
+        perturb = partial(pgd_images, logits_fn, eps=eps, step_size=eps / 4, num_steps=num_steps, seed=seed)
+    positions, correct = [], []
+    with frozen(encoder):
+        for batch in classified(logits_fn, batches, device=device, perturb=perturb):
+            positions += batch.positions
+            correct.append((batch.logits.argmax(dim=-1) == batch.labels).cpu())
+    return torch.tensor(positions, dtype=torch.int64), torch.cat(correct)
+
+
+def to_pixel_values(images: Tensor, device: torch.device) -> Tensor:
+    """uint8 (B, 3, H, W) -> float32 in [0,1] on ``device``; a quarter of the bytes travel."""
+    return images.to(device, non_blocking=True).float().div_(255.0)

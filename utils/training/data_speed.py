@@ -1,0 +1,130 @@
+"""Does the data keep up? Data workers from two measured speeds, and the share of time that a run waits for batches."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from typing import Any
+
+import torch
+
+from utils.data.order import EpochOrder, TrainBatchSampler
+from utils.data.shards import ShardDataset, ShardReader, waited_for
+from utils.data.skipped import BadSample
+from utils.data.sources import is_remote
+from utils.processes.distributed import default_num_workers
+
+SPARE = 1.25  # workers share memory, caches and disk; alone a sample is read faster than beside others
+SAMPLES, SECONDS = 48, 0.5  # that are timed at most
+NOTABLE_WAIT = 0.02
+NOTHING_READ = "--train_shards: not one sample could be read in all this time; look whether disk and network answer"
+
+
+def workers_needed(seconds_per_image: float, images_per_second: float, most: int) -> int:
+    """Data workers that keep up with ``images_per_second``: ceil(1.25 * seconds * rate), between 1 and ``most``."""
+    return max(1, math.ceil(min(SPARE * seconds_per_image * images_per_second, most)))
+
+
+def measured_workers(
+    dataset: ShardDataset, order: TrainBatchSampler, flops_per_sample: int, device: torch.device, dtype: torch.dtype
+) -> tuple[int, str]:
+    """Data workers for this process, and a line that says why: as many as an ideal device could use.
+
+    Samples of the first batch of ``order`` are timed, for about half a second. The device's rate is that of matrix products
+    in ``dtype``, which no training step reaches. The order of the data does not depend on the result, and nothing random
+    is drawn.
+    """
+    most = default_num_workers()
+    seconds = seconds_per_sample(dataset, next(iter(order), []))
+    if seconds is None:
+        return most, f"{most} data workers: no sample could be timed beforehand"
+    rate = matmul_flops(device, dtype) / flops_per_sample
+    workers = workers_needed(seconds, rate, most)
+    name = "data workers" if workers > 1 else "data worker"
+    return workers, f"{workers} {name}: {1000 * seconds:.1f} ms an image, up to {rate:,.0f} images/s"
+
+
+def seconds_per_sample(
+    dataset: ShardDataset, references: Sequence[tuple[int, int, int]], patience: float = SECONDS
+) -> float | None:
+    """Mean wall time to read and decode one of ``references`` (epoch, slot, position) here, alone.
+
+    Of at most ``SAMPLES``, in about ``patience`` seconds. What cannot be read is left out, as are remote shards that are
+    not in the cache yet: they would have to come first. None where nothing is left.
+    """
+    if not references:
+        return None
+    urls, timed, started = dataset.index.urls, [], time.perf_counter()
+    order = EpochOrder(dataset.index.sizes, dataset.seed, references[0][0])
+    # A reader of its own: no descriptor and no prefetch thread is there when the workers are forked.
+    with closing(ShardReader(dataset.index)) as reader, waited_for(lambda: NOTHING_READ):
+        for epoch, slot, _ in references[: SAMPLES + 1]:
+            if time.perf_counter() - started > patience:
+                break
+            shard, sample = order.reference(slot)
+            if is_remote(urls[shard]) and not reader.cache.copy_of(urls[shard]).exists():
+                continue
+            try:
+                reader.read(shard, sample, ())  # opens the shard, which costs once in thousands of samples
+                clock = time.perf_counter()
+                dataset.load(reader, shard, sample, epoch)
+            except BadSample:
+                continue
+            timed.append(time.perf_counter() - clock)
+    timed = timed[1:] or timed  # the first one loads libraries
+    return sum(timed) / len(timed) if timed else None
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.05) -> float:
+    """FLOP/s of square matrix products on ``device``, warm, over about ``seconds``."""
+    side = 4096 if device.type == "cuda" else 512
+    factor = torch.full((side, side), 1 / side, device=device, dtype=dtype)
+    product = factor @ factor
+    count, elapsed = 1, 0.0
+    while elapsed < seconds / 2:
+        count *= 2
+        product[0, 0].item()  # waits for the device, whichever it is
+        clock = time.perf_counter()
+        for _ in range(count):
+            torch.mm(factor, factor, out=product)
+        product[0, 0].item()
+        elapsed = time.perf_counter() - clock
+    return 2 * side**3 * count / elapsed
+
+
+class TimedBatches:
+    """The batches of an iterator, and how long they were waited for, by the host's clock.
+
+    A GPU may still be busy with its queue meanwhile: it waits at most that long.
+    """
+
+    def __init__(self, batches: Iterator[dict[str, Any]]) -> None:
+        self.batches, self.seconds, self.intervals, self.advised = batches, 0.0, 0, False
+
+    def __iter__(self) -> TimedBatches:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        clock = time.perf_counter()
+        try:
+            return next(self.batches)
+        finally:
+            self.seconds += time.perf_counter() - clock
+
+    def wait_fraction(self, seconds: float) -> float:
+        """Which share of ``seconds``, the time since the last call, was spent waiting. In [0,1]."""
+        waited, self.seconds = self.seconds, 0.0
+        return min(1.0, waited / seconds)
+
+    def advice(self, fraction: float, num_workers: int) -> str | None:
+        """What to do about a ``fraction`` that is worth it; once, and not in the first interval, when workers start."""
+        self.intervals += 1
+        if self.advised or self.intervals == 1 or fraction <= NOTABLE_WAIT:
+            return None
+        self.advised = True
+        return (
+            f"waiting for data takes {100 * fraction:.0f} % of the time: raise --num_workers (now {num_workers}), or use "
+            "--jpeg_draft true for large photographs, or local shards"
+        )

@@ -1,0 +1,154 @@
+"""What runs report: statistics of a batch, intervals of an accuracy, FLOPs, and the metrics.jsonl file."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from utils.errors import UserError
+from utils.models.encoders import ImageEncoder
+from utils.strict_json import parse_json
+
+
+def violation_statistics(distance: Tensor, margin: Tensor, rho: float) -> dict[str, float]:
+    """Distribution of distance / margin over a batch (feasible: <= rho) and the share of images above rho.
+
+    Two (n,) float32 tensors. One device synchronisation.
+    """
+    ratio = distance.float() / margin.float().clamp_min(1e-12)
+    quantiles = torch.quantile(ratio, torch.tensor([0.5, 0.95], device=ratio.device))
+    violated = (distance > rho * margin).float().mean()
+    values = torch.stack([ratio.mean(), quantiles[0], quantiles[1], ratio.max(), violated]).tolist()
+    names = [f"violation_ratio_{name}" for name in ("mean", "median", "p95", "max")]
+    return dict(zip([*names, "violated_fraction"], values))
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """Wilson 95 % interval of a share, both ends in [0,1]."""
+    from scipy.stats import binomtest  # a second to import, which training need not wait for
+
+    interval = binomtest(successes, trials).proportion_ci(confidence_level=0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int, float]:
+    """McNemar's exact test of two models on the same images: (right for the first alone, for the second alone, p).
+
+    p is two-sided under b ~ Binomial(b + c, 1/2), 1 where the two never differ. Source: McNemar 1947.
+    """
+    from scipy.stats import binomtest
+
+    only_first = sum(a and not b for a, b in zip(first, second, strict=True))
+    only_second = sum(b and not a for a, b in zip(first, second, strict=True))
+    differing = only_first + only_second
+    return only_first, only_second, float(binomtest(only_first, differing, 0.5).pvalue) if differing else 1.0
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of a mean by the normal approximation, mean -+ 1.96 standard errors."""
+    mean = math.fsum(values) / len(values)
+    variance = math.fsum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
+    half = 1.96 * math.sqrt(variance / len(values))
+    return mean - half, mean + half
+
+
+def forward_flops(encoder: ImageEncoder) -> int:
+    """FLOPs of one image's forward pass (a multiply-add counts 2), counted by torch on a batch of one."""
+    pixel_values = torch.zeros(1, 3, encoder.image_size, encoder.image_size, device=encoder.image_mean.device)
+    # The plain attention kernel: the counter does not know every fused one.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        encoder(pixel_values)
+    return counter.get_total_flops()
+
+
+def lore_flops_per_image(
+    forward: int, attack_steps: int, primal_steps: int, clean_in_primal: bool, dual: bool, reference: bool = True
+) -> int:
+    """FLOPs that one image needs in one step, in terms of one forward F (backward to the input F, with weights 2F).
+
+    Reference F, attack 2F a step, each primal update 3F for x + delta and 3F more where x takes part, dual F. LORE with
+    10 attack steps and K = 5: 52 F. ``clean_in_primal``, ``dual``, ``reference``: whether a step has these parts.
+    """
+    updates = primal_steps * 3 * (2 if clean_in_primal else 1)
+    return forward * ((1 if reference else 0) + 2 * attack_steps + updates + (1 if dual else 0))
+
+
+def preference_flops_per_sample(forward: int, pictures: int, head: bool, dual: bool = False) -> int:
+    """FLOPs that one sample's pictures need in one step: reference F each, and 3F an image tower that is trained.
+
+    ``head``: none is, the reference's embeddings are the input. Texts are left out: few in comparison. ``dual``: F more, a
+    constraint's dual step encodes the clean picture once again; of pairs not every sample is clean, so that it is the most.
+    """
+    return forward * (pictures if head else 4 * pictures + (1 if dual else 0))
+
+
+# Dense bf16 peaks from the vendors' data sheets, FLOP/s. Other devices report no utilisation.
+_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's dense bf16 peak in FLOP/s, None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for key, peak in _PEAK_FLOPS.items() if key in name.replace("-", " ").split()), None)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory so far in GiB: allocated by torch on a GPU, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one JSON object a line, written through at once."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def write(self, row: dict[str, Any]) -> None:
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, allow_nan=False) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: step {row['step']} cannot be logged ({error.strerror}); mend that, then go on with "
+                "--resume_from_checkpoint latest"
+            ) from None
+
+    def read(self) -> list[dict[str, Any]]:
+        """The rows in order; what is no row of a step is left out."""
+        if not self.path.exists():
+            return []
+        rows = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            try:
+                row = parse_json(line)
+            except ValueError:
+                continue  # the last line of a killed run
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
+        return rows
+
+    def cut_back(self, step: int) -> None:
+        """Drops what was written after ``step``: a resumed run writes it again."""
+        kept = [json.dumps(row) + "\n" for row in self.read() if row["step"] <= step]
+        aside = self.path.with_suffix(".jsonl.tmp")
+        try:
+            aside.write_text("".join(kept), encoding="utf-8")
+            os.replace(aside, self.path)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); mend that and start again") from None

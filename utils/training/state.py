@@ -1,0 +1,259 @@
+"""The state of training as whole, named tensors, whatever shards it: the same under DDP and every ZeRO stage.
+
+A checkpoint made of them goes on under any number of processes and any stage. The one exception are 8-bit optimizers
+under ZeRO: their blocks are cut out of a process's share, so that each process keeps its own.
+
+    parameters.safetensors           {parameter: tensor}, float32
+    optimizer.<key>.safetensors      {parameter: tensor} for every key of the optimizer's state: exp_avg, exp_avg_sq, step
+    optimizer.process-<rank>.safetensors    {<share>/<key>: tensor}, 8-bit optimizers under ZeRO only
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from utils.errors import UserError
+from utils.training.optimization import load_optimizer_state
+
+Tensors = dict[str, Tensor]
+OWN_SHARE = "optimizer.process-{rank}"
+
+
+def flatten(
+    nested: dict[Any, Any] | list[Any] | tuple[Any, ...], prefix: str = ""
+) -> tuple[Tensors, dict[str, int | float]]:
+    """Nested dictionaries and lists -> tensors on the CPU by path ``a/b/c``, and plain numbers by path. None is left out."""
+    tensors: Tensors = {}
+    numbers: dict[str, int | float] = {}
+    items = nested.items() if isinstance(nested, dict) else enumerate(nested)
+    for key, value in items:
+        path = f"{prefix}{key}"
+        if isinstance(value, (dict, list, tuple)):
+            inner = flatten(value, path + "/")
+            tensors |= inner[0]
+            numbers |= inner[1]
+        elif isinstance(value, Tensor):
+            tensors[path] = _own(value)
+        elif isinstance(value, (int, float)):
+            numbers[path] = value
+        elif value is not None:
+            raise TypeError(f"{path} is a {type(value).__name__}: neither a tensor nor a number")
+    return tensors, numbers
+
+
+def unflatten(values: dict[str, Any]) -> dict[Any, Any]:
+    """Paths back to nested dictionaries; whole numbers as keys become integers again."""
+    nested: dict[Any, Any] = {}
+    for path, value in values.items():
+        *parents, last = (int(part) if part.isdigit() else part for part in path.split("/"))
+        inner = nested
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[last] = value
+    return nested
+
+
+def collect(
+    accelerator: Accelerator, model: nn.Module, optimizer: Any, write: Callable[[str, Tensors], None]
+) -> dict[str, Any]:
+    """Hands parameters and optimizer state to ``write(file stem, tensors)``, file by file; returns its plain numbers.
+
+    Call on all processes: ZeRO gathers here. ``write`` is called on the main process, for shares of a process on each.
+    ``model`` and ``optimizer`` are the prepared ones.
+    """
+    parameters = accelerator.get_state_dict(model)
+    if accelerator.is_main_process:
+        write("parameters", {name: _own(tensor) for name, tensor in parameters.items()})
+    del parameters
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return _collect_replicated(accelerator, model, optimizer, write)
+    return _collect_zero(accelerator, model, write)
+
+
+def _collect_zero(accelerator: Accelerator, engine: Any, write: Callable[[str, Tensors], None]) -> dict[str, Any]:
+    zero = engine.optimizer
+    shares = [zero.optimizer.state.get(share, {}) for share in _shares(zero)]
+    if not all(_is_elementwise(share, state) for share, state in zip(_shares(zero), shares)):
+        tensors, numbers = flatten(shares)
+        write(OWN_SHARE.format(rank=accelerator.process_index), tensors)
+        return {f"process-{accelerator.process_index}": numbers}
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    for key in shares[0]:
+        whole: Tensors = {}
+        for name, parameter in engine.module.named_parameters():
+            same = key == "step"  # for all parameters; everything else takes a collective
+            tensor = torch.as_tensor(shares[0][key]) if same else safe_get_full_optimizer_state(parameter, key)
+            if accelerator.is_main_process:
+                whole[name] = _own(tensor)
+        if accelerator.is_main_process:
+            write(f"optimizer.{key}", whole)
+    return {}
+
+
+def _collect_replicated(
+    accelerator: Accelerator, model: nn.Module, optimizer: Any, write: Callable[[str, Tensors], None]
+) -> dict[str, Any]:
+    numbers: dict[str, Any] = {}
+    if accelerator.is_main_process:
+        names = [name for name, _ in accelerator.unwrap_model(model).named_parameters()]
+        by_key: dict[str, Tensors] = {}
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors, plain = flatten(state)
+            for key, tensor in tensors.items():
+                by_key.setdefault(key, {})[names[index]] = tensor
+            for key, number in plain.items():
+                numbers.setdefault(key, {})[names[index]] = number
+        for key, tensors in by_key.items():
+            write(f"optimizer.{key.replace('/', '.')}", tensors)
+    return numbers
+
+
+def read_tensors(path: Path) -> Tensors:
+    """A file of a checkpoint. Raises ``UserError`` for what is not finite: nothing good comes of going on from it."""
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"--resume_from_checkpoint {path.parent}: {path.name}: {name} holds what is not finite (NaN or infinity); go "
+                "on from an earlier checkpoint, or begin anew with a lower --learning_rate"
+            )
+    return tensors
+
+
+def load_parameters(module: nn.Module, checkpoint: Path) -> None:
+    """Puts the checkpoint's parameters into ``module``, before it is prepared: engines copy them when they start.
+
+    Raises ``UserError`` where they are not those of ``module``.
+    """
+    found, wanted = read_tensors(checkpoint / "parameters.safetensors"), module.state_dict()
+    names = sorted(found.keys() ^ wanted.keys())
+    names += [name for name in wanted if name in found and found[name].shape != wanted[name].shape]
+    if names:
+        raise UserError(
+            f"--resume_from_checkpoint {checkpoint}: holds other parameters than the model, the first is {names[0]}; "
+            "expected a checkpoint of the same model"
+        )
+    module.load_state_dict(found)
+
+
+def load_optimizer(
+    accelerator: Accelerator, model: nn.Module, optimizer: Any, checkpoint: Path, numbers: dict[str, Any]
+) -> None:
+    """Puts the checkpoint's optimizer state into the prepared ``optimizer``. Call on all processes.
+
+    ``numbers``: what ``collect`` returned. Raises ``UserError`` where shares of processes do not fit this run.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        _load_zero(accelerator, model, checkpoint, numbers)
+        return
+    if list(checkpoint.glob(OWN_SHARE.format(rank="*") + ".safetensors")):
+        raise _other_shares(checkpoint)
+    places = {name: place for place, (name, _) in enumerate(accelerator.unwrap_model(model).named_parameters())}
+    state: dict[int, dict[str, Any]] = {}
+    for key, tensors in _optimizer_files(checkpoint):
+        for name, tensor in tensors.items():
+            _put(state.setdefault(places[name], {}), key.split("."), tensor)
+    for key, values in numbers.items():
+        for name, number in values.items():
+            _put(state.setdefault(places[name], {}), key.split("/"), number)
+    load_optimizer_state(optimizer, state)
+
+
+def _load_zero(accelerator: Accelerator, engine: Any, checkpoint: Path, numbers: dict[str, Any]) -> None:
+    from deepspeed.utils import (
+        safe_get_local_optimizer_state,
+        safe_set_full_optimizer_state,
+        safe_set_local_optimizer_state,
+    )
+
+    zero = engine.optimizer
+    shares = _shares(zero)
+    own = checkpoint / f"{OWN_SHARE.format(rank=accelerator.process_index)}.safetensors"
+    kept = list(checkpoint.glob(OWN_SHARE.format(rank="*") + ".safetensors"))
+    if kept:
+        if len(kept) != accelerator.num_processes:
+            raise _other_shares(checkpoint)
+        values = read_tensors(own) | numbers[f"process-{accelerator.process_index}"]
+        for place, state in unflatten(values).items():
+            fits = place < len(shares) and state["state1"].numel() == shares[place].numel()
+            if not fits:
+                raise _other_shares(checkpoint)
+            zero.optimizer.state[shares[place]] = {
+                key: value.to(shares[place].device) if isinstance(value, Tensor) else value
+                for key, value in state.items()
+            }
+        return
+    keys: list[str] = []
+    for key, tensors in _optimizer_files(checkpoint):
+        if not all(tensor.is_floating_point() for tensor in tensors.values()):  # 8-bit blocks, of whole parameters
+            raise _other_shares(checkpoint)
+        keys.append(key)
+        for share in shares:
+            state = zero.optimizer.state[share]
+            count = next(iter(tensors.values()))  # of steps; the fused AdamW wants it where the share is
+            state[key] = count.clone().to(share.device) if key == "step" else torch.zeros_like(share)
+    if not keys:
+        return
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._lazy_init_hp_params_optimizer_state()  # stages 1 and 2 look for the state after their first step only
+    for key, tensors in _optimizer_files(checkpoint):
+        if key == "step":
+            continue
+        for name, parameter in engine.module.named_parameters():
+            if hasattr(parameter, "ds_id"):
+                # Of its share alone: what sets whole tensors overruns where the processes do not divide a tensor.
+                size = safe_get_local_optimizer_state(parameter, key).numel()
+                first = accelerator.process_index * size
+                share = torch.zeros(size)
+                values = tensors[name].flatten()[first : first + size]
+                share[: len(values)] = values
+                safe_set_local_optimizer_state(parameter, share.to(accelerator.device), key)
+            else:
+                safe_set_full_optimizer_state(parameter, tensors[name].to(accelerator.device), key)
+
+
+def _shares(zero: Any) -> list[Tensor]:
+    """The flat float32 master parameters of this process, which the optimizer beneath steps on."""
+    stage_3 = hasattr(zero, "fp32_partitioned_groups_flat")
+    return zero.fp32_partitioned_groups_flat if stage_3 else zero.single_partition_of_fp32_groups
+
+
+def _is_elementwise(share: Tensor, state: dict[str, Any]) -> bool:
+    """Whether the state is one step count and tensors with a float for every parameter."""
+    return all(
+        key == "step" or (isinstance(value, Tensor) and value.shape == share.shape and value.is_floating_point())
+        for key, value in state.items()
+    )
+
+
+def _optimizer_files(checkpoint: Path) -> Iterator[tuple[str, Tensors]]:
+    for path in sorted(checkpoint.glob("optimizer.*.safetensors")):
+        key = path.name.removeprefix("optimizer.").removesuffix(".safetensors")
+        yield key, read_tensors(path)
+
+
+def _put(nested: dict[str, Any], path: list[str], value: Any) -> None:
+    for part in path[:-1]:
+        nested = nested.setdefault(part, {})
+    nested[path[-1]] = value
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """On the CPU, contiguous, with memory of its own: safetensors refuses tensors that share it."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _other_shares(checkpoint: Path) -> UserError:
+    return UserError(
+        f"--resume_from_checkpoint {checkpoint}: 8-bit optimizer state fits the sharding that it was saved under alone: go "
+        "on with the same number of processes and the same zero_stage, or without ZeRO where it was saved without"
+    )
