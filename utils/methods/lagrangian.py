@@ -85,3 +85,14 @@ class _Scalar(nn.Module):
 
     def forward(self, ref_image_embeds: Tensor) -> Tensor:
         return self.value.expand(len(ref_image_embeds), 1)
+
+
+def make_dual_optimizer(multiplier: Multiplier, learning_rate: float) -> torch.optim.AdamW:
+    """AdamW that ascends, without weight decay."""
+    return torch.optim.AdamW(multiplier.parameters(), lr=learning_rate, weight_decay=0.0, maximize=True, fused=True)
+
+
+def multiplier_statistics(multipliers: Tensor) -> dict[str, float]:
+    """Mean, least and largest of a batch's multipliers, (n,). Synchronises."""
+    values = torch.stack([multipliers.mean(), multipliers.min(), multipliers.max()]).tolist()
+    return dict(zip(("multiplier_mean", "multiplier_min", "multiplier_max"), values))
