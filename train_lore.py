@@ -255,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 row = run.row(step, summary(run, measured, settings.rho))
                 row |= run.utilisation(row["images_per_second"])
                 run.advise(row["data_wait_fraction"])
-                run.shown |= {"multiplier": row["multiplier_mean"], "violation": row["violation_ratio_mean"]}
+                run.show(row)
             if step.evaluate:
                 row |= evaluate(run, settings, module, eval_classifier, eval_data, step.done)
                 run.shown |= {"clean": row.get("eval_accuracy_clean"), "pgd": row.get("eval_accuracy_pgd")}

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # in place of tests/, whose folders have the names of others
+sys.path.pop(0)  # tests/: its folders have the names of others
+sys.path.insert(0, str(ROOT))
 
 from tests.conftest import flags, two_processes  # noqa: E402
 

@@ -7,7 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # in place of tests/, whose folders have the names of others
+sys.path.pop(0)  # tests/: its folders have the names of others
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 

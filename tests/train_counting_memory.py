@@ -5,7 +5,8 @@ import os
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # in place of tests/, whose folders have the names of others
+sys.path.pop(0)  # tests/: its folders have the names of others
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_lore
 from utils.cli import run
 from utils.training.memory import LiveBytes

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # in place of tests/, whose folders have the names of others
+sys.path.pop(0)  # tests/: its folders have the names of others
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import utils.training.checkpoint
 from utils.cli import run
 from utils.training.interruption import REQUEUE, SIGNALS

@@ -33,6 +33,7 @@ class Head(nn.Module):
 
     def __init__(self, embed_dim: int) -> None:
         super().__init__()
+        self.embed_dim = embed_dim
         self.weight = nn.Parameter(torch.eye(embed_dim))
 
     def forward(self, embeds: Tensor) -> Tensor:

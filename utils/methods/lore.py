@@ -149,11 +149,19 @@ class Problem:
         terms = torch.stack([loss, losses.mean(), distance.mean()]).detach()
         return Primal(loss, terms, image_embeds, adversarial_embeds)
 
-    def dual(self, encoder: Encoder, batch: MicroBatch, multiplier: Multiplier) -> Tensor:
-        """What the multiplier ascends on: mean[lambda * violation], the violation of the updated encoder a constant."""
+    def dual(self, encoder: Encoder, batch: MicroBatch, multiplier: Multiplier, count: Any = None) -> Tensor:
+        """What the multiplier ascends on: mean[lambda * violation], the violation of the updated encoder a constant.
+
+        ``count``: what the sum is divided by in place of B. A batch of no images is a forward of a black one: under ZeRO-3
+        all processes make equal forwards.
+        """
+        pixel_values, size = batch.pixel_values, len(batch.pixel_values)
+        if not size:
+            pixel_values = pixel_values.new_zeros(1, *pixel_values.shape[1:])
         with torch.no_grad():
-            distance = self.distance(encoder(batch.pixel_values), batch)
-        return dual_lagrangian(violation(distance, batch.margin, self.rho), multiplier(batch.ref_image_embeds))
+            distance = self.distance(encoder(pixel_values)[:size], batch)
+        v = violation(distance, batch.margin, self.rho)
+        return dual_lagrangian(v, multiplier(batch.ref_image_embeds), count)
 
     @torch.no_grad()
     def measure(self, primal: Primal, batch: MicroBatch, multiplier: Any) -> Tensor:

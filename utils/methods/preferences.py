@@ -10,10 +10,16 @@ Source: Afzali, Khodabandeh et al., ICLR 2025 (arXiv 2411.08923); DPO: arXiv 230
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from utils.methods.lagrangian import primal_lagrangian, violation
+from utils.methods.lore import MicroBatch, Problem
 from utils.methods.losses import kl_divergence
 
 PREFERENCES = ("dpo", "ipo", "kto", "ce")
@@ -127,3 +133,125 @@ def preference_loss(
 def retention_kl(ref_logits: Tensor, logits: Tensor) -> Tensor:
     """KL(pi_ref || pi), reference first, over the candidates (the others are -inf in both). (N, T) twice -> (N,), nats."""
     return kl_divergence(ref_logits, logits)
+
+
+def kto_baseline(batch: PreferenceBatch, logits: BatchLogits, total: Callable[[Tensor], Tensor]) -> Tensor:
+    """z: the mean KL over the clean images of this micro-batch on all processes, a constant. ``total`` sums over processes."""
+    kl = retention_kl(batch.ref_logits.reg, logits.reg).detach()
+    summed, count = total(torch.stack([kl.sum(), kl.new_tensor(float(len(kl)))])).unbind()
+    return (summed / count.clamp_min(1)).clamp_min(0)
+
+
+class BatchLogits(NamedTuple):
+    """Logits over the T texts of a batch, -inf where a text is no candidate, float32."""
+
+    reg: Tensor  # (R, T), of the clean rows that the regulariser sees
+    pairs: Tensor  # (P, T), of the preferences
+
+
+@dataclass
+class PreferenceBatch:
+    """The first R of N images are the regulariser's, the other P have a chosen and some rejected texts."""
+
+    inputs: Tensor  # (N, 3, H, W), float32 in [0,1]; for a head (N, D)
+    chosen: Tensor  # (P,), int64, places among the batch's texts
+    rejected: Tensor  # (P, ...), int64, -1 for none
+    ref_image_embeds: Tensor  # (N, D), float32, un-normalised
+    ref_logits: BatchLogits
+
+
+class PreferencePrimal(NamedTuple):
+    """The loss of a batch and what it is made of; every sum is divided by the rows of the whole global batch."""
+
+    loss: Tensor  # scalar
+    terms: list[Tensor]  # scalars, in the order of ``PreferenceProblem.terms``
+    preference: Tensor  # (P,)
+    kl: Tensor  # (R,)
+    clean: MicroBatch | None  # the R clean rows, for the dual step
+    measured: Tensor | None  # (R, 3): distance, margin, multiplier
+
+
+@dataclass(frozen=True)
+class PreferenceProblem:
+    """minimise E[preference loss on P images] + reg_weight * E[KL(reference || policy) on R clean images].
+
+    Subject to ``held``'s constraint, where it has one: ||z - z0||^2 <= rho * margin for every clean image.
+    """
+
+    preference: str = "dpo"
+    beta: float = 1.0
+    label_smoothing: float = 0.0
+    reg_weight: float = 1.0
+    held: Problem = Problem(constraint="none")  # whose constraint holds the clean images
+
+    @property
+    def constrained(self) -> bool:
+        return self.held.constrained
+
+    @property
+    def terms(self) -> list[str]:
+        """Names of the parts of the loss."""
+        return ["preference loss", "kl to the reference"] + ["distance to the reference"] * self.constrained
+
+    def primal(
+        self,
+        batch: PreferenceBatch,
+        image_embeds: Tensor,
+        logits: BatchLogits,
+        totals: Tensor,
+        *,
+        baseline: Tensor | None,
+        multiplier: Any = None,
+    ) -> PreferencePrimal:
+        """This batch's part of the mean over a global batch of ``totals`` = (P, R) rows, the multiplier a constant.
+
+        image_embeds (N, D) and logits are the policy's; ``baseline`` is z of KTO.
+        """
+        num_pairs, num_reg = totals.clamp_min(1).unbind()
+        kl = retention_kl(batch.ref_logits.reg, logits.reg)
+        preference = preference_loss(
+            self.preference,
+            logits.pairs,
+            batch.ref_logits.pairs,
+            batch.chosen,
+            batch.rejected,
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+            baseline=baseline,
+        )
+        terms = [preference.sum() / num_pairs, kl.sum() / num_reg]
+        if not self.constrained:
+            loss = preference.sum() / num_pairs + self.reg_weight * kl.sum() / num_reg
+            return PreferencePrimal(loss, terms, preference, kl, None, None)
+        inputs, z0, z = (rows[: len(kl)] for rows in (batch.inputs, batch.ref_image_embeds, image_embeds))
+        clean = MicroBatch(inputs, ref_image_embeds=z0, margin=self.held.margin(z0))
+        distance = self.held.distance(z, clean)
+        with torch.no_grad():
+            multipliers = multiplier(z0)
+        v = violation(distance, clean.margin, self.held.rho)
+        held = primal_lagrangian(self.reg_weight * kl, v, multipliers, num_reg)
+        measured = torch.stack([distance.detach(), clean.margin, multipliers], dim=1)
+        terms.append(distance.sum() / num_reg)
+        return PreferencePrimal(preference.sum() / num_pairs + held, terms, preference, kl, clean, measured)
+
+    @torch.no_grad()
+    def measure(self, primal: PreferencePrimal, batch: PreferenceBatch, logits: BatchLogits) -> Tensor:
+        """Sums over the rows of a batch of what ``MEASURED`` names, (7,): over the preferences, the last over the clean rows."""
+        pairs, ref_pairs, chosen, rejected = logits.pairs, batch.ref_logits.pairs, batch.chosen, batch.rejected
+        h = margin(pairs, ref_pairs, chosen, rejected)
+        ordered = pairs.gather(1, chosen[:, None]) > pairs.gather(1, rejected.clamp_min(0))
+        per_image = [
+            primal.preference,
+            mean_over_rejected(h, rejected),
+            self.beta * rewards(pairs, ref_pairs, chosen[:, None])[:, 0],
+            self.beta * mean_over_rejected(rewards(pairs, ref_pairs, rejected), rejected),
+            mean_over_rejected((h > 0).float(), rejected),
+            mean_over_rejected(ordered.float(), rejected),
+        ]
+        return torch.stack([values.sum() for values in per_image] + [primal.kl.sum()])
+
+
+MEASURED = (
+    *("preference_loss", "margin_mean", "reward_chosen", "reward_rejected", "reward_accuracy", "pair_accuracy"),
+    "kl",
+)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from utils.methods.head import Head
-from utils.methods.preferences import candidate_logits, retention_kl
+from utils.methods.preferences import BatchLogits, PreferenceBatch, candidate_logits, retention_kl
 from utils.models.encoders import ImageEncoder, TextEncoder, text_embed_dim
 from utils.models.tokens import Tokens, tokenize
-from utils.models.zeroshot import ensemble, prompt_embeddings, refuse_non_finite_rows
+from utils.models.zeroshot import ensemble, prompt_embeddings, refuse_non_finite_rows, to_pixel_values
 
 TRAINABLE = ("head", "image", "all")
 
@@ -90,11 +92,62 @@ class TextTable:
         )
 
 
-class BatchLogits(NamedTuple):
-    """Logits over the T texts of a batch, -inf where a text is no candidate, float32."""
+@dataclass
+class Views:
+    """Pictures and texts as the policy and its frozen reference see them; ``trainable`` is one of TRAINABLE."""
 
-    reg: Tensor  # (R, T), of the regulariser's rows
-    pairs: Tensor  # (P, T), of the preferences
+    reference: nn.Module  # pictures to embeddings (N, D)
+    text_table: TextTable
+    reference_text_table: TextTable
+    logit_scale: float
+    trainable: str
+
+    def inputs(self, images: Tensor) -> Tensor:
+        """uint8 pixels (N, 3, H, W) to [0,1], for a head on to embeddings (N, D); embeddings stay."""
+        device = self.text_table.device
+        if images.dtype != torch.uint8:
+            return images.to(device)
+        pixel_values = to_pixel_values(images, device)
+        if self.trainable != "head":
+            return pixel_values
+        with torch.no_grad():
+            return self.reference(pixel_values)
+
+    def texts(self, texts: Sequence[str], template: int | None = None) -> Tensor | Tokens:
+        """Prompts for the policy: embeddings, or for a trained text tower the tokens, in one template or in all."""
+        if self.trainable != "all":
+            return self.text_table(texts)
+        templates = self.text_table.templates
+        return self.text_table.tokens(texts, templates if template is None else templates[template : template + 1])
+
+    def by_policy(
+        self, policy: nn.Module, inputs: Tensor, texts: Sequence[str], template: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """image_embeds (N, D), un-normalised, and unit text_embeds (T, D)."""
+        return policy(inputs, self.texts(texts, template))
+
+    @torch.no_grad()
+    def by_reference(self, inputs: Tensor, texts: Sequence[str], template: int | None = None) -> tuple[Tensor, Tensor]:
+        """The same of the reference."""
+        image_embeds = inputs if self.trainable == "head" else self.reference(inputs)
+        prompt_embeds = self.reference_text_table(texts)
+        if self.trainable == "all" and template is not None:
+            prompt_embeds = prompt_embeds[:, template : template + 1]
+        return image_embeds, ensemble(prompt_embeds)
+
+    def logits(self, embeds: tuple[Tensor, Tensor], batch: dict[str, Any]) -> BatchLogits:
+        return batch_logits(*unit_images(embeds), self.logit_scale, batch)
+
+    def batch(self, loaded: dict[str, Any], template: int) -> PreferenceBatch:
+        """A loader's batch as the reference sees it, on the device."""
+        inputs, device = self.inputs(loaded["images"]), self.text_table.device
+        chosen, rejected = loaded["chosen"].to(device), loaded["rejected"].to(device)
+        embeds = self.by_reference(inputs, loaded["texts"], template)
+        return PreferenceBatch(inputs, chosen, rejected, embeds[0], self.logits(embeds, loaded))
+
+
+def unit_images(embeds: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return F.normalize(embeds[0], dim=-1), embeds[1]
 
 
 def batch_logits(image_embeds: Tensor, text_embeds: Tensor, logit_scale: float, batch: dict[str, Any]) -> BatchLogits:

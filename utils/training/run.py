@@ -405,6 +405,11 @@ class Run:
             return {}
         return {"model_flops_utilisation": images_per_second * self.flops_per_sample / (peak * self.world_size)}
 
+    def show(self, row: dict[str, Any], **names: str) -> None:
+        """Puts values of a row on the line of progress, by the words that stand there."""
+        names |= {"multiplier": "multiplier_mean", "violation": "violation_ratio_mean"}
+        self.shown |= {word: row[name] for word, name in names.items() if name in row}
+
     def advise(self, fraction: float) -> None:
         """Says what to do where the data does not keep up."""
         if advice := self.batches.advice(fraction, self.num_workers):
