@@ -64,9 +64,10 @@ def count(argv: Sequence[str]) -> None:
     import deepspeed
 
     import train_lore
+    import utils.training.run
 
     settings = parse_settings(train_lore.Settings, argv)
-    learning_rate, marks = train_lore.cosine_learning_rate, {}
+    learning_rate, marks = utils.training.run.cosine_learning_rate, {}
 
     def mark(step: int, *rest: float) -> float:
         if step not in marks:
@@ -74,7 +75,7 @@ def count(argv: Sequence[str]) -> None:
         return learning_rate(step, *rest)
 
     deepspeed.comm.configure(enabled=True, prof_all=True)
-    train_lore.cosine_learning_rate = mark
+    utils.training.run.cosine_learning_rate = mark
     train_lore.main(argv)
     from safetensors import safe_open
 

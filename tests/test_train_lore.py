@@ -12,6 +12,8 @@ import torch
 from transformers import CLIPModel, CLIPProcessor
 
 import train_lore
+import utils.methods.lore
+import utils.training.run
 from tests.conftest import ROOT, accelerate_launch, run_script
 from tests.shard_maker import image_bytes, write_shard
 from tests.small_models import photos, save_small_clip, small_encoder
@@ -205,7 +207,7 @@ def test_resumed_run_equals_an_uninterrupted_one(arguments, tmp_path, monkeypatc
     common = {"max_steps": 5, "checkpoint_steps": 2, "num_workers": num_workers}
     train_lore.main(arguments(output_dir=tmp_path / "whole", **common))
 
-    real_rate, steps = train_lore.cosine_learning_rate, []
+    real_rate, steps = utils.training.run.cosine_learning_rate, []
 
     def killed_in_step_4(step, *rest):
         steps.append(step)
@@ -213,10 +215,10 @@ def test_resumed_run_equals_an_uninterrupted_one(arguments, tmp_path, monkeypatc
             raise Killed
         return real_rate(step, *rest)
 
-    monkeypatch.setattr(train_lore, "cosine_learning_rate", killed_in_step_4)
+    monkeypatch.setattr(utils.training.run, "cosine_learning_rate", killed_in_step_4)
     with pytest.raises(Killed):
         train_lore.main(arguments(output_dir=tmp_path / "cut", **common))
-    monkeypatch.setattr(train_lore, "cosine_learning_rate", real_rate)
+    monkeypatch.setattr(utils.training.run, "cosine_learning_rate", real_rate)
     assert [row["step"] for row in rows(tmp_path / "cut")] == [1, 2, 3]
     train_lore.main(arguments(output_dir=tmp_path / "cut", resume_from_checkpoint="latest", **common))
     for name, expected in weights(tmp_path / "whole").items():
@@ -274,13 +276,13 @@ def test_jpeg_draft_changes_large_jpegs_of_the_training_alone(arguments, tmp_pat
 
 
 def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_checkpoint(arguments, tmp_path, monkeypatch):
-    real_margin, calls = train_lore.embedding_margin, []
+    real_margin, calls = utils.methods.lore.embedding_margin, []
 
     def poisoned(ref_image_embeds, kind):
         calls.append(1)
         return real_margin(ref_image_embeds, kind) * (math.nan if len(calls) == 4 else 1)
 
-    monkeypatch.setattr(train_lore, "embedding_margin", poisoned)
+    monkeypatch.setattr(utils.methods.lore, "embedding_margin", poisoned)
     message = r"step 4: the loss is nan; the last good checkpoint is .*step-2; "
     with pytest.raises(UserError, match=message):
         train_lore.main(arguments(max_steps=6, checkpoint_steps=2, logging_steps=6))

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPProcessor
 
 import train_po
+import utils.training.run
 from tests.conftest import ROOT, accelerate_launch, run_script
 from tests.shard_maker import image_bytes, relabelled, rewrite, write_shard
 from tests.small_models import photos, save_small_clip, small_encoder
@@ -292,17 +293,17 @@ class Killed(Exception):
 def test_resumed_run_equals_an_uninterrupted_one(arguments, digits, tmp_path, monkeypatch, changes):
     common = {"max_steps": 10, "checkpoint_steps": 4, "train_shards": digits / "test"} | changes
     train_po.main(arguments(output_dir=tmp_path / "whole", **common))
-    real_rate = train_po.cosine_learning_rate
+    real_rate = utils.training.run.cosine_learning_rate
 
     def killed_in_step_7(step, *rest):
         if step == 6:
             raise Killed
         return real_rate(step, *rest)
 
-    monkeypatch.setattr(train_po, "cosine_learning_rate", killed_in_step_7)
+    monkeypatch.setattr(utils.training.run, "cosine_learning_rate", killed_in_step_7)
     with pytest.raises(Killed):
         train_po.main(arguments(output_dir=tmp_path / "cut", **common))
-    monkeypatch.setattr(train_po, "cosine_learning_rate", real_rate)
+    monkeypatch.setattr(utils.training.run, "cosine_learning_rate", real_rate)
     train_po.main(arguments(output_dir=tmp_path / "cut", resume_from_checkpoint="latest", **common))
     for name, expected in weights(tmp_path / "whole").items():
         torch.testing.assert_close(weights(tmp_path / "cut")[name], expected, rtol=0, atol=0)
@@ -451,12 +452,12 @@ def seen(monkeypatch):
     """The micro-batches that a run reads, in their order."""
     batches = []
 
-    class Recorded(train_po.TimedBatches):
+    class Recorded(utils.training.run.TimedBatches):
         def __next__(self):
             batches.append(super().__next__())
             return batches[-1]
 
-    monkeypatch.setattr(train_po, "TimedBatches", Recorded)
+    monkeypatch.setattr(utils.training.run, "TimedBatches", Recorded)
     return batches
 
 
@@ -493,7 +494,7 @@ def plain_run(directory, trainable, steps, rate, dual_rate, rho):
     logged = []
     for number, (step, refs, embeds) in enumerate(zip(steps, references, texts)):
         for part, peak in ((optimizer, rate), (dual, dual_rate)):
-            part.param_groups[0]["lr"] = train_po.cosine_learning_rate(number, peak, len(steps))
+            part.param_groups[0]["lr"] = utils.training.run.cosine_learning_rate(number, peak, len(steps))
         preferences, kls, held, distances, multipliers = [], [], [], [], []
         for batch, z0, t in zip(step, refs, embeds):
             z, clean = phi(batch, z0), slice(len(batch["reg_chosen"]))

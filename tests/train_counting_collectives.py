@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import train_lore
+import utils.training.run
 from utils.cli import run
 
 target = Path(sys.argv.pop(1))
@@ -22,7 +23,7 @@ wrapped: list[DistributedDataParallel] = []
 
 
 def main() -> None:
-    learning_rate, initialise = train_lore.cosine_learning_rate, DistributedDataParallel.__init__
+    learning_rate, initialise = utils.training.run.cosine_learning_rate, DistributedDataParallel.__init__
 
     def mark(step: int, *rest: float) -> float:
         marks.setdefault(step, Counter(counted) + deepspeed_collectives())
@@ -50,7 +51,7 @@ def main() -> None:
         import deepspeed
 
         deepspeed.comm.configure(enabled=True, prof_all=True)
-    train_lore.cosine_learning_rate = mark
+    utils.training.run.cosine_learning_rate = mark
     DistributedDataParallel.__init__ = remember
     train_lore.main()
     if os.environ["RANK"] == "0":

@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 sys.path.pop(0)  # tests/: its folders have the names of others
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import utils.training.checkpoint
+import utils.training.run
 from utils.cli import run
 from utils.training.interruption import REQUEUE, SIGNALS
 
@@ -27,7 +28,7 @@ def train(trainer, arguments, sgd=False, stop_in_step=None):
     ``stop_in_step``: in it the last process gets a SIGUSR1, and no other.
     """
     module = importlib.import_module(trainer)
-    make_optimizer, learning_rate = module.make_optimizer, module.cosine_learning_rate
+    make_optimizer, learning_rate = module.make_optimizer, utils.training.run.cosine_learning_rate
 
     def rate_and_signal(step, *rest):
         if step + 1 == stop_in_step and os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1):
@@ -36,13 +37,13 @@ def train(trainer, arguments, sgd=False, stop_in_step=None):
 
     if sgd:
         module.make_optimizer = lambda name, part, rate, decay: torch.optim.SGD(part.parameters(), lr=rate)
-    module.cosine_learning_rate = rate_and_signal
+    utils.training.run.cosine_learning_rate = rate_and_signal
     try:
         module.main(arguments)
     except SystemExit as stopped:
         return stopped.code
     finally:
-        module.make_optimizer, module.cosine_learning_rate = make_optimizer, learning_rate
+        module.make_optimizer, utils.training.run.cosine_learning_rate = make_optimizer, learning_rate
         utils.training.checkpoint._LOCKS.clear()  # they would last as long as this process
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)

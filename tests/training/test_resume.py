@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_lore
+import utils.training.run
 from tests.conftest import ROOT, accelerate_launch, run_script
 from tests.train_several import train
 from utils.errors import UserError
@@ -82,7 +83,7 @@ def test_a_signal_while_the_model_is_loaded_or_saved(arguments, tmp_path, monkey
     assert train("train_lore", arguments(tmp_path / "run", checkpoint_steps=0)) == REQUEUE
     assert not (tmp_path / "run/checkpoints").exists()
     monkeypatch.undo()
-    monkeypatch.setattr(train_lore, "publish_model", told(train_lore.publish_model))
+    monkeypatch.setattr(utils.training.run, "publish_model", told(utils.training.run.publish_model))
     assert train("train_lore", arguments(tmp_path / "run", checkpoint_steps=0, max_steps=1)) == 0
     assert (tmp_path / "run/model.safetensors").exists()
 

@@ -20,6 +20,7 @@ from utils.methods.lagrangian import Multiplier
 from utils.methods.losses import squared_distance
 from utils.models.encoders import quiet_transformers
 from utils.training.metrics import lore_flops_per_image
+from utils.training.optimization import cosine_learning_rate
 
 EPS, RHO, STEPS, BATCH = 8 / 255, 0.05, 3, 8
 MANY = 64  # images of a batch whose losses are compared between precisions: one image's attack may go another way
@@ -85,7 +86,7 @@ def plain_run(directory, batches, make_optimizer, rate, *, eps=EPS, attack_steps
     logged = []
     for step, (x, z0) in enumerate(zip(batches, references)):
         for part, peak in ((optimizer, rate), (dual, 1e-2)):
-            part.param_groups[0]["lr"] = train_lore.cosine_learning_rate(step, peak, STEPS)
+            part.param_groups[0]["lr"] = cosine_learning_rate(step, peak, STEPS)
         delta = uniform_start(x, eps, attack_seeds(0, step, range(len(x))))
         for _ in range(attack_steps):
             delta.requires_grad_()

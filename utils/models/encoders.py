@@ -84,7 +84,7 @@ IMAGE_PROCESSORS = {  # where the file does not say which
     "dinov2": "BitImageProcessor",
 }
 
-# Of a vision-text-dual-encoder: a text tower that ``utils.tokens`` knows how to end and pad for.
+# Of a vision-text-dual-encoder: a text tower that ``utils.models.tokens`` knows how to end and pad for.
 DUAL_ENCODER_PARTS = {"vision_config": ("convnext", "clip_vision_model"), "text_config": ("clip_text_model",)}
 FIXED_POSITIONS = ("clip_vision_model", "siglip_vision_model")  # towers that take images of one size only
 HUB_ID = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}(/[A-Za-z0-9][A-Za-z0-9_.-]{0,95})?"
@@ -152,7 +152,7 @@ class ImageEncoder(nn.Module):
 class TextEncoder(nn.Module):
     """The text tower of a contrastive model and its projection, if it has one: token ids to un-normalised text embeddings.
 
-    The modules are the model's own. What it is given, and whether with an attention mask, is decided in ``utils.tokens``.
+    The modules are the model's own. What it is given, and whether with an attention mask, is decided in ``utils.models.tokens``.
     """
 
     def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype = torch.float32) -> None:
