@@ -32,7 +32,7 @@ from utils.data.shards import IMAGE_EXTENSIONS, ShardDataset, ShardIndex, ShardR
 from utils.data.skipped import BadSample, Skipped
 from utils.data.sources import default_cache_dir, known_path
 from utils.errors import UserError
-from utils.sets.class_names import composed, fold
+from utils.sets.labelled import composed, fold
 from utils.sets.typographic import Draws, WordStyle, merge_names, write_word, wrong_words
 from utils.strict_json import parse_json
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from utils.cli import nearest
 from utils.errors import UserError
-from utils.sets.class_names import fold
+from utils.sets.labelled import fold
 
 REFERENCE_SIZE = 224  # letter sizes are given for images of this side and scale with the image
 AILERON = "Aileron"  # Pillow's own scalable font; it has no file
