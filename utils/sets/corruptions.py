@@ -160,7 +160,7 @@ def find_published(folder: Path) -> PublishedCorruptions | None:
 
     places: dict[str, Path] = {}
     for name in KNOWN:
-        around = [place / name for place in (folder, *(folder / archive for archive in ARCHIVES))]
+        around = [folder / name, *(folder / archive / name for archive in ARCHIVES)]
         found = [place for place in around if _severities(place)]
         if len(found) > 1:
             raise UserError(f"{found[0]} and {found[1]}: both hold {name}; expected one of them; remove the other")
@@ -210,9 +210,8 @@ class PublishedCorruptions:
         """Of the files that hold the first ``num_samples`` images, and of their labels. UserError for one that is missing."""
         path, samples = self._samples(corruption, severity)
         if self.labels is None:
-            parts = [(*sample.key.split("/"), sample.label) for sample in samples[:num_samples]]
-            files = [path / folder / name for folder, name, _ in parts]
-            lines = [f"{folder!r} {name!r} {label}" for folder, name, label in parts]
+            files = [path / sample.key for sample in samples[:num_samples]]
+            lines = [" ".join(map(repr, (*sample.key.split("/"), sample.label))) for sample in samples[:num_samples]]
         else:  # the whole array, so that the digests of its severities are remembered together
             files, lines = [path], [str(sample.label) for sample in samples[:num_samples]]
         try:
