@@ -60,10 +60,8 @@ def read_linear_head(
     """
 
     def wrong(what: str) -> UserError:
-        return UserError(
-            f"{flag} {path}: {what}; expected a safetensors file of a head for this model and set: weight ({num_classes}, "
-            f"{embed_dim}) and maybe bias ({num_classes},)"
-        )
+        layout = f"weight ({num_classes}, {embed_dim}) and maybe bias ({num_classes},)"
+        return UserError(f"{flag} {path}: {what}; expected a safetensors file of a head for this model: {layout}")
 
     if not Path(path).is_file():
         raise wrong("no such file")
@@ -96,14 +94,11 @@ def own_linear_head(model: PreTrainedModel, num_classes: int) -> LinearClassifie
     """The classifier that a model brings, of DINOv2 saved for image classification. Raises ``UserError``."""
     head = model.get_submodule("classifier") if has_own_head(model.config) else None
     if not isinstance(head, nn.Linear):
-        raise UserError(
-            f"a {model.config.model_type} has neither a text tower nor a head of its own to tell classes apart; give it one "
-            "with --linear_head"
-        )
+        kind = model.config.model_type
+        raise UserError(f"a {kind} has neither a text tower nor a head of its own; give it one with --linear_head")
     if head.out_features != num_classes:
-        raise UserError(
-            f"the model's own head has {head.out_features} classes, the data set {num_classes}; give one with --linear_head"
-        )
+        classes = f"{head.out_features} classes, the data set {num_classes}"
+        raise UserError(f"the model's own head has {classes}; give one with --linear_head")
     return LinearClassifier(head.weight.detach(), head.bias.detach())
 
 
@@ -182,9 +177,8 @@ class KnnClassifier:
     ) -> None:
         features, labels = _training_set(features, labels, num_classes)
         if not 1 <= k <= len(features):
-            raise UserError(
-                f"k = {k} nearest neighbours of {len(features)} training images; k may be 1 to {len(features)}"
-            )
+            count = len(features)
+            raise UserError(f"k = {k} nearest neighbours of {count} training images; k may be 1 to {count}")
         self.features = F.normalize(features.float(), dim=-1)
         self.labels, self.num_classes, self.k, self.temperature = labels, num_classes, k, temperature
 
@@ -216,9 +210,8 @@ def _training_set(features: Tensor, labels: Tensor, num_classes: int) -> tuple[T
         raise UserError("no training image to classify by; give a training split with readable images")
     for label in (int(labels.max()), int(labels.min())):
         if not 0 <= label < num_classes:
-            raise UserError(
-                f"label {label} among the training images, of {num_classes} classes; correct the .cls files or classnames.txt"
-            )
+            what = f"label {label} among the training images, of {num_classes} classes"
+            raise UserError(f"{what}; correct the .cls files or classnames.txt")
     damaged = int((~features.isfinite().all(dim=1)).sum())
     if damaged:
         raise UserError(f"{damaged} of {len(features)} training images have embeddings that are not finite")

@@ -95,10 +95,8 @@ def _keep(folder: Path, files: dict[str, Callable[[Path], Any]]) -> None:
                 write(Path(aside, name))
                 os.replace(Path(aside, name), folder / name)
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"--cache_dir: the embeddings cannot be kept in {folder} ({getattr(error, 'strerror', None) or error}); "
-            "make room, name another folder, or --cache_features false"
-        ) from None
+        what = f"the embeddings cannot be kept in {folder} ({getattr(error, 'strerror', None) or error})"
+        raise UserError(f"--cache_dir: {what}; make room, name another folder, or --cache_features false") from None
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ those of the published CIFAR-10-C.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from utils.data.digests import files_digest, text_digest
 from utils.data.folders import LeftOut, describe, entries_of, is_picture, kind_of, leave, subfolders
 from utils.data.images import MAX_IMAGE_BYTES, ImageError, ImageTransform, decode
 from utils.data.shards import SampleDataset, ShardDataset, ShardIndex, ShardReader
-from utils.data.skipped import BadSample, Skipped
+from utils.data.skipped import BadSample
 from utils.data.sources import one_line
 from utils.errors import UserError
 from utils.methods.attacks import seed_from
@@ -55,20 +55,15 @@ def require_package() -> ModuleType:
     try:
         import imagecorruptions
     except ImportError as error:
-        raise UserError(
-            f"--attack corruptions: the package imagecorruptions cannot be imported ({error}); "
-            "pip install imagecorruptions-imaug"
-        ) from None
+        what = f"the package imagecorruptions cannot be imported ({error})"
+        raise UserError(f"--attack corruptions: {what}; pip install imagecorruptions-imaug") from None
     return imagecorruptions
 
 
 def require_side(side: int) -> None:
     """UserError for images smaller than the package accepts."""
     if side < SMALLEST_SIDE:
-        raise UserError(
-            f"--attack corruptions: images of {side} px; the corruptions are defined from {SMALLEST_SIDE} px on; "
-            f"take a model whose images measure at least {SMALLEST_SIDE} px"
-        )
+        raise UserError(f"--attack corruptions: images of {side} px; take a model of at least {SMALLEST_SIDE} px")
 
 
 def corrupt(image: Tensor, name: str, severity: int, seed: int) -> Tensor:
@@ -152,20 +147,17 @@ def find_published(folder: Path) -> PublishedCorruptions | None:
         for path in arrays.values():
             images = _read_array(path, "B", (32, 32, 3), "uint8 (5 * n, 32, 32, 3), the severities after one another")
             if len(images) != len(labels):
-                raise UserError(
-                    f"{folder / 'labels.npy'}: {len(labels)} labels, {path.name} holds {len(images)} images; expected one "
-                    "label per image; download both again"
-                )
+                found = f"{len(labels)} labels, {path.name} holds {len(images)} images"
+                raise UserError(f"{folder / 'labels.npy'}: {found}; expected one label each; download both again")
         return PublishedCorruptions(folder, arrays, int(labels.max()) + 1, labels)
 
     places: dict[str, Path] = {}
     for name in KNOWN:
         around = [folder / name, *(folder / archive / name for archive in ARCHIVES)]
-        found = [place for place in around if _severities(place)]
-        if len(found) > 1:
-            raise UserError(f"{found[0]} and {found[1]}: both hold {name}; expected one of them; remove the other")
-        if found:
-            places[name] = found[0]
+        for place in filter(_severities, around):
+            if name in places:
+                raise UserError(f"{places[name]} and {place}: both hold {name}; expected one of them; remove the other")
+            places[name] = place
     if not places:
         return None
     first, *others = (place / severity for place in places.values() for severity in _severities(place))
@@ -173,10 +165,8 @@ def find_published(folder: Path) -> PublishedCorruptions | None:
     for path in others:
         if odd := set(classes) ^ set(_class_folders(path)):  # ranks would shift, and nearly every label with them
             has, lacks = (first, path) if min(odd) in classes else (path, first)
-            raise UserError(
-                f"{lacks}: no class folder {min(odd)}, which {has} holds; expected the same classes for all corruptions "
-                "and severities; unpack the archive again"
-            )
+            found = f"no class folder {min(odd)}, which {has} holds"
+            raise UserError(f"{lacks}: {found}; expected the same classes everywhere; unpack the archive again")
     return PublishedCorruptions(folder, places, len(classes))
 
 
@@ -217,18 +207,15 @@ class PublishedCorruptions:
         try:
             return text_digest([files_digest(files, cache_dir), *lines])
         except OSError as error:
-            raise UserError(
-                f"{error.filename}: cannot be read ({error.strerror}); check its permissions or unpack it again"
-            ) from None
+            raise UserError(f"{error.filename}: cannot be read ({error.strerror}); unpack it again") from None
 
     def _samples(self, corruption: str, severity: int) -> tuple[Path, list[PublishedSample]]:
         """The array or the folder of one severity, and its images."""
         if severity not in SEVERITIES:
             raise ValueError(f"severity is 1 ... 5, not {severity!r}")
         if corruption not in self.places:
-            raise UserError(
-                f"{self.folder}: no {corruption}; found {', '.join(self.places)}; add its files or leave it out"
-            )
+            found = ", ".join(self.places)
+            raise UserError(f"{self.folder}: no {corruption}; found {found}; add its files or leave it out")
         place = self.places[corruption]
         if self.labels is not None:
             each = len(self.labels) // len(SEVERITIES)
@@ -241,19 +228,11 @@ class PublishedCorruptions:
         return place / str(severity), _list_images(place / str(severity))
 
 
-@dataclass
-class PublishedIndex:
-    """A ``utils.data.skipped.SampleIndex``: of published files nothing is missing."""
-
-    num_samples: int
-    skipped: list[Skipped] = field(default_factory=list)
-
-
 class PublishedDataset(SampleDataset):
     """Images of an array or a folder. An item is that of a sequential ``ShardDataset`` with labels."""
 
     def __init__(self, path: Path, samples: list[PublishedSample], transform: ImageTransform) -> None:
-        super().__init__(PublishedIndex(len(samples)), transform)
+        super().__init__(ShardIndex([str(path)], [len(samples)], skipped=[], cache_dir=""), transform)
         self.path, self.samples = path, samples
 
     def __getitem__(self, reference: tuple[int, int, int]) -> dict[str, Any]:
@@ -285,13 +264,11 @@ def _read_array(path: Path, types: str, shape: tuple[int, ...], expected: str) -
     """(5 n, *shape) of one of NumPy's ``types``, mapped: only the header is read. A pickle, which can run code, is refused."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(array, np.ndarray):
-            found = "an archive of arrays"
-        elif (
-            array.dtype.char in types and array.ndim and array.shape[1:] == shape and len(array) % len(SEVERITIES) == 0
-        ):
-            return array
-        else:
+        found = "an archive of arrays"
+        if isinstance(array, np.ndarray):
+            parts = array.ndim and len(array) % len(SEVERITIES) == 0
+            if parts and array.shape[1:] == shape and array.dtype.char in types:
+                return array
             found = f"{array.dtype} {array.shape}"
     except FileNotFoundError:
         found = "missing"

@@ -58,11 +58,8 @@ def warn_of_twins(names: Sequence[str], where: str) -> None:
     if groups:
         shown = "; ".join(" and ".join(f"{place} {names[place]!r}" for place in group[:4]) for group in groups[:3])
         more = f", and {len(groups) - 3} more" if len(groups) > 3 else ""
-        logger.warning(
-            "%s: classes %s%s have one name, so no text tower can tell them apart; rename one, unless you compare with "
-            "published figures of these names",
-            *(where, shown, more),
-        )
+        why = "no text tower can tell them apart; rename one, unless you compare with published figures"
+        logger.warning("%s: classes %s%s have one name: %s", where, shown, more, why)
 
 
 def same_classes(names: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
@@ -94,9 +91,8 @@ def read_classnames(path: str | Path, cache_dir: str | None = None) -> list[str]
         if not name:
             raise UserError(f"{where}: line {number} is empty; expected a class name on every line")
         if len(name) > LONGEST_NAME or holds_controls(name):
-            raise UserError(
-                f"{where}: line {number} is no class name: too long, or with control characters: {name[:40]!r}"
-            )
+            odd = "too long, or with control characters"
+            raise UserError(f"{where}: line {number} is no class name: {odd}: {name[:40]!r}")
     return names
 
 
@@ -107,10 +103,8 @@ def read_templates(path: str | Path | None, cache_dir: str | None = None) -> lis
     templates = [line.strip() for line in text_lines(text or "", where) if line.strip()]
     for template in templates:
         if "{c}" not in template or len(template) > LONGEST_NAME or holds_controls(template.replace("\t", " ")):
-            raise UserError(
-                f"{where}: template {template[:100]!r} has no {{c}}, the place of the class name, is too long or holds control "
-                "characters; correct it"
-            )
+            odd = "has no {c}, the place of the class name, is too long or holds control characters"
+            raise UserError(f"{where}: template {template[:100]!r} {odd}; correct it")
     return templates or ["a photo of a {c}."]
 
 
@@ -136,18 +130,14 @@ def find_classes(
         return imagenet_prompts()
     path = classnames or _list_of(shards[0], cache_dir)
     if path is None:
-        raise UserError(
-            f"{flag}: no classnames.txt beside {display_url(shards[0])} or one folder up; put one there (one name per "
-            "line, line number = class) or name one with --classnames (--classnames imagenet: CLIP's names of ImageNet)"
-        )
+        todo = "write one name per line, or name one with --classnames (--classnames imagenet: CLIP's names)"
+        raise UserError(f"{flag}: no classnames.txt beside {display_url(shards[0])} or one folder up; {todo}")
     names = read_classnames(path, cache_dir)
     one_of_folder = {} if classnames else {sibling(shard, "classnames.txt"): shard for shard in shards}
     for other in dict.fromkeys(_list_of(shard, cache_dir) for shard in one_of_folder.values()):
         if other not in (path, None) and read_classnames(other, cache_dir) != names:
-            raise UserError(
-                f"{flag}: {display_url(path)} and {display_url(other)} are not the same, so one label would name two "
-                "classes; give sets with equal lists, or one list for all with --classnames"
-            )
+            lists = f"{display_url(path)} and {display_url(other)}"
+            raise UserError(f"{flag}: {lists} are not the same; give equal ones, or one for all with --classnames")
     return names, read_templates(sibling(path, "zeroshot_classification_templates.txt"), cache_dir)
 
 

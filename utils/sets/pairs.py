@@ -93,14 +93,10 @@ class TypographicDataset(PreferenceDataset):
         self.texts, self.word_of_class = merge_names(classnames)
         self.style, self.attacks_per_image, self.fixed_epoch = style, attacks_per_image, fixed_epoch
         if len(self.texts) < 2:
-            raise UserError(
-                f"{flag}: one class only ({self.texts[0]}); a wrong word takes at least two classes of different names"
-            )
+            raise UserError(f"{flag}: one class only ({self.texts[0]}); a wrong word takes at least two names")
         if attacks_per_image >= len(self.texts):
-            raise UserError(
-                f"--attacks_per_image {attacks_per_image}: {len(self.texts)} class names leave {len(self.texts) - 1} "
-                "wrong words for an image; lower it"
-            )
+            words = f"{len(self.texts)} class names leave {len(self.texts) - 1} wrong words for an image"
+            raise UserError(f"--attacks_per_image {attacks_per_image}: {words}; lower it")
 
     def load(self, reader: ShardReader, shard: int, sample: int, epoch: int) -> dict[str, Any]:
         item = super().load(reader, shard, sample, epoch)
@@ -259,9 +255,7 @@ def pack_pair_folder(folder: Path, cache_dir: str | None) -> str | None:
             leave(left_out, entry, folder)
     if not pictures:
         if any(NAMED_PAIR.match(path) for paths in left_out.values() for path in paths):
-            raise UserError(
-                f"{folder}: files named label=X_text=Y, but none of a format that is read: {describe(left_out)}"
-            )
+            raise UserError(f"{folder}: named label=X_text=Y, but none of a format that is read: {describe(left_out)}")
         return None
     if left_out:
         say_once(f"{folder}: {len(pictures)} pictures named label=X_text=Y; not taken: {describe(left_out)}")
@@ -277,9 +271,8 @@ def pack_pair_folder(folder: Path, cache_dir: str | None) -> str | None:
             _write_shard(pictures, aside)
             os.replace(aside, shard)
         except OSError as error:
-            raise UserError(
-                f"{error.filename or shard}: {error.strerror}; the pictures of {folder} are packed into a shard in --cache_dir"
-            ) from None
+            todo = f"the pictures of {folder} are packed into a shard in --cache_dir"
+            raise UserError(f"{error.filename or shard}: {error.strerror}; {todo}") from None
     return str(shard)
 
 

@@ -137,9 +137,7 @@ def find_fonts(names: Sequence[str]) -> tuple[str, ...]:
         except OSError:
             match = nearest(name, known_fonts())
             hint = f"did you mean {match}?" if match else f"names: {', '.join(known_fonts())}"
-            raise UserError(
-                f"--fonts {name}: neither a font file that opens nor a font of matplotlib or Pillow; {hint}"
-            ) from None
+            raise UserError(f"--fonts {name}: neither a font file that opens nor a known font; {hint}") from None
     return tuple(names)
 
 
