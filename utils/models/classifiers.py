@@ -1,7 +1,7 @@
 """Classifiers of image embeddings: class texts or a linear head, a linear probe, nearest neighbours.
 
-All are called alike, ``classifier(image_embeds)``: (B, D), any float dtype -> (B, C) float32, differentiable, so that an
-attack sees through them. They sit on the device of their tensors until ``to(device)``.
+All are called alike, ``classifier(image_embeds)``: (B, D), any float dtype -> (B, C) float32, differentiable, so that
+an attack sees through them. They sit on the device of their tensors until ``to(device)``.
 """
 
 from __future__ import annotations
@@ -119,13 +119,14 @@ def fit_linear_probe(
 ) -> LinearClassifier:
     """Multinomial logistic regression: min over W, b of sum_i -log p(y_i | x_i) + l2 / 2 ||W||^2, by L-BFGS.
 
-    x are the features standardised in each dimension, so that one l2 does for short and for long embeddings; that transform
-    goes into the W and b returned, float32, on the device of ``features``. scikit-learn's LogisticRegression(C=1 / l2) on
-    standardised features has the same optimum. Full batch in float64 from zero: the same features give the same head. The
-    default l2 is that of CLIP's linear probe (Radford et al. 2021, arXiv 2103.00020), which does not standardise.
+    x are the features standardised in each dimension, so that one l2 does for short and for long embeddings; that
+    transform goes into the W and b returned, float32, on the device of ``features``. scikit-learn's
+    LogisticRegression(C=1 / l2) on standardised features has the same optimum. Full batch in float64 from zero: the
+    same features give the same head. The default l2 is that of CLIP's linear probe (Radford et al. 2021, arXiv
+    2103.00020), which does not standardise.
 
-    features: image embeddings (N, D), any float dtype. labels: (N,) int64 in [0, num_classes); a class without images gets
-    a bias that keeps it unlikely.
+    features: image embeddings (N, D), any float dtype. labels: (N,) int64 in [0, num_classes); a class without images
+    gets a bias that keeps it unlikely.
     """
     features, labels = _training_set(features, labels, num_classes)
     x = features.double()
@@ -162,9 +163,9 @@ def fit_linear_probe(
 class KnnClassifier:
     """Weighted nearest neighbours: logit_c = log sum over the k nearest training images of class c of exp(cos / T).
 
-    softmax(logits) are the shares of the votes; a class without a vote gets a finite logit, 69 below the nearest image's own
-    vote. The gradient is that of the votes; the choice of neighbours has none. Source: Wu et al. 2018 (arXiv 1805.01978), as
-    in DINO (Caron et al. 2021, arXiv 2104.14294), k = 20 and T = 0.07.
+    softmax(logits) are the shares of the votes; a class without a vote gets a finite logit, 69 below the nearest
+    image's own vote. The gradient is that of the votes; the choice of neighbours has none. Source: Wu et al. 2018
+    (arXiv 1805.01978), as in DINO (Caron et al. 2021, arXiv 2104.14294), k = 20 and T = 0.07.
 
     features: (N, D), any float dtype; kept at unit length in float32. labels: (N,) int64 in [0, num_classes).
     """
@@ -192,8 +193,8 @@ class KnnClassifier:
 
     def _logits(self, image_embeds: Tensor) -> Tensor:
         count = len(image_embeds)
-        # Filled up to a whole block: the last bits of a product depend on its shape, and they decide which of two equally
-        # near images is among the k. The votes shall not depend on the batch size.
+        # Filled up to a whole block: the last bits of a product depend on its shape, and they decide which of two
+        # equally near images is among the k. The votes shall not depend on the batch size.
         queries = unit(F.pad(image_embeds, (0, 0, 0, self.BLOCK - count)))
         nearest, places = (queries @ self.features.T).topk(self.k, dim=1)
         log_votes = nearest / self.temperature

@@ -63,10 +63,11 @@ def features(
     num_samples: int,
     **reading: Any,
 ) -> tuple[FeatureDataset, bool]:
-    """The first ``num_samples`` with embedded pictures, as ``compute_features(..., **reading)``; True if the cache had them.
+    """The first ``num_samples`` with embedded pictures (``reading``: as of ``compute_features``); True if cached.
 
-    The cache knows them by the encoder's ``weights`` (whole ones), a digest of the shards, and ``identity``: whatever else the
-    embeddings depend on. The first process of each machine writes, all read. ``UserError`` on all where it cannot write.
+    The cache knows them by the encoder's ``weights`` (whole ones), a digest of the shards, and ``identity``: whatever
+    else the embeddings depend on. The first process of each machine writes, all read. ``UserError`` on all where it
+    cannot write.
     """
     folder = Path(dataset.index.cache_dir or default_cache_dir()) / "features"
     shards = shards_digest(accelerator, dataset.index, num_samples)

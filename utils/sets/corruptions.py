@@ -3,9 +3,9 @@
     dataset = CorruptedDataset(index, transform, corruption="fog", severity=3, seed=0, num_classes=1000)
     dataset = find_published(Path("data/CIFAR-10-C")).dataset(transform, "fog", 3)
 
-Only the first needs the package imagecorruptions. Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common
-Corruptions and Perturbations", ICLR 2019. The strengths were chosen for 224 px; at 32 px the same numbers are harsher than
-those of the published CIFAR-10-C.
+Only the first needs the package imagecorruptions. Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to
+Common Corruptions and Perturbations", ICLR 2019. The strengths were chosen for 224 px; at 32 px the same numbers are
+harsher than those of the published CIFAR-10-C.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ def require_side(side: int) -> None:
 def corrupt(image: Tensor, name: str, severity: int, seed: int) -> Tensor:
     """One of ``KNOWN`` at one of ``SEVERITIES``: uint8 (3, H, W) -> uint8 (3, H, W), 0 ... 255, H and W at least 32.
 
-    The result follows from the arguments alone; seed: 0 ... 2^32 - 1. numpy's global random state is used and put back, so
-    no other thread may draw from it meanwhile. Source: imagecorruptions-imaug, with the tables of ImageNet-C. UserError for a
-    smaller image or a missing package, ValueError for any other odd argument.
+    The result follows from the arguments alone; seed: 0 ... 2^32 - 1. numpy's global random state is used and put back,
+    so no other thread may draw from it meanwhile. Source: imagecorruptions-imaug, with the tables of ImageNet-C.
+    UserError for a smaller image or a missing package, ValueError for any other odd argument.
     """
     if name not in KNOWN or severity not in SEVERITIES:
         raise ValueError(f"{name!r} at severity {severity!r}: expected one of {', '.join(KNOWN)} at 1 ... 5")
@@ -103,8 +103,8 @@ def warm_up(name: str, severity: int) -> None:
     require_package()
     import cv2
 
-    # Workers are processes already, and OpenCV's idle threads spin. Set it before the fork: a child that changes the number
-    # of threads waits for those of its parent, which do not exist there.
+    # Workers are processes already, and OpenCV's idle threads spin. Set it before the fork: a child that changes the
+    # number of threads waits for those of its parent, which do not exist there.
     cv2.setNumThreads(1)
     # At this severity: glass_blur is compiled again for severity 3, where all its parameters are whole numbers.
     corrupt(torch.zeros(3, SMALLEST_SIDE, SMALLEST_SIDE, dtype=torch.uint8), name, severity, seed=0)
@@ -138,8 +138,8 @@ class CorruptedDataset(ShardDataset):
 def find_published(folder: Path) -> PublishedCorruptions | None:
     """The corruptions in a folder of the published files; None where it holds none, UserError where they do not fit.
 
-    CIFAR-10-C, CIFAR-100-C: labels.npy and <corruption>.npy, uint8 (5 n, 32, 32, 3), severity s in rows (s - 1) n to s n.
-    ImageNet-C: <corruption>/<severity>/<class folder>/*.JPEG, also inside ``ARCHIVES``; a class is the rank of its folder.
+    CIFAR-C: labels.npy and <corruption>.npy, uint8 (5 n, 32, 32, 3), severity s in rows (s - 1) n to s n.
+    ImageNet-C: <corruption>/<severity>/<class folder>/*.JPEG, also inside ``ARCHIVES``; classes by rank of the folder.
     """
     arrays = {name: folder / f"{name}.npy" for name in KNOWN if (folder / f"{name}.npy").is_file()}
     if arrays:
@@ -197,7 +197,7 @@ class PublishedCorruptions:
         return PublishedDataset(*self._samples(corruption, severity), transform)
 
     def digest(self, corruption: str, severity: int, num_samples: int | None, cache_dir: str | None) -> str:
-        """Of the files that hold the first ``num_samples`` images, and of their labels. UserError for one that is missing."""
+        """Of the files that hold the first ``num_samples`` images, and of their labels. UserError for a missing one."""
         path, samples = self._samples(corruption, severity)
         if self.labels is None:
             files = [path / sample.key for sample in samples[:num_samples]]
@@ -261,7 +261,7 @@ class PublishedDataset(SampleDataset):
 
 
 def _read_array(path: Path, types: str, shape: tuple[int, ...], expected: str) -> np.ndarray:
-    """(5 n, *shape) of one of NumPy's ``types``, mapped: only the header is read. A pickle, which can run code, is refused."""
+    """(5 n, *shape) of one of NumPy's ``types``, mapped: only the header is read. A pickle could run code: refused."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         found = "an archive of arrays"

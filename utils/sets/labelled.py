@@ -1,4 +1,4 @@
-"""Labelled sets: shards of images with the names of their classes, templates of prompts and, for fairness, attributes."""
+"""Labelled sets: shards of images with names of their classes, templates of prompts and, for fairness, attributes."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def same_classes(names: Sequence[str], wanted: Sequence[str]) -> list[int] | Non
 
 
 def read_classnames(path: str | Path, cache_dir: str | None = None) -> list[str]:
-    """One class name per line, in NFC; the line number is the class. Spaces around it and empty last lines do not count."""
+    """One class name per line, in NFC; the line number is the class. Outer spaces and empty last lines do not count."""
     text = read_text(str(path), cache_dir or default_cache_dir())
     where = display_url(str(path))
     if text is None:
@@ -109,7 +109,7 @@ def read_templates(path: str | Path | None, cache_dir: str | None = None) -> lis
 
 
 def imagenet_prompts() -> tuple[list[str], list[str]]:
-    """CLIP's names of ImageNet's 1000 classes, in class order, and its 80 templates (OpenAI, utils/prompts/LICENCE.md)."""
+    """CLIP's names of ImageNet's 1000 classes, in class order, and its 80 templates (utils/prompts/LICENCE.md)."""
     prompts = json.loads((PROMPTS / "imagenet.json").read_text(encoding="utf-8"))
     return prompts["classnames"], prompts["templates"]
 
@@ -122,7 +122,7 @@ def interpretability_templates() -> list[str]:
 def find_classes(
     shards: Sequence[str], classnames: str | None, flag: str, cache_dir: str | None = None
 ) -> tuple[list[str], list[str]]:
-    """Class names and templates of a set: of the file ``classnames``, else of the one beside the shards or one folder up.
+    """Class names and templates of a set: of ``classnames``, else of the file beside the shards or one folder up.
 
     A label has one meaning: UserError where shards of several folders have lists that differ.
     """
@@ -191,7 +191,7 @@ def set_digest(accelerator: Accelerator, data: LabelledSet, num_samples: int) ->
 
 
 class AttributeDataset(ShardDataset):
-    """Labelled images in order, with ``attribute``, of the .json member {"attribute": "woman"}; in a batch ``attributes``."""
+    """Labelled images in order, with ``attribute`` (.json member {"attribute": "woman"}); in a batch ``attributes``."""
 
     def __init__(self, index: ShardIndex, transform: ImageTransform, *, num_classes: int) -> None:
         super().__init__(index, transform, order="sequential", with_labels=True, num_classes=num_classes)

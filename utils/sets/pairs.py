@@ -1,8 +1,8 @@
 """Preference data: images with a preferred and a dispreferred text, and clean images on which nothing shall change.
 
-A sample becomes *rows*: a picture with a chosen text, rejected texts and candidates, or (``reg``) one for the regulariser. In
-the typographic task the clean image of a labelled set is the regulariser's, each copy with a wrong word on it a preference.
-General pairs come with a ``.json`` member or a sample name ``label=X_text=Y`` (``parse_pair``).
+A sample becomes *rows*: a picture with a chosen text, rejected texts and candidates, or (``reg``) one for the
+regulariser. In the typographic task the clean image of a labelled set is the regulariser's, each copy with a wrong word
+on it a preference. General pairs come with a ``.json`` member or a sample name ``label=X_text=Y`` (``parse_pair``).
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class PreferenceDataset(ShardDataset):
 class TypographicDataset(PreferenceDataset):
     """A labelled set: each image clean, and ``attacks_per_image`` copies with a wrong class name written on them.
 
-    An attack follows from (seed, epoch, key); ``fixed_epoch`` gives every epoch the attacks of one. Classes of one folded name
-    are one text. UserError where these are too few.
+    An attack follows from (seed, epoch, key); ``fixed_epoch`` gives every epoch the attacks of one. Classes of one
+    folded name are one text. UserError where these are too few.
     """
 
     texts: list[str]
@@ -129,10 +129,11 @@ class PairDataset(PreferenceDataset):
 
 
 def parse_pair(text: bytes | None, key: str, where: str, lacking: str = "no .json member") -> tuple[Row, int]:
-    """A row without its picture from the .json (``PAIR_FORM``), else from the key; and how many rejected texts were dropped.
+    """A row without picture from the .json (``PAIR_FORM``), else from the key; and how many rejected texts it dropped.
 
-    Dropped are those equal to the chosen one. A text or a list may be left out: ``reg`` needs candidates alone, whose right one
-    is ``chosen``; others need chosen and rejected. ``BadSample`` for anything else; ``lacking``: the words for no .json.
+    Dropped are those equal to the chosen one. A text or a list may be left out: ``reg`` needs candidates alone, whose
+    right one is ``chosen``; others need chosen and rejected. ``BadSample`` for anything else; ``lacking``: the words
+    for no .json.
     """
 
     def bad(detail: str, kind: str = "bad pair") -> BadSample:
@@ -191,11 +192,11 @@ def collate_rows(samples: Sequence[dict[str, Any]], *, texts: list[str] | None, 
     """Samples -> one batch of N rows: R that regularise first, then P that express a preference.
 
     Returns:
-        images: uint8 (N, 3, H, W), or image_embeds float32 (N, D); ``no_images`` for N = 0. texts: the T texts of the batch.
+        images: uint8 (N, 3, H, W), or image_embeds float32 (N, D); ``no_images`` for N = 0. texts: the batch's T.
         reg_chosen: (R,) int64, -1 where there is none; chosen (P,), rejected (P, most per row), filled up with -1.
         reg_candidates (R, T), candidates (P, T): bool, or None where every text is a candidate of every row.
-        reg_positions (R,), positions (P,): int64, of the rows' samples; num_samples, keys, sample_positions: of all samples
-        with rows; skipped as in ``utils.data.shards.collate``.
+        reg_positions (R,), positions (P,): int64, of the rows' samples; num_samples, keys, sample_positions: of all
+        samples with rows; skipped as in ``utils.data.shards.collate``.
     """
     present = [sample for sample in samples if "rows" in sample]
     rows = [(sample["position"], row) for sample in present for row in sample["rows"]]
@@ -240,10 +241,10 @@ def pair_shards(patterns: Sequence[str], cache_dir: str | None) -> list[str]:
 
 
 def pack_pair_folder(folder: Path, cache_dir: str | None) -> str | None:
-    """A folder of pictures named ``label=X_text=Y.png`` as one shard in the cache; None where it holds no such pictures.
+    """A folder of pictures named ``label=X_text=Y.png`` as one shard in the cache; None where there are none.
 
-    The shard is made anew when names, sizes or times of the pictures change. A broken picture stays broken: a sample that is
-    skipped and counted. A warning names everything else in the folder.
+    The shard is made anew when names, sizes or times of the pictures change. A broken picture stays broken: a sample
+    that is skipped and counted. A warning names everything else in the folder.
     """
     left_out: LeftOut = {}
     pictures = []

@@ -1,7 +1,7 @@
 """Typographic attacks: a word written on an image, the same one for the same (seed, epoch, sample key).
 
-Words are drawn last, on the pixels that the encoder sees, so that resizing and cropping never cut them. Everything random
-follows from one hash of (seed, epoch, key, number): nothing depends on the batch, the process or the worker.
+Words are drawn last, on the pixels that the encoder sees, so that resizing and cropping never cut them. Everything
+random follows from one hash of (seed, epoch, key, number): nothing depends on the batch, the process or the worker.
 """
 
 from __future__ import annotations
@@ -28,9 +28,12 @@ AILERON = "Aileron"  # Pillow's own scalable font; it has no file
 KINDS = ("outlined", "label")
 PLACES = ("anywhere", "top", "bottom")
 COLOURS = np.array(
-    [(0, 0, 0), (255, 255, 255), (220, 30, 30), (30, 160, 30), (30, 60, 220), (240, 220, 40), (40, 200, 210), (210, 50, 200)],
+    [
+        *[(0, 0, 0), (255, 255, 255), (220, 30, 30), (30, 160, 30)],
+        *[(30, 60, 220), (240, 220, 40), (40, 200, 210), (210, 50, 200)],
+    ],
     dtype=np.float32,
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,8 @@ class WordStyle:
     """How words are written.
 
     fonts: names or files, see ``find_fonts``. size: smallest and largest letters (the font's em), in pixels on an image
-    of 224; a word that does not fit shrinks. kind: ``outlined`` letters in one of 8 colours with a thin outline in another,
-    or a ``label``, black on a white sticker. place: which half of the image.
+    of 224; a word that does not fit shrinks. kind: ``outlined`` letters in one of 8 colours with a thin outline in
+    another, or a ``label``, black on a white sticker. place: which half of the image.
     """
 
     fonts: tuple[str, ...] = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono")
@@ -122,7 +125,7 @@ def break_lines(name: str) -> str:
 
 
 def word_style(settings: Any) -> WordStyle:
-    """The style that the flags fonts, word_size_min, word_size_max, word_kind and word_place ask for; or ``UserError``."""
+    """The style of the flags fonts, word_size_min, word_size_max, word_kind and word_place; or ``UserError``."""
     smallest, largest = settings.word_size_min, settings.word_size_max
     if smallest > largest:
         raise UserError(f"--word_size_min {smallest:g}: larger than --word_size_max {largest:g}; swap them")
@@ -202,10 +205,11 @@ def _layout(text: str, font: str, size: int, stroke: int) -> tuple[tuple[int, in
 # Bytes, not floats: 4096 words at 224 pixels take some 60 MB of every data worker, at 448 four times that.
 @lru_cache(maxsize=4096)
 def _word(text: str, font: str, size: int, stroke: int) -> tuple[np.ndarray, np.ndarray]:
-    """Coverage (h, w), uint8, of the letters and of what lies under them: their outline, or with stroke 0 the sticker."""
+    """Coverage (h, w), uint8, of the letters and of what is under them: their outline, or with stroke 0 the sticker."""
     room, corner = _layout(text, font, size, stroke)
     canvas = Image.new("RGB", room)
-    # Both in one go, letters in red and green, the outline in green: a stroke of another width would move the second line.
+    # Both in one go, letters in red and green, the outline in green: a stroke of another width would move the second
+    # line.
     ImageDraw.Draw(canvas).multiline_text(
         corner, text, fill=(255, 255, 0), stroke_width=stroke, stroke_fill=(0, 255, 0), **_options(font, size)
     )
