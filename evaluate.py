@@ -81,7 +81,6 @@ from utils.models.zeroshot import NonFiniteError
 from utils.processes.distributed import everywhere, from_main_process, on_every_node, start_accelerator
 from utils.processes.progress import wide_console
 from utils.redaction import shown_setting
-from utils.sets.class_names import same_classes
 from utils.sets.corruptions import CORRUPTIONS, KNOWN, SEVERITIES, find_published, require_package
 from utils.sets.labelled import (
     imagenet_prompts,
@@ -89,6 +88,7 @@ from utils.sets.labelled import (
     open_set,
     read_classnames,
     read_templates,
+    same_classes,
     warn_of_twins,
 )
 from utils.sets.pairs import pack_pair_folder

@@ -58,14 +58,15 @@ from utils.data.sources import default_cache_dir, expand_shards, has_shards, kno
 from utils.data.tars import scan_tar
 from utils.errors import UserError
 from utils.processes.progress import RunProgress, wide_console
-from utils.sets.class_names import composed, twins
 from utils.sets.labelled import (
     IMAGENET,
     LONGEST_NAME,
+    PROMPTS,
+    composed,
     imagenet_prompts,
-    imagenet_wordnet_ids,
     read_classnames,
     read_templates,
+    twins,
     warn_of_twins,
 )
 from utils.text_files import parse_label
@@ -694,6 +695,11 @@ def one_list(lists: dict[str, list[str]], where: str, *, merge: bool) -> tuple[l
     whole = list(dict.fromkeys(name for listed in lists.values() for name in listed))
     places = {name: place for place, name in enumerate(whole)}
     return whole, {split: [places[name] for name in listed] for split, listed in lists.items()}
+
+
+def imagenet_wordnet_ids() -> list[str]:
+    """The WordNet ids of ImageNet's classes, such as n01440764, in class order: the folders of the official files."""
+    return (PROMPTS / "imagenet_wordnet_ids.txt").read_text(encoding="utf-8").split()
 
 
 def choose_classes(source: Any, settings: Settings) -> tuple[list[str], dict[int, int]]:

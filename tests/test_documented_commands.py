@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from examples.make_shards import imagenet_wordnet_ids
 from tests.conftest import ROOT, flags, later_wins
 from tests.documented_commands import Command, documented, pages
 from tests.examples.test_swap_vision_tower import save_llava
 from tests.shard_maker import image_bytes
 from tests.small_models import save_small_clip, save_small_model
 from utils.cli import parse_settings
-from utils.sets.labelled import imagenet_prompts, imagenet_wordnet_ids
+from utils.sets.labelled import imagenet_prompts
 
 COMMANDS = documented()
 SCRIPTS = [command for command in COMMANDS if command.script and command.words[:2] != ("python", "-m")]

@@ -43,9 +43,8 @@ from utils.errors import UserError
 from utils.evaluation.report import Results, page_content, record_figures
 from utils.methods.head import load_head
 from utils.models.classifiers import read_linear_head
-from utils.sets.attributes import AttributeDataset
 from utils.sets.corruptions import find_published
-from utils.sets.labelled import find_classes
+from utils.sets.labelled import AttributeDataset, find_classes
 from utils.sets.pairs import PairDataset, TypographicDataset, collate_rows, parse_pair
 from utils.sets.typographic import Draws, WordStyle, merge_names, write_word
 from utils.training.metrics import MetricsFile

@@ -36,7 +36,7 @@ from utils.data.order import SequentialOrder
 from utils.data.shards import ShardDataset
 from utils.data.tars import scan_tar
 from utils.errors import UserError
-from utils.sets.labelled import imagenet_prompts, imagenet_wordnet_ids, open_set
+from utils.sets.labelled import imagenet_prompts, open_set
 from utils.sets.pairs import PairDataset
 
 FULL = ImageTransform(None, None)
@@ -366,7 +366,7 @@ def test_a_bad_image_is_left_out_and_named(tmp_path: Path) -> None:
 
 
 def test_wordnet_ids_are_in_the_order_of_the_names() -> None:
-    ids, names = imagenet_wordnet_ids(), imagenet_prompts()[0]
+    ids, names = make_shards.imagenet_wordnet_ids(), imagenet_prompts()[0]
     assert len(ids) == len(set(ids)) == len(names) == 1000
     assert ids == sorted(ids)
     known = {
@@ -400,7 +400,7 @@ def test_a_class_list_of_a_folder_gives_its_labels_and_imagenets_names(tmp_path:
 
 
 def test_a_class_list_of_shards_in_imagenets_order_takes_wordnet_ids(tmp_path: Path) -> None:
-    labels = [imagenet_wordnet_ids().index(name) for name in WORDNET]
+    labels = [make_shards.imagenet_wordnet_ids().index(name) for name in WORDNET]
     samples = [(f"{label}-{n}", {"jpg": image_bytes(10 * label + n), "cls": str(label).encode(), "json": b"{}"}) for label in labels for n in range(3)]  # fmt: skip
     write_shard(tmp_path / "set/train/0.tar", samples)
     (tmp_path / "list.txt").write_text("\n".join(WORDNET[2:]) + "\n")

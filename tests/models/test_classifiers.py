@@ -34,7 +34,7 @@ def test_zero_shot_values_are_those_of_class_logits():
         found = classifier(embeds.to(dtype))
         assert found.dtype == torch.float32
         assert found.equal(class_logits(embeds.to(dtype), texts, 14.3))
-    assert classifier.num_classes == 7
+    assert len(classifier.weight) == 7
 
 
 def test_linear_head_is_the_plain_formula():
@@ -114,7 +114,7 @@ def test_probe_is_repeatable_and_does_not_see_the_scale_of_features(digit_featur
 def test_probe_never_answers_with_a_class_without_images(digit_features):
     train, labels, test, _ = digit_features
     probe = fit_linear_probe(train[labels != 3][:200], labels[labels != 3][:200], 12)
-    assert probe.num_classes == 12
+    assert len(probe.weight) == 12
     assert not {3, 10, 11} & set(probe(test).argmax(-1).tolist())
 
 

@@ -295,7 +295,6 @@ def test_published_images_come_with_their_labels_severity_by_severity(published_
     arrays = published.labels is not None
     for number, name in enumerate(published.corruptions):
         for severity in SEVERITIES:
-            assert published.num_samples(name, severity) == 7
             data = published.dataset(TRANSFORM, name, severity)
             assert len(data) == data.index.num_samples == 7
             found, (skips,) = read(data)
@@ -474,7 +473,10 @@ def test_wrong_folders_are_one_line_that_names_the_folder(tmp_path, spoil, messa
 
 def test_what_is_missing_is_named(published_folder):
     published = find_published(published_folder)
-    for use in (published.num_samples, lambda *cell: published.dataset(TRANSFORM, *cell)):
+    for use in (
+        lambda *cell: published.digest(*cell, None, None),
+        lambda *cell: published.dataset(TRANSFORM, *cell),
+    ):
         with pytest.raises(UserError, match="c: no snow; found gaussian_noise, fog; add its files or leave it out"):
             use("snow", 1)
         with pytest.raises(ValueError, match=r"severity is 1 ... 5, not 0"):
@@ -484,7 +486,7 @@ def test_what_is_missing_is_named(published_folder):
 def test_a_missing_severity_and_an_empty_one_are_named(tmp_path):
     published = find_published(imagenet_c(tmp_path, severities=(1, 3)))
     with pytest.raises(UserError, match="fog: no severity 2; found 1, 3; unpack its archive again or leave it out"):
-        published.num_samples("fog", 2)
+        published.dataset(TRANSFORM, "fog", 2)
     for file in (tmp_path / "fog" / "3").glob("*/*"):
         file.unlink()
     with pytest.raises(UserError, match=r"fog/3: no images; expected <class folder>/\*.JPEG; unpack"):

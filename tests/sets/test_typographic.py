@@ -107,7 +107,7 @@ def test_words_are_drawn_whole(kind):
     """Beside the same word in the middle of a canvas that is far too large."""
     for (font, name), size in zip(itertools.product(known_fonts(), NAMES), itertools.cycle((4, 13, 31, 62))):
         stroke = 2 if kind == "outlined" else 0
-        letters, shape = typographic._word(break_lines(name), font, size, stroke, kind)
+        letters, shape = typographic._word(break_lines(name), font, size, stroke)
         canvas = Image.new("L", (letters.shape[1] + 2 * size + 20, letters.shape[0] + 2 * size + 20))
         ImageDraw.Draw(canvas).multiline_text(
             (size + 10, size + 10),
@@ -131,7 +131,7 @@ def test_a_word_of_more_letters_than_columns_is_squeezed_not_cut(kind):
         image = write_word(plain(255, (32, 32)), TOO_LONG, WordStyle((font,), kind=kind), Draws(font))
         assert changed(image, (32, 32), 255).sum() > 20
     gap = "M" * 60 + " " * 60 + "M" * 60
-    letters, shape = typographic._fitting_word(gap, "DejaVuSansMono", 5, 0, kind, 32, 32)
+    letters, shape = typographic._fitting_word(gap, "DejaVuSansMono", 5, int(kind == "outlined"), 32, 32)
     assert letters.shape == shape.shape
     inked = (letters > 0).any(axis=0).nonzero()[0]
     assert 5 < np.diff(inked).max() < 20  # the gap is there, and the letters after it

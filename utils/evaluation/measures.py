@@ -50,10 +50,8 @@ from utils.models.zeroshot import (
 )
 from utils.processes.distributed import default_num_workers, gather_objects
 from utils.processes.progress import RunProgress
-from utils.sets.attributes import AttributeDataset
-from utils.sets.class_names import same_classes, twins
 from utils.sets.corruptions import CorruptedDataset, PublishedCorruptions
-from utils.sets.labelled import LabelledSet, interpretability_templates
+from utils.sets.labelled import AttributeDataset, LabelledSet, interpretability_templates, same_classes, twins
 from utils.sets.pairs import PairDataset, PreferenceDataset, TypographicDataset
 from utils.sets.typographic import word_style
 from utils.training.metrics import mean_interval, wilson_interval

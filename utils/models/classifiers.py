@@ -1,7 +1,7 @@
-"""What turns image embeddings into logits: class texts, a linear head, a linear probe, nearest neighbours.
+"""Classifiers of image embeddings: class texts or a linear head, a linear probe, nearest neighbours.
 
-All are called alike, ``classifier(image_embeds)``: (B, D) -> (B, C) float32, differentiable, so that an attack sees
-through them; all sit on the device of their own tensors until ``to(device)``.
+All are called alike, ``classifier(image_embeds)``: (B, D), any float dtype -> (B, C) float32, differentiable, so that
+an attack sees through them. They sit on the device of their tensors until ``to(device)``.
 """
 
 from __future__ import annotations
@@ -30,9 +30,7 @@ CLIP_PROBE_L2 = 1 / 0.316
 class LinearClassifier:
     """logits = scale * f(z) W^T + b, f(z) = z / ||z|| where ``normalise``, else z.
 
-    Zero-shot CLIP is weight = class_embeds, scale = exp(logit_scale), normalise: then the values are, bit by bit, those
-    of ``class_logits``.
-
+    Zero-shot CLIP, to the bit: W = class_embeds, scale = exp(logit_scale), normalise.
     weight: W, (C, D), any float dtype, used in float32. bias: b, (C,), or None.
     """
 
@@ -41,16 +39,11 @@ class LinearClassifier:
     scale: float = 1.0
     normalise: bool = False
 
-    @property
-    def num_classes(self) -> int:
-        return len(self.weight)
-
     def to(self, device: torch.device | str) -> LinearClassifier:
         bias = None if self.bias is None else self.bias.to(device)
         return replace(self, weight=self.weight.to(device), bias=bias)
 
     def __call__(self, image_embeds: Tensor) -> Tensor:
-        """(B, D), any float dtype -> (B, C), float32."""
         if self.normalise:
             logits = class_logits(image_embeds, self.weight, self.scale)
         else:
@@ -61,44 +54,39 @@ class LinearClassifier:
 def read_linear_head(
     path: str | Path, embed_dim: int, num_classes: int, flag: str = "--linear_head"
 ) -> LinearClassifier:
-    """A linear head from a safetensors file: ``weight`` (C, D), and ``bias`` (C,) where there is one.
+    """A linear head from a safetensors file: ``weight`` (C, D), maybe ``bias`` (C,). Raises ``UserError``.
 
-    The metadata may say normalise "true": the head was trained on embeddings of unit length. Raises ``UserError``.
+    The metadata may say normalise "true": the head was trained on embeddings of unit length.
     """
+
+    def wrong(what: str) -> UserError:
+        layout = f"weight ({num_classes}, {embed_dim}) and maybe bias ({num_classes},)"
+        return UserError(f"{flag} {path}: {what}; expected a safetensors file of a head for this model: {layout}")
+
     if not Path(path).is_file():
-        raise UserError(
-            f"{flag} {path}: no such file; expected a safetensors file with weight (C, D) and maybe bias (C,)"
-        )
+        raise wrong("no such file")
     try:
         # By its descriptor: safetensors opens no path that is not UTF-8.
         with open(path, "rb") as opened, safe_open(f"/dev/fd/{opened.fileno()}", framework="pt") as file:
-            metadata = file.metadata() or {}
+            normalise = (file.metadata() or {}).get("normalise", "false")
             names = sorted(file.keys())
             tensors = {name: file.get_tensor(name).float() for name in names if name in ("weight", "bias")}
     except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{flag} {path}: not a safetensors file ({str(error)[:160]}); write one with safetensors.torch.save_file"
-        ) from None
+        raise wrong(f"not a safetensors file ({str(error)[:160]})") from None
     if "weight" not in tensors:
-        raise UserError(f"{flag} {path}: holds no weight, but {', '.join(names) or 'nothing'}; expected weight (C, D)")
+        raise wrong(f"holds no weight, but {', '.join(names) or 'nothing'}")
     weight, bias = tensors["weight"], tensors.get("bias")
     if weight.ndim != 2 or weight.shape[1] != embed_dim:
-        raise UserError(
-            f"{flag} {path}: weight is {tuple(weight.shape)}, the model embeds into {embed_dim} dimensions; expected "
-            f"({num_classes}, {embed_dim}), a head trained on this model"
-        )
+        raise wrong(f"weight is {tuple(weight.shape)}, the model embeds into {embed_dim} dimensions")
     if len(weight) != num_classes:
-        raise UserError(
-            f"{flag} {path}: weight has {len(weight)} classes, the data set {num_classes}; give a head for these"
-        )
+        raise wrong(f"weight has {len(weight)} classes, the data set {num_classes}")
     if bias is not None and bias.shape != (num_classes,):
-        raise UserError(f"{flag} {path}: bias is {tuple(bias.shape)}, expected ({num_classes},), one value a class")
+        raise wrong(f"bias is {tuple(bias.shape)}, expected ({num_classes},)")
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise UserError(f"{flag} {path}: {name} is not finite; train the head again")
-    normalise = metadata.get("normalise", "false")
+            raise wrong(f"{name} is not finite")
     if normalise not in ("true", "false"):
-        raise UserError(f"{flag} {path}: normalise is {normalise!r} in the metadata; expected 'true' or 'false'")
+        raise wrong(f"normalise is {normalise!r} in the metadata, not 'true' or 'false'")
     return LinearClassifier(weight, bias, normalise=normalise == "true")
 
 
@@ -106,15 +94,11 @@ def own_linear_head(model: PreTrainedModel, num_classes: int) -> LinearClassifie
     """The classifier that a model brings, of DINOv2 saved for image classification. Raises ``UserError``."""
     head = model.get_submodule("classifier") if has_own_head(model.config) else None
     if not isinstance(head, nn.Linear):
-        raise UserError(
-            f"a {model.config.model_type} has neither a text tower nor a head of its own to tell classes apart; give it one "
-            "with --linear_head"
-        )
+        kind = model.config.model_type
+        raise UserError(f"a {kind} has neither a text tower nor a head of its own; give it one with --linear_head")
     if head.out_features != num_classes:
-        raise UserError(
-            f"the model's own head has {head.out_features} classes, the data set {num_classes}; give a head for "
-            "these with --linear_head"
-        )
+        classes = f"{head.out_features} classes, the data set {num_classes}"
+        raise UserError(f"the model's own head has {classes}; give one with --linear_head")
     return LinearClassifier(head.weight.detach(), head.bias.detach())
 
 
@@ -131,29 +115,23 @@ def save_linear_head(path: str | Path, classifier: LinearClassifier) -> None:
 
 
 def fit_linear_probe(
-    features: Tensor, labels: Tensor, num_classes: int, *, l2: float = CLIP_PROBE_L2, max_iter: int = 10_000
+    features: Tensor, labels: Tensor, num_classes: int, *, l2: float = CLIP_PROBE_L2
 ) -> LinearClassifier:
     """Multinomial logistic regression: min over W, b of sum_i -log p(y_i | x_i) + l2 / 2 ||W||^2, by L-BFGS.
 
-    x are the features with mean 0 and standard deviation 1 in each dimension, so that one l2 does for encoders with
-    short and with long embeddings; the result acts on the features as they are, the transform is inside W and b. The
-    bias is not penalised. scikit-learn's LogisticRegression(C=1 / l2) on standardised features has the same optimum.
+    x are the features standardised in each dimension, so that one l2 does for short and for long embeddings; that
+    transform goes into the W and b returned, float32, on the device of ``features``. scikit-learn's
+    LogisticRegression(C=1 / l2) on standardised features has the same optimum. Full batch in float64 from zero: the
+    same features give the same head. The default l2 is that of CLIP's linear probe (Radford et al. 2021, arXiv
+    2103.00020), which does not standardise.
 
-    Full batch in float64 from zero: the same features give the same head. The default l2 is that of CLIP's linear
-    probe, C = 0.316 (Radford et al. 2021, arXiv 2103.00020, and the example in its README, which does not standardise).
-
-    Args:
-        features: image embeddings of training images, (N, D), any float dtype. Held in float64 on their device.
-        labels: (N,) int64 in [0, num_classes). A class without images gets a bias that keeps it unlikely.
-        l2: strength, > 0. max_iter: L-BFGS steps; it stops sooner where the gradient vanishes.
-
-    Returns:
-        a LinearClassifier on the device of ``features``, float32, with bias.
+    features: image embeddings (N, D), any float dtype. labels: (N,) int64 in [0, num_classes); a class without images
+    gets a bias that keeps it unlikely.
     """
     features, labels = _training_set(features, labels, num_classes)
     x = features.double()
     mean, deviation = x.mean(dim=0), x.std(dim=0, correction=0)
-    # A dimension that does not vary says nothing: divided by its rounding errors, it would.
+    # A dimension that does not vary gets the weight 0, not its rounding errors made large.
     deviation = torch.where(deviation > 1e-6 * deviation.max(), deviation, torch.inf)
     x = (x - mean) / deviation
 
@@ -162,12 +140,12 @@ def fit_linear_probe(
         bias = x.new_zeros(num_classes).requires_grad_(True)
         optimizer = torch.optim.LBFGS(
             [weight, bias],
-            max_iter=max_iter,
-            max_eval=2 * max_iter,
+            max_iter=10_000,
+            max_eval=20_000,
             history_size=20,
+            line_search_fn="strong_wolfe",
             tolerance_grad=1e-9,
             tolerance_change=1e-15,
-            line_search_fn="strong_wolfe",
         )
 
         def closure() -> Tensor:
@@ -185,13 +163,11 @@ def fit_linear_probe(
 class KnnClassifier:
     """Weighted nearest neighbours: logit_c = log sum over the k nearest training images of class c of exp(cos / T).
 
-    softmax(logits) are the shares of the votes. A class without a vote gets a logit that is finite, 69 below the
-    nearest image's own vote. Source: Wu et al. 2018 (arXiv 1805.01978), as in DINO (Caron et al. 2021, arXiv
-    2104.14294), k = 20 and T = 0.07. The gradient is that of the votes; which images are nearest has none.
+    softmax(logits) are the shares of the votes; a class without a vote gets a finite logit, 69 below the nearest
+    image's own vote. The gradient is that of the votes; the choice of neighbours has none. Source: Wu et al. 2018
+    (arXiv 1805.01978), as in DINO (Caron et al. 2021, arXiv 2104.14294), k = 20 and T = 0.07.
 
-    Args:
-        features: embeddings of training images, (N, D), any float dtype; kept at unit length in float32.
-        labels: (N,) int64 in [0, num_classes).
+    features: (N, D), any float dtype; kept at unit length in float32. labels: (N,) int64 in [0, num_classes).
     """
 
     BLOCK = 64  # images compared at once: (64, N) similarities in memory
@@ -202,9 +178,8 @@ class KnnClassifier:
     ) -> None:
         features, labels = _training_set(features, labels, num_classes)
         if not 1 <= k <= len(features):
-            raise UserError(
-                f"k = {k} nearest neighbours of {len(features)} training images; k may be 1 to {len(features)}"
-            )
+            count = len(features)
+            raise UserError(f"k = {k} nearest neighbours of {count} training images; k may be 1 to {count}")
         self.features = F.normalize(features.float(), dim=-1)
         self.labels, self.num_classes, self.k, self.temperature = labels, num_classes, k, temperature
 
@@ -214,13 +189,12 @@ class KnnClassifier:
         return moved
 
     def __call__(self, image_embeds: Tensor) -> Tensor:
-        """(B, D), any float dtype -> (B, C), float32."""
         return torch.cat([self._logits(block) for block in image_embeds.float().split(self.BLOCK)])
 
     def _logits(self, image_embeds: Tensor) -> Tensor:
         count = len(image_embeds)
-        # Filled up to a whole block: the last bit of a product depends on its shape, and with it which of two equally
-        # near images is among the k. So the votes do not depend on the batch size.
+        # Filled up to a whole block: the last bits of a product depend on its shape, and they decide which of two
+        # equally near images is among the k. The votes shall not depend on the batch size.
         queries = unit(F.pad(image_embeds, (0, 0, 0, self.BLOCK - count)))
         nearest, places = (queries @ self.features.T).topk(self.k, dim=1)
         log_votes = nearest / self.temperature
@@ -235,11 +209,10 @@ def _training_set(features: Tensor, labels: Tensor, num_classes: int) -> tuple[T
     features, labels = features.detach(), labels.to(features.device, torch.int64)
     if len(features) == 0:
         raise UserError("no training image to classify by; give a training split with readable images")
-    if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
-        odd = int(labels.max()) if int(labels.max()) >= num_classes else int(labels.min())
-        raise UserError(
-            f"label {odd} among the training images, of {num_classes} classes; correct the .cls files or classnames.txt"
-        )
+    for label in (int(labels.max()), int(labels.min())):
+        if not 0 <= label < num_classes:
+            what = f"label {label} among the training images, of {num_classes} classes"
+            raise UserError(f"{what}; correct the .cls files or classnames.txt")
     damaged = int((~features.isfinite().all(dim=1)).sum())
     if damaged:
         raise UserError(f"{damaged} of {len(features)} training images have embeddings that are not finite")

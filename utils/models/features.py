@@ -1,4 +1,4 @@
-"""Embeddings of a preference data set, computed once and kept: what makes training a head a matter of seconds."""
+"""Image embeddings of a preference data set, computed once and kept: they make training a head a matter of seconds."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
@@ -25,15 +25,14 @@ from utils.data.skipped import BadSample, Skipped
 from utils.data.sources import default_cache_dir
 from utils.errors import UserError
 from utils.models.zeroshot import refuse_non_finite_rows, to_pixel_values
-from utils.processes.distributed import everywhere, gather_objects
+from utils.processes.distributed import gather_objects, on_every_node
 from utils.sets.pairs import PreferenceDataset, Row
 
 
 class FeatureDataset(PreferenceDataset):
     """``source`` with image embeddings (D,) in place of pictures; the same samples, rows and replacements.
 
-    ``embeds`` (rows, D) float32 and ``samples`` are what ``compute_features`` gives: per sample its key and its rows, or
-    why it is skipped.
+    ``embeds`` (rows, D) float32 and ``samples`` are those of ``compute_features``.
     """
 
     def __init__(self, source: PreferenceDataset, embeds: Tensor, samples: list[dict[str, Any]]) -> None:
@@ -50,9 +49,7 @@ class FeatureDataset(PreferenceDataset):
         if "skipped" in found:
             raise BadSample(*found["skipped"])
         reader.notices += [Skipped(*notice) for notice in found["notices"]]
-        rows = [
-            Row(self.embeds[found["first"] + place], *texts) for place, texts in enumerate(found["rows"])
-        ]  # fmt: skip
+        rows = [Row(self.embeds[place], *texts) for place, texts in enumerate(found["rows"], found["first"])]
         return {"key": found["key"], "rows": rows}
 
 
@@ -64,15 +61,13 @@ def features(
     weights: dict[str, Tensor],
     identity: dict[str, Any],
     num_samples: int,
-    batch_size: int,
-    num_workers: int,
-    on_batch: Callable[[int], None] | None = None,
+    **reading: Any,
 ) -> tuple[FeatureDataset, bool]:
-    """``dataset``, or its first ``num_samples``, with the pictures embedded by ``encoder``, from the cache where it was done before (second value: True).
+    """The first ``num_samples`` with embedded pictures (``reading``: as of ``compute_features``); True if cached.
 
-    The cache is known by the encoder's ``weights``, whole ones, a digest of the shards, and ``identity``, what else the
-    embeddings depend on. All processes share the work; the first one of each machine writes, all read. ``UserError``
-    on all where it cannot be written.
+    The cache knows them by the encoder's ``weights`` (whole ones), a digest of the shards, and ``identity``: whatever
+    else the embeddings depend on. The first process of each machine writes, all read. ``UserError`` on all where it
+    cannot write.
     """
     folder = Path(dataset.index.cache_dir or default_cache_dir()) / "features"
     shards = shards_digest(accelerator, dataset.index, num_samples)
@@ -81,45 +76,28 @@ def features(
     # The machines may have caches of their own: it is used where all have it.
     known = all(gather_objects(accelerator, tensors.exists() and texts.exists()))
     if not known:
-
-        def check() -> None:
-            with refused_if_unwritable(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                _write(folder / f"{name}.check", lambda path: None)
-                (folder / f"{name}.check").unlink()
-
-        # Before the work: what cannot be kept is not computed.
-        everywhere(accelerator, check if accelerator.is_local_main_process else lambda: None)
-        embeds, samples = compute_features(
-            accelerator,
-            dataset,
-            encoder,
-            num_samples=num_samples,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            on_batch=on_batch,
-        )
-
-        def write() -> None:
-            with refused_if_unwritable(folder):
-                _write(tensors, lambda path: save_file({"embeds": embeds}, path))
-                _write(texts, lambda path: Path(path).write_text(json.dumps(samples), encoding="utf-8"))
-
-        everywhere(accelerator, write if accelerator.is_local_main_process else lambda: None)
+        on_every_node(accelerator, lambda: _keep(folder, {}))  # before the work: a cache that cannot be written ends it
+        embeds, samples = compute_features(accelerator, dataset, encoder, num_samples=num_samples, **reading)
+        files: dict[str, Callable[[Path], Any]] = {
+            tensors.name: lambda path: save_file({"embeds": embeds}, path),
+            texts.name: lambda path: path.write_text(json.dumps(samples), encoding="utf-8"),
+        }
+        on_every_node(accelerator, lambda: _keep(folder, files))
     embeds = load_file(tensors)["embeds"]
     return FeatureDataset(dataset, embeds, json.loads(texts.read_text(encoding="utf-8"))), known
 
 
-@contextmanager
-def refused_if_unwritable(folder: Path) -> Iterator[None]:
-    """``UserError`` in place of what a write raises."""
+def _keep(folder: Path, files: dict[str, Callable[[Path], Any]]) -> None:
+    """Writes each file of ``folder`` whole or not at all, also where two runs write the same one; or ``UserError``."""
     try:
-        yield
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, suffix=".tmp") as aside:
+            for name, write in files.items():
+                write(Path(aside, name))
+                os.replace(Path(aside, name), folder / name)
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"--cache_dir: the embeddings cannot be kept in {folder} ({getattr(error, 'strerror', None) or error}); "
-            "make room, name another folder, or --cache_features false"
-        ) from None
+        what = f"the embeddings cannot be kept in {folder} ({getattr(error, 'strerror', None) or error})"
+        raise UserError(f"--cache_dir: {what}; make room, name another folder, or --cache_features false") from None
 
 
 @torch.no_grad()
@@ -133,10 +111,12 @@ def compute_features(
     num_workers: int,
     on_batch: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, list[dict[str, Any]]]:
-    """image_embeds (rows, D) float32 on the CPU of the first ``num_samples``, and those in order, on every process."""
-    reading = SampleRows(dataset)
+    """image_embeds (rows, D) float32 on the CPU of the first ``num_samples``, and these in order, on every process.
+
+    A sample is its key with its rows, notices and ``first`` row in the embeddings, or with why it is skipped.
+    """
     loader = eval_loader(
-        reading,
+        SampleRows(dataset),
         num_samples=num_samples,
         batch_size=batch_size,
         rank=accelerator.process_index,
@@ -144,39 +124,35 @@ def compute_features(
         num_workers=num_workers,
         pin_memory=accelerator.device.type == "cuda",
     )
-    no_images = dataset.no_images
-    own: list[dict[str, Any]] = []
+    # Position, sample, embeddings of its rows: as an array, for a part of a tensor would travel with the whole of it.
+    own: list[tuple[int, dict[str, Any], np.ndarray]] = []
     for batch in loader:
-        images = [row.image for sample in batch for row in sample.get("rows", ())]
+        rows_of = [sample.get("rows", []) for sample in batch]
+        images = [row.image for rows in rows_of for row in rows]
         # A process that has run out goes on with a black image: a sharded encoder is called equally often by all.
-        pixels = torch.stack(images) if images else no_images.new_zeros(1, *no_images.shape[1:])
-        found_embeds = encoder(to_pixel_values(pixels, accelerator.device)).cpu()
-        keys = [sample["key"] for sample in batch for _ in sample.get("rows", ())]
-        refuse_non_finite_rows(found_embeds[: len(keys)].norm(dim=1, keepdim=True), keys, "embeddings")
-        embeds = iter(found_embeds)
-        for sample in batch:
-            found: dict[str, Any] = {"position": sample["position"], "key": sample["key"]}
+        pixels = torch.stack(images) if images else dataset.no_images.new_zeros(1, *dataset.no_images.shape[1:])
+        embeds = encoder(to_pixel_values(pixels, accelerator.device)).cpu()[: len(images)]
+        keys = [sample["key"] for sample, rows in zip(batch, rows_of) for _ in rows]
+        refuse_non_finite_rows(embeds.norm(dim=1, keepdim=True), keys, "embeddings")
+        for sample, part in zip(batch, embeds.split([len(rows) for rows in rows_of])):
+            found: dict[str, Any] = {"key": sample["key"]}
             if "rows" in sample:
                 found["rows"] = [[row.chosen, row.rejected, row.candidates, row.reg] for row in sample["rows"]]
                 found["notices"] = [dataclasses.astuple(record) for record in sample["skipped"]]
-                found["embeds"] = torch.stack([next(embeds) for _ in sample["rows"]]).numpy()
             else:
                 record = sample["skipped"][0]
                 found["skipped"] = [record.kind, record.where, record.detail]
-            own.append(found)
+            own.append((sample["position"], found, part.numpy()))
         if on_batch is not None:
             on_batch(min(num_samples, len(own) * accelerator.num_processes))
-    merged = sorted(
-        (sample for part in gather_objects(accelerator, own) for sample in part), key=lambda sample: sample["position"]
-    )
-    first, parts = 0, []
-    for sample in merged:
-        del sample["position"]
-        if "rows" in sample:
-            parts.append(torch.from_numpy(sample.pop("embeds")))
-            sample["first"] = first
-            first += len(sample["rows"])
-    return torch.cat(parts) if parts else torch.empty(0, 1), merged
+    gathered = sorted((each for part in gather_objects(accelerator, own) for each in part), key=lambda each: each[0])
+    first = 0
+    for _, found, part in gathered:
+        if "rows" in found:
+            found["first"] = first
+            first += len(part)
+    parts = [torch.from_numpy(part) for _, _, part in gathered if len(part)]
+    return torch.cat(parts) if parts else torch.empty(0, 1), [found for _, found, _ in gathered]
 
 
 class SampleRows(PreferenceDataset):
@@ -195,7 +171,7 @@ class SampleRows(PreferenceDataset):
 
 
 def fingerprint(weights: dict[str, Tensor], identity: dict[str, Any]) -> str:
-    """A name that changes with any weight and ``identity``."""
+    """A name that changes with any weight and with ``identity``. RuntimeError for weights that are not whole."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(weights.items()):
         if not tensor.numel():
@@ -204,11 +180,3 @@ def fingerprint(weights: dict[str, Tensor], identity: dict[str, Any]) -> str:
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     digest.update(json.dumps(identity, sort_keys=True, default=str).encode())
     return digest.hexdigest()
-
-
-def _write(path: Path, write: Callable[[str], Any]) -> None:
-    """Whole or not at all, also where two runs write the same."""
-    descriptor, aside = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    os.close(descriptor)
-    write(aside)
-    os.replace(aside, path)

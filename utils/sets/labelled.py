@@ -1,87 +1,117 @@
-"""Labelled sets: shards with the names of their classes and the templates of prompts."""
+"""Labelled sets: shards of images with names of their classes, templates of prompts and, for fairness, attributes."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-from collections.abc import Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
 from utils.data.digests import shards_digest, text_digest
-from utils.data.shards import ShardIndex, index_shards
+from utils.data.images import ImageTransform
+from utils.data.shards import ShardDataset, ShardIndex, ShardReader, index_shards
+from utils.data.skipped import BadSample
 from utils.data.sources import default_cache_dir, expand_shards, is_remote, read_text, sibling
 from utils.errors import UserError
 from utils.processes.progress import RunProgress
 from utils.redaction import display_url
-from utils.sets.class_names import composed, describe_twins, twins
+from utils.strict_json import parse_json
 from utils.text_files import holds_controls, text_lines
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_TEMPLATES = ["a photo of a {c}."]
 IMAGENET = "imagenet"  # --classnames imagenet
-LONGEST_NAME = 1000  # characters; CLIP reads the first 77 tokens
+LONGEST_NAME, LONGEST_ATTRIBUTE = 1000, 200  # characters; CLIP reads the first 77 tokens
 PROMPTS = Path(__file__).parents[1] / "prompts"
 
 
-def read_classnames(path: str | Path, cache_dir: str | None = None) -> list[str]:
-    """One class name per line, the line number is the class. Raises ``UserError`` for an absent, empty or odd file.
+def composed(name: str) -> str:
+    """The name in NFC: ``é`` as one character, not as two (NFD, as in file names of macOS)."""
+    return unicodedata.normalize("NFC", name)
 
-    A name has at most ``LONGEST_NAME`` characters and no control characters, and is given in NFC. A line ends where
-    ``text_lines`` says: U+2028 and the like are letters of a name. Spaces around a name and empty lines at the end are no part
-    of it.
-    """
+
+def fold(name: str) -> str:
+    """Two names are one word where this is equal: case, spaces, underscores, invisible characters do not count."""
+    visible = "".join(letter for letter in name.replace("_", " ") if unicodedata.category(letter) != "Cf")
+    return composed(composed(" ".join(visible.split())).casefold())
+
+
+def twins(names: Sequence[str]) -> list[list[int]]:
+    """The places of names that are one word, a list for each such word: ImageNet has two sunglasses."""
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        places.setdefault(fold(name), []).append(place)
+    return [group for group in places.values() if len(group) > 1]
+
+
+def warn_of_twins(names: Sequence[str], where: str) -> None:
+    """Warns of classes whose names are one word, as "classes 657 'missile' and 744 'missile'"."""
+    groups = twins(names)
+    if groups:
+        shown = "; ".join(" and ".join(f"{place} {names[place]!r}" for place in group[:4]) for group in groups[:3])
+        more = f", and {len(groups) - 3} more" if len(groups) > 3 else ""
+        why = "no text tower can tell them apart; rename one, unless you compare with published figures"
+        logger.warning("%s: classes %s%s have one name: %s", where, shown, more, why)
+
+
+def same_classes(names: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
+    """The place in ``wanted`` of each name; None for equal lists. ValueError says why where there is none."""
+    if list(names) == list(wanted):
+        return None
+    for name, count in (Counter(names) | Counter(wanted)).items():
+        if count > 1:
+            raise ValueError(f"{name!r} names two classes")
+    places = {name: place for place, name in enumerate(wanted)}
+    for name in names:
+        if name not in places:
+            raise ValueError(f"{name!r} is in one list alone")
+    return [places[name] for name in names]
+
+
+def read_classnames(path: str | Path, cache_dir: str | None = None) -> list[str]:
+    """One class name per line, in NFC; the line number is the class. Outer spaces and empty last lines do not count."""
     text = read_text(str(path), cache_dir or default_cache_dir())
-    path = display_url(str(path))
+    where = display_url(str(path))
     if text is None:
-        raise UserError(f"{path}: no such file; expected class names, one per line, line number = class")
-    names = [composed(line.strip()) for line in text_lines(text, str(path))]
+        raise UserError(f"{where}: no such file; expected class names, one per line, line number = class")
+    names = [composed(line.strip()) for line in text_lines(text, where)]
     while names and not names[-1]:
         names.pop()
     if not names:
-        raise UserError(f"{path}: holds no class names; expected one per line")
-    if "" in names:
-        raise UserError(f"{path}: line {names.index('') + 1} is empty; expected a class name on every line")
+        raise UserError(f"{where}: holds no class names; expected one per line")
     for number, name in enumerate(names, 1):
+        if not name:
+            raise UserError(f"{where}: line {number} is empty; expected a class name on every line")
         if len(name) > LONGEST_NAME or holds_controls(name):
-            raise UserError(
-                f"{path}: line {number} is no class name: too long, or with control characters: {name[:40]!r}"
-            )
+            odd = "too long, or with control characters"
+            raise UserError(f"{where}: line {number} is no class name: {odd}: {name[:40]!r}")
     return names
 
 
 def read_templates(path: str | Path | None, cache_dir: str | None = None) -> list[str]:
-    """Prompt templates, one per line, ``{c}`` for the class name; CLIP's simplest one where the file is absent."""
+    """Prompt templates, one per line, ``{c}`` for the class name; CLIP's simplest one where there is no file."""
     text = None if path is None else read_text(str(path), cache_dir or default_cache_dir())
     where = display_url(str(path))
     templates = [line.strip() for line in text_lines(text or "", where) if line.strip()]
     for template in templates:
-        if "{c}" not in template or len(template) > LONGEST_NAME:
-            raise UserError(
-                f"{where}: template {template[:100]!r} is too long or has no {{c}}, the place of the class name"
-            )
-        if holds_controls(template.replace("\t", " ")):
-            raise UserError(f"{where}: template {template[:100]!r} holds control characters; take them out")
-    return templates or list(DEFAULT_TEMPLATES)
+        if "{c}" not in template or len(template) > LONGEST_NAME or holds_controls(template.replace("\t", " ")):
+            odd = "has no {c}, the place of the class name, is too long or holds control characters"
+            raise UserError(f"{where}: template {template[:100]!r} {odd}; correct it")
+    return templates or ["a photo of a {c}."]
 
 
 def imagenet_prompts() -> tuple[list[str], list[str]]:
-    """CLIP's names of ImageNet's 1000 classes, in class order, and its 80 templates.
-
-    "missile" and "sunglasses" each name two classes, as in the source, of which one can never be told from the other.
-    Source: OpenAI's CLIP, MIT License, see utils/prompts/LICENCE.md.
-    """
+    """CLIP's names of ImageNet's 1000 classes, in class order, and its 80 templates (utils/prompts/LICENCE.md)."""
     prompts = json.loads((PROMPTS / "imagenet.json").read_text(encoding="utf-8"))
     return prompts["classnames"], prompts["templates"]
-
-
-def imagenet_wordnet_ids() -> list[str]:
-    """The WordNet ids of ImageNet's 1000 classes, such as n01440764, in class order: the folders of the official files."""
-    return (PROMPTS / "imagenet_wordnet_ids.txt").read_text(encoding="utf-8").split()
 
 
 def interpretability_templates() -> list[str]:
@@ -92,28 +122,22 @@ def interpretability_templates() -> list[str]:
 def find_classes(
     shards: Sequence[str], classnames: str | None, flag: str, cache_dir: str | None = None
 ) -> tuple[list[str], list[str]]:
-    """Class names and templates of a set: ``classnames`` if given, else the file beside its shards or one folder up.
+    """Class names and templates of a set: of ``classnames``, else of the file beside the shards or one folder up.
 
-    ``classnames`` "imagenet" stands for ``imagenet_prompts()``, where there is no file of this name. UserError where shards of
-    several folders have lists that differ: a label has one meaning.
+    A label has one meaning: UserError where shards of several folders have lists that differ.
     """
     if classnames == IMAGENET and not os.path.isfile(classnames):
         return imagenet_prompts()
     path = classnames or _list_of(shards[0], cache_dir)
     if path is None:
-        raise UserError(
-            f"{flag}: no classnames.txt beside {display_url(shards[0])} or one folder up; put one there (one name per "
-            "line, line number = class) or name one with --classnames (--classnames imagenet: CLIP's names of ImageNet)"
-        )
+        todo = "write one name per line, or name one with --classnames (--classnames imagenet: CLIP's names)"
+        raise UserError(f"{flag}: no classnames.txt beside {display_url(shards[0])} or one folder up; {todo}")
     names = read_classnames(path, cache_dir)
-    if not classnames:
-        one_of_folder = {sibling(shard, "classnames.txt"): shard for shard in reversed(shards)}
-        for other in dict.fromkeys(_list_of(shard, cache_dir) for shard in one_of_folder.values()):
-            if other not in (path, None) and read_classnames(other, cache_dir) != names:
-                raise UserError(
-                    f"{flag}: {display_url(path)} and {display_url(other)} are not the same, so that one label would name two "
-                    "classes; give sets with equal lists, or one list for all with --classnames"
-                )
+    one_of_folder = {} if classnames else {sibling(shard, "classnames.txt"): shard for shard in shards}
+    for other in dict.fromkeys(_list_of(shard, cache_dir) for shard in one_of_folder.values()):
+        if other not in (path, None) and read_classnames(other, cache_dir) != names:
+            lists = f"{display_url(path)} and {display_url(other)}"
+            raise UserError(f"{flag}: {lists} are not the same; give equal ones, or one for all with --classnames")
     return names, read_templates(sibling(path, "zeroshot_classification_templates.txt"), cache_dir)
 
 
@@ -124,17 +148,6 @@ def _list_of(shard: str, cache_dir: str | None) -> str | None:
         if path and read_text(path, cache_dir or default_cache_dir()) is not None:
             return path
     return None
-
-
-def warn_of_twins(names: Sequence[str], where: str) -> None:
-    """Says where classes have one name, or names that differ in case, spaces or underscores alone: ImageNet has four such."""
-    if groups := twins(names):
-        logger.warning(
-            "%s: %s have one name for a text tower, which can never tell them apart; rename one, unless figures of others "
-            "with these names are compared",
-            where,
-            describe_twins(names, groups),
-        )
 
 
 @dataclass
@@ -175,3 +188,35 @@ def set_digest(accelerator: Accelerator, data: LabelledSet, num_samples: int) ->
     """A digest of what an evaluation reads: the shards of the first ``num_samples``, class names and templates."""
     shards = shards_digest(accelerator, data.index, num_samples)
     return text_digest([shards, *data.classnames, "", *data.templates])
+
+
+class AttributeDataset(ShardDataset):
+    """Labelled images in order, with ``attribute`` (.json member {"attribute": "woman"}); in a batch ``attributes``."""
+
+    def __init__(self, index: ShardIndex, transform: ImageTransform, *, num_classes: int) -> None:
+        super().__init__(index, transform, order="sequential", with_labels=True, num_classes=num_classes)
+
+    @property
+    def collate_fn(self) -> Callable[[Sequence[dict[str, Any]]], dict[str, Any]]:
+        return partial(_collate_attributes, super().collate_fn)
+
+    def load(self, reader: ShardReader, shard: int, sample: int, epoch: int) -> dict[str, Any]:
+        key, members = reader.read(shard, sample, ("json",))
+        where = self._where(shard, key)
+        if "json" not in members:
+            raise BadSample("missing attribute", where, f'{members.lacking("json")}; expected {{"attribute": "..."}}')
+        try:
+            attribute = parse_json(members["json"])["attribute"]
+        except (ValueError, KeyError, TypeError):
+            raise BadSample("bad attribute", where, 'expected {"attribute": "..."} in the .json member') from None
+        if not isinstance(attribute, str):
+            raise BadSample("bad attribute", where, f"attribute is a {type(attribute).__name__}, not a text")
+        if not attribute.strip() or len(attribute) > LONGEST_ATTRIBUTE or not attribute.isprintable():
+            raise BadSample("bad attribute", where, f"attribute {attribute[:100]!r} cannot name a group")
+        # Two ways to write a word are one group.
+        return super().load(reader, shard, sample, epoch) | {"attribute": composed(" ".join(attribute.split()))}
+
+
+def _collate_attributes(collate: Callable, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    attributes = [sample["attribute"] for sample in samples if sample["image"] is not None]
+    return collate(samples) | {"attributes": attributes}
