@@ -8,11 +8,11 @@ bytes, here and in every table.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -215,7 +215,7 @@ def _trace(
     cuts: list[tuple[str, int, int]] = []
     for phase in _step(encoder, reference, batch_size, clean_in_primal, momentum):
         ends.append(len(history))
-        cuts += [(phase, first, end) for first, end in pairwise(ends)]
+        cuts += [(phase, first, end) for first, end in itertools.pairwise(ends)]
         ends[:] = ends[-1:]
 
     rows = np.array([(live - resident, 0) for _, live in history], dtype=np.float64)
@@ -435,21 +435,19 @@ def print_estimate(
     shown = model[0] if model else "ViT-L/14"
     counts = {}
     with RunProgress("counting", 2 * len(configs), transient=True) as progress:
-        for tower, config in configs.items():
-            for checkpointing in (False, True):
-                counts[tower, checkpointing] = count_step(
-                    config,
-                    compute_dtype=compute_dtype,
-                    gradient_checkpointing=checkpointing,
-                    reference_dtype=reference_dtype,
-                    clean_in_primal=clean_in_primal,
-                    momentum=momentum,
-                )
-                progress.update(len(counts))
-    stages = ("one process" if processes == 1 else "DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3")
+        for tower, checkpointing in itertools.product(configs, (False, True)):
+            counts[tower, checkpointing] = count_step(
+                configs[tower],
+                compute_dtype=compute_dtype,
+                gradient_checkpointing=checkpointing,
+                reference_dtype=reference_dtype,
+                clean_in_primal=clean_in_primal,
+                momentum=momentum,
+            )
+            progress.update(len(counts))
     layouts = {
         name: Layout(stage, processes, optimizer, accumulation, gather_for_attack, shard_reference)
-        for stage, name in enumerate(stages)
+        for stage, name in enumerate(["one process" if processes == 1 else "DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"])
     }
 
     console = wide_console()
@@ -457,42 +455,42 @@ def print_estimate(
         f"{processes} processes, {batch_size} images each per micro-batch (x {accumulation}), {optimizer}, blocks in "
         f"{str(compute_dtype).removeprefix('torch.')}, reference {reference_dtype}. GB = 10^9 bytes. + gc: gradient checkpointing."
     )
-    columns = [(stage, checkpointing) for checkpointing in (False, True) for stage in stages]
-    rows = []
-    for tower in configs:
-        needed = [peak_bytes(counts[tower, gc], layouts[stage], batch_size)["total"] / GB for stage, gc in columns]
-        holds = [next((size for size in DEVICES if size >= need), "none") for need in needed]
-        rows.append([tower, *(f"{need:.1f} -> {size}" for need, size in zip(needed, holds))])
-    names = [stage + (" + gc" if checkpointing else "") for stage, checkpointing in columns]
-    title = "Peak of a step per device, GB -> the smallest device that holds it"
-    _print_table(console, title, ["image tower", *names], rows)
 
+    def smallest_device(tower: str, checkpointing: bool, layout: Layout) -> str:
+        need = peak_bytes(counts[tower, checkpointing], layout, batch_size)["total"] / GB
+        return f"{need:.1f} -> {next((size for size in DEVICES if size >= need), 'none')}"
+
+    rows = [["image tower", *layouts, *(f"{name} + gc" for name in layouts)]]
+    for tower in configs:
+        columns = itertools.product((False, True), layouts.values())
+        rows.append([tower, *(smallest_device(tower, checkpointing, layout) for checkpointing, layout in columns)])
+    _print_table(console, "Peak of a step per device, GB -> the smallest device that holds it", rows)
+
+    devices = " / ".join(map(str, DEVICES))
     for checkpointing in (False, True):
-        rows = []
+        rows = [["image tower", *layouts]]
         for tower in configs:
-            largest = [
-                [largest_batch(counts[tower, checkpointing], layout, size * GB) for size in DEVICES]
-                for layout in layouts.values()
-            ]
+            count = counts[tower, checkpointing]
+            largest = [[largest_batch(count, layout, size * GB) for size in DEVICES] for layout in layouts.values()]
             rows.append([tower, *(" / ".join(map(str, sizes)) for sizes in largest)])
-        title = f"Largest --per_device_train_batch_size on {' / '.join(map(str, DEVICES))} GB, gradient checkpointing "
-        _print_table(console, title + ("on" if checkpointing else "off"), ["image tower", *stages], rows)
+        title = f"Largest --per_device_train_batch_size on {devices} GB, gradient checkpointing "
+        _print_table(console, title + ("on" if checkpointing else "off"), rows)
 
     peaks = [peak_bytes(counts[shown, gradient_checkpointing], layout, batch_size) for layout in layouts.values()]
-    rows = [["during", *(peak["phase"] for peak in peaks)]]
+    rows = [["", *layouts], ["during", *(peak["phase"] for peak in peaks)]]
     rows += [[kind, *(f"{peak.get(kind, 0) / GB:.2f}" for peak in peaks)] for kind in (*_KINDS, "total")]
-    title = f"Peak of {shown}, GB" + (", gradient checkpointing" if gradient_checkpointing else "")
-    _print_table(console, title, ["", *stages], rows)
+    _print_table(console, f"Peak of {shown}, GB" + (", gradient checkpointing" if gradient_checkpointing else ""), rows)
 
 
 _KINDS = ("weights", "reference", "optimizer", "gradients", "buckets", "gathered weights", "pixels, perturbations")
 _KINDS += ("activations", "temporaries")
 
 
-def _print_table(console: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def _print_table(console: Console, title: str, rows: Sequence[Sequence[str]]) -> None:
+    """The first row is the heading."""
     table = Table(title=title, title_justify="left")
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="right" if place else "left", no_wrap=True)
-    for row in rows:
+    for place, heading in enumerate(rows[0]):
+        table.add_column(heading, justify="right" if place else "left", no_wrap=True)
+    for row in rows[1:]:
         table.add_row(*row)
     console.print(table)
