@@ -274,15 +274,17 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
     Raises ``UserError`` where all of them are damaged: a run must not begin anew over another one.
     """
     found = sorted(_checkpoint_steps(Path(output_dir) / "checkpoints").items(), reverse=True)
+    problems = []
     for _, path in found:
-        wrong = damage(path)
-        if wrong is None:
+        problem = damage(path)
+        if problem is None:
             return path
-        logger.warning("%s is damaged and passed over: %s", path, wrong)
-    if found:
+        logger.warning("%s is damaged and passed over: %s", path, problem)
+        problems.append(problem)
+    if problems:
         raise UserError(
             f"--resume_from_checkpoint latest: none of the {len(found)} checkpoints in {found[0][1].parent} is whole (of the "
-            f"newest: {wrong}); start anew in another --output_dir, or move that folder away"
+            f"newest: {problems[0]}); start anew in another --output_dir, or move that folder away"
         )
     return None
 

@@ -38,7 +38,7 @@ COUNTED = 4  # blocks; a deeper tower is continued from there
 # The image towers of OpenAI's (B, L: quick_gelu) and LAION's models (H, bigG: gelu). Heads do not change the bytes.
 _FIELDS = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size", "image_size"]
 _FIELDS += ["projection_dim", "hidden_act"]
-TOWERS = {
+TOWERS: dict[str, tuple[Any, ...]] = {
     "ViT-B/32": (768, 12, 12, 3072, 32, 224, 512, "quick_gelu"),
     "ViT-B/16": (768, 12, 12, 3072, 16, 224, 512, "quick_gelu"),
     "ViT-L/14": (1024, 24, 16, 4096, 14, 224, 768, "quick_gelu"),
@@ -482,8 +482,8 @@ def print_estimate(
     _print_table(console, f"Peak of {shown}, GB" + (", gradient checkpointing" if gradient_checkpointing else ""), rows)
 
 
-_KINDS = ("weights", "reference", "optimizer", "gradients", "buckets", "gathered weights", "pixels, perturbations")
-_KINDS += ("activations", "temporaries")
+_KINDS = ["weights", "reference", "optimizer", "gradients", "buckets", "gathered weights", "pixels, perturbations"]
+_KINDS += ["activations", "temporaries"]
 
 
 def _print_table(console: Console, title: str, rows: Sequence[Sequence[str]]) -> None:
