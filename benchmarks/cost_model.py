@@ -53,7 +53,7 @@ class Settings:
     """What is estimated, and with which rates."""
 
     # fmt: off
-    encoders: list[str] = flag(["ViT-L/14", "ViT-H/14"], "image towers", group="run", path=True, choices=TOWERS)
+    encoders: list[str] = flag(["ViT-L/14", "ViT-H/14"], "image towers", group="run", path=True, choices=tuple(TOWERS))
     gpus: list[int] = flag([8, 64, 512], "numbers of GPUs", group="run", minimum=1)
     samples: int = flag(1_281_167, "images of an epoch (ImageNet's)", group="run", minimum=1)
     epochs: int = flag(2, "passes over them", group="run", minimum=1)

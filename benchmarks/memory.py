@@ -42,7 +42,7 @@ TEXT_TOWERS = {"B": (512, 12, 8), "L": (768, 12, 12), "H": (1024, 24, 16), "b": 
 @dataclass
 class Settings:
     # fmt: off
-    models: list[str] = flag(["ViT-B/32", "ViT-L/14"], "image towers", group="what", choices=TOWERS)
+    models: list[str] = flag(["ViT-B/32", "ViT-L/14"], "image towers", group="what", choices=tuple(TOWERS))
     output_dir: str = required("models and runs go here, table.md stays; must not exist yet", group="what", path=True)
     batch_size: int = flag(4, "images per step", group="step", minimum=1)
     gradient_checkpointing: list[str] = flag(["false", "true"], "without, with, or both", group="step", choices=("false", "true"))
@@ -127,7 +127,7 @@ def measure(settings: Settings, model: Path, checkpointing: str) -> dict[str, An
     utils.models.encoders.ATTENTION = "sdpa"  # flash attention as on a GPU, not what is faster on a CPU
     # Saving copies weights on the host and writes gigabytes: not part of a step.
     train_lore.save_model = lambda *_: None
-    with LiveBytes(keep_history=False) as tensors:
+    with LiveBytes() as tensors:
         train_lore.main(
             [
                 "--model_name_or_path", str(model), "--train_shards", str(model / "images"), "--output_dir", str(run_dir),

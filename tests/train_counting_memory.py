@@ -15,7 +15,7 @@ directory = Path(sys.argv.pop(1))
 
 
 def main() -> None:
-    with LiveBytes(keep_history=False) as tensors:
+    with LiveBytes() as tensors:
         train_lore.main()
     (directory / f"peak-{os.environ['RANK']}.json").write_text(json.dumps(tensors.peak))
 

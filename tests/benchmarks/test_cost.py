@@ -36,7 +36,7 @@ from tests.small_models import save_small_clip
 from utils.errors import UserError
 from utils.methods.attacks import frozen, pgd
 from utils.methods.losses import squared_distance
-from utils.training.memory import TOWERS, _random_encoder, tower_config
+from utils.training.memory import TOWERS, random_encoder, tower_config
 from utils.training.metrics import forward_flops, preference_flops_per_sample
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8, "projection_dim": 24}  # fmt: skip
@@ -57,7 +57,7 @@ def large():
 @pytest.mark.parametrize("options", CONFIGS)
 def test_the_formulas_are_what_torch_counts(options):
     config = CLIPVisionConfig(**options)
-    encoder, tower = _random_encoder(config, torch.float32), tower_cost(config)
+    encoder, tower = random_encoder(config, torch.float32), tower_cost(config)
     assert tower.forward == pytest.approx(forward_flops(encoder), rel=1e-3)
     assert tower.parameters == sum(parameter.numel() for parameter in encoder.parameters())
     assert tower.tensors == len(list(encoder.parameters()))
@@ -74,7 +74,7 @@ def test_the_published_towers_are_counted_exactly(name):
     """On tensors without data: nothing is computed, no weights are made."""
     tower = tower_cost(tower_config(name))
     with FakeTensorMode():
-        encoder = _random_encoder(tower_config(name), torch.float32)
+        encoder = random_encoder(tower_config(name), torch.float32)
         assert tower.forward == forward_flops(encoder)
     assert tower.parameters == sum(parameter.numel() for parameter in encoder.parameters())
 
@@ -82,7 +82,7 @@ def test_the_published_towers_are_counted_exactly(name):
 @pytest.mark.parametrize("clean_in_primal", [True, False])
 def test_a_whole_step_counts_what_the_formula_says(clean_in_primal):
     config = CLIPVisionConfig(**SMALL)
-    encoder, tower = _random_encoder(config, torch.float32), tower_cost(config)
+    encoder, tower = random_encoder(config, torch.float32), tower_cost(config)
     encoder.vision_model.embeddings.patch_embedding.__class__ = torch.nn.Conv2d  # to be told from the other products
     x, num_steps, updates = torch.rand(1, 3, 32, 32), 3, 2
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -115,7 +115,7 @@ def test_a_whole_step_counts_what_the_formula_says(clean_in_primal):
 def test_a_preference_step_counts_what_the_formula_says():
     """A clean and an attacked picture: reference, policy forward and backward, dual step on the clean one."""
     config = CLIPVisionConfig(**SMALL)
-    encoder, tower = _random_encoder(config, torch.float32), tower_cost(config)
+    encoder, tower = random_encoder(config, torch.float32), tower_cost(config)
     encoder.vision_model.embeddings.patch_embedding.__class__ = torch.nn.Conv2d  # to be told from the other products
     pictures = torch.rand(2, 3, 32, 32)
     for method in (PO, PO_L2):

@@ -154,6 +154,10 @@ def test_a_run_never_meets_or_deletes_the_wrong_checkpoints(tmp_path):
         UserError, match=r"latest: none of the 1 checkpoints .* is whole \(of the newest: extra.safetensors"
     ):
         last_checkpoint(tmp_path)
+    save(tmp_path, 3, total_limit=0)
+    (tmp_path / "checkpoints/step-3/parameters.safetensors").unlink()
+    with pytest.raises(UserError, match=r"none of the 2 checkpoints .*\(of the newest: extra.safetensors"):
+        last_checkpoint(tmp_path)
 
 
 def test_the_best_value_goes_on_only_where_it_compares(tmp_path):

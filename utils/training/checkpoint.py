@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, verified, found by step, pruned; and who may write into an output directory.
+"""Checkpoints: whole or absent, checked when they are read; and who may write into an output directory.
 
     checkpoints/step-<n>/
       trainer_state.json    step, settings, what was skipped, and size and SHA-256 of every other file
@@ -46,6 +46,91 @@ FORMAT = 2  # of a checkpoint; another one is refused
 STATE_KEYS = {"settings", "skips", "best", "sizes", "optimizer_numbers", "extra_numbers", "scaler"}
 
 
+class FolderWriting:
+    """A folder that all processes write together. ``aside`` is where, until it is complete and takes its place.
+
+    The first failure inside an ``attempt()`` is kept while the processes go on through the collectives in between.
+    ``agree()`` raises it on all of them, and deletes what was written.
+    """
+
+    def __init__(self, accelerator: Accelerator, what: str, aside: Path, last_good: Path | None) -> None:
+        self.accelerator, self.what, self.aside, self.last_good = accelerator, what, aside, last_good
+        self.failure: str | None = None
+
+    @contextlib.contextmanager
+    def attempt(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            self.failure = self.failure or str(error)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            kept = f"the last one is {self.last_good}" if self.last_good else "there is none yet"
+            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+            self.failure = self.failure or (
+                f"--output_dir: the {self.what} cannot be written ({reason}); {kept}; "
+                f"{'make room' if full else 'mend that'}, then go on with --resume_from_checkpoint latest"
+            )
+
+    def agree(self) -> None:
+        failure = next((found for found in gather_objects(self.accelerator, self.failure) if found), None)
+        if failure is not None:
+            if self.accelerator.is_main_process:
+                shutil.rmtree(self.aside, ignore_errors=True)
+            raise UserError(failure)
+
+
+@contextlib.contextmanager
+def writing_folder(accelerator: Accelerator, what: str, aside: Path, checkpoints: Path) -> Iterator[FolderWriting]:
+    """Makes ``aside`` anew; the body fills it and puts it in place. What fails ends in one ``UserError`` on all processes."""
+    steps = _checkpoint_steps(checkpoints)
+    writing = FolderWriting(accelerator, what, aside, steps[max(steps)] if steps else None)
+    with writing.attempt():
+        if accelerator.is_main_process:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+    writing.agree()
+    yield writing
+    writing.agree()
+
+
+def replace_directory(aside: Path, final: Path) -> None:
+    """Syncs every file of ``aside`` to the disk and gives it the name ``final``, in place of what had it.
+
+    Killed between the two renames it leaves the old one as ``.<name>.replaced``, which ``take_output_dir`` puts back.
+    """
+    _sync(*sorted(aside.rglob("*"), reverse=True), aside)
+    replaced = final.with_name(f".{final.name}.replaced")
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(final, replaced)
+    os.rename(aside, final)
+    shutil.rmtree(replaced, ignore_errors=True)
+    _sync(final.parent)
+
+
+def replace_model(accelerator: Accelerator, directory: Path, write_model: Callable[[Path], None]) -> None:
+    """Puts the present model in place of the one in ``directory``, whole or not at all. Call on all processes."""
+    aside, checkpoints = directory.with_name(f".{directory.name}.incomplete"), directory.with_name("checkpoints")
+    with writing_folder(accelerator, "model", aside, checkpoints) as writing, writing.attempt():
+        write_model(aside)
+        if accelerator.is_main_process:
+            replace_directory(aside, directory)
+
+
+def publish_model(accelerator: Accelerator, output_dir: Path, write_model: Callable[[Path], None]) -> None:
+    """Puts the final model's files into ``output_dir``, none of them half-written. Call on all processes."""
+    aside, checkpoints = output_dir / ".model.incomplete", output_dir / "checkpoints"
+    with writing_folder(accelerator, "model", aside, checkpoints) as writing, writing.attempt():
+        write_model(aside)
+        if accelerator.is_main_process:
+            _sync(*aside.iterdir())
+            for path in aside.iterdir():
+                os.replace(path, output_dir / path.name)
+            aside.rmdir()
+            _sync(output_dir)
+
+
 def save_checkpoint(
     accelerator: Accelerator,
     output_dir: str | Path,
@@ -58,96 +143,66 @@ def save_checkpoint(
     write_model: Callable[[Path], None],
     total_limit: int,
 ) -> Path:
-    """Writes checkpoints/step-<n>/ aside, syncs it to the disk and renames it, so that it appears whole or not at all.
+    """Writes checkpoints/step-<n>/, whole or not at all, and deletes the oldest beyond ``total_limit`` (0: none).
 
     Call on all processes. ``model`` and ``optimizer`` are the prepared ones, ``state`` is JSON (step, settings, ...),
-    ``extra_state`` holds state dicts of what is not prepared (the multiplier and its optimizer), ``write_model(directory)``
-    writes a directory that ``from_pretrained`` loads; it is called on all processes, which may have to gather the weights
-    first. Afterwards the oldest checkpoints beyond ``total_limit`` are deleted (0: none). Where it cannot be written,
-    nothing of it stays, the earlier ones do, and ``UserError`` is raised on all processes.
+    ``extra_state`` holds state dicts of what is not prepared. ``write_model(directory)`` writes a directory that
+    ``from_pretrained`` loads, on all processes, for it may have to gather the weights. Raises ``UserError`` on all
+    processes where it cannot be written; the earlier checkpoints stay.
     """
     checkpoints = Path(output_dir) / "checkpoints"
-    final = checkpoints / f"step-{step}"
-    aside = checkpoints / f".step-{step}.incomplete"
-    writing = Writing(accelerator, f"checkpoint of step {step}", aside, last_checkpoint_name(checkpoints))
-    with writing.attempt():
-        if accelerator.is_main_process:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-    writing.agree()
+    final, aside = checkpoints / f"step-{step}", checkpoints / f".step-{step}.incomplete"
+    with writing_folder(accelerator, f"checkpoint of step {step}", aside, checkpoints) as writing:
 
-    def write(name: str, tensors: training_state.Tensors) -> None:
+        def write(name: str, tensors: training_state.Tensors) -> None:
+            with writing.attempt():
+                save_file(tensors, aside / f"{name}.safetensors")
+
+        numbers = training_state.collect(accelerator, model, optimizer, write)
         with writing.attempt():
-            save_file(tensors, aside / f"{name}.safetensors")
-
-    numbers = training_state.collect(accelerator, model, optimizer, write)
-    with writing.attempt():
-        write_model(aside / "model")
-    merged: dict[str, Any] = {}
-    for part in gather_objects(accelerator, numbers):
-        merged |= part
-    writing.agree()
-    with writing.attempt():
-        if accelerator.is_main_process:
-            tensors, extra_numbers = training_state.flatten(extra_state)
-            save_file(tensors, aside / EXTRA_FILE)
-            scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()
-            whole = state | {"format": FORMAT, "optimizer_numbers": merged, "extra_numbers": extra_numbers}
-            whole["scaler"] = scaler  # of fp16's gradients
-            whole["files"] = describe_files(aside)
-            (aside / STATE_FILE).write_text(json.dumps(whole, indent=1), encoding="utf-8")
-            replace_directory(aside, final)
-            prune(checkpoints, total_limit)
-    writing.agree()
+            write_model(aside / "model")
+        merged = {key: value for part in gather_objects(accelerator, numbers) for key, value in part.items()}
+        writing.agree()
+        with writing.attempt():
+            if accelerator.is_main_process:
+                tensors, extra_numbers = training_state.flatten(extra_state)
+                save_file(tensors, aside / EXTRA_FILE)
+                scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()  # of fp16's gradients
+                whole = state | {"format": FORMAT, "optimizer_numbers": merged, "extra_numbers": extra_numbers}
+                whole |= {"scaler": scaler, "files": describe_files(aside)}
+                (aside / STATE_FILE).write_text(json.dumps(whole, indent=1), encoding="utf-8")
+                replace_directory(aside, final)
+                _delete_oldest(checkpoints, total_limit)
     return final
 
 
-class Writing:
-    """An attempt to write on the main process, or on each, that ends as the same one line on all.
+def _delete_oldest(checkpoints: Path, total_limit: int) -> None:
+    """Killed meanwhile it leaves no half checkpoint behind."""
+    steps = _checkpoint_steps(checkpoints)
+    for step in sorted(steps)[:-total_limit] if total_limit > 0 else ():
+        outdated = checkpoints / f".step-{step}.outdated"
+        os.rename(steps[step], outdated)
+        shutil.rmtree(outdated, ignore_errors=True)
 
-    The first failure inside an ``attempt()`` is kept while the processes go on side by side through the collectives in
-    between; ``agree()`` raises it on all of them and takes away what was written so far.
-    """
 
-    def __init__(self, accelerator: Accelerator, what: str, aside: Path, last_good: str | None) -> None:
-        self.accelerator, self.what, self.aside, self.last_good = accelerator, what, aside, last_good
-        self.failure: str | None = None
-
-    @contextlib.contextmanager
-    def attempt(self) -> Iterator[None]:
+def _sync(*paths: Path) -> None:
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
         try:
-            yield
-        except UserError as error:
-            self.failure = self.failure or str(error)
-        except (OSError, SafetensorError) as error:
-            self.failure = self.failure or self._line(error)
-
-    def agree(self) -> None:
-        failure = next((found for found in gather_objects(self.accelerator, self.failure) if found), None)
-        if failure is None:
-            return
-        if self.accelerator.is_main_process:
-            shutil.rmtree(self.aside, ignore_errors=True)
-        raise UserError(failure)
-
-    def _line(self, error: Exception) -> str:
-        reason = getattr(error, "strerror", None) or str(error)
-        kept = f"the last one is {self.last_good}" if self.last_good else "there is none yet"
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        advice = "make room" if full else "mend that"
-        return (
-            f"--output_dir: the {self.what} cannot be written ({reason}); {kept}; {advice}, then go on with "
-            "--resume_from_checkpoint latest"
-        )
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def describe_files(folder: Path) -> dict[str, list[Any]]:
     """{relative path: [bytes, SHA-256]} of all files below ``folder``."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            found[path.relative_to(folder).as_posix()] = [path.stat().st_size, _sha256(path)]
-    return found
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): [path.stat().st_size, _sha256(path)] for path in paths}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -162,10 +217,8 @@ def damage(checkpoint: Path) -> str | None:
                 return f"{name} has {path.stat().st_size} bytes, was written with {size}"
             if _sha256(path) != digest:
                 return f"{name} is not what was written"
-        step = state["step"]
         known = state.keys() >= STATE_KEYS and state["files"].keys() >= {"parameters.safetensors", EXTRA_FILE}
-        if not isinstance(step, int) or not known:
-            return f"{STATE_FILE} lacks entries"
+        return None if isinstance(state["step"], int) and known else f"{STATE_FILE} lacks entries"
     except (FileNotFoundError, NotADirectoryError) as error:
         return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
     except OSError as error:  # of the disk or the network, not of the checkpoint
@@ -174,11 +227,10 @@ def damage(checkpoint: Path) -> str | None:
         ) from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return f"{STATE_FILE} is not what was written"
-    return None
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The JSON state of a whole checkpoint. Raises ``UserError`` where it is damaged or none."""
+    """The JSON state of a whole checkpoint. Raises ``UserError`` for a damaged one."""
     if wrong := damage(checkpoint):
         raise UserError(
             f"--resume_from_checkpoint {checkpoint}: not a whole checkpoint ({wrong}); expected a directory "
@@ -200,14 +252,84 @@ def load_checkpoint(
     return training_state.unflatten(training_state.read_tensors(checkpoint / EXTRA_FILE) | state["extra_numbers"])
 
 
+def find_checkpoint(output_dir: str | Path, resume: str | None) -> Path | None:
+    """The checkpoint to go on from, or None for a fresh start; refuses a used output_dir without ``resume``."""
+    if resume == "latest":
+        return last_checkpoint(output_dir)
+    if resume is None and any(path.name != LOCK_FILE for path in Path(output_dir).iterdir()):
+        raise UserError(
+            f"--output_dir {output_dir}: not empty; give another directory, or go on with its last checkpoint by "
+            "--resume_from_checkpoint latest"
+        )
+    if resume is not None and not Path(resume).is_dir():
+        raise UserError(
+            f"--resume_from_checkpoint {resume}: no such directory; give checkpoints/step-<n> of a run, or latest"
+        )
+    return None if resume is None else Path(resume)
+
+
+def last_checkpoint(output_dir: str | Path) -> Path | None:
+    """The whole checkpoint with the highest step; None where there is none. Damaged ones are passed over with a warning.
+
+    Raises ``UserError`` where all of them are damaged: a run must not begin anew over another one.
+    """
+    found = sorted(_checkpoint_steps(Path(output_dir) / "checkpoints").items(), reverse=True)
+    problems = []
+    for _, path in found:
+        problem = damage(path)
+        if problem is None:
+            return path
+        logger.warning("%s is damaged and passed over: %s", path, problem)
+        problems.append(problem)
+    if problems:
+        raise UserError(
+            f"--resume_from_checkpoint latest: none of the {len(found)} checkpoints in {found[0][1].parent} is whole (of the "
+            f"newest: {problems[0]}); start anew in another --output_dir, or move that folder away"
+        )
+    return None
+
+
+def _checkpoint_steps(checkpoints: Path) -> dict[int, Path]:
+    found = {}
+    for path in checkpoints.iterdir() if checkpoints.is_dir() else ():
+        match = re.fullmatch(r"step-(\d+)", path.name)
+        if match and (path / STATE_FILE).exists():
+            found[int(match[1])] = path
+    return found
+
+
+def set_aside_later(output_dir: str | Path, step: int) -> None:
+    """Renames checkpoints after ``step``, from where a run goes on: it writes its own, and must not meet these again."""
+    for later, path in sorted(_checkpoint_steps(Path(output_dir) / "checkpoints").items()):
+        if later > step:
+            names = (path.with_name(f"{path.name}.aside-{number}") for number in itertools.count(1))
+            aside = next(name for name in names if not name.exists())
+            os.rename(path, aside)
+            logger.warning("the run goes on from step %d: %s is set aside as %s", step, path, aside.name)
+
+
+def best_so_far(
+    resumed: dict[str, Any], settings: dict[str, Any], output_dir: Path, fresh: dict[str, Any]
+) -> dict[str, Any]:
+    """The checkpoint's best value, where it is ``of`` the same images and texts and its model is still there; else ``fresh``."""
+    best = resumed["best"]
+    same = best.get("of") == fresh["of"] and best.get("metric") == settings["keep_best"]
+    return best if same and (output_dir / "best").is_dir() else fresh
+
+
 _LOCKS: list[IO[str]] = []  # open for as long as the process lives, and so do their locks
+
+# Of what a run writes into its output_dir, by the ends of their names: files. The rest are folders.
+FILE_ENDINGS = (".safetensors", ".json", ".jsonl", ".txt", ".md", ".model", ".jinja", ".tmp")
+# Characters that a run adds to output_dir: checkpoints/.step-<n>.incomplete/model/<file>, events of a tracker.
+LONGEST_NAME = 150
 
 
 def take_output_dir(output_dir: str | Path) -> None:
     """Makes the directory and locks it for this process, until the process ends, however it ends.
 
-    Call on the main process. What a killed run left half-written is taken away. Raises ``UserError`` where the directory
-    cannot be written, or where another run holds the lock.
+    Call on the main process. Deletes what a killed run left half-written. Raises ``UserError`` where the directory cannot
+    be written, or where another run holds the lock.
     """
     output_dir = Path(output_dir)
     if output_dir.exists() and not output_dir.is_dir():
@@ -224,55 +346,53 @@ def take_output_dir(output_dir: str | Path) -> None:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         lock.seek(0)
-        holder = lock.read().strip()
+        problem = (
+            f"another run is writing there ({lock.read().strip()}); wait for it, stop it, or give another directory"
+        )
         lock.close()
         if error.errno not in (errno.EACCES, errno.EAGAIN):
-            raise UserError(
-                f"--output_dir {output_dir}: cannot be locked ({error.strerror}); name a directory on a file system "
-                "with locks"
-            ) from None
-        raise UserError(
-            f"--output_dir {output_dir}: another run is writing there ({holder}); wait for it, stop it, or give another "
-            "directory"
-        ) from None
+            problem = f"cannot be locked ({error.strerror}); name a directory on a file system with locks"
+        raise UserError(f"--output_dir {output_dir}: {problem}") from None
     with contextlib.suppress(OSError):  # of a full disk: the lock holds without a name in it
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
     _LOCKS.append(lock)
-    _clear_leftovers(output_dir)
+    for folder in (output_dir, output_dir / "checkpoints"):
+        _clear_leftovers(folder)
 
 
-# Of what a run writes into its output_dir, by the ends of their names: files. The rest are folders.
-FILE_ENDINGS = (".safetensors", ".json", ".jsonl", ".txt", ".md", ".model", ".jinja", ".tmp")
-LONGEST_NAME = (
-    150  # characters that a run adds to output_dir: checkpoints/.step-<n>.incomplete/model/<file>, events of a tracker
-)
+def _clear_leftovers(folder: Path) -> None:
+    """Deletes what a killed run was writing or deleting; what it was replacing is put back."""
+    for path in folder.glob(".*.replaced"):
+        final = folder / path.name[1:].removesuffix(".replaced")
+        if not final.exists():
+            os.rename(path, final)
+    for ending in ("replaced", "outdated", "incomplete"):
+        for path in folder.glob(f".*.{ending}"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def refuse_unwritable(output_dir: str | Path, folders: Sequence[str] = ()) -> None:
-    """Raises ``UserError`` where what the run will write later cannot be written. Call on the main process, at the start.
+    """Raises ``UserError`` where the run could not write later. Call on the main process, at the start.
 
-    Tried out: a checkpoint's folder with the longest name is made, renamed and taken away. Looked at: what stands in the
-    way of checkpoints/, best/, ``folders`` and files. A path that is not UTF-8 is refused, for safetensors and tokenizers
-    cannot open it.
+    Tried: a checkpoint's folder with the longest name is made, renamed and deleted. Looked at: what stands in the way of
+    checkpoints/, best/, ``folders`` and files; whether the path is UTF-8, for safetensors and tokenizers open no other.
     """
     output_dir = Path(output_dir)
     checkpoints = output_dir / "checkpoints"
-    if not _is_utf8(str(output_dir)):
+    try:
+        str(output_dir).encode()
+    except UnicodeEncodeError:
         raise UserError(
             f"--output_dir {output_dir}: not UTF-8, so that models cannot be saved there; give another name"
-        )
-    present = list(output_dir.iterdir()) + (list(checkpoints.iterdir()) if checkpoints.is_dir() else [])
-    for path in present:
-        if path.name in ("checkpoints", "best", *folders) or re.fullmatch(r"step-\d+", path.name):
-            fits, expected = path.is_dir(), "a folder"
-        else:
-            fits, expected = not path.name.endswith(FILE_ENDINGS) or path.is_file(), "a file"
-        if not fits:
+        ) from None
+    for path in [*output_dir.iterdir(), *(checkpoints.iterdir() if checkpoints.is_dir() else ())]:
+        folder = path.name in ("checkpoints", "best", *folders) or re.fullmatch(r"step-\d+", path.name)
+        if not (path.is_dir() if folder else path.is_file() or not path.name.endswith(FILE_ENDINGS)):
             raise UserError(
-                f"--output_dir {output_dir}: {path.relative_to(output_dir)} is in the way, the run writes {expected} of that "
-                "name; move it away, or give another directory"
+                f"--output_dir {output_dir}: {path.relative_to(output_dir)} is in the way, the run writes a "
+                f"{'folder' if folder else 'file'} of that name; move it away, or give another directory"
             )
     made = not checkpoints.exists()
     trial, renamed = checkpoints / ".trial.incomplete", checkpoints / ".trial.outdated"
@@ -291,137 +411,6 @@ def refuse_unwritable(output_dir: str | Path, folders: Sequence[str] = ()) -> No
         if made:
             with contextlib.suppress(OSError):
                 checkpoints.rmdir()
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def find_checkpoint(output_dir: str | Path, resume: str | None) -> Path | None:
-    """The checkpoint to go on from, or None for a fresh start; refuses a used output_dir without ``resume``."""
-    output_dir = Path(output_dir)
-    if resume is None:
-        if any(path.name != LOCK_FILE for path in output_dir.iterdir()):
-            raise UserError(
-                f"--output_dir {output_dir}: not empty; give another directory, or go on with its last checkpoint by "
-                "--resume_from_checkpoint latest"
-            )
-        return None
-    if resume == "latest":
-        return last_checkpoint(output_dir)
-    if not Path(resume).is_dir():
-        raise UserError(
-            f"--resume_from_checkpoint {resume}: no such directory; give checkpoints/step-<n> of a run, or latest"
-        )
-    return Path(resume)
-
-
-def last_checkpoint(output_dir: str | Path) -> Path | None:
-    """The whole checkpoint with the highest step; None where none was written. Damaged ones are passed over with a word.
-
-    ``UserError`` where all of them are damaged, and where one cannot be read: a run is not begun anew over another one.
-    """
-    found = sorted(_checkpoint_steps(Path(output_dir) / "checkpoints").items(), reverse=True)
-    for _, path in found:
-        wrong = damage(path)
-        if wrong is None:
-            return path
-        logger.warning("%s is damaged and passed over: %s", path, wrong)
-    if found:
-        raise UserError(
-            f"--resume_from_checkpoint latest: none of the {len(found)} checkpoints in {found[0][1].parent} is whole (of the "
-            f"newest: {wrong}); start anew in another --output_dir, or move that folder away"
-        )
-    return None
-
-
-def set_aside_later(output_dir: str | Path, step: int) -> None:
-    """Renames checkpoints after ``step``, from where a run goes on: it writes its own, and must not meet these again."""
-    checkpoints = Path(output_dir) / "checkpoints"
-    for later, path in sorted(_checkpoint_steps(checkpoints).items()):
-        if later > step:
-            aside = next(
-                name
-                for number in itertools.count(1)
-                if not (name := path.with_name(f"{path.name}.aside-{number}")).exists()
-            )
-            os.rename(path, aside)
-            logger.warning("the run goes on from step %d: %s is set aside as %s", step, path, aside.name)
-
-
-def best_so_far(
-    resumed: dict[str, Any], settings: dict[str, Any], output_dir: Path, fresh: dict[str, Any]
-) -> dict[str, Any]:
-    """The checkpoint's best value, where it is ``of`` the same images and texts and its model is still there; else ``fresh``."""
-    best = resumed["best"]
-    same = best.get("of") == fresh["of"] and best.get("metric") == settings["keep_best"]
-    return best if same and (output_dir / "best").is_dir() else fresh
-
-
-def last_checkpoint_name(checkpoints: Path) -> str | None:
-    """Path of the newest checkpoint, unread, for messages."""
-    steps = _checkpoint_steps(checkpoints)
-    return str(steps[max(steps)]) if steps else None
-
-
-def replace_directory(aside: Path, final: Path) -> None:
-    """Syncs every file of ``aside`` to the disk and gives it the name ``final``, in place of what had it.
-
-    Killed between the two renames it leaves the old one as ``.<name>.replaced``, which ``take_output_dir`` puts back.
-    """
-    for path in sorted(aside.rglob("*"), reverse=True):
-        _fsync(path)
-    _fsync(aside)
-    if final.exists():
-        replaced = final.with_name(f".{final.name}.replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.rename(final, replaced)
-        os.rename(aside, final)
-        shutil.rmtree(replaced, ignore_errors=True)
-    else:
-        os.rename(aside, final)
-    _fsync(final.parent)
-
-
-def replace_model(accelerator: Accelerator, directory: Path, write_model: Callable[[Path], None]) -> None:
-    """Puts the present model in place of the one in ``directory``, whole or not at all. Call on all processes."""
-    _write_model_aside(accelerator, directory.with_name(f".{directory.name}.incomplete"), write_model, lambda aside: (
-        replace_directory(aside, directory)
-    ))  # fmt: skip
-
-
-def publish_model(accelerator: Accelerator, output_dir: Path, write_model: Callable[[Path], None]) -> None:
-    """Puts the final model's files into ``output_dir``, none of them half-written. Call on all processes."""
-
-    def move(aside: Path) -> None:
-        for path in aside.iterdir():
-            _fsync(path)
-        for path in aside.iterdir():
-            os.replace(path, output_dir / path.name)
-        aside.rmdir()
-        _fsync(output_dir)
-
-    _write_model_aside(accelerator, output_dir / ".model.incomplete", write_model, move)
-
-
-def _write_model_aside(
-    accelerator: Accelerator, aside: Path, write_model: Callable[[Path], None], put: Callable[[Path], None]
-) -> None:
-    writing = Writing(accelerator, "model", aside, last_checkpoint_name(aside.parent / "checkpoints"))
-    with writing.attempt():
-        if accelerator.is_main_process:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-    writing.agree()
-    with writing.attempt():
-        write_model(aside)
-        if accelerator.is_main_process:
-            put(aside)
-    writing.agree()
 
 
 def refuse_changed_settings(before: dict[str, Any], now: dict[str, Any], free: set[str]) -> None:
@@ -443,6 +432,18 @@ def refuse_changed_settings(before: dict[str, Any], now: dict[str, Any], free: s
             f"--resume_from_checkpoint: the run was started with other settings ({'; '.join(changed)}); give the "
             f"same ones{batch if 'global_batch_size' in ' '.join(changed) else ''}, or start a new run in another --output_dir"
         )
+
+
+def _known_by(value: Any) -> Any:
+    """A setting as it is compared: of web addresses without the mark of their query, which signs them for hours or days.
+
+    Older checkpoints hold ``~`` as it was typed.
+    """
+    if isinstance(value, list):
+        return [_known_by(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    return re.sub(r" \([0-9a-f]{8}\)$", "", value) if "://" in value else os.path.expanduser(value)
 
 
 def refuse_non_finite(
@@ -470,83 +471,24 @@ def refuse_non_finite(
     first = update < accelerator.gradient_accumulation_steps  # update of the step
     rescue = f"the last good checkpoint is {last_good}" if last_good else "there is no checkpoint yet"
     norm = 0.0 if grad_norm is None or accelerator.mixed_precision == "fp16" else float(grad_norm)
-    if not math.isfinite(norm) and not (
-        bad and (step < done or first)
-    ):  # the gradient was not finite before the loss was
-        step, what = done, f"the gradient is {norm}, of a finite loss"
-        first = True
+    loss_came_first = bad and (step < done or first)
+    if not math.isfinite(norm) and not loss_came_first:
+        what, first = f"the gradient is {norm}, of a finite loss", True
     elif bad:
         named = [name for name, value in zip(terms, means[place, 1:].tolist()) if not math.isfinite(value)]
         what = f"the loss is {means[place, 0].item()}"
         rescue += f"; not finite in it: {', '.join(named)}" if named else ""
     else:
         return
+    look = "look at the pictures, texts and labels of this step"
     if step == first_step + 1 and first:
         advice = (
-            "no update came before it, so that --learning_rate is not the cause; look at the weights of the model and at the "
-            "pictures, texts and labels of this step"
+            f"no update came before it, so that --learning_rate is not the cause; {look} and at the model's weights"
         )
     else:
         advice = (
             "where it rose before (metrics.jsonl), begin from its model/ as --model_name_or_path, with the start model as "
             "--reference_model_name_or_path, a lower --learning_rate or --max_grad_norm 1, in a new --output_dir; where it "
-            "did not, look at the pictures, texts and labels of this step"
+            f"did not, {look}"
         )
     raise UserError(f"step {step}: {what}; {rescue}; {advice}")
-
-
-def _checkpoint_steps(checkpoints: Path) -> dict[int, Path]:
-    if not checkpoints.is_dir():
-        return {}
-    found = {}
-    for path in checkpoints.iterdir():
-        match = re.fullmatch(r"step-(\d+)", path.name)
-        if match and (path / STATE_FILE).exists():
-            found[int(match.group(1))] = path
-    return found
-
-
-def prune(checkpoints: Path, total_limit: int) -> None:
-    """Deletes the oldest checkpoints beyond ``total_limit`` (0: none). Killed meanwhile it leaves no half one behind."""
-    steps = _checkpoint_steps(checkpoints)
-    for step in sorted(steps)[:-total_limit] if total_limit > 0 else ():
-        outdated = checkpoints / f".step-{step}.outdated"
-        os.rename(steps[step], outdated)
-        shutil.rmtree(outdated, ignore_errors=True)
-
-
-def _clear_leftovers(output_dir: Path) -> None:
-    """Takes away what a killed run was writing or deleting; what it was replacing is put back."""
-    for folder in (output_dir, output_dir / "checkpoints"):
-        for path in folder.glob(".*.replaced"):
-            final = folder / path.name[1:].removesuffix(".replaced")
-            if not final.exists():
-                os.rename(path, final)
-        for ending in ("replaced", "outdated", "incomplete"):
-            for path in folder.glob(f".*.{ending}"):
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _known_by(value: Any) -> Any:
-    """A setting as it is compared: of web addresses without the mark of their query, which signs them for hours or days.
-
-    Older checkpoints hold ``~`` as it was typed.
-    """
-    if isinstance(value, list):
-        return [_known_by(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    return re.sub(r" \([0-9a-f]{8}\)$", "", value) if "://" in value else os.path.expanduser(value)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

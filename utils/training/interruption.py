@@ -21,11 +21,9 @@ from utils.data.shards import WaitEnded
 from utils.processes.distributed import end_training
 
 REQUEUE = 85  # exit status of a run that was told to stop and can go on: start it again with the same command
-
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # of schedulers; SIGHUP, of a terminal that is closed, means the same
-
 GRACE = 5.0  # seconds that data may still take to come, or a model to load, once the run was told to stop
-GIVEN_UP = 1000  # what is added to the signal's number where a process has no batch to go on with
+GIVEN_UP = 1000  # added to the signal's number where a process has no batch to go on with
 
 T = TypeVar("T")
 
@@ -45,8 +43,7 @@ class StopRequest:
         self.accelerator = accelerator
         self.signal: signal.Signals | None = None  # that reached this process
         self._loading, self._waiting, self._gave_up = True, False, False
-        self._asked: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
-        self._answer: int | None = None
+        self._answer: tuple[torch.Tensor, torch.cuda.Event | None] | None = None  # of several processes
         self._over = threading.Event()
         self._reminder: threading.Thread | None = None
         hung_up = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]  # ignored under nohup
@@ -94,44 +91,32 @@ class StopRequest:
 
     def ask(self) -> None:
         """Asks all processes, without waiting for their answer. A collective: ask while the device has work to come."""
-        self._answer = None
         if self.accelerator.num_processes > 1:
-            self._asked = self._gather()
+            number = torch.tensor([self._number()], device=self.accelerator.device)
+            answer, arrived = self.accelerator.gather(number), None
+            if answer.is_cuda:
+                answer, arrived = answer.to("cpu", non_blocking=True), torch.cuda.Event()
+                arrived.record()
+            self._answer = answer, arrived
 
     def _number(self) -> int:
         return 0 if self.signal is None else int(self.signal) + (GIVEN_UP if self._gave_up else 0)
 
-    def _gather(self) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """The signals of all processes, on the host once the event has come."""
-        number = torch.tensor([self._number()], device=self.accelerator.device)
-        answer, arrived = self.accelerator.gather(number), None
-        if answer.is_cuda:
-            answer, arrived = answer.to("cpu", non_blocking=True), torch.cuda.Event()
-            arrived.record()
-        return answer, arrived
-
     def _agreed_number(self) -> int:
-        if self.accelerator.num_processes == 1:
-            return self._number()
+        """The highest number of any process at the last ``ask``. Waits for the device to come as far as that, no further."""
         if self._answer is None:
-            (answer, arrived), self._asked = self._asked or self._gather(), None
-            if arrived is not None:
-                arrived.synchronize()
-            self._answer = int(answer.max())
-        return self._answer
+            return self._number()
+        answer, arrived = self._answer
+        if arrived is not None:
+            arrived.synchronize()
+        return int(answer.max())
 
     def gave_up(self) -> bool:
-        """Whether any process had no batch, because it was told to stop, when ``ask`` was called last; the same on all.
-
-        Waits for the device to come as far as that call, no further.
-        """
+        """Whether any process had no batch, because it was told to stop, at the last ``ask``. The same on all."""
         return self._agreed_number() >= GIVEN_UP
 
     def agreed(self) -> signal.Signals | None:
-        """The signal that had reached any process when ``ask`` was called last, the same on all, or None.
-
-        Waits like ``gave_up``. What comes later is found at the next step.
-        """
+        """The signal that had reached any process at the last ``ask``, or None. The same on all."""
         number = self._agreed_number() % GIVEN_UP
         return signal.Signals(number) if number else None
 

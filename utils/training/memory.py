@@ -1,25 +1,23 @@
-"""Memory of a LORE step on one device: counted on tensors without data, then laid out as DDP or DeepSpeed's ZeRO lay it out.
+"""Memory of a LORE step on one device: counted on tensors without data, then laid out as DDP or DeepSpeed's ZeRO would.
 
-What a step holds beside weights, gradients and optimizer is counted, not guessed: ``count_step`` runs the phases of a step
-(reference, attack, two primal backward passes, dual) on fake tensors, which have shapes and lifetimes but no data, and
-notes the live bytes after every operation. The operations are the same for every batch size, so after each of them the
-live bytes are a + b * images, and two batch sizes give both. Which weights, gradients and optimizer states a device holds
-besides is arithmetic (``device_bytes``), read from DeepSpeed's source (0.19) and checked against counted runs.
-
-GB is 10^9 bytes, here and in every table.
+Counted is what a step holds beside weights, gradients and optimizer: its phases run on fake tensors, which have shapes and
+lifetimes but no data. The rest is arithmetic on DeepSpeed's source. docs/memory.md compares both with real runs. GB is 10^9
+bytes, here and in every table.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -35,10 +33,12 @@ from utils.processes.progress import RunProgress, wide_console
 GB = 10**9
 DEVICES = (24, 40, 80, 141)  # GB
 FLOAT32 = 4  # bytes
+COUNTED = 4  # blocks; a deeper tower is continued from there
 
 # The image towers of OpenAI's (B, L: quick_gelu) and LAION's models (H, bigG: gelu). Heads do not change the bytes.
-_TOWERS = {
-    # name: (hidden_size, layers, heads, MLP, patch, image, projection, activation)
+_FIELDS = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size", "image_size"]
+_FIELDS += ["projection_dim", "hidden_act"]
+TOWERS: dict[str, tuple[Any, ...]] = {
     "ViT-B/32": (768, 12, 12, 3072, 32, 224, 512, "quick_gelu"),
     "ViT-B/16": (768, 12, 12, 3072, 16, 224, 512, "quick_gelu"),
     "ViT-L/14": (1024, 24, 16, 4096, 14, 224, 768, "quick_gelu"),
@@ -49,54 +49,45 @@ _TOWERS = {
 
 
 def tower_config(name: str) -> CLIPVisionConfig:
-    """The config of a published image tower, by its name in ``TOWERS``: transformers' own where OpenAI or LAION give none."""
-    hidden_size, layers, heads, mlp, patch, image, projection, activation = _TOWERS[name]
-    return CLIPVisionConfig(
-        hidden_size=hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=mlp,
-        patch_size=patch,
-        image_size=image,
-        projection_dim=projection,
-        hidden_act=activation,
-    )
+    """The config of one of ``TOWERS``."""
+    return CLIPVisionConfig(**dict(zip(_FIELDS, TOWERS[name], strict=True)))
 
 
-TOWERS = tuple(_TOWERS)
+def random_encoder(config: CLIPVisionConfig, compute_dtype: torch.dtype) -> ImageEncoder:
+    """The image tower of this config. Weights are random, or fake inside ``FakeTensorMode``."""
+    model = CLIPVisionModelWithProjection(config)
+    side, third = square_side(config.image_size), [1 / 3] * 3
+    encoder = ImageEncoder(model.vision_model, model.visual_projection, side, third, third, compute_dtype)
+    encoder.vision_model.config._attn_implementation = "sdpa"  # flash attention, as on a GPU, in every precision
+    return encoder
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside the block every tensor is watched: ``live`` is the bytes of all that still exist, ``peak`` their highest.
+    """Inside the block every tensor is watched: ``live`` is the bytes of all that exist, ``peak`` their highest.
 
-    A storage counts once, however many tensors view it, from the operation that first returned it until nothing refers to it
-    any more. What a kernel allocates and frees within itself is not seen. ``history`` has every operation and the live
-    bytes after it; ``keep_history`` false leaves it empty, for long runs.
+    A storage counts once, however many tensors view it, as long as anything refers to it. What a kernel allocates and frees
+    within itself is not seen. ``history`` has every operation and the live bytes after it.
     """
 
-    def __init__(self, keep_history: bool = True) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
         self.history: list[tuple[Any, int]] = []
-        self.keep_history = keep_history
         self._known: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.device.type != "meta":  # those have no memory
-                self._watch(tensor)
+                self._watch(tensor.untyped_storage())
         self.peak = max(self.peak, self.live)
-        if self.keep_history:
-            self.history.append((func, self.live))
+        self.history.append((func, self.live))
         return result
 
-    def _watch(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata  # one per storage, while it lives
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()  # one key per storage, while it lives
         if key in self._known:
             return
-        size = storage.nbytes()
 
         def gone(_: Any) -> None:
             self.live -= size
@@ -111,15 +102,24 @@ class StepCount:
     """What one step of an image tower needs beside weights, reference and optimizer, for any batch size.
 
     ``phases``: by name an array (operations, 3): bytes live after each operation with no images, the further bytes of
-    each image, and the bytes of gradients among the former. The other numbers are elements, or bytes where it says so.
+    each image, and the bytes of gradients among the former.
     """
 
     phases: dict[str, np.ndarray]
-    parameters: list[int]  # of each parameter of the encoder
+    parameters: list[int]  # elements of each parameter of the encoder
     reference_bytes: int
     layer_bytes: int  # of the weights of one transformer block, float32
     reference_layer_bytes: int
     data_bytes: int  # per image: pixels, perturbation, reference embedding, margin
+
+
+@dataclass
+class _Segment:
+    """Operations that run through the blocks once, forwards or backwards: names, and (operations, columns) bytes."""
+
+    phase: str
+    names: list[Any]
+    bytes: np.ndarray
 
 
 def count_step(
@@ -130,183 +130,144 @@ def count_step(
     reference_dtype: str = "float32",
     clean_in_primal: bool = True,
     momentum: bool = False,
-    whole: bool = False,
 ) -> StepCount:
-    """Counts a LORE step of the image tower of this config on fake tensors: no weights are made, nothing is computed.
+    """Counts a LORE step of the image tower of this config. No weights are made, nothing is computed.
 
     ``clean_in_primal``: whether the updates see the clean images too, a batch of 2B (LORE) and not B (FARE). ``momentum``:
-    whether the attack has one. The blocks of a tower are alike, so a deep one is counted at 3 and at 4 blocks and
-    continued from there, which is exact and many times as fast; ``whole`` counts all of its blocks.
+    whether the attack has one. The same operations run at every batch size, so the live bytes after each are a + b * images,
+    and two batch sizes give both. Blocks are alike, so two depths give all: exact, and many times as fast.
     """
 
-    def lines(depth: int) -> _Trace:
-        """The trace of a tower of this depth with [a, b] in place of live bytes."""
+    def encoders(depth: int) -> tuple[ImageEncoder, ImageEncoder]:
         shallow = copy.deepcopy(config)
         shallow.num_hidden_layers = depth
-        two, three = (
-            _trace(shallow, size, compute_dtype, gradient_checkpointing, reference_dtype, clean_in_primal, momentum)
-            for size in (2, 3)
-        )
-        for few, many in zip(two.segments, three.segments, strict=True):
-            per_image = many.bytes[:, 0] - few.bytes[:, 0]
-            few.bytes = np.stack([few.bytes[:, 0] - 2 * per_image, per_image, few.bytes[:, 1]], axis=1)
-        return two
+        # The reference is no copy: fake tensors cannot be copied deeply.
+        encoder, reference = (random_encoder(shallow, compute_dtype) for _ in range(2))
+        if gradient_checkpointing:
+            enable_gradient_checkpointing(encoder)
+        return encoder.train(), keep_weights_in(reference_dtype, reference).eval().requires_grad_(False)
 
-    depth = config.num_hidden_layers
-    if whole or depth <= 4:
-        segments, deepest = (trace := lines(depth)).segments, trace
-    else:
-        shorter, deepest = lines(3), lines(4)
-        segments = [
-            _Segment(longer.phase, [], _deepen(short, longer, depth - 4))
-            for short, longer in zip(shorter.segments, deepest.segments, strict=True)
-        ]
-    phases = {
-        name: np.concatenate([segment.bytes for segment in segments if segment.phase == name])
-        for name in dict.fromkeys(segment.phase for segment in segments)
-    }
-    return replace(
-        deepest.step,
-        phases=phases,
-        parameters=deepest.step.parameters + deepest.block * (depth - deepest.depth),
-        reference_bytes=deepest.step.reference_bytes + deepest.step.reference_layer_bytes * (depth - deepest.depth),
+    def segments(depth: int) -> list[_Segment]:
+        traces = []
+        for batch_size in (2, 3):
+            with FakeTensorMode(), LiveBytes() as tensors:
+                traces.append(_trace(tensors, *encoders(depth), batch_size, clean_in_primal, momentum))
+        for few, many in zip(*traces, strict=True):
+            live, per_image = few.bytes[:, 0], many.bytes[:, 0] - few.bytes[:, 0]
+            few.bytes = np.stack([live - 2 * per_image, per_image, few.bytes[:, 1]], axis=1)
+        return traces[0]
+
+    counted = min(config.num_hidden_layers, COUNTED)
+    more = config.num_hidden_layers - counted
+    found = segments(counted)
+    if more:
+        for shorter, segment in zip(segments(counted - 1), found, strict=True):
+            segment.bytes = _deepen(shorter, segment, more)
+    with FakeTensorMode():
+        encoder, reference = encoders(counted)
+    block, reference_block = (one.vision_model.get_submodule("encoder.layers.0") for one in (encoder, reference))
+    return StepCount(
+        phases={
+            phase: np.concatenate([segment.bytes for segment in found if segment.phase == phase])
+            for phase in dict.fromkeys(segment.phase for segment in found)
+        },
+        parameters=_sizes(encoder) + more * _sizes(block),
+        reference_bytes=_bytes(reference) + more * _bytes(reference_block),
+        layer_bytes=_bytes(block),
+        reference_layer_bytes=_bytes(reference_block),
+        data_bytes=FLOAT32 * (2 * 3 * encoder.image_size**2 + encoder.embed_dim + 1),
     )
 
 
-def _deepen(short: _Segment, longer: _Segment, more: int) -> np.ndarray:
+def _deepen(shorter: _Segment, longer: _Segment, more: int) -> np.ndarray:
     """The bytes of a segment with ``more`` blocks than the longer one, from two that differ by one block.
 
-    Operation i from the start, and operation i from the end, is the same one at both depths and its bytes grow evenly
+    Operation i from the start, and operation i from the end, is the same one at both depths, and its bytes grow evenly
     with the depth. Those in the middle of a deep tower lie between: bytes rise or fall evenly from block to block.
     """
-    block = len(longer.names) - len(short.names)
+    block = len(longer.names) - len(shorter.names)
     parts = []
     for direction in (1, -1):
-        alike = 0
-        for one, other in zip(short.names[::direction], longer.names[::direction]):
-            if one != other:
-                break
-            alike += 1
-        alike -= block  # by accident the first operations after the last block may be named alike
-        near, far = (segment.bytes[::direction][:alike] for segment in (short, longer))
+        pairs = zip(shorter.names[::direction], longer.names[::direction])
+        alike = next((place for place, (one, other) in enumerate(pairs) if one != other), len(shorter.names))
+        alike -= block  # the first operations after the last block may be named alike by accident
+        near, far = (segment.bytes[::direction][:alike] for segment in (shorter, longer))
         parts.append(far + more * (far - near))
     return np.concatenate(parts)
 
 
-@dataclass
-class _Segment:
-    """Operations of a forward or of a backward pass: their names and what is live after each, (operations, columns)."""
-
-    phase: str
-    names: list[Any]
-    bytes: np.ndarray
-
-
-@dataclass
-class _Trace:
-    segments: list[_Segment]
-    step: StepCount
-    depth: int
-    block: list[int]  # elements of each parameter of a block
-
-
 def _trace(
-    config: CLIPVisionConfig,
+    tensors: LiveBytes,
+    encoder: ImageEncoder,
+    reference: ImageEncoder,
     batch_size: int,
-    compute_dtype: torch.dtype,
-    gradient_checkpointing: bool,
-    reference_dtype: str,
     clean_in_primal: bool,
     momentum: bool,
-) -> _Trace:
-    """One step on fake tensors: live bytes, beside weights and reference, and gradients among them, by operation."""
-    with FakeTensorMode(), LiveBytes() as tensors:
-        encoder = _random_encoder(config, compute_dtype).train()
-        # Another one, not a copy: fake tensors cannot be copied deeply.
-        reference = keep_weights_in(reference_dtype, _random_encoder(config, compute_dtype))
-        reference = reference.eval().requires_grad_(False)
-        if gradient_checkpointing:
-            enable_gradient_checkpointing(encoder)
-        resident, weights = tensors.live, _bytes(encoder)
-        first = len(tensors.history)
-        segments: list[_Segment] = []
-        made: list[tuple[int, int]] = []  # gradients: operations done before, bytes
-        for parameter in encoder.parameters():
-            parameter.register_post_accumulate_grad_hook(
-                lambda parameter: made.append((len(tensors.history), parameter.grad.nbytes))
-            )
+) -> list[_Segment]:
+    """One step: by operation the live bytes beside weights and reference, and those of gradients among them."""
+    history, resident = tensors.history, tensors.live
+    ends = [len(history)]  # of forward and of backward passes since the phase began, as counts of operations
+    encoder.register_forward_pre_hook(lambda *_: ends.append(len(history)))
+    encoder.register_forward_hook(lambda *_: ends.append(len(history)))
+    made: list[tuple[int, int]] = []  # gradients: operations done before, bytes
+    for parameter in encoder.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: made.append((len(history), p.grad.nbytes)))
+    cuts: list[tuple[str, int, int]] = []
+    for phase in _step(encoder, reference, batch_size, clean_in_primal, momentum):
+        ends.append(len(history))
+        cuts += [(phase, first, end) for first, end in itertools.pairwise(ends)]
+        ends[:] = ends[-1:]
 
-        def cut(phase: str) -> None:
-            """Ends a segment of the trace here: what was done since the last cut."""
-            nonlocal first
-            history = tensors.history[first:]
-            live = np.array([live for _, live in history], dtype=np.float64) - resident
-            gradients = np.zeros_like(live)
-            for operation, size in made:
-                gradients[max(0, operation - first) :] += size
-            if phase == "further backward":
-                live, gradients = live - weights, 0 * live  # those that were there before are counted elsewhere
-            segments.append(_Segment(phase, [name for name, _ in history], np.stack([live, gradients], axis=1)))
-            first = len(tensors.history)
+    rows = np.array([(live - resident, 0) for _, live in history], dtype=np.float64)
+    for operation, size in made:
+        rows[operation:, 1] += size
+    found = [_Segment(phase, [name for name, _ in history[first:end]], rows[first:end]) for phase, first, end in cuts]
+    for segment in found:
+        if segment.phase != "first backward":  # gradients that were there before are counted in device_bytes
+            segment.bytes[:, 1] = 0
+        if segment.phase == "further backward":
+            segment.bytes[:, 0] -= _bytes(encoder)
+    return found
 
-        pixel_values = torch.zeros(batch_size, 3, encoder.image_size, encoder.image_size)
-        with torch.no_grad():
-            ref_image_embeds = reference(pixel_values)
-            margin = ref_image_embeds.square().sum(dim=-1)
-        cut("reference")
 
-        def attacked_loss(adversarial: Tensor) -> Tensor:
-            cut("attack")
-            loss = squared_distance(encoder(adversarial), ref_image_embeds)
-            cut("attack")
-            return loss
-
-        with frozen(encoder):
-            delta = pgd(
-                attacked_loss,
-                pixel_values,
-                eps=1 / 255,
-                step_size=1 / 255,
-                num_steps=2,
-                start=torch.zeros_like(pixel_values),
-                momentum=0.9 if momentum else 0.0,
-            )
-        cut("attack")
-        for phase in ("first backward", "further backward"):  # the first makes the gradients, the second adds to them
-            adversarial = pixel_values + delta
-            if clean_in_primal:
-                image_embeds, adversarial_embeds = encoder(torch.cat([pixel_values, adversarial])).chunk(2)
-                distance = squared_distance(image_embeds, ref_image_embeds)
-                loss = (squared_distance(adversarial_embeds, ref_image_embeds) + distance - margin).mean()
-            else:
-                loss = squared_distance(encoder(adversarial), ref_image_embeds).mean()
-            cut(phase)
-            loss.backward()
-            cut(phase)
-        encoder.zero_grad()
-        made.clear()
-        first = len(tensors.history)
-        with torch.no_grad():
-            squared_distance(encoder(pixel_values), ref_image_embeds)
-        cut("dual")
-        block, reference_block = (one.vision_model.get_submodule("encoder.layers.0") for one in (encoder, reference))
-        step = StepCount(
-            phases={},
-            parameters=[parameter.numel() for parameter in encoder.parameters()],
-            reference_bytes=_bytes(reference),
-            layer_bytes=_bytes(block),
-            reference_layer_bytes=_bytes(reference_block),
-            data_bytes=sum(tensor[0].nbytes for tensor in (pixel_values, delta, ref_image_embeds, margin)),
+def _step(
+    encoder: ImageEncoder, reference: ImageEncoder, batch_size: int, clean_in_primal: bool, momentum: bool
+) -> Iterator[str]:
+    """The step of train_lore.py with two attack steps and two updates. Yields the name of each phase when it is over."""
+    pixel_values = torch.zeros(batch_size, 3, encoder.image_size, encoder.image_size)
+    with torch.no_grad():
+        ref_image_embeds = reference(pixel_values)
+        margin = ref_image_embeds.square().sum(dim=-1)
+    yield "reference"
+    with frozen(encoder):
+        delta = pgd(
+            lambda adversarial: squared_distance(encoder(adversarial), ref_image_embeds),
+            pixel_values,
+            eps=1 / 255,
+            step_size=1 / 255,
+            num_steps=2,
+            start=torch.zeros_like(pixel_values),
+            momentum=0.9 if momentum else 0.0,
         )
-        return _Trace(segments, step, config.num_hidden_layers, [parameter.numel() for parameter in block.parameters()])
+    yield "attack"
+    for phase in ("first backward", "further backward"):  # the first makes the gradients, the second adds to them
+        adversarial = pixel_values + delta
+        if clean_in_primal:
+            image_embeds, adversarial_embeds = encoder(torch.cat([pixel_values, adversarial])).chunk(2)
+            distance = squared_distance(image_embeds, ref_image_embeds)
+            loss = (squared_distance(adversarial_embeds, ref_image_embeds) + distance - margin).mean()
+        else:
+            loss = squared_distance(encoder(adversarial), ref_image_embeds).mean()
+        loss.backward()
+        yield phase
+    encoder.zero_grad()
+    with torch.no_grad():
+        squared_distance(encoder(pixel_values), ref_image_embeds)
+    yield "dual"
 
 
-def _random_encoder(config: CLIPVisionConfig, compute_dtype: torch.dtype) -> ImageEncoder:
-    model = CLIPVisionModelWithProjection(config)
-    side, third = square_side(config.image_size), [1 / 3] * 3
-    encoder = ImageEncoder(model.vision_model, model.visual_projection, side, third, third, compute_dtype)
-    encoder.vision_model.config._attn_implementation = "sdpa"  # flash attention, as on a GPU, in every precision
-    return encoder
+def _sizes(module: torch.nn.Module) -> list[int]:
+    return [parameter.numel() for parameter in module.parameters()]
 
 
 def _bytes(module: torch.nn.Module) -> int:
@@ -315,19 +276,15 @@ def _bytes(module: torch.nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run lies on its devices. ``stage``: ZeRO's, 0 for DDP or a single process. Bucket sizes are in elements.
+    """How a run lies on its devices. Bucket sizes are in elements, as in accelerate_configs/deepspeed."""
 
-    ``gather_for_attack``: under ZeRO-3 the whole weights are on the device for the length of the attack.
-    ``shard_reference``: under ZeRO-3 the reference is partitioned too and gathered a block at a time.
-    """
-
-    stage: int = 0
+    stage: int = 0  # of ZeRO; 0 is DDP or a single process
     processes: int = 1
     optimizer: str = "adamw"
     accumulation: int = 1
-    gather_for_attack: bool = True
-    shard_reference: bool = False
-    reduce_bucket_size: int = 50_000_000  # as in accelerate_configs/deepspeed, in elements
+    gather_for_attack: bool = True  # ZeRO-3: the whole weights are on the device during the attack
+    shard_reference: bool = False  # ZeRO-3: the reference is partitioned too, and gathered a block at a time
+    reduce_bucket_size: int = 50_000_000
     prefetch_bucket_size: int = 50_000_000
     max_reuse_distance: int = 1_000_000_000
     param_persistence_threshold: int = 100_000
@@ -344,12 +301,14 @@ def optimizer_bytes(optimizer: str, parameters: Sequence[int]) -> int:
     return sum(2 * (size + 4 * math.ceil(size / 256)) if size >= 4096 else 8 * size for size in parameters)
 
 
-def device_bytes(count: StepCount, layout: Layout) -> list[tuple[str, dict[str, int], np.ndarray]]:
-    """What is on a device, by phase of a step: (phase, bytes by kind that do not depend on the batch, counted bytes).
+Phase = tuple[str, dict[str, int], np.ndarray]
 
-    The counted bytes are an array as in ``StepCount``; the devices are taken to be alike, padding of their shares is left
-    out. Sources: torch's DistributedDataParallel; deepspeed/runtime/zero/stage_1_and_2.py, stage3.py and
-    partitioned_param_coordinator.py of DeepSpeed 0.19.
+
+def device_bytes(count: StepCount, layout: Layout) -> list[Phase]:
+    """What is on a device, by phase of a step: (name, bytes by kind whatever the batch, counted bytes as in ``StepCount``).
+
+    Devices are taken to be alike; padding of their shares is left out. Sources: torch's DistributedDataParallel;
+    deepspeed/runtime/zero/stage_1_and_2.py, stage3.py and partitioned_param_coordinator.py of DeepSpeed 0.19.
     """
     numel, stage = sum(count.parameters), layout.stage
     weights = FLOAT32 * numel
@@ -363,93 +322,78 @@ def device_bytes(count: StepCount, layout: Layout) -> list[tuple[str, dict[str, 
         "optimizer": optimizer_bytes(layout.optimizer, owned) + (share if stage else 0),  # with DeepSpeed's master copy
     }
     nothing = np.zeros((1, 3))
-    reference, attack, dual = (count.phases[name] for name in ("reference", "attack", "dual"))
     first, further = count.phases["first backward"], count.phases["further backward"]
-    accumulating = layout.accumulation > 1
-    phases: list[tuple[str, dict[str, int], np.ndarray]]
+    gathered = {"reference": 0, "attack": 0, "dual": 0}  # weights, under ZeRO-3
+    accumulated: dict[str, int] | None = None  # what is there in a backward pass after the first of a step
+    phases: list[Phase]
 
-    if stage == 0:
-        if layout.processes > 1:
-            always["gradients"] = weights  # DDP's buckets, which the gradients are views of, stay
-            phases = [("updates", {}, further), ("optimizer", {}, nothing)]
-        else:
-            phases = [("updates", {}, first), ("optimizer", {"gradients": weights}, nothing)]
-            phases += [("updates", {"gradients": weights}, further)] if accumulating else []
-        phases += [("reference", {}, reference), ("attack", {}, attack), ("dual", {}, dual)]
-    elif stage == 1:
-        # The whole gradients stay until the last backward of a step has made them all; then they are reduced.
+    if stage == 0 and layout.processes > 1:
+        always["gradients"] = weights  # DDP's buckets, which the gradients are views of, stay
+        phases = [("updates", {}, further), ("optimizer", {}, nothing)]
+    elif stage == 0:
+        accumulated = {"gradients": weights}
+        phases = [("updates", {}, first), ("optimizer", accumulated, nothing)]
+    elif stage <= 2:
+        # Under 1 the whole gradients stay until the last backward of a step has made them all; then they are reduced.
+        kept = weights if stage == 1 else share
+        accumulated = {"buckets": bucket + (0 if stage == 1 else filled), "gradients": kept}
         phases = [
-            ("updates", {"buckets": bucket}, first),
-            ("updates", {"buckets": bucket + filled, "gradients": weights}, nothing),
+            ("updates", {"buckets": bucket}, first if stage == 1 else _reduced(first, layout, filled)),
+            ("updates", {"buckets": bucket + filled, "gradients": kept}, nothing),
             ("optimizer", {"gradients": share, "temporaries": share}, nothing),
-            ("reference", {}, reference),
-            ("attack", {}, attack),
-            ("dual", {}, dual),
         ]
-        phases += [("updates", {"buckets": bucket, "gradients": weights}, further)] if accumulating else []
-    elif stage == 2:
-        phases = [
-            ("updates", {"buckets": bucket}, _reduced(first, bucket, filled, 1 / layout.processes)),
-            ("updates", {"buckets": bucket + filled, "gradients": share}, nothing),
-            ("optimizer", {"gradients": share, "temporaries": share}, nothing),
-            ("reference", {}, reference),
-            ("attack", {}, attack),
-            ("dual", {}, dual),
-        ]
-        if accumulating:
-            phases.append(("updates", {"buckets": bucket + filled, "gradients": share}, further))
     else:
         always |= {"weights": share, "gradients": share, "buckets": bucket}
-        # A gathered weight is kept where it is needed again within the reuse distance: from a block of the forward pass
-        # to the same one of the backward pass it is twice the weights behind that block.
-        small = FLOAT32 * sum(
-            size for size in count.parameters if size < layout.param_persistence_threshold
-        )  # stay whole
-        ahead = small + FLOAT32 * layout.prefetch_bucket_size
-        kept = min(weights, ahead + FLOAT32 * layout.max_reuse_distance // 2)
+        small = sum(size for size in count.parameters if size < layout.param_persistence_threshold)  # stay whole
+        ahead = FLOAT32 * (small + layout.prefetch_bucket_size)
         streamed = min(weights, ahead + count.layer_bytes)
-        one_block = 0
+        gathered = {
+            "reference": FLOAT32 * small,
+            "attack": weights if layout.gather_for_attack else streamed,
+            "dual": streamed,
+        }
         if layout.shard_reference:
             always["reference"] = math.ceil(count.reference_bytes / layout.processes)
-            one_block = count.reference_layer_bytes
+            gathered["reference"] += count.reference_layer_bytes
+        # A gathered weight is kept where it is needed again within the reuse distance: from a block of the forward pass
+        # to the same one of the backward pass it is twice the weights behind that block.
+        reused = min(weights, ahead + FLOAT32 * layout.max_reuse_distance // 2)
         phases = [
-            ("updates", {"gathered weights": kept}, _reduced(first, bucket, filled, 0)),
+            ("updates", {"gathered weights": reused}, _reduced(first, layout, filled)),
             ("updates", {"buckets": filled}, nothing),
             ("optimizer", {"temporaries": share}, nothing),
-            ("reference", {"gathered weights": small + one_block}, reference),
-            ("attack", {"gathered weights": weights if layout.gather_for_attack else streamed}, attack),
-            ("dual", {"gathered weights": streamed}, dual),
         ]
+    phases += [(name, {"gathered weights": size}, count.phases[name]) for name, size in gathered.items()]
+    if accumulated and layout.accumulation > 1:
+        phases.append(("updates", accumulated, further))
+    waiting = np.array([0, (layout.accumulation - 1) * count.data_bytes, 0])  # the other micro-batches
     return [
-        (
-            name,
-            {kind: always.get(kind, 0) + more.get(kind, 0) for kind in (always | more)},
-            counted + np.array([0, (layout.accumulation - 1) * count.data_bytes, 0]),
-        )
+        (name, {kind: always.get(kind, 0) + more.get(kind, 0) for kind in always | more}, counted + waiting)
         for name, more, counted in phases
     ]
 
 
-def _reduced(first: np.ndarray, bucket: int, filled: int, kept: float) -> np.ndarray:
-    """The first backward where gradients leave for the bucket as they are made, and only the share ``kept`` comes back."""
+def _reduced(first: np.ndarray, layout: Layout, filled: int) -> np.ndarray:
+    """The first backward pass where gradients leave for the bucket as they are made, and at most a share comes back."""
+    kept = 1 / layout.processes if layout.stage == 2 else 0  # ZeRO-3 has room for its share anyway
     gradients = first[:, 2]
-    away = gradients * (1 - kept) - np.where(gradients >= bucket, filled, 0)
-    return first - np.stack([away, 0 * away, gradients * (1 - kept)], axis=1)
+    gone = gradients * (1 - kept)
+    copied = np.where(gradients >= FLOAT32 * layout.reduce_bucket_size, filled, 0)
+    return first - np.stack([gone - copied, 0 * gone, gone], axis=1)
 
 
 def peak_bytes(count: StepCount, layout: Layout, batch_size: int) -> dict[str, Any]:
     """The highest use of a step by kind, in bytes: ``phase`` is its name, ``total`` the sum of the others."""
+    data = batch_size * layout.accumulation * count.data_bytes
     peaks = []
     for name, kinds, counted in device_bytes(count, layout):
-        operation = counted[int((counted[:, 0] + counted[:, 1] * batch_size).argmax())]
-        data = batch_size * layout.accumulation * count.data_bytes
-        images = batch_size * operation[1]
-        gradients = kinds.get("gradients", 0) + operation[2]
+        fixed, per_image, gradients = counted[int((counted[:, 0] + counted[:, 1] * batch_size).argmax())]
+        images = batch_size * per_image
         kinds = kinds | {
-            "gradients": int(gradients),
+            "gradients": int(kinds.get("gradients", 0) + gradients),
             "pixels, perturbations": int(min(images, data)),
             "activations": int(max(0, images - data)),
-            "temporaries": kinds.get("temporaries", 0) + int(operation[0] - operation[2]),
+            "temporaries": kinds.get("temporaries", 0) + int(fixed - gradients),
         }
         peaks.append({"phase": name, "total": sum(kinds.values())} | kinds)
     return max(peaks, key=lambda peak: peak["total"])
@@ -463,13 +407,8 @@ def largest_batch(count: StepCount, layout: Layout, capacity: float) -> int:
         if free.min() < 0:
             return 0
         grows = counted[:, 1] > 0
-        if grows.any():
-            largest = min(largest, float((free[grows] / counted[grows, 1]).min()))
+        largest = min(largest, (free[grows] / counted[grows, 1]).min(initial=math.inf))
     return math.floor(largest)
-
-
-# What the columns of the tables are, and a run's stage of ZeRO.
-_STAGES = {"DDP": 0, "ZeRO-1": 1, "ZeRO-2": 2, "ZeRO-3": 3}
 
 
 def print_estimate(
@@ -489,98 +428,69 @@ def print_estimate(
 ) -> None:
     """Prints the peak of a step on one device, the largest batches, and what the peak is made of.
 
-    For every tower of ``TOWERS`` and the ``model``, its name and config, where given; the breakdown is that model's, of
-    ViT-L/14 where there is none, with the given ``gradient_checkpointing``.
+    For all ``TOWERS`` and the ``model``, its name and config, where given; the breakdown is that model's, else ViT-L/14's,
+    with the given ``gradient_checkpointing``.
     """
-    configs = {tower: tower_config(tower) for tower in TOWERS}
-    shown = "ViT-L/14"
-    if model is not None:
-        shown, config = model
-        configs[shown] = config
+    configs = {tower: tower_config(tower) for tower in TOWERS} | dict([model] if model else [])
+    shown = model[0] if model else "ViT-L/14"
     counts = {}
     with RunProgress("counting", 2 * len(configs), transient=True) as progress:
-        for tower, tower_vision in configs.items():
-            for checkpointing in (False, True):
-                counts[tower, checkpointing] = count_step(
-                    tower_vision,
-                    compute_dtype=compute_dtype,
-                    gradient_checkpointing=checkpointing,
-                    reference_dtype=reference_dtype,
-                    clean_in_primal=clean_in_primal,
-                    momentum=momentum,
-                )
-                progress.update(len(counts))
+        for tower, checkpointing in itertools.product(configs, (False, True)):
+            counts[tower, checkpointing] = count_step(
+                configs[tower],
+                compute_dtype=compute_dtype,
+                gradient_checkpointing=checkpointing,
+                reference_dtype=reference_dtype,
+                clean_in_primal=clean_in_primal,
+                momentum=momentum,
+            )
+            progress.update(len(counts))
     layouts = {
-        stage: Layout(number, processes, optimizer, accumulation, gather_for_attack, shard_reference)
-        for stage, number in _STAGES.items()
+        name: Layout(stage, processes, optimizer, accumulation, gather_for_attack, shard_reference)
+        for stage, name in enumerate(["one process" if processes == 1 else "DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"])
     }
-    if processes == 1:
-        layouts["one process"] = layouts.pop("DDP")
-        layouts = {"one process": layouts.pop("one process")} | layouts
 
     console = wide_console()
     console.print(
         f"{processes} processes, {batch_size} images each per micro-batch (x {accumulation}), {optimizer}, blocks in "
         f"{str(compute_dtype).removeprefix('torch.')}, reference {reference_dtype}. GB = 10^9 bytes. + gc: gradient checkpointing."
     )
-    columns = [(stage, checkpointing) for checkpointing in (False, True) for stage in layouts]
-    table = _table(
-        "Peak of a step per device, GB -> the smallest device that holds it",
-        "image tower",
-        [stage + (" + gc" if checkpointing else "") for stage, checkpointing in columns],
-    )
+
+    def smallest_device(tower: str, checkpointing: bool, layout: Layout) -> str:
+        need = peak_bytes(counts[tower, checkpointing], layout, batch_size)["total"] / GB
+        return f"{need:.1f} -> {next((size for size in DEVICES if size >= need), 'none')}"
+
+    rows = [["image tower", *layouts, *(f"{name} + gc" for name in layouts)]]
     for tower in configs:
-        needed = [peak_bytes(counts[tower, gc], layouts[stage], batch_size)["total"] / GB for stage, gc in columns]
-        holds = [next((size for size in DEVICES if size >= need), "none") for need in needed]
-        table.add_row(tower, *(f"{need:.1f} -> {size}" for need, size in zip(needed, holds)))
-    console.print(table)
+        columns = itertools.product((False, True), layouts.values())
+        rows.append([tower, *(smallest_device(tower, checkpointing, layout) for checkpointing, layout in columns)])
+    _print_table(console, "Peak of a step per device, GB -> the smallest device that holds it", rows)
+
+    devices = " / ".join(map(str, DEVICES))
     for checkpointing in (False, True):
-        table = _table(
-            f"Largest --per_device_train_batch_size on {' / '.join(map(str, DEVICES))} GB, gradient checkpointing "
-            f"{'on' if checkpointing else 'off'}",
-            "image tower",
-            list(layouts),
-        )
+        rows = [["image tower", *layouts]]
         for tower in configs:
-            largest = [
-                [largest_batch(counts[tower, checkpointing], layout, size * GB) for size in DEVICES]
-                for layout in layouts.values()
-            ]
-            table.add_row(tower, *(" / ".join(map(str, sizes)) for sizes in largest))
-        console.print(table)
+            count = counts[tower, checkpointing]
+            largest = [[largest_batch(count, layout, size * GB) for size in DEVICES] for layout in layouts.values()]
+            rows.append([tower, *(" / ".join(map(str, sizes)) for sizes in largest)])
+        title = f"Largest --per_device_train_batch_size on {devices} GB, gradient checkpointing "
+        _print_table(console, title + ("on" if checkpointing else "off"), rows)
 
-    parts = {
-        stage: peak_bytes(counts[shown, gradient_checkpointing], layout, batch_size)
-        for stage, layout in layouts.items()
-    }
-    table = _table(
-        f"Peak of {shown}, GB" + (", gradient checkpointing" if gradient_checkpointing else ""),
-        "",
-        list(parts),
-    )
-    table.add_row("during", *(peak["phase"] for peak in parts.values()))
-    for kind in _KINDS:
-        table.add_row(kind, *(f"{peak.get(kind, 0) / GB:.2f}" for peak in parts.values()))
-    table.add_row("total", *(f"{peak['total'] / GB:.2f}" for peak in parts.values()))
-    console.print(table)
+    peaks = [peak_bytes(counts[shown, gradient_checkpointing], layout, batch_size) for layout in layouts.values()]
+    rows = [["", *layouts], ["during", *(peak["phase"] for peak in peaks)]]
+    rows += [[kind, *(f"{peak.get(kind, 0) / GB:.2f}" for peak in peaks)] for kind in (*_KINDS, "total")]
+    _print_table(console, f"Peak of {shown}, GB" + (", gradient checkpointing" if gradient_checkpointing else ""), rows)
 
 
-def _table(title: str, first: str, columns: Sequence[str]) -> Table:
+_KINDS = ["weights", "reference", "optimizer", "gradients", "buckets", "gathered weights", "pixels, perturbations"]
+_KINDS += ["activations", "temporaries"]
+
+
+def _print_table(console: Console, title: str, rows: Sequence[Sequence[str]]) -> None:
+    """The first row is the heading."""
     table = Table(title=title, title_justify="left")
-    table.add_column(first, no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
-
-
-_KINDS = (
-    "weights",
-    "reference",
-    "optimizer",
-    "gradients",
-    "buckets",
-    "gathered weights",
-    "pixels, perturbations",
-    "activations",
-    "temporaries",
-)
+    for place, heading in enumerate(rows[0]):
+        table.add_column(heading, justify="right" if place else "left", no_wrap=True)
+    for row in rows[1:]:
+        table.add_row(*row)
+    console.print(table)

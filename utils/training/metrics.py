@@ -78,19 +78,19 @@ def lore_flops_per_image(
     """FLOPs that one image needs in one step, in terms of one forward F (backward to the input F, with weights 2F).
 
     Reference F, attack 2F a step, each primal update 3F for x + delta and 3F more where x takes part, dual F. LORE with
-    10 attack steps and K = 5: 52 F. ``clean_in_primal``, ``dual``, ``reference``: whether a step has these parts.
+    10 attack steps and K = 5: 52 F.
     """
-    updates = primal_steps * 3 * (2 if clean_in_primal else 1)
-    return forward * ((1 if reference else 0) + 2 * attack_steps + updates + (1 if dual else 0))
+    updates = primal_steps * (6 if clean_in_primal else 3)
+    return forward * (reference + 2 * attack_steps + updates + dual)
 
 
 def preference_flops_per_sample(forward: int, pictures: int, head: bool, dual: bool = False) -> int:
-    """FLOPs that one sample's pictures need in one step: reference F each, and 3F an image tower that is trained.
+    """FLOPs that one sample's pictures need in one step: reference F each, and 3F each where the image tower is trained.
 
-    ``head``: none is, the reference's embeddings are the input. Texts are left out: few in comparison. ``dual``: F more, a
-    constraint's dual step encodes the clean picture once again; of pairs not every sample is clean, so that it is the most.
+    A ``head`` is trained on the reference's embeddings alone. ``dual``: F more for the clean picture; of pairs not every
+    sample is clean, so that is the most. Texts are left out: few in comparison.
     """
-    return forward * (pictures if head else 4 * pictures + (1 if dual else 0))
+    return forward * (pictures if head else 4 * pictures + dual)
 
 
 # Dense bf16 peaks from the vendors' data sheets, FLOP/s. Other devices report no utilisation.

@@ -27,11 +27,8 @@ def make_optimizer(name: str, module: nn.Module, learning_rate: float, weight_de
         raise UserError(f"--optimizer {name}: needs the package bitsandbytes; install it or use adamw")
     import bitsandbytes
 
-    optimizer_class = {
-        "adamw_8bit": bitsandbytes.optim.AdamW8bit,
-        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
-    }[name]
-    return optimizer_class(module.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    eight_bit = bitsandbytes.optim.PagedAdamW8bit if name.startswith("paged") else bitsandbytes.optim.AdamW8bit
+    return eight_bit(module.parameters(), lr=learning_rate, weight_decay=weight_decay)
 
 
 def accumulation_steps(
@@ -39,7 +36,7 @@ def accumulation_steps(
 ) -> int:
     """Micro-batches per step: N / (processes x per-device batch), or without a global batch N what was ``given``, else 1.
 
-    Raises ``UserError``, which says what would fit, where that is no whole number or not the ``given`` one.
+    Raises ``UserError`` with what would fit where that is no whole number, or not the ``given`` one.
     """
     if global_batch_size is None:
         return given or 1
@@ -48,12 +45,14 @@ def accumulation_steps(
     steps, rest = divmod(global_batch_size, at_once)
     if rest:
         batches = " or ".join(str(batch) for batch in (steps * at_once, (steps + 1) * at_once) if batch)
+        advice = f"try --global_batch_size {batches}"
         share, indivisible = divmod(global_batch_size, processes)
         sizes = range(min(share, per_device_batch_size, 1 << 16), 0, -1)
-        smaller = next((size for size in sizes if share % size == 0), None) if not indivisible else None
+        if not indivisible:
+            smaller = next(size for size in sizes if share % size == 0)
+            advice = f"--per_device_train_batch_size {smaller} would fit, or --global_batch_size {batches}"
         raise UserError(
-            f"--global_batch_size {global_batch_size}: not a whole number of times {product} = {at_once}; "
-            f"{f'--per_device_train_batch_size {smaller} would fit, or ' if smaller else 'try '}--global_batch_size {batches}"
+            f"--global_batch_size {global_batch_size}: not a whole number of times {product} = {at_once}; {advice}"
         )
     if given not in (None, steps):
         raise UserError(
@@ -90,10 +89,10 @@ def cosine_learning_rate(step: int, peak: float, total_steps: int, warmup_steps:
 
 
 class BetaAverage:
-    """Running average of a module's weights over a run, the moment (k + 1/2) / (n + 1) weighing Beta(0.7, 0.7) there.
+    """Running average of a module's weights over a run: weight Beta(0.7, 0.7) at (k + 1/2) / (n + 1), k = 0 at the start.
 
-    First and last moments weigh most: the average lies between the pretrained and the final model. k = 0 is the start, k =
-    1 ... n the steps. float32, on the parameters' device. Source: the official code of arXiv 2411.08923.
+    First and last moments weigh most, so it lies between the pretrained and the final model. float32, on the parameters'
+    device. Source: the official code of arXiv 2411.08923.
     """
 
     def __init__(self, module: nn.Module, total_steps: int, beta: float = 0.7) -> None:

@@ -1,7 +1,7 @@
-"""The state of training as whole, named tensors, whatever shards it: the same under DDP and every ZeRO stage.
+"""The state of training as whole, named tensors, the same under DDP and every ZeRO stage.
 
-A checkpoint made of them goes on under any number of processes and any stage. The one exception are 8-bit optimizers
-under ZeRO: their blocks are cut out of a process's share, so that each process keeps its own.
+A run goes on from them under any number of processes and any stage. The exception are 8-bit optimizers under ZeRO: their
+blocks are cut out of a process's share, so each process keeps its own.
 
     parameters.safetensors           {parameter: tensor}, float32
     optimizer.<key>.safetensors      {parameter: tensor} for every key of the optimizer's state: exp_avg, exp_avg_sq, step
@@ -33,8 +33,7 @@ def flatten(
     """Nested dictionaries and lists -> tensors on the CPU by path ``a/b/c``, and plain numbers by path. None is left out."""
     tensors: Tensors = {}
     numbers: dict[str, int | float] = {}
-    items = nested.items() if isinstance(nested, dict) else enumerate(nested)
-    for key, value in items:
+    for key, value in nested.items() if isinstance(nested, dict) else enumerate(nested):
         path = f"{prefix}{key}"
         if isinstance(value, (dict, list, tuple)):
             inner = flatten(value, path + "/")
@@ -66,55 +65,52 @@ def collect(
 ) -> dict[str, Any]:
     """Hands parameters and optimizer state to ``write(file stem, tensors)``, file by file; returns its plain numbers.
 
-    Call on all processes: ZeRO gathers here. ``write`` is called on the main process, for shares of a process on each.
-    ``model`` and ``optimizer`` are the prepared ones.
+    Call on all processes with the prepared ``model`` and ``optimizer``: ZeRO gathers here. ``write`` is called on the main
+    process, and for shares of a process on each.
     """
     parameters = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         write("parameters", {name: _own(tensor) for name, tensor in parameters.items()})
     del parameters
-    if accelerator.distributed_type != DistributedType.DEEPSPEED:
-        return _collect_replicated(accelerator, model, optimizer, write)
-    return _collect_zero(accelerator, model, write)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return _collect_zero(accelerator, model, write)
+    if not accelerator.is_main_process:
+        return {}
+    names = [name for name, _ in accelerator.unwrap_model(model).named_parameters()]
+    tensors, numbers = flatten(optimizer.state_dict()["state"])
+    for key, whole in _by_key(tensors, names).items():
+        write(f"optimizer.{key.replace('/', '.')}", whole)
+    return _by_key(numbers, names)
+
+
+def _by_key(values: dict[str, Any], names: list[str]) -> dict[str, dict[str, Any]]:
+    """{"<place of a parameter>/<key>": value} -> {key: {name of the parameter: value}}."""
+    found: dict[str, dict[str, Any]] = {}
+    for path, value in values.items():
+        place, _, key = path.partition("/")
+        found.setdefault(key, {})[names[int(place)]] = value
+    return found
 
 
 def _collect_zero(accelerator: Accelerator, engine: Any, write: Callable[[str, Tensors], None]) -> dict[str, Any]:
     zero = engine.optimizer
-    shares = [zero.optimizer.state.get(share, {}) for share in _shares(zero)]
-    if not all(_is_elementwise(share, state) for share, state in zip(_shares(zero), shares)):
-        tensors, numbers = flatten(shares)
+    states = [zero.optimizer.state.get(share, {}) for share in _shares(zero)]
+    if not all(_is_elementwise(share, state) for share, state in zip(_shares(zero), states)):
+        tensors, numbers = flatten(states)
         write(OWN_SHARE.format(rank=accelerator.process_index), tensors)
         return {f"process-{accelerator.process_index}": numbers}
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    for key in shares[0]:
+    for key in states[0]:
         whole: Tensors = {}
         for name, parameter in engine.module.named_parameters():
             same = key == "step"  # for all parameters; everything else takes a collective
-            tensor = torch.as_tensor(shares[0][key]) if same else safe_get_full_optimizer_state(parameter, key)
+            tensor = torch.as_tensor(states[0][key]) if same else safe_get_full_optimizer_state(parameter, key)
             if accelerator.is_main_process:
                 whole[name] = _own(tensor)
         if accelerator.is_main_process:
             write(f"optimizer.{key}", whole)
     return {}
-
-
-def _collect_replicated(
-    accelerator: Accelerator, model: nn.Module, optimizer: Any, write: Callable[[str, Tensors], None]
-) -> dict[str, Any]:
-    numbers: dict[str, Any] = {}
-    if accelerator.is_main_process:
-        names = [name for name, _ in accelerator.unwrap_model(model).named_parameters()]
-        by_key: dict[str, Tensors] = {}
-        for index, state in optimizer.state_dict()["state"].items():
-            tensors, plain = flatten(state)
-            for key, tensor in tensors.items():
-                by_key.setdefault(key, {})[names[index]] = tensor
-            for key, number in plain.items():
-                numbers.setdefault(key, {})[names[index]] = number
-        for key, tensors in by_key.items():
-            write(f"optimizer.{key.replace('/', '.')}", tensors)
-    return numbers
 
 
 def read_tensors(path: Path) -> Tensors:
@@ -130,10 +126,7 @@ def read_tensors(path: Path) -> Tensors:
 
 
 def load_parameters(module: nn.Module, checkpoint: Path) -> None:
-    """Puts the checkpoint's parameters into ``module``, before it is prepared: engines copy them when they start.
-
-    Raises ``UserError`` where they are not those of ``module``.
-    """
+    """Puts the checkpoint's parameters into ``module``, before it is prepared: engines copy them when they start."""
     found, wanted = read_tensors(checkpoint / "parameters.safetensors"), module.state_dict()
     names = sorted(found.keys() ^ wanted.keys())
     names += [name for name in wanted if name in found and found[name].shape != wanted[name].shape]
@@ -152,58 +145,57 @@ def load_optimizer(
 
     ``numbers``: what ``collect`` returned. Raises ``UserError`` where shares of processes do not fit this run.
     """
+    own_shares = list(checkpoint.glob(OWN_SHARE.format(rank="*") + ".safetensors"))
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        _load_zero(accelerator, model, checkpoint, numbers)
-        return
-    if list(checkpoint.glob(OWN_SHARE.format(rank="*") + ".safetensors")):
+        if not own_shares:
+            return _load_zero(accelerator, model, checkpoint)
+        if len(own_shares) == accelerator.num_processes:
+            return _load_own_share(accelerator, model, checkpoint, numbers)
+    if own_shares:
         raise _other_shares(checkpoint)
     places = {name: place for place, (name, _) in enumerate(accelerator.unwrap_model(model).named_parameters())}
-    state: dict[int, dict[str, Any]] = {}
-    for key, tensors in _optimizer_files(checkpoint):
-        for name, tensor in tensors.items():
-            _put(state.setdefault(places[name], {}), key.split("."), tensor)
-    for key, values in numbers.items():
-        for name, number in values.items():
-            _put(state.setdefault(places[name], {}), key.split("/"), number)
-    load_optimizer_state(optimizer, state)
+    values = {key.replace(".", "/"): whole for key, whole in _optimizer_files(checkpoint)}
+    paths = {
+        f"{places[name]}/{key}": value
+        for found in (values, numbers)
+        for key, by_name in found.items()
+        for name, value in by_name.items()
+    }
+    load_optimizer_state(optimizer, unflatten(paths))
 
 
-def _load_zero(accelerator: Accelerator, engine: Any, checkpoint: Path, numbers: dict[str, Any]) -> None:
+def _load_own_share(accelerator: Accelerator, engine: Any, checkpoint: Path, numbers: dict[str, Any]) -> None:
+    zero, rank = engine.optimizer, accelerator.process_index
+    shares = _shares(zero)
+    values = read_tensors(checkpoint / f"{OWN_SHARE.format(rank=rank)}.safetensors") | numbers[f"process-{rank}"]
+    for place, state in unflatten(values).items():
+        if place >= len(shares) or state["state1"].numel() != shares[place].numel():
+            raise _other_shares(checkpoint)
+        device = shares[place].device
+        zero.optimizer.state[shares[place]] = {
+            key: value.to(device) if isinstance(value, Tensor) else value for key, value in state.items()
+        }
+
+
+def _load_zero(accelerator: Accelerator, engine: Any, checkpoint: Path) -> None:
     from deepspeed.utils import (
         safe_get_local_optimizer_state,
         safe_set_full_optimizer_state,
         safe_set_local_optimizer_state,
     )
 
-    zero = engine.optimizer
-    shares = _shares(zero)
-    own = checkpoint / f"{OWN_SHARE.format(rank=accelerator.process_index)}.safetensors"
-    kept = list(checkpoint.glob(OWN_SHARE.format(rank="*") + ".safetensors"))
-    if kept:
-        if len(kept) != accelerator.num_processes:
-            raise _other_shares(checkpoint)
-        values = read_tensors(own) | numbers[f"process-{accelerator.process_index}"]
-        for place, state in unflatten(values).items():
-            fits = place < len(shares) and state["state1"].numel() == shares[place].numel()
-            if not fits:
-                raise _other_shares(checkpoint)
-            zero.optimizer.state[shares[place]] = {
-                key: value.to(shares[place].device) if isinstance(value, Tensor) else value
-                for key, value in state.items()
-            }
-        return
-    keys: list[str] = []
+    zero, device = engine.optimizer, accelerator.device
+    keys = []
     for key, tensors in _optimizer_files(checkpoint):
         if not all(tensor.is_floating_point() for tensor in tensors.values()):  # 8-bit blocks, of whole parameters
             raise _other_shares(checkpoint)
         keys.append(key)
-        for share in shares:
-            state = zero.optimizer.state[share]
-            count = next(iter(tensors.values()))  # of steps; the fused AdamW wants it where the share is
-            state[key] = count.clone().to(share.device) if key == "step" else torch.zeros_like(share)
-    if not keys:
-        return
-    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        count = next(iter(tensors.values()))  # of steps, under "step"; the fused AdamW wants it where the share is
+        for share in _shares(zero):
+            zero.optimizer.state[share][key] = (
+                count.clone().to(share.device) if key == "step" else torch.zeros_like(share)
+            )
+    if keys and hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
         zero._lazy_init_hp_params_optimizer_state()  # stages 1 and 2 look for the state after their first step only
     for key, tensors in _optimizer_files(checkpoint):
         if key == "step":
@@ -213,12 +205,12 @@ def _load_zero(accelerator: Accelerator, engine: Any, checkpoint: Path, numbers:
                 # Of its share alone: what sets whole tensors overruns where the processes do not divide a tensor.
                 size = safe_get_local_optimizer_state(parameter, key).numel()
                 first = accelerator.process_index * size
-                share = torch.zeros(size)
                 values = tensors[name].flatten()[first : first + size]
+                share = torch.zeros(size)
                 share[: len(values)] = values
-                safe_set_local_optimizer_state(parameter, share.to(accelerator.device), key)
+                safe_set_local_optimizer_state(parameter, share.to(device), key)
             else:
-                safe_set_full_optimizer_state(parameter, tensors[name].to(accelerator.device), key)
+                safe_set_full_optimizer_state(parameter, tensors[name].to(device), key)
 
 
 def _shares(zero: Any) -> list[Tensor]:
@@ -239,12 +231,6 @@ def _optimizer_files(checkpoint: Path) -> Iterator[tuple[str, Tensors]]:
     for path in sorted(checkpoint.glob("optimizer.*.safetensors")):
         key = path.name.removeprefix("optimizer.").removesuffix(".safetensors")
         yield key, read_tensors(path)
-
-
-def _put(nested: dict[str, Any], path: list[str], value: Any) -> None:
-    for part in path[:-1]:
-        nested = nested.setdefault(part, {})
-    nested[path[-1]] = value
 
 
 def _own(tensor: Tensor) -> Tensor:
