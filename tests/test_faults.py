@@ -26,8 +26,8 @@ from transformers import CLIPConfig, CLIPModel
 import train_lore
 import train_po
 import utils.data.shards
+import utils.processes.interruption
 import utils.training.checkpoint
-import utils.training.interruption
 import utils.training.run
 from tests.conftest import ROOT, free_port, run_script, two_processes
 from tests.shard_maker import ShardServer
@@ -35,8 +35,8 @@ from tests.small_models import save_scaled, save_small_clip
 from utils.data.shards import eval_loader
 from utils.errors import UserError
 from utils.models.encoders import load_model
+from utils.processes.interruption import REQUEUE, SIGNALS
 from utils.training.checkpoint import damage, last_checkpoint
-from utils.training.interruption import REQUEUE, SIGNALS
 from utils.training.state import load_parameters, read_tensors
 
 
@@ -232,7 +232,7 @@ def test_a_signal_is_heard_while_the_run_waits_for_data(
         return [word for pair in zip(given[::2], given[1::2]) if pair[0] not in unknown for word in pair]
 
     trainer.main(words(output_dir=tmp_path / "whole"))
-    monkeypatch.setattr(utils.training.interruption, "GRACE", 0.2)
+    monkeypatch.setattr(utils.processes.interruption, "GRACE", 0.2)
     mend = stuck_after(24)
     timed = threading.Timer(0, lambda: None)
 
@@ -267,7 +267,7 @@ def test_a_signal_to_a_data_worker_is_not_for_it(arguments, tmp_path, monkeypatc
             time.sleep(0.05)
         return real(self, reference)
 
-    monkeypatch.setattr(utils.training.interruption, "GRACE", 0.1)
+    monkeypatch.setattr(utils.processes.interruption, "GRACE", 0.1)
     monkeypatch.setattr(utils.data.shards.ShardDataset, "__getitem__", read)
     train_lore.main(arguments(num_workers=1, max_steps=3, checkpoint_steps=0))
     assert (tmp_path / "run/model.safetensors").exists()
@@ -278,7 +278,7 @@ def test_a_signal_ends_a_run_that_does_not_come_to_its_first_step(arguments, mon
         os.kill(os.getpid(), signal.SIGHUP)
         time.sleep(60)
 
-    monkeypatch.setattr(utils.training.interruption, "GRACE", 0.2)
+    monkeypatch.setattr(utils.processes.interruption, "GRACE", 0.2)
     monkeypatch.setattr(train_lore, "load_model", load)
     with pytest.raises(SystemExit) as stopped:
         train_lore.main(arguments())
@@ -302,7 +302,7 @@ def test_a_signal_ends_an_evaluation_whose_data_does_not_come(
         utils.training.run, "eval_loader", lambda *data, **more: (passes.append(1), eval_loader(*data, **more))[1]
     )
     monkeypatch.setattr(utils.data.shards.ShardDataset, "__getitem__", read)
-    monkeypatch.setattr(utils.training.interruption, "GRACE", 0.2)
+    monkeypatch.setattr(utils.processes.interruption, "GRACE", 0.2)
     with pytest.raises(SystemExit) as stopped:
         train_lore.main(arguments(eval_shards=digits / "test", eval_steps=1, eval_num_samples=8, checkpoint_steps=0))
     assert stopped.value.code == REQUEUE

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import utils.training.checkpoint
 import utils.training.run
 from utils.cli import run
-from utils.training.interruption import REQUEUE, SIGNALS
+from utils.processes.interruption import REQUEUE, SIGNALS
 
 
 def train(trainer, arguments, sgd=False, stop_in_step=None):

@@ -19,7 +19,7 @@ import utils.training.run
 from tests.conftest import ROOT, accelerate_launch, run_script
 from tests.train_several import train
 from utils.errors import UserError
-from utils.training.interruption import REQUEUE
+from utils.processes.interruption import REQUEUE
 
 KILLS = 20
 

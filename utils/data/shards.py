@@ -55,6 +55,7 @@ from utils.data.sources import (
 )
 from utils.data.tars import MAX_MEMBERS, TarIndex, tar_index
 from utils.errors import UserError
+from utils.processes.interruption import WaitEnded
 from utils.redaction import display_url
 from utils.strict_json import parse_json
 from utils.text_files import parse_label
@@ -651,10 +652,6 @@ def train_batches(
                     "fewer, then go on with --resume_from_checkpoint latest"
                 ) from None
             logger.warning("a data worker has died (%s); new ones go on with the same batches", reason)
-
-
-class WaitEnded(BaseException):
-    """Raised by the handler of a signal, out of a wait for data. No Exception: nothing on its way may catch it."""
 
 
 class _Late(WaitEnded):

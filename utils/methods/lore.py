@@ -66,7 +66,7 @@ class Primal(NamedTuple):
     terms: (
         Tensor  # (3,), detached: the loss, the mean objective, the mean distance of the clean images (0 without them)
     )
-    image_embeds: Tensor | None  # (B, D), of the clean images where the loss sees them
+    image_embeds: Any  # (B, D), of the clean images; None where neither the loss nor a log row sees them
     adversarial_embeds: Tensor  # (B, D)
 
 

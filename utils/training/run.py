@@ -32,6 +32,7 @@ from utils.processes.distributed import (
     start_accelerator,
     start_tracker,
 )
+from utils.processes.interruption import GivenUp, StopRequest
 from utils.processes.launcher import launched_processes
 from utils.processes.progress import RunProgress
 from utils.redaction import shown_setting
@@ -51,7 +52,6 @@ from utils.training.checkpoint import (
     take_output_dir,
 )
 from utils.training.data_speed import TimedBatches, measured_workers
-from utils.training.interruption import GivenUp, StopRequest
 from utils.training.metrics import MetricsFile, peak_flops, peak_memory_gib
 from utils.training.optimization import (
     accumulation_steps,
@@ -151,7 +151,8 @@ class Run:
         self.losses: list[Tensor] = []  # of all updates since they were last checked; on the device until then
         self.terms: Sequence[str] = ()  # names of what stands behind each loss
         self.grad_norm: Any = None  # of the last update that was measured
-        self.num_workers, self.data_note = settings.num_workers, ""
+        self.num_workers: Any = settings.num_workers
+        self.data_note = ""
 
     def on_main(self, make: Callable[[], Any]) -> Any:
         return from_main_process(self.accelerator, make)
@@ -168,10 +169,10 @@ class Run:
 
         The steps are counted, and a resumed run's settings are compared; ``earlier``: those that older checkpoints lack.
         """
-        opened = [
-            self.on_main(lambda options=options: open_set(**options) if options["patterns"] else None)
-            for options in (train, evaluation)
-        ]
+        opened = (
+            self.on_main(lambda: open_set(**train)),
+            self.on_main(lambda: open_set(**evaluation) if evaluation["patterns"] else None),
+        )
         settings, cache = self.settings, [self.settings.cache_dir or default_cache_dir()]
         for labelled, options in zip(opened, (train, evaluation)):
             if labelled:
@@ -218,7 +219,7 @@ class Run:
             of = set_digest(self.accelerator, self.eval_set, self.settings.eval_num_samples)
         self.best: dict[str, Any] = {"value": -1.0, "of": of}
         self.skips = SkipCounter(self.train_set.index, fraction)
-        self.eval_skips = SkipCounter(self.eval_set.index, fraction) if self.eval_set else None
+        self.eval_skips: Any = SkipCounter(self.eval_set.index, fraction) if self.eval_set else None
         if self.resumed:
             extra = load_checkpoint(self.accelerator, trained.model, trained.optimizer, self.checkpoint, self.resumed)
             for name, other in trained.others.items():
@@ -330,7 +331,8 @@ class Run:
 
     def take(self, batches: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
         """The micro-batches of a step; none where the run was told to stop and they do not come (``gave_up``)."""
-        taken = self.stop.unless_told(lambda: [next(batches) for _ in range(self.settings.gradient_accumulation_steps)])
+        count = self.settings.gradient_accumulation_steps or 1
+        taken = self.stop.unless_told(lambda: [next(batches) for _ in range(count)])
         self.stop.ask()
         # Under ZeRO-3 a forward gathers: no process begins one while another has no batch. Without it none has to wait.
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED and self.gave_up():
@@ -512,6 +514,7 @@ class Run:
             self.check()
             self.save_checkpoint(trained)
             state = f"{waiting}after step {self.done}: saved {self.last_good}"
+        assert told is not None
         self.stop.leave(told, state, self.progress.note)
 
     def finish(self, trained: Trained, *notes: str) -> None:

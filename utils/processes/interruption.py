@@ -17,7 +17,6 @@ from typing import NoReturn, TypeVar
 import torch
 from accelerate import Accelerator
 
-from utils.data.shards import WaitEnded
 from utils.processes.distributed import end_training
 
 REQUEUE = 85  # exit status of a run that was told to stop and can go on: start it again with the same command
@@ -26,6 +25,10 @@ GRACE = 5.0  # seconds that data may still take to come, or a model to load, onc
 GIVEN_UP = 1000  # added to the signal's number where a process has no batch to go on with
 
 T = TypeVar("T")
+
+
+class WaitEnded(BaseException):
+    """Raised by the handler of a signal, out of a wait for data. No Exception: nothing on its way may catch it."""
 
 
 class GivenUp(WaitEnded):
