@@ -521,7 +521,7 @@ def test_a_picture_that_fails_is_named_and_the_run_ends_with_its_figures(
     )
     for name in ("inline_svg", "draw_grid"):
         monkeypatch.setattr(figures, name, lambda *arguments, **more: 1 / 0)
-    monkeypatch.setattr("utils.evaluation.results.save_file", lambda *arguments, **more: 1 / 0)
+    monkeypatch.setattr("utils.evaluation.results.save", lambda *arguments, **more: 1 / 0)
     evaluate.main(arguments(eps=8, num_samples=6, query="a digit"))
     assert order == ["results", "results", "results", True]
     assert [cell["attack"] for cell in results(tmp_path / "eval")] == ["clean", "pgd"]

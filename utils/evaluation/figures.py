@@ -243,7 +243,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 
 
 @matplotlib.rc_context(STYLE)
-def severity_bars(bars: Mapping[int, Mapping[int, float]]) -> Figure:
+def severity_bars(bars: Mapping[int, Mapping[float, float]]) -> Figure:
     """Mean accuracy (a fraction) by severity, model beside model: {place: {severity: value}}; severity 0 is clean."""
     figure, axis = _panel("severity", "accuracy, %")
     severities = sorted({severity for values in bars.values() for severity in values})
