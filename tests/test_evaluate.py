@@ -263,10 +263,9 @@ def test_the_dial_from_the_original_to_the_trained_head(
     assert f"demographic parity difference, {attribute_digits.name}" in curves
     grid = drawn[swept / f"retrieval_{attribute_digits.name}.png"]
     assert all(axis.images for axis in grid.axes)  # a row for each strength
-    for figure, texts in (
-        (dial, {"original", "trained"}),
-        (grid, {"head\nt = 0", "head\nt = 1", "a photo of the red digit seven."}),
-    ):
+    star = next(cell["value"] for cell in results(swept) if cell["measure"] == "neutral_t")
+    rows = {"head\nt = 0", "head\nt = 1", f"head\nt* = {star:g}", "a photo of the red digit seven."}
+    for figure, texts in ((dial, {f"t* = {star:g}"}), (grid, rows - {f"head\nt = {star:g}"})):
         assert texts <= {text.get_text() for text in figure.findobj(Text)}
     first = results(swept)
     evaluate.main(
