@@ -67,12 +67,12 @@ EXPLAINED = (*ON_IMAGES, "pair_accuracy", "retention", "neutral_t", "interpretab
 PICTURES = 4  # examples of every model and attack
 PICTURE_SIDE = 128  # larger pictures are reduced: a page, not an archive
 CURVE_POINTS = 400  # of a training curve; longer ones are averaged in pieces
-
 BROKEN = ("wrong before", "cross-entropy", "targets", "standing")  # what became of an image under APGD
 
 # A cell with its figures; on the page also: ``place`` and ``label`` of its model, ``set`` (the short name), ``variant``,
 # and ``clean``, the clean accuracy of the same images by the same classifier, or None.
 Result = dict[str, Any]
+Cells = dict[tuple[str, str, str], list[dict[str, Any]]]  # (set, row, column): what stands there, mostly one thing
 Panel = tuple[str, str, Figure, Iterable[int]]  # set, title, what is drawn, places of the models in it
 
 
@@ -239,16 +239,13 @@ def variants(results: Sequence[Result]) -> list[str]:
         groups.setdefault(tuple(result[name] for name in identity), []).append(own)
     differing: dict[tuple, set[str]] = {}
     for (measure, attack, *_), group in groups.items():
-        names = {name for own in group for name in own}
-        differing.setdefault((measure, attack), set()).update(
-            name for name in names if len({own.get(name) for own in group}) > 1
-        )
-    return [
-        ", ".join(
-            f"{name} {own.get(name, 'default')}" for name in sorted(differing[result["measure"], result["attack"]])
-        )
-        for result, own in zip(results, settings)
-    ]
+        names = {name for own in group for name in own if len({other.get(name) for other in group}) > 1}
+        differing.setdefault((measure, attack), set()).update(names)
+    found = []
+    for result, own in zip(results, settings):
+        differ = sorted(differing[result["measure"], result["attack"]])
+        found.append(", ".join(f"{name} {own.get(name, 'default')}" for name in differ))
+    return found
 
 
 def in_order_of_models(results: Iterable[Result]) -> list[Result]:
@@ -271,13 +268,11 @@ def with_variant(title: str, variant: str) -> str:
     return f"{title}, {variant}" if variant else title
 
 
-# Tables: groups of rows, a group per set. A cell is None or a list, mostly of one: {"value": ..., "small": ...}.
+# Tables: groups of rows, a group per set. What stands in a cell has ``value``, and maybe ``small``, ``best``, ``shade``.
 
 
-def table(
-    sets: Iterable[str], columns: Sequence[str], cells: Mapping[tuple[str, str, str], list[dict[str, Any]]]
-) -> dict[str, Any] | None:
-    """``cells``: {(set, row, column): cell}. Rows stand in the order of their first cell; None without any."""
+def table(sets: Iterable[str], columns: Sequence[str], cells: Cells) -> dict[str, Any] | None:
+    """Rows stand in the order of their first cell; None without any."""
     groups = []
     for name in sets:
         rows = dict.fromkeys(row for of_set, row, _ in cells if of_set == name)
@@ -293,7 +288,7 @@ def summary_table(
     """Accuracies in %: a row per model, a column per attack; corruptions as their mean."""
     order = {attack: place for place, attack in enumerate(ATTACKS)}
     columns: dict[str, tuple] = {}
-    cells: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    cells: Cells = {}
     corrupted: dict[tuple[str, str, str], list[Result]] = {}
     images: dict[tuple[str, str], list[int]] = {}
     for r in in_order_of_models(results):
@@ -358,7 +353,7 @@ def mark_best(cells: Sequence[dict[str, Any]], comparisons: Sequence[Result]) ->
 def other_figures(results: Sequence[Result], sets: Iterable[str]) -> dict[str, Any] | None:
     """What is not an accuracy: a row per figure, a column per model."""
     shown = [r for r in results if r["measure"] not in ON_IMAGES]
-    cells: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    cells: Cells = {}
     for r in shown:
         small = "" if r["ci95"] is None else "[{:.4g}, {:.4g}]".format(*r["ci95"])
         value = "undefined" if r["value"] is None else f"{r['value']:.4g}"
@@ -371,7 +366,7 @@ def test_table(
     comparisons: Sequence[Result], models: Mapping[str, str], sets: Mapping[str, str]
 ) -> dict[str, Any] | None:
     """McNemar's tests: a row per pair of models, a column per attack."""
-    cells: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    cells: Cells = {}
     for test in comparisons:
         pair, p = ", ".join(models[name] for name in test["models"]), test["p_value"]
         small = "p < 0.0001" if p < 0.0001 else f"p = {p:.4f}" if p < 0.01 else f"p = {p:.2f}"
@@ -383,7 +378,7 @@ def test_table(
 
 def broken_table(results: Sequence[Result], sets: Iterable[str]) -> dict[str, Any] | None:
     """What broke the images under APGD, in % of all; None where records do not say."""
-    cells: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    cells: Cells = {}
     for r in results:
         if r["attack"] == "apgd" and r["broken"]:
             row = with_variant(f"{r['label']}, {r['eps']:g}/255", r["variant"])

@@ -52,6 +52,26 @@ ATTACKS = {
 SHARES = ("accuracy", "follows_word", "pair_accuracy")  # of images: a number wherever there were any
 STRENGTH_OF = {"pgd": "eps", "apgd": "eps", "square": "eps", "gaussian_noise": "sigma", "corruptions": "severity"}
 
+FIGURE_NAMES = {  # of every measure but accuracy; k is the cell's top_k
+    "retention": "KL to the reference, nats",
+    "max_skew": "MaxSkew@k, mean over classes",
+    "max_skew_worst_query": "MaxSkew@k, worst class",
+    "ndkl": "NDKL",
+    "parity_difference": "demographic parity difference",
+    "opportunity_difference": "equal opportunity difference",
+    "worst_group_accuracy": "worst-group accuracy",
+    "group_gap": "accuracy gap between groups",
+    "follows_word": "follows the word",
+    "pair_accuracy": "chosen text over rejected",
+    "neutral_t": "neutral t*",
+    "interpretability": "cosine to descriptions of the true class",
+    "fidelity": "relative squared distance to the reference, mean",
+    "fidelity_median": "relative squared distance to the reference, median",
+    "fidelity_p95": "relative squared distance to the reference, 95th percentile",
+    "fidelity_max": "relative squared distance to the reference, largest",
+    "fidelity_cosine": "cosine to the reference, mean",
+}
+
 # Types of what is read back: of a result, a warning, a comparison; of a record what it may hold, where it holds it.
 NUMBER, NOTHING = int | float, types.NoneType
 NAMES = {"model": str, "dataset": str, "attack": str}
@@ -504,26 +524,6 @@ def column_name(cell: Cell) -> str:
 
 def figure_name(cell: Cell) -> str:
     """What a figure says, in words."""
-    top_k = cell["settings"].get("top_k")
-    names = {
-        "retention": "KL to the reference, nats",
-        "max_skew": f"MaxSkew@{top_k}, mean over classes",
-        "max_skew_worst_query": f"MaxSkew@{top_k}, worst class",
-        "ndkl": "NDKL",
-        "parity_difference": "demographic parity difference",
-        "opportunity_difference": "equal opportunity difference",
-        "worst_group_accuracy": "worst-group accuracy",
-        "group_gap": "accuracy gap between groups",
-        "follows_word": "follows the word",
-        "pair_accuracy": "chosen text over rejected",
-        "neutral_t": "neutral t*",
-        "interpretability": "cosine to descriptions of the true class",
-        "fidelity": "relative squared distance to the reference, mean",
-        "fidelity_median": "relative squared distance to the reference, median",
-        "fidelity_p95": "relative squared distance to the reference, 95th percentile",
-        "fidelity_max": "relative squared distance to the reference, largest",
-        "fidelity_cosine": "cosine to the reference, mean",
-    }
     if cell["measure"] == "accuracy":
-        return "accuracy, clean" if cell["attack"] == "clean" else f"accuracy, {cell['attack']}"
-    return names[cell["measure"]]
+        return f"accuracy, {cell['attack']}"
+    return FIGURE_NAMES[cell["measure"]].replace("@k", f"@{cell['settings'].get('top_k')}")
