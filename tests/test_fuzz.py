@@ -256,7 +256,7 @@ def fuzz_results(draw: random.Random, folder: Path) -> None:
         data = path.read_bytes()
         path.write_bytes(mutate_lines(data, draw, mutate_json) if part == "records" else mutate_bytes(data, draw))
     results = Results(folder / "eval")
-    found = [record_figures(results.records(result)) for result in results.current()]
+    found = [result | record_figures(results.records(result)) for result in results.current()]
     results.compare()
     if results.results:
         undrawn: list[str] = []

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.text import Text
 from PIL import Image
 
 from utils.errors import UserError
+from utils.evaluation import figures
 from utils.evaluation.figures import (
     LINES,
     bar_style,
@@ -449,6 +451,15 @@ def test_models_are_told_apart_without_colour() -> None:
     assert len({(style["linestyle"], style["marker"]) for style in styles}) == len(LINES)
 
 
-def test_a_sweep_is_still_drawn_into_a_file(tmp_path: Path) -> None:
-    draw_t_sweep(tmp_path / "t.png", "head", {"share": {"a": {0.0: 0.1, 1.0: 0.4}}}, 0.5)
+def test_a_sweep_is_still_drawn_into_a_file(tmp_path: Path, monkeypatch) -> None:
+    drawn, save = [], figures.save_figure
+    monkeypatch.setattr(
+        figures, "save_figure", lambda figure, *more, **options: drawn.append(figure) or save(figure, *more, **options)
+    )
+    draw_t_sweep(tmp_path / "t.png", "head", {"share": {"a": {1.0: 0.4, 0.0: 0.1}}}, 0.5)
     assert Image.open(tmp_path / "t.png").size == (744, 600)
+    axis = drawn[0].axes[0]
+    assert axis.lines[0].get_xydata().tolist() == [[0.0, 0.1], [1.0, 0.4]]
+    assert [line.get_xdata()[0] for line in axis.lines[1:]] == [0.0, 1.0, 0.5]
+    texts = {text.get_text() for text in drawn[0].findobj(Text)}
+    assert {"head", "share", "a", "original", "trained", "t* = 0.5"} <= texts

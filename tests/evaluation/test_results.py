@@ -9,8 +9,15 @@ import torch
 
 from utils.errors import UserError
 from utils.evaluation.report import write_report
-from utils.evaluation.results import Results, cell_name, column_name, file_name, model_revision, refuse_unwritable
-from utils.evaluation.sanity import sanity_warnings
+from utils.evaluation.results import (
+    Results,
+    cell_name,
+    column_name,
+    file_name,
+    model_revision,
+    refuse_unwritable,
+    sanity_warnings,
+)
 from utils.training.metrics import mcnemar
 
 

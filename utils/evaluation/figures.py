@@ -1,6 +1,6 @@
-"""Pictures for reports: curves over t, rows of retrieved images, sheets of attacked ones, and the panels of report.html.
+"""Pictures for reports: curves over t, rows of images, and the panels of report.html.
 
-Readable in black and white: a model has a line style and a marker besides its colour, a bar has a hatch.
+All can be read in black and white: besides its colour a model has a line style and a marker, a bar has a hatch.
 """
 
 from __future__ import annotations
@@ -63,52 +63,42 @@ STYLE: dict[RcKeyType, Any] = {
 
 MOST_LETTERS = 100  # of a line of text in a picture; a longer one would leave no room for the picture
 LABEL_LETTERS = 24  # in a line of a label beside a row of pictures
+T_AXIS = "t, strength of the head"
 PLAIN: dict[RcKeyType, Any] = {"text.parse_math": False, "text.usetex": False}  # also outside of report.html
 
 Point = tuple[float, float, float | None, float | None]  # x, value, and the ends of its interval where it has one
-
-
-def t_sweep_figure(
-    title: str, panels: Mapping[str, Mapping[str, Mapping[float, float]]], neutral: float | None
-) -> Figure:
-    """A panel for each {title: {name: {t: value}}}; t = 0 (the original), 1 (the trained head) and t* are marked."""
-    figure = Figure(figsize=(6.2 * len(panels), 5), layout="constrained")
-    marks = {0.0: "original", 1.0: "trained"} | ({} if neutral is None else {neutral: f"t* = {neutral:g}"})
-    for axis, (panel, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        for (name, points), (line, marker) in zip(curves.items(), itertools.cycle(LINES)):
-            ts = sorted(points)
-            values = [points[t] for t in ts]
-            axis.plot(
-                ts,
-                values,
-                line,
-                color="black",
-                marker=marker,
-                markersize=4,
-                markevery=max(1, len(ts) // 18),
-                label=name,
-            )
-        for t in marks:
-            axis.axvline(t, color="grey", linewidth=0.8, linestyle=":" if t in (0, 1) else "-")
-        above = axis.secondary_xaxis("top")
-        above.set_xticks(list(marks), list(marks.values()), fontsize=8)
-        axis.set(xlabel="t, strength of the head", ylabel=panel)
-        axis.grid(alpha=0.3)
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False, fontsize=8)
-    figure.suptitle(title, fontsize=11)
-    return figure
 
 
 @matplotlib.rc_context(PLAIN)
 def draw_t_sweep(
     path: Path, title: str, panels: Mapping[str, Mapping[str, Mapping[float, float]]], neutral: float | None
 ) -> None:
-    """``t_sweep_figure`` into a file."""
-    save_figure(t_sweep_figure(title, panels, neutral), path, dpi=120)
+    """A picture with a panel for each {title: {name: {t: value}}}; see ``_t_marks``."""
+    figure = Figure(figsize=(6.2 * len(panels), 5), layout="constrained")
+    marks = _t_marks(neutral)
+    for axis, (panel, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        for (name, points), (line, marker) in zip(curves.items(), itertools.cycle(LINES)):
+            ts, values = zip(*sorted(points.items()))
+            style = {"color": "black", "marker": marker, "markersize": 4, "markevery": max(1, len(ts) // 18)}
+            axis.plot(ts, values, line, label=name, **style)
+        for t in marks:
+            axis.axvline(t, color="grey", linewidth=0.8, linestyle=":" if t in (0, 1) else "-")
+        above = axis.secondary_xaxis("top")
+        above.set_xticks(list(marks), list(marks.values()), fontsize=8)
+        axis.set(xlabel=T_AXIS, ylabel=panel)
+        axis.grid(alpha=0.3)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    save_figure(figure, path, dpi=120)
+
+
+def _t_marks(neutral: float | None) -> dict[float, str]:
+    """Names of marked strengths of a head: 0, 1 and t*, if known."""
+    return {0.0: "original", 1.0: "trained"} | ({} if neutral is None else {neutral: f"t* = {neutral:g}"})
 
 
 def save_figure(figure: Figure, file: Any, **options: Any) -> None:
-    """``figure.savefig`` for texts of any kind: what no font can draw is escaped, what is endless is cut."""
+    """``figure.savefig`` for any text: control characters are escaped, endless lines are cut."""
     for text in figure.findobj(Text):
         text.set_text(drawable(text.get_text()))
     with warnings.catch_warnings():
@@ -156,12 +146,8 @@ def line_style(place: int) -> dict[str, Any]:
 
 def bar_style(place: int) -> dict[str, Any]:
     """Colour and hatch of the model in this place."""
-    return {
-        "facecolor": COLORS[place % len(COLORS)],
-        "hatch": HATCHES[place % len(HATCHES)],
-        "edgecolor": "white",
-        "linewidth": 0.5,
-    }
+    color, hatch = COLORS[place % len(COLORS)], HATCHES[place % len(HATCHES)]
+    return {"facecolor": color, "hatch": hatch, "edgecolor": "white", "linewidth": 0.5}
 
 
 @matplotlib.rc_context(STYLE)
@@ -190,9 +176,13 @@ def accuracy_curves(curves: Mapping[int, Sequence[Point]], xlabel: str) -> Figur
     apart = (strengths[-1] - strengths[0]) / 14
     ticks = [x for x, before in zip(strengths, [-np.inf, *strengths]) if x - before >= apart]
     axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
-    axis.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axis.yaxis.set_major_locator(_ticks())
     axis.set_ylim(0, _top(value for points in curves.values() for point in points for value in point[1:]))
     return figure
+
+
+def _ticks() -> MaxNLocator:
+    return MaxNLocator(6, steps=[1, 2, 5, 10])
 
 
 def _top(fractions: Iterable[float | None]) -> float:
@@ -216,14 +206,10 @@ def clean_robust_front(points: Mapping[int, tuple[str, Point, Point]], ylabel: s
         axis.plot(x, y, **style | {"linestyle": "none", "markersize": 6, "zorder": 3})
     axis.margins(0.18)
     axis.autoscale_view()
-    for limits, ticks, locate in (
-        (axis.get_xlim(), axis.set_xticks, axis.set_xlim),
-        (axis.get_ylim(), axis.set_yticks, axis.set_ylim),
-    ):
-        low, high = max(limits[0], -0.06 * (limits[1] - limits[0])), limits[1]
-        located = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(low, high)
-        ticks([tick for tick in located if max(low, 0) <= tick <= min(high, 100)])
-        locate(low, high)
+    for which, (low, high) in (("x", axis.get_xlim()), ("y", axis.get_ylim())):
+        low = max(low, -0.06 * (high - low))
+        ticks = [tick for tick in _ticks().tick_values(low, high) if max(low, 0) <= tick <= min(high, 100)]
+        axis.set(**{f"{which}ticks": ticks, f"{which}lim": (low, high)})
     front = pareto_front([(clean[1], robust[1]) for _, clean, robust in points.values()])
     xs, ys = _percent([x for x, _ in front]), _percent([y for _, y in front])
     left, low = axis.get_xlim()[0], axis.get_ylim()[0]
@@ -243,7 +229,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 
 
 @matplotlib.rc_context(STYLE)
-def severity_bars(bars: Mapping[int, Mapping[int, float]]) -> Figure:
+def severity_bars(bars: Mapping[int, Mapping[float, float]]) -> Figure:
     """Mean accuracy (a fraction) by severity, model beside model: {place: {severity: value}}; severity 0 is clean."""
     figure, axis = _panel("severity", "accuracy, %")
     severities = sorted({severity for values in bars.values() for severity in values})
@@ -252,7 +238,7 @@ def severity_bars(bars: Mapping[int, Mapping[int, float]]) -> Figure:
         xs = [severities.index(severity) + (n - (len(bars) - 1) / 2) * width for severity in values]
         axis.bar(xs, _percent(values.values()), width, **bar_style(place))
     axis.set_xticks(range(len(severities)), [f"{severity}" if severity else "clean" for severity in severities])
-    axis.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axis.yaxis.set_major_locator(_ticks())
     axis.set_ylim(0, _top(value for values in bars.values() for value in values.values()))
     axis.grid(False, axis="x")
     return figure
@@ -295,71 +281,56 @@ def training_curves(curves: Mapping[int, Sequence[tuple[float, float]]], ylabel:
 
 @matplotlib.rc_context(STYLE)
 def t_sweep_panel(curves: Mapping[int, Mapping[float, float]], ylabel: str, neutral: float | None) -> Figure:
-    """One panel of ``t_sweep_figure`` without its legend: {place of the curve: {t: value}}."""
-    figure, axis = _panel("t, strength of the head", ylabel)
+    """Curves over the strength of a head, {place of the curve: {t: value}}; see ``_t_marks``."""
+    figure, axis = _panel(T_AXIS, ylabel)
     for place, points in curves.items():
-        ts = sorted(points)
-        axis.plot(ts, [points[t] for t in ts], **line_style(place), markevery=max(1, len(ts) // 12), markersize=3.5)
-    marks = {0.0: "original", 1.0: "trained"} | ({} if neutral is None else {neutral: f"t* = {neutral:g}"})
+        ts, values = zip(*sorted(points.items()))
+        axis.plot(ts, values, **line_style(place), markevery=max(1, len(ts) // 12), markersize=3.5)
     bottom, top = axis.get_ylim()
     axis.set_ylim(bottom, top + 0.15 * (top - bottom))
     axis.set_yticks([tick for tick in MaxNLocator(6).tick_values(bottom, top) if bottom <= tick <= top])
-    for t, name in marks.items():
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
+    for t, name in _t_marks(neutral).items():
         star = t not in (0, 1)
         axis.axvline(t, color="#888888", linewidth=0.8, linestyle="-" if star else ":", zorder=1)
         # t* often lies close to 0: its name hangs lower.
-        axis.annotate(
-            name,
-            (t, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(2, -11 if star else -1),
-            textcoords="offset points",
-            va="top",
-            fontsize=7,
-            color="#555555",
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85},
-        )
+        below: dict[str, Any] = {"xytext": (2, -11 if star else -1), "textcoords": "offset points", "va": "top"}
+        axis.annotate(name, (t, 1), xycoords=("data", "axes fraction"), **below, fontsize=7, color="#555555", bbox=box)
     return figure
 
 
 def inline_svg(figure: Figure, name: str, title: str) -> str:
-    """A figure as an <svg> element for a page that holds many: it scales, says ``title`` (none: decoration), its ids begin with ``name``.
+    """A figure as an <svg> element of a page that holds many.
 
-    Always the same characters for the same figure. Only ids that something refers to are kept; styles, metadata and
-    namespaces, which would act on the whole page or point out of it, are not.
+    It says ``title`` (none: decoration). Its ids begin with ``name``. The same figure gives the same characters. Styles, metadata and namespaces would act on the whole page or point out of
+    it: they are left out, as are ids that nothing refers to.
     """
     file = io.StringIO()
     with matplotlib.rc_context(STYLE):
         save_figure(figure, file, format="svg", metadata=dict.fromkeys(["Date", "Creator", "Format", "Type"]))
     root = ElementTree.fromstring(file.getvalue())
-    reference = re.compile(r"^#(.+)$|^url\(#(.+)\)$|(?<=: )url\(#([^)]+)\)")
-    for parent in list(root.iter()):
-        parent.tag = parent.tag.split("}")[-1]
-        parent.attrib = {key.split("}")[-1]: " ".join(value.split()) for key, value in parent.attrib.items()}
-        for child in list(parent):
-            if child.tag.split("}")[-1] in ("style", "metadata"):
-                parent.remove(child)
-        if not (parent.text or "").strip():
-            parent.text = None
-        parent.tail = None
+    reference = re.compile(r"(^#|url\(#)([^)]+)")
     names: dict[str, str] = {}
+
+    def renamed(match: re.Match) -> str:
+        return match[1] + names.setdefault(match[2], f"{name}-{len(names)}")
+
     for element in root.iter():
-        for key in ("href", "clip-path", "style"):
-            for groups in reference.findall(element.get(key, "")):
-                names.setdefault(next(filter(None, groups)), f"{name}-{len(names)}")
-    for element in root.iter():
-        identity = element.attrib.pop("id", None)
-        if identity in names:
-            element.set("id", names[identity])
+        element.tag = element.tag.split("}")[-1]
+        element.tail = None
+        element.text = element.text if (element.text or "").strip() else None
+        element.attrib = {key.split("}")[-1]: " ".join(value.split()) for key, value in element.attrib.items()}
         for key in ("href", "clip-path", "style"):
             if key in element.attrib:
-                value = element.attrib[key]
-                for old, new in names.items():
-                    value = value.replace(f"#{old}", f"#{new}") if value.startswith("#") else value
-                    value = value.replace(f"url(#{old})", f"url(#{new})")
-                element.set(key, re.sub(r"font-family: [^;]*(; |$)", "", value))
+                value = re.sub(r"font-family: [^;]*(; |$)", "", element.attrib[key])
+                element.attrib[key] = reference.sub(renamed, value)
         if element.tag == "text" and element.get("transform", "").startswith("rotate(-0 "):
             element.attrib.pop("transform")
+        for child in [child for child in element if child.tag.split("}")[-1] in ("style", "metadata")]:
+            element.remove(child)
+    for element in root.iter():
+        if (old := element.attrib.pop("id", None)) in names:
+            element.set("id", names[old])
     root.attrib = {"class": "plot", "viewBox": root.attrib["viewBox"]}
     if title:
         root.attrib |= {"role": "img", "aria-labelledby": f"{name}-title"}
@@ -388,13 +359,8 @@ def _label_points(figure: Figure, axis: Axes, points: Sequence[tuple[str, float,
     drawn = [axis.transData.transform((x, y)) for _, x, y in points]
     taken: list[Sequence[float]] = [(x - 4, y - 4, x + 4, y + 4) for x, y in drawn]
     places = [(x, y, "left" if x > 0 else "right", "bottom" if y > 0 else "top") for y in (5, -5) for x in (5, -5)]
-    places += [
-        (8, 0, "left", "center"),
-        (-8, 0, "right", "center"),
-        (0, 7, "center", "bottom"),
-        (0, -7, "center", "top"),
-    ]
-    places += [(0, 18, "center", "bottom"), (0, -18, "center", "top")]
+    places += [(x, 0, "left" if x > 0 else "right", "center") for x in (8, -8)]
+    places += [(0, y, "center", "bottom" if y > 0 else "top") for y in (7, -7, 18, -18)]
     for label, x, y in points:
         text = axis.annotate(
             drawable(label), (x, y), (0, 0), textcoords="offset points", fontsize=7.5, color="#222222", zorder=4

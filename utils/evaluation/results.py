@@ -1,7 +1,7 @@
 """What an evaluation leaves: results.json, a record per sample, kept pictures; and what follows from them.
 
-A cell is one figure: a dict with ``CELL`` keys, of which ``settings`` holds everything else that it depends on. Equal cells
-are the same measurement. A result is a cell with ``value``, ``ci95`` and ``n``.
+A cell is one figure, a dict with the keys of ``CELL``; its ``settings`` hold everything else that it depends on. Equal
+cells are the same measurement. A result is a cell with ``value``, ``ci95`` and ``n``.
 """
 
 from __future__ import annotations
@@ -15,20 +15,19 @@ import os
 import re
 import types
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from utils.data.digests import files_digest, text_digest
 from utils.data.sources import one_line
 from utils.errors import UserError
-from utils.evaluation.sanity import sanity_warnings
 from utils.models.model_card import versions
 from utils.strict_json import parse_json
 from utils.training.metrics import mcnemar
@@ -51,12 +50,43 @@ ATTACKS = {
 }
 
 SHARES = ("accuracy", "follows_word", "pair_accuracy")  # of images: a number wherever there were any
+STRENGTH_OF = {"pgd": "eps", "apgd": "eps", "square": "eps", "gaussian_noise": "sigma", "corruptions": "severity"}
+
+FIGURE_NAMES = {  # of every measure but accuracy; k is the cell's top_k
+    "retention": "KL to the reference, nats",
+    "max_skew": "MaxSkew@k, mean over classes",
+    "max_skew_worst_query": "MaxSkew@k, worst class",
+    "ndkl": "NDKL",
+    "parity_difference": "demographic parity difference",
+    "opportunity_difference": "equal opportunity difference",
+    "worst_group_accuracy": "worst-group accuracy",
+    "group_gap": "accuracy gap between groups",
+    "follows_word": "follows the word",
+    "pair_accuracy": "chosen text over rejected",
+    "neutral_t": "neutral t*",
+    "interpretability": "cosine to descriptions of the true class",
+    "fidelity": "relative squared distance to the reference, mean",
+    "fidelity_median": "relative squared distance to the reference, median",
+    "fidelity_p95": "relative squared distance to the reference, 95th percentile",
+    "fidelity_max": "relative squared distance to the reference, largest",
+    "fidelity_cosine": "cosine to the reference, mean",
+}
+
+# Types of what is read back: of a result, a warning, a comparison; of a record what it may hold, where it holds it.
 NUMBER, NOTHING = int | float, types.NoneType
-# What a record may hold, where it holds it.
+NAMES = {"model": str, "dataset": str, "attack": str}
+STRENGTHS = dict.fromkeys(("eps", "sigma", "severity"), NUMBER | NOTHING) | {"corruption": str | NOTHING}
+RESULT = NAMES | STRENGTHS | {"measure": str, "seed": int, "settings": dict, "value": NUMBER | NOTHING, "n": int}
+WARNING = NAMES | STRENGTHS | {"text": str, "model_revision": str | NOTHING}
+COMPARISON = {
+    **{"models": list, "dataset": str, "attack": str, "eps": NUMBER | NOTHING, "sigma": NUMBER | NOTHING, "n": int},
+    **{"only_first": int, "only_second": int, "p_value": NUMBER, "records": list},
+}
 RECORD = {
     **{"position": int, "key": str, "correct": bool, "label": int | NOTHING, "predicted": int | NOTHING, "top5": list},
     **{"broken_by": str | NOTHING, "forwards": NUMBER | NOTHING, "value": NUMBER, "cosine": NUMBER},
 }
+CAPTION = {"label": str, "predicted_clean": str, "predicted": str}
 
 # Of a cell's settings: digests of what was read, and the flag that named it.
 CONTENT = {
@@ -67,6 +97,9 @@ CONTENT = {
     "reference_revision": "--reference_model_name_or_path",
     "font_files": "--fonts",
 }
+# Of a cell's settings: which images and which classifier; the attack's own may differ.
+READING = ("split", "num_samples", "shards", "model_revision", "prompts", "classifier", "classifier_revision")
+BLACK_BOX_TOLERANCE = 0.002  # AutoAttack's: so much may Square win over APGD
 LONGEST_FILE_NAME = 150  # in an output directory: ``cell_name`` and an ending
 NAMED_LATER = ("digests", "classnames", "linear_head")  # which cells of earlier versions lack
 MODEL_FILES = (".json", ".safetensors", ".bin", ".txt", ".model", ".jinja", ".spm", ".vocab", ".bpe", ".tiktoken")
@@ -107,16 +140,11 @@ class Results:
             ) from None
 
     def _check(self) -> None:
-        """ValueError where tables and figures could not be made of what was read."""
-        strengths = dict.fromkeys(("eps", "sigma", "severity"), NUMBER | NOTHING) | {"corruption": str | NOTHING}
-        texts = dict.fromkeys(("model", "dataset", "attack"), str)
+        """ValueError, KeyError or TypeError where tables and figures could not be made of what was read."""
         _check_types("environment", self.environment, dict.fromkeys(self.environment, str))
         _check_types("written", {"written": self.written}, {"written": str})
         for result in self.results:
-            kinds = (
-                texts | strengths | {"measure": str, "seed": int, "settings": dict, "value": NUMBER | NOTHING, "n": int}
-            )
-            _check_types("a result", result, kinds)
+            _check_types("a result", result, RESULT)
             if result["measure"] != "accuracy":
                 figure_name(result)  # KeyError for one that is not known
             if result["ci95"] is not None:
@@ -125,26 +153,16 @@ class Results:
             share = result["measure"] in SHARES
             if result["n"] < share or (share and result["value"] is None):
                 raise ValueError(f"a result of {result['measure']} without images or value")
-            needed = {
-                "pgd": "eps",
-                "apgd": "eps",
-                "square": "eps",
-                "gaussian_noise": "sigma",
-                "corruptions": "severity",
-            }
-            if result["attack"] in needed and result[needed[result["attack"]]] is None:
-                raise ValueError(f"a result of {result['attack']} without {needed[result['attack']]}")
-            if result["corruption"] is not None and result["severity"] is None:
-                raise ValueError(f"a result of {result['corruption'][:100]} without severity")
+            for name in (STRENGTH_OF.get(result["attack"]), None if result["corruption"] is None else "severity"):
+                if name is not None and result[name] is None:
+                    raise ValueError(f"a result of {result['attack'][:100]} without {name}")
             if "t" in result["settings"]:
                 _check_types("settings", result["settings"], {"t": NUMBER})
         for warning in self.warnings:
-            _check_types("a warning", warning, texts | strengths | {"text": str, "model_revision": str | NOTHING})
+            _check_types("a warning", warning, WARNING)
         known = {result["model"] for result in self.results}
         for test in self.compared:
-            kinds = {"models": list, "dataset": str, "attack": str, "eps": NUMBER | NOTHING, "sigma": NUMBER | NOTHING}
-            _check_types("a comparison", test, kinds | dict.fromkeys(("n", "only_first", "only_second"), int))
-            _check_types("a comparison", test, {"p_value": NUMBER, "records": list})
+            _check_types("a comparison", test, COMPARISON)
             if len(test["models"]) != 2 or not known.issuperset(test["models"]):
                 raise ValueError(f"a comparison of {str(test['models'])[:100]}, which have no results")
 
@@ -156,10 +174,7 @@ class Results:
         self.results.append(cell | {"value": value, "ci95": None if interval is None else list(interval), "n": n})
 
     def current(self) -> list[dict[str, Any]]:
-        """The results of what models, data, class names and heads hold now: of each the last one measured.
-
-        Those of weights or shards that were there before are history.
-        """
+        """The results of what models, data, class names and heads hold now; those of earlier contents are history."""
         sources = [_sources(result) for result in self.results]
         last = {name: content for of_result in sources for name, content in of_result.items()}
         return [
@@ -169,7 +184,7 @@ class Results:
         ]
 
     def ask(self, cells: Sequence[Cell]) -> list[str]:
-        """What is known of these cells becomes current; a line for each reason why others have to be measured again."""
+        """Makes what is known of these cells current; a line for each reason to measure others again."""
         found = [result for cell in cells if (result := self.find(cell)) is not None]
         current = {id(result) for result in self.current()}
         if not all(id(result) in current for result in found):  # as where labels are put back to what they were
@@ -185,9 +200,8 @@ class Results:
                 changed = [name for name in CONTENT if old["settings"].get(name) != cell["settings"].get(name)]
                 reasons.update(f"{CONTENT[name].format(**cell)}: has changed" for name in changed)
             elif _question(cell, True) in known:
-                reasons[
-                    f"--output_dir {self.output_dir}: of an earlier version, which did not look into the files"
-                ] += 1
+                where = f"--output_dir {self.output_dir}"
+                reasons[f"{where}: of an earlier version, which did not look into the files"] += 1
         return [
             f"{reason}; {count} figure{'s' if count > 1 else ''} measured again, the old ones stay in results.json"
             for reason, count in reasons.items()
@@ -232,13 +246,12 @@ class Results:
         if not path.exists():
             return []
         rows = []
-        for number, line in enumerate(
-            path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n"), 1
-        ):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
             try:
                 row = parse_json(line)
                 _check_types("a record", row, {"position": int})
-                _check_types("a record", row, {name: kind for name, kind in RECORD.items() if name in row})
+                _check_types("a record", row, {name: RECORD[name] for name in RECORD.keys() & row.keys()})
             except ValueError as error:
                 raise UserError(
                     f"{path}: line {number} is not a record ({error}); measure again in another directory"
@@ -254,12 +267,8 @@ class Results:
 
         ``captions``, k of them: {"label", "predicted_clean", "predicted"}, names of classes.
         """
-        path = self.pictures_path(cell)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".tmp")
         tensors = {"clean": clean.float().contiguous(), "attacked": attacked.float().contiguous()}
-        save_file(tensors, aside, metadata={"captions": json.dumps(list(captions))})
-        os.replace(aside, path)
+        replace_file(self.pictures_path(cell), save(tensors, {"captions": json.dumps(list(captions))}))
 
     def pictures(self, cell: Cell) -> tuple[Tensor, Tensor, list[dict[str, str]]] | None:
         """What ``write_pictures`` was given, or None."""
@@ -276,7 +285,7 @@ class Results:
             if not isinstance(captions, list) or len(captions) != len(clean):
                 raise ValueError("captions of other images")
             for caption in captions:
-                _check_types("a caption", caption, dict.fromkeys(("label", "predicted_clean", "predicted"), str))
+                _check_types("a caption", caption, CAPTION)
         except (SafetensorError, ValueError, KeyError, OSError) as error:
             raise UserError(f"{path}: holds no pictures ({str(error)[:160]}); delete it, they are not needed") from None
         return clean, attacked, captions
@@ -287,18 +296,17 @@ class Results:
     def compare(self) -> None:
         """Compares every two models on the same images by McNemar's exact test: cells alike in all but the model.
 
-        ``compared`` becomes [{"models": [a, b], "dataset", "attack", "eps", "sigma", "n", "only_first", "only_second",
-        "p_value", "records": [of a, of b]}]; ``only_first`` images are right for a alone. Corruptions are left out: 75 tests
-        of one question would prove nothing.
+        ``compared`` becomes a list of dicts with the keys of ``COMPARISON``: ``only_first`` images are right for the first
+        model alone. Corruptions are left out: 75 tests of one question would prove nothing.
         """
-        groups: dict[str, list[dict[str, Any]]] = {}
+        groups: dict[str, list[Cell]] = {}
         for result in self.current():
             if result["measure"] == "accuracy" and result["corruption"] is None and "t" not in result["settings"]:
                 groups.setdefault(_without_model(result), []).append(result)
         self.compared = []
         for group in groups.values():
             if len(group) < 2:
-                continue
+                continue  # records are read where they are needed alone
             correct = [
                 {row["position"]: row["correct"] for row in self.records(result) if "correct" in row}
                 for result in group
@@ -308,24 +316,66 @@ class Results:
                 if not common:
                     continue
                 only_first, only_second, p_value = mcnemar([a[i] for i in common], [b[i] for i in common])
-                self.compared.append(
-                    {
-                        "models": [first["model"], second["model"]],
-                        **{name: first[name] for name in ("dataset", "attack", "eps", "sigma")},
-                        "n": len(common),
-                        "only_first": only_first,
-                        "only_second": only_second,
-                        "p_value": p_value,
-                        "records": [cell_name(first), cell_name(second)],
-                    }
-                )
+                test: dict[str, Any] = {"models": [first["model"], second["model"]]}
+                test |= {name: first[name] for name in ("dataset", "attack", "eps", "sigma")} | {"n": len(common)}
+                test |= {"only_first": only_first, "only_second": only_second, "p_value": p_value}
+                self.compared.append(test | {"records": [cell_name(first), cell_name(second)]})
+
+
+def read_alike(result: Cell) -> str:
+    """What two accuracies must share to be compared: the model, the images and the classifier."""
+    reading = {name: result["settings"].get(name) for name in READING}
+    return json.dumps([result["model"], result["dataset"], result["seed"], reading])
+
+
+def sanity_warnings(results: Sequence[Cell]) -> Iterator[tuple[Cell, str]]:
+    """(the doubtful result, what is wrong with it): AutoAttack's checks of accuracies under l_inf attacks on one another.
+
+    Croce and Hein 2020, arXiv 2003.01690; Carlini et al. 2019, arXiv 1902.06705. measures.py notices what shows in a single
+    pass: random outputs, zero gradients.
+    """
+    groups: dict[str, dict[str, list[Cell]]] = {}
+    for result in results:
+        l_inf = result["attack"] == "clean" or result["eps"] is not None
+        if result["measure"] == "accuracy" and l_inf and "t" not in result["settings"]:
+            groups.setdefault(read_alike(result), {}).setdefault(result["attack"], []).append(result)
+
+    def eps(result: Cell) -> float:
+        return result["eps"] or 0.0
+
+    def share(result: Cell) -> str:
+        return f"{100 * result['value']:.1f} %"
+
+    for group in groups.values():
+        clean = group.pop("clean", [])
+        for attacked in group.values():
+            for weaker, stronger in itertools.combinations([*clean, *sorted(attacked, key=eps)], 2):
+                # A larger ball holds the smaller one, so a good attack can only do better in it.
+                if eps(weaker) < eps(stronger) and weaker["value"] < stronger["value"]:
+                    rises = f"accuracy rises from {share(weaker)} at eps {eps(weaker):g}/255 to {share(stronger)}"
+                    yield (
+                        stronger,
+                        f"{rises} at eps {eps(stronger):g}/255: the attack fails at the larger radius; more steps may help",
+                    )
+        for apgd in group.get("apgd", []):
+            at_eps = [r for name in ("pgd", "square") for r in group.get(name, []) if r["eps"] == apgd["eps"]]
+            for other in at_eps:
+                steps = other["settings"].get("attack_steps", "unknown")
+                if other["attack"] == "pgd" and other["value"] < apgd["value"]:
+                    yield (
+                        apgd,
+                        f"APGD leaves {share(apgd)}, PGD with {steps} steps only {share(other)}: APGD was too weak here",
+                    )
+                if other["attack"] == "square" and other["value"] < apgd["value"] - BLACK_BOX_TOLERANCE:
+                    yield (
+                        apgd,
+                        f"the black-box Square attack leaves {share(other)}, APGD {share(apgd)}: gradients mislead, the true "
+                        "robust accuracy is lower than either",
+                    )
 
 
 def model_revision(name_or_path: str, cache_dir: str | None = None) -> str:
-    """What tells a model from another under the same name: a digest of a directory's files, or the hub's commit.
-
-    Of all that is loaded: weights, config, processor, tokenizer, head. OSError becomes ``UserError``.
-    """
+    """Tells a model from another under the same name: a digest of all files that are loaded, or the hub's commit."""
     folder = Path(name_or_path)
     if folder.is_dir():
         names = {path.name for path in folder.iterdir() if path.suffix in MODEL_FILES and path.is_file()}
@@ -474,26 +524,6 @@ def column_name(cell: Cell) -> str:
 
 def figure_name(cell: Cell) -> str:
     """What a figure says, in words."""
-    top_k = cell["settings"].get("top_k")
-    names = {
-        "retention": "KL to the reference, nats",
-        "max_skew": f"MaxSkew@{top_k}, mean over classes",
-        "max_skew_worst_query": f"MaxSkew@{top_k}, worst class",
-        "ndkl": "NDKL",
-        "parity_difference": "demographic parity difference",
-        "opportunity_difference": "equal opportunity difference",
-        "worst_group_accuracy": "worst-group accuracy",
-        "group_gap": "accuracy gap between groups",
-        "follows_word": "follows the word",
-        "pair_accuracy": "chosen text over rejected",
-        "neutral_t": "neutral t*",
-        "interpretability": "cosine to descriptions of the true class",
-        "fidelity": "relative squared distance to the reference, mean",
-        "fidelity_median": "relative squared distance to the reference, median",
-        "fidelity_p95": "relative squared distance to the reference, 95th percentile",
-        "fidelity_max": "relative squared distance to the reference, largest",
-        "fidelity_cosine": "cosine to the reference, mean",
-    }
     if cell["measure"] == "accuracy":
-        return "accuracy, clean" if cell["attack"] == "clean" else f"accuracy, {cell['attack']}"
-    return names[cell["measure"]]
+        return f"accuracy, {cell['attack']}"
+    return FIGURE_NAMES[cell["measure"]].replace("@k", f"@{cell['settings'].get('top_k')}")
