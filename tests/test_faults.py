@@ -26,6 +26,7 @@ from transformers import CLIPConfig, CLIPModel
 import train_lore
 import train_po
 import utils.data.shards
+import utils.models.policy
 import utils.processes.interruption
 import utils.training.checkpoint
 import utils.training.run
@@ -61,14 +62,14 @@ def in_step(monkeypatch):
     """``in_step(trainer, {3: action})`` calls ``action()`` when step 3 begins."""
 
     def arrange(trainer, actions):
-        learning_rate, left = trainer.cosine_learning_rate, dict(actions)
+        learning_rate, left = utils.training.run.cosine_learning_rate, dict(actions)
 
         def hook(step, *rest):
             if step + 1 in left:
                 left.pop(step + 1)()
             return learning_rate(step, *rest)
 
-        monkeypatch.setattr(trainer, "cosine_learning_rate", hook)
+        monkeypatch.setattr(utils.training.run, "cosine_learning_rate", hook)
 
     return arrange
 
@@ -243,15 +244,15 @@ def test_a_signal_is_heard_while_the_run_waits_for_data(
             timed.start()
         return real(step, *rest)
 
-    real = trainer.cosine_learning_rate
-    monkeypatch.setattr(trainer, "cosine_learning_rate", tell)
+    real = utils.training.run.cosine_learning_rate
+    monkeypatch.setattr(utils.training.run, "cosine_learning_rate", tell)
     with pytest.raises(SystemExit) as stopped:
         trainer.main(words(num_workers=1))
     timed.join()
     assert stopped.value.code == REQUEUE
     assert checkpoints(tmp_path / "run") == ["step-3"]
     mend()
-    monkeypatch.setattr(trainer, "cosine_learning_rate", real)
+    monkeypatch.setattr(utils.training.run, "cosine_learning_rate", real)
     utils.training.checkpoint._LOCKS.clear()
     trainer.main(words(resume_from_checkpoint="latest"))
     assert_equal(tmp_path / "whole", tmp_path / "run")
@@ -555,7 +556,7 @@ def test_what_presents_a_model_cannot_take_it_along(
     trainer.main(words(output_dir=run, report_to="tensorboard"))
     assert "tr\\udcff$x$" in (run / "README.md").read_text(encoding="utf-8")
     monkeypatch.setattr(type(load_model(str(model))[1]), "save_pretrained", unsaveable)
-    monkeypatch.setattr(trainer, "model_card", lambda **settings: "\udcff")
+    monkeypatch.setattr(utils.training.run, "model_card", lambda **settings: "\udcff")
     monkeypatch.setattr(TensorBoardTracker, "log", broken_tracker)
     head = {"trainable": "head"} if trainer is train_po else {}
     trainer.main(words(output_dir=tmp_path / "again", report_to="tensorboard", **head))
@@ -618,14 +619,15 @@ def test_an_output_that_cannot_be_written_is_refused_before_data_is_opened(argum
 
 @pytest.mark.parametrize("trainer", [train_lore, train_po])
 def test_not_a_number_in_a_batch_stops_the_run_and_keeps_the_last_checkpoint(arguments, tmp_path, monkeypatch, trainer):
-    real, calls = trainer.to_pixel_values, []
+    home = {train_lore: train_lore, train_po: utils.models.policy}[trainer]
+    real, calls = home.to_pixel_values, []
 
     def poisoned(images, device):
         calls.append(1)
         pixel_values = real(images, device)
         return pixel_values * math.nan if len(calls) == 4 else pixel_values
 
-    monkeypatch.setattr(trainer, "to_pixel_values", poisoned)
+    monkeypatch.setattr(home, "to_pixel_values", poisoned)
     words = arguments(logging_steps=6)
     if trainer is train_po:
         unknown = {"--attack_steps", "--primal_steps", "--eps"}

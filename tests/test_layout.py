@@ -20,7 +20,7 @@ UTILS = {
 }
 SCRIPTS = {"train_lore", "train_po", "evaluate", "benchmarks", "examples", "tests", "slurm"}
 # Mathematics of tensors: no settings, no files, no processes, no models of others.
-PURE = {f"utils.methods.{name}" for name in ("attacks", "lagrangian", "losses", "preferences")}
+PURE = {f"utils.methods.{name}" for name in ("attacks", "lagrangian", "lore", "losses", "preferences")}
 PURE |= {f"utils.evaluation.{name}" for name in ("apgd", "fairness", "square")}
 OUTSIDE = {"torch", "pyautoattack"}  # Square is its authors' own code
 
@@ -78,3 +78,7 @@ def test_the_scripts_do_not_import_each_other():
     scripts = {"train_lore", "train_po", "evaluate"}
     for script in scripts:
         assert not {name.split(".")[0] for name in imports(ROOT / f"{script}.py")} & (scripts | {"benchmarks", "tests"})
+
+
+def test_a_run_knows_no_method():
+    assert not {name for name in imports(UTILS["utils.training.run"]) if name.startswith("utils.methods")}

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import train_lore
+import utils.methods.lore
 from tests.conftest import accelerate_launch, run_script
 from tests.small_models import photos, save_small_clip, small_encoder
 from utils.errors import UserError
@@ -189,8 +190,8 @@ def test_the_trainers_attack_recomputes(deep_clip, digits, tmp_path, monkeypatch
         peaks.append(tensors.peak)
         return delta
 
-    monkeypatch.setattr(train_lore, "frozen", watched_frozen)
-    monkeypatch.setattr(train_lore, "pgd", watched_pgd)
+    monkeypatch.setattr(utils.methods.lore, "frozen", watched_frozen)
+    monkeypatch.setattr(utils.methods.lore, "pgd", watched_pgd)
     for checkpointing in (False, True):
         output_dir = tmp_path / f"run-{checkpointing}"
         train_lore.main(settings(deep_clip, digits, output_dir, gradient_checkpointing=checkpointing, max_steps=1))
