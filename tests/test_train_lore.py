@@ -181,6 +181,36 @@ def test_accumulated_micro_batches_equal_one_batch(arguments, tmp_path, monkeypa
     assert_equal_runs(tmp_path / "one", tmp_path / "four")
 
 
+def test_accumulated_micro_batches_ascend_as_one_batch(arguments, tmp_path, monkeypatch):
+    """AdamW sees no factor in a gradient: gradient ascent shows whether the dual loss is a mean over the micro-batches."""
+    with_sgd(monkeypatch)
+    monkeypatch.setattr(
+        train_lore,
+        "make_dual_optimizer",
+        lambda multiplier, rate: torch.optim.SGD(multiplier.parameters(), lr=rate, maximize=True),
+    )
+    common = {"rho": 0, "dual_learning_rate": 0.1, "max_steps": 3}
+    train_lore.main(arguments(output_dir=tmp_path / "one", **common))
+    parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    train_lore.main(arguments(output_dir=tmp_path / "four", **common, **parts))
+    one, four = ([row["multiplier_mean"] for row in rows(tmp_path / name)] for name in ("one", "four"))
+    assert one[0] != one[2]
+    assert four == pytest.approx(one, abs=1e-6)
+
+
+def test_settings_of_the_method_reach_the_problem(arguments, tmp_path):
+    """The clean weight in the loss, and the fixed margin in what is logged of the constraint."""
+    train_lore.main(arguments(output_dir=tmp_path / "clean", constraint="none", clean_weight=0.5, primal_steps=1))
+    row = rows(tmp_path / "clean")[1]
+    assert row["distance_clean"] > 0
+    assert row["loss"] == pytest.approx(row["distance_adv"] + 0.5 * row["distance_clean"], rel=1e-5)
+    for margin in ("fixed", "relative"):
+        train_lore.main(arguments(output_dir=tmp_path / margin, margin=margin))
+        row = rows(tmp_path / margin)[1]
+        as_fixed = row["violation_ratio_mean"] == pytest.approx(row["distance_clean"], rel=1e-5)
+        assert as_fixed == (margin == "fixed")
+
+
 def with_sgd(monkeypatch):
     """AdamW turns the rounding of gradients that are zero into whole updates; SGD shows whether runs are equal."""
     monkeypatch.setattr(
