@@ -304,10 +304,10 @@ import evaluate
 from pathlib import Path
 from utils.cli import parse_settings
 from utils.errors import UserError
-from utils.distributed import everywhere, start_accelerator
-from utils.encoders import load_model
-from utils.hub import fetch_model, folder_on_every_node, on_this_node
-from utils.shards import ShardIndex, ShardReader
+from utils.processes.distributed import everywhere, start_accelerator
+from utils.models.encoders import load_model
+from utils.models.hub import fetch_model, folder_on_every_node, on_this_node
+from utils.data.shards import ShardIndex, ShardReader
 
 accelerator = start_accelerator()
 rank = accelerator.process_index
