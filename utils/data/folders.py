@@ -45,13 +45,13 @@ def kind_of(entry: os.DirEntry) -> str:
         return "broken link"
 
 
-def entries_of(folder: Path) -> list[os.DirEntry]:
-    """What is in a folder, sorted by name. UserError where it cannot be read."""
+def entries_of(folder: str | Path, where: str = "") -> list[os.DirEntry]:
+    """What is in a folder, sorted by name. UserError that names ``where`` (default: the folder) if it cannot be read."""
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({error.strerror}); mend it and start again") from None
+        raise UserError(f"{where or folder}: cannot be read ({error.strerror}); check its permissions") from None
 
 
 def subfolders(folder: Path, left_out: LeftOut | None = None, root: Path | None = None) -> list[str]:
