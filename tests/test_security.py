@@ -226,7 +226,7 @@ def test_image_bombs_take_neither_memory_nor_time(tmp_path):
     script = """
 import resource, sys, time, warnings
 from pathlib import Path
-from utils.images import ImageError, ImageTransform, decode
+from utils.data.images import ImageError, ImageTransform, decode
 warnings.simplefilter("ignore")
 transforms = [ImageTransform(), ImageTransform((224, 224), None), ImageTransform(None, (8, 8))]
 for path in sorted(Path(sys.argv[1]).iterdir()):

@@ -86,8 +86,8 @@ def expand_shards(
     """Paths and URLs of single shards, in the order given; duplicates stay. UserError where a pattern leads to nothing.
 
     A pattern is a path, a glob, a folder (its *.tar in numeric order), an http(s):// URL or
-    ``hf://datasets/<org>/<name>[@revision]/<path>`` (glob and folder too), each after brace expansion. A listing of the hub
-    is kept in ``cache_dir``. Single missing shards of a pattern are left to ``index_shards``.
+    ``hf://datasets/<org>/<name>[@revision]/<path>`` (glob and folder too), each after brace expansion. A listing of the
+    hub is kept in ``cache_dir``. Single missing shards of a pattern are left to ``index_shards``.
     """
     urls: list[str] = []
     for pattern in patterns:
@@ -124,8 +124,8 @@ def known_path(name: str) -> str:
 def expand_paths(pattern: str, flag: str) -> list[list[str]]:
     """Local paths of a pattern: one list for each alternative in braces, the matches of a glob in numeric order.
 
-    What exists as written wins: the longest leading part that exists is a name, and only the rest is a pattern. ``v[1]`` is
-    the folder of this name where there is one, even beside a ``v1``. An alternative without a match stays as it is.
+    What exists as written wins: the longest leading part that exists is a name, and only the rest is a pattern. ``v[1]``
+    is the folder of this name where there is one, even beside a ``v1``. An alternative without a match stays as it is.
     """
     pattern = known_path(pattern)
     known = _written_part(pattern, os.path.lexists)
@@ -257,7 +257,7 @@ def sibling(url: str, name: str) -> str | None:
 
 
 def _address(url: str) -> tuple[str, str]:
-    """A URL of a web server without query and fragment, and these; in paths, and on the hub, ? and # are part of names."""
+    """A URL of a web server without query and fragment, and these; elsewhere ? and # are part of names."""
     address = re.split(r"[?#]", url, maxsplit=1)[0] if url_scheme(url) in ("http", "https") else url
     return address, url[len(address) :]
 
@@ -358,7 +358,7 @@ def hub_set(
     """Local folder with the texts and one split of a set on the hub, e.g. clip-benchmark/wds_cifar10.
 
     The repository of ``<org>/<a>/<b>`` is ``<org>/<a>-<b>``, as CLIP_benchmark names its sets. The files come to the
-    hub's own cache, or to ``cache_dir``/hub. ``local_files_only``: another process has brought them, the hub is not asked.
+    hub's own cache, or to ``cache_dir``/hub. ``local_files_only``: another process has brought them.
     """
     from huggingface_hub import errors, snapshot_download
 
@@ -413,9 +413,9 @@ def one_line(error: BaseException) -> str:
 class ShardCache:
     """Local copies of remote shards, at most ``limit_gb`` (10^9 bytes) of them; least recently used go first.
 
-    A copy appears whole or not at all. A lock per shard lets any number of processes ask at once and fetch once, and keeps
-    a copy in place until it has been opened; evicted afterwards it stays readable through the open descriptor. The limit
-    should hold the shards of two shuffle blocks, up to 4 * 64; below that they are fetched again and again.
+    A copy appears whole or not at all. A lock per shard lets any number of processes ask at once and fetch once, and
+    keeps a copy in place until it has been opened; evicted afterwards it stays readable through the open descriptor. The
+    limit should hold the shards of two shuffle blocks, up to 4 * 64; below that they are fetched again and again.
     """
 
     def __init__(self, cache_dir: str | os.PathLike, limit_gb: float | None = None) -> None:
@@ -426,10 +426,7 @@ class ShardCache:
 
     @contextlib.contextmanager
     def local(self, url: str) -> Iterator[str]:
-        """Local path of the shard, fetched where needed; nobody evicts it within the block. A local path stays as it is.
-
-        UnavailableShard where it cannot be had.
-        """
+        """Local path of the shard, fetched where needed; nobody evicts it within the block. Raises UnavailableShard."""
         if not is_remote(url):
             yield url
             return
@@ -437,7 +434,7 @@ class ShardCache:
             yield str(self.copy_of(url))
 
     def fetch_ahead(self, url: str) -> bool:
-        """Fetches a remote shard that the cache lacks; False, at once, where somebody else is fetching or opening it."""
+        """Fetches a remote shard that the cache lacks; False, at once, where somebody else fetches or opens it."""
         with self._held(url, wait=False) as held:
             return held
 
@@ -519,7 +516,7 @@ def _locked(path: Path, wait: bool) -> Iterator[bool]:
         try:
             yield True
         finally:
-            # Closing the file would not do: a data worker that was forked meanwhile has a copy of it, and the lock with it.
+            # Closing the file would not do: a data worker forked meanwhile has a copy of it, and the lock with it.
             fcntl.flock(stream, fcntl.LOCK_UN)
 
 
