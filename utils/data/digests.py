@@ -1,8 +1,8 @@
 """Digests of what files hold: by them a stored result knows whether it still answers the question asked.
 
-Names, sizes and dates do not tell contents apart: labels corrected inside a tar leave its size, a copy may keep its date.
-So a digest is of the bytes, remembered by path, size, mtime, ctime and inode: a file is read once for every change of it,
-because nobody can set ctime back.
+Names, sizes and dates do not tell contents apart: labels corrected inside a tar leave its size, a copy may keep its
+date. So a digest is of the bytes. It is remembered by path, size, mtime, ctime and inode; nobody can set ctime back, so
+a file is read once for every change of it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -91,14 +91,28 @@ def shards_digest(accelerator: Accelerator, index: ShardIndex, num_samples: int 
     return text_digest([f"{found[place]} {index.sizes[place]}" for place in range(used)])
 
 
-def side_by_side(read: Callable[[T], R], things: Sequence[T], *, enabled: bool = True) -> list[R]:
-    """``read`` of each thing, a few at a time; a line of progress where that takes seconds."""
+def side_by_side(
+    read: Callable[[T], R],
+    things: Sequence[T],
+    *,
+    title: str = "has the data changed? read",
+    count: int = THREADS,
+    enabled: bool = True,
+) -> list[R]:
+    """``read`` of each thing, ``count`` at a time; a line of progress where that takes seconds."""
     found = []
-    with (
-        RunProgress("has the data changed? read", len(things), enabled=enabled, transient=True) as progress,
-        ThreadPoolExecutor(THREADS) as pool,
-    ):
+    with RunProgress(title, len(things), enabled=enabled, transient=True) as progress, threads(count) as pool:
         for result in pool.map(read, things):
             found.append(result)
             progress.update(len(found))
     return found
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that nobody waits for after an error or Ctrl-C."""
+    pool = ThreadPoolExecutor(count)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

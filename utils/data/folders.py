@@ -9,7 +9,10 @@ from pathlib import Path
 from utils.errors import UserError
 
 # By the formats of Pillow; what a file is in truth its first bytes say.
-SUFFIXES = set(".jpg .jpeg .jpe .jfif .jfi .pjpeg .pjp .mpo .png .apng .webp .gif .bmp .dib .tif .tiff .avif".split())
+SUFFIXES = {
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".pjpeg", ".pjp", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp"),
+    *(".dib", ".tif", ".tiff", ".avif"),
+}
 # Folders that systems put beside those of people: thumbnails, waste paper, what was found after a crash.
 SYSTEM_FOLDERS = {
     *("@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "__macosx", "__pycache__", "$recycle.bin", "recycler"),

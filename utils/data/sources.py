@@ -17,9 +17,9 @@ import json
 import logging
 import os
 import re
+import secrets
 import select
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.parse
@@ -124,8 +124,8 @@ def known_path(name: str) -> str:
 def expand_paths(pattern: str, flag: str) -> list[list[str]]:
     """Local paths of a pattern: one list for each alternative in braces, the matches of a glob in numeric order.
 
-    What exists as written wins: the longest leading part that exists is a name, and only the rest is a pattern. ``v[1]``
-    is the folder of this name where there is one, even beside a ``v1``. An alternative without a match stays as it is.
+    What exists as written wins: the longest leading part that exists is a name, only the rest is a pattern. ``v[1]`` is
+    the folder of this name where there is one, even beside a ``v1``. An alternative without a match stays as it is.
     """
     pattern = known_path(pattern)
     known = _written_part(pattern, os.path.lexists)
@@ -414,8 +414,8 @@ class ShardCache:
     """Local copies of remote shards, at most ``limit_gb`` (10^9 bytes) of them; least recently used go first.
 
     A copy appears whole or not at all. A lock per shard lets any number of processes ask at once and fetch once, and
-    keeps a copy in place until it has been opened; evicted afterwards it stays readable through the open descriptor. The
-    limit should hold the shards of two shuffle blocks, up to 4 * 64; below that they are fetched again and again.
+    keeps a copy in place until it has been opened; evicted afterwards it stays readable through the open descriptor.
+    The limit should hold the shards of two shuffle blocks, up to 4 * 64; below that they are fetched again and again.
     """
 
     def __init__(self, cache_dir: str | os.PathLike, limit_gb: float | None = None) -> None:
@@ -445,7 +445,11 @@ class ShardCache:
         self.lock_dir.mkdir(parents=True, exist_ok=True)
         with _locked(self._lock_of(target), wait) as held:
             if held and not target.exists():
-                self._fetch(url, target)
+                # A fixed name: what a killed process leaves is overwritten by the next.
+                with _into_place(target, target.with_name(target.name + ".part")) as part:
+                    _download(url, part)
+                    with open(part, "rb") as stream:
+                        os.fsync(stream.fileno())
                 self._evict()
             if held:
                 self.touch(str(target))
@@ -462,16 +466,6 @@ class ShardCache:
             self._touched[path] = now
             with contextlib.suppress(FileNotFoundError):
                 os.utime(path, ns=(int(now * 1e9), os.stat(path).st_mtime_ns))
-
-    def _fetch(self, url: str, target: Path) -> None:
-        part = target.with_name(target.name + ".part")
-        try:
-            _download(url, part)
-            with open(part, "rb") as stream:
-                os.fsync(stream.fileno())
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
 
     def _evict(self) -> None:
         """Deletes the least recently used copies above the limit, but none whose lock somebody holds."""
@@ -525,11 +519,24 @@ def digest(text: str) -> str:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Whole or not at all, also where several processes and threads write the same."""
+    """Whole or not at all, also where several processes write the same, on several nodes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
-    aside.write_bytes(data)
-    os.replace(aside, path)
+    with _into_place(path, _aside(path)) as aside:
+        aside.write_bytes(data)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f"{secrets.token_hex(12)}.part")
+
+
+@contextlib.contextmanager
+def _into_place(target: Path, aside: Path) -> Iterator[Path]:
+    """Where to write what becomes ``target`` at the end of the block; nothing is left of it after an error."""
+    try:
+        yield aside
+        os.replace(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _download(
@@ -595,7 +602,7 @@ def _download_hub(url: str, target: Path) -> None:
         raise UnavailableShard(f"HF_HUB_OFFLINE is set and the cache lacks it; {BRING_IT}")
     repo, revision, path = _parse_hub(url)
     fetch = partial(hf_hub_download, repo_type="dataset", revision=revision, tqdm_class=Silent)
-    with tempfile.TemporaryDirectory(dir=target.parent.parent, prefix="hub-") as folder:
+    with tempfile.TemporaryDirectory(dir=target.parent, suffix=".part") as folder:
         try:
             os.replace(fetch(repo, path, local_dir=folder), target)
         except errors.LocalEntryNotFoundError as error:  # no connection, and also an EntryNotFoundError
@@ -686,25 +693,21 @@ def _remote_text(url: str, cache_dir: Path) -> bytes | None:
     known = copy.exists() or absent.exists()
     # A node without internet should not wait long for what it has.
     patience: dict[str, Any] = {"timeout": QUICK_TIMEOUT, "retries": 0} if known else {}
-    with tempfile.TemporaryDirectory(dir=copy.parent, prefix="text-") as folder:
-        target = Path(folder) / "text" / "file"
-        target.parent.mkdir()
-        try:
-            _download(url, target, limit=MAX_TEXT_BYTES, **patience)
-        except UnavailableShard as error:
-            if isinstance(error, _Absent) and not (isinstance(error, _Refused) and copy.exists()):
-                absent.touch()
-                copy.unlink(missing_ok=True)
-                return None
-            if not known:
-                raise
-            found, what = (copy, "the copy") if copy.exists() else (absent, "as absent, as it was")
-            logger.warning("%s: cannot be reached (%s); taken %s of %s", display_url(url), error, what, _day_of(found))
-            return copy.read_bytes() if found is copy else None
-        data = _start_of(target)
-        os.replace(target, copy)
+    try:
+        with _into_place(copy, _aside(copy)) as aside:
+            _download(url, aside, limit=MAX_TEXT_BYTES, **patience)
         absent.unlink(missing_ok=True)
-        return data
+    except UnavailableShard as error:
+        if isinstance(error, _Absent) and not (isinstance(error, _Refused) and copy.exists()):
+            absent.touch()
+            copy.unlink(missing_ok=True)
+            return None
+        if not known:
+            raise
+        found, what = (copy, "the copy") if copy.exists() else (absent, "as absent, as it was")
+        logger.warning("%s: cannot be reached (%s); taken %s of %s", display_url(url), error, what, _day_of(found))
+        return copy.read_bytes() if found is copy else None
+    return _start_of(copy)
 
 
 def _start_of(path: str | os.PathLike) -> bytes:

@@ -41,8 +41,8 @@ class TarIndex:
     """Where the samples of one tar lie. Sample i has the members starts[i] ... starts[i + 1] - 1.
 
     extension_ids index ``extensions``; offsets and sizes are bytes of the payload. ``damage`` says where the tar is not
-    whole; ``lost`` estimates by bytes how many samples lie there (0: nobody can tell). ``notes`` are (kind, detail, samples
-    lost) of what is whole and still not read as it stands.
+    whole; ``lost`` estimates by bytes how many samples lie there (0: nobody can tell). ``notes`` are (kind, detail,
+    samples lost) of what is whole and still not read as it stands.
     """
 
     keys: list[str]
@@ -197,7 +197,7 @@ def _tell_damage(index: TarIndex, gaps: list[tuple[int, int]], end: Damage | Non
 def _follow_links(
     index: TarIndex, links: dict[int, tuple[str, str, str]], path: str | os.PathLike, unread: list[tuple[str, str]]
 ) -> None:
-    """Gives links the payload of the member that they lead to; those that lead to none go, also samples of these alone."""
+    """Gives links the payload of the member that they lead to. Dead links go, and so do samples of nothing else."""
     places: dict[str, tuple[int, int]] = {}
     targets: dict[str, str] = {}
     with contextlib.suppress(Damage):  # known already
@@ -229,14 +229,16 @@ def _members(path: str | os.PathLike, gaps: list[tuple[int, int]]) -> Iterator[t
     """(name, offset, size, kind, target) of the members of a tar, without folders; ``Damage`` where it is damaged.
 
     kind: "" for a regular file, else its description; target: of a link, as a name in the archive. ``gaps`` gets the
-    zeros, (first byte, byte after), behind which there is something. Reads ustar, GNU (long names, sparse) and pax (path,
-    linkpath, size) headers in a third of ``tarfile``'s time, and notices damage that ``tarfile`` takes for the end.
+    zeros, (first byte, byte after), behind which there is something. Reads ustar, GNU (long names, sparse) and pax
+    (path, linkpath, size) in a third of ``tarfile``'s time, and notices damage that ``tarfile`` takes for the end.
     """
     fd = os.open(path, os.O_RDONLY)
     try:
         end, offset, members = os.fstat(fd).st_size, 0, 0
         zeros = bytes(BLOCK)
-        more: dict[bytes, bytes] = {}  # what extended headers say of the next member, by pax' names
+        # What extended headers say of the next member: the last one of each kind counts, and pax has the last word.
+        pax: dict[bytes, bytes] = {}
+        gnu: dict[bytes, bytes] = {}
         while True:
             header = os.pread(fd, BLOCK, offset)
             if len(header) < BLOCK:
@@ -252,7 +254,7 @@ def _members(path: str | os.PathLike, gaps: list[tuple[int, int]]) -> Iterator[t
                     return
                 after = following // BLOCK * BLOCK
                 gaps.append((offset, after))
-                more, offset = {}, after
+                pax, gnu, offset = {}, {}, after
                 continue
             try:
                 size = _number(header[124:136])
@@ -269,15 +271,15 @@ def _members(path: str | os.PathLike, gaps: list[tuple[int, int]]) -> Iterator[t
             if kind in b"gNVxXLK":  # about the archive or the next member
                 if kind in b"xXLK" and size > MAX_HEADER_BYTES:
                     raise Damage(f"a name of {size} bytes at byte {offset}", offset)
-                if payload + size > end:
+                if kind in b"gNVK" and payload + size > end:
                     raise Damage(f"ends at byte {end}, inside a header that goes on to byte {payload + size}", offset)
                 if kind in b"xX":
-                    names = {key: more[key] for key in (b"path", b"linkpath") if key in more}
-                    more = names | _pax_records(os.pread(fd, size, payload))
-                elif kind in b"LK":  # pax has the last word
-                    more.setdefault(b"path" if kind == b"L" else b"linkpath", _text(os.pread(fd, size, payload)))
+                    pax = _pax_records(os.pread(fd, size, payload))
+                elif kind in b"LK":
+                    gnu[b"path" if kind == b"L" else b"linkpath"] = _text(os.pread(fd, size, payload))
                 offset = payload + (size + BLOCK - 1) // BLOCK * BLOCK
                 continue
+            more = gnu | pax
             if more and more.get(b"size", b"").isdigit():
                 size = int(more[b"size"][:20])  # of 20 digits no file has as many bytes
             name = more.get(b"path")
@@ -316,7 +318,7 @@ def _members(path: str | os.PathLike, gaps: list[tuple[int, int]]) -> Iterator[t
                 )
             elif kind != b"5":
                 yield shown, 0, 0, ODD_MEMBERS.get(kind) or f"of unknown type {kind.decode('latin-1')!r}", ""
-            more = {}
+            pax, gnu = {}, {}
             offset = payload + (size + BLOCK - 1) // BLOCK * BLOCK
     finally:
         os.close(fd)

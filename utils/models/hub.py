@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 def folder_on_every_node(accelerator: Accelerator, find: Callable[[bool], Path], what: str) -> Path:
     """This node's folder: ``find(False)`` on its first process, which may download, then ``find(True)`` on its others.
 
-    A folder of the hub's cache is named after its commit. UserError where the nodes' commits differ: their processes would
-    compute with different models or data, and nothing would show it.
+    A folder of the hub's cache is named after its commit. UserError where the nodes' commits differ: their processes
+    would compute with different models or data, and nothing would show it.
     """
     brought = on_every_node(accelerator, lambda: find(False))
     folder = everywhere(accelerator, lambda: brought or find(True))
@@ -60,10 +60,10 @@ def refuse_mistyped_paths(models: Sequence[tuple[str, str | None]]) -> None:
 def model_folder(
     name_or_path: str, flag: str, supported: Sequence[str] = MODEL_TYPES, *, local_files_only: bool = False
 ) -> Path:
-    """The folder itself, or that of the hub's cache with all files that ``from_pretrained`` reads. Raises ``UserError``.
+    """The folder itself, or the hub's cache's with all files that ``from_pretrained`` reads. Raises ``UserError``.
 
-    What is lacking is brought, unless the hub cannot be reached or with ``local_files_only``. The model's type is checked
-    before its weights come.
+    What is lacking is brought, but not with ``local_files_only``. The model's type is checked before its weights come.
+    Where the hub cannot be reached, the cache has to do.
     """
     from huggingface_hub import HfApi, snapshot_download
 
@@ -117,13 +117,13 @@ def _cached_model(name: str, flag: str, reason: str = "") -> str:
                 return str(folder)
     reason = reason or ("HF_HUB_OFFLINE is set" if hub_offline() else "this node's first process did not bring it")
     raise UserError(
-        f"{flag} {name}: neither a local model directory{nearest(name)} nor a model in the cache, which lacks {lacking} "
-        f"of it, and {reason}; check the path, or {BRING_IT}"
+        f"{flag} {name}: neither a local model directory{nearest(name)} nor a model in the cache, which lacks "
+        f"{lacking} of it, and {reason}; check the path, or {BRING_IT}"
     )
 
 
 def on_this_node(accelerator: Accelerator, index: ShardIndex, folders: Sequence[str | Path], flag: str) -> None:
-    """Gives an index of the main process the paths of this one: ``folders`` are this process's, which may differ by node.
+    """Gives an index of the main process the paths of this one: ``folders`` are its own, which may differ by node.
 
     UserError on all processes where a node without internet lacks shards of the hub.
     """

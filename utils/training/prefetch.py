@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Sequence
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
 from utils.cli import launched_rank
+from utils.data.digests import side_by_side, threads
 from utils.data.sources import (
     ShardCache,
     UnavailableShard,
@@ -50,8 +50,8 @@ def prefetch_training(
 ) -> None:
     """Brings models, listings, texts and shards of a training run, and says where they are. Raises ``UserError``.
 
-    models: (flag, name or path or None), of the types ``supported``. sets: the arguments of ``open_set``. Mistakes are found
-    before anything large is downloaded. Under a launcher the first process works alone, the others leave.
+    models: (flag, name or path or None), of the types ``supported``. sets: the arguments of ``open_set``. Mistakes are
+    found before anything large is downloaded. Under a launcher the first process works alone, the others leave.
     """
     if launched_rank() > 0:
         return
@@ -100,8 +100,8 @@ def prefetch_models(models: Models) -> list[str]:
 def shards_to_fetch(urls: Sequence[str], cache: ShardCache) -> dict[str, int | None]:
     """The remote shards that the cache lacks, with their bytes where the server states them.
 
-    UserError where one of them is not there, and where ``cache_limit_gb`` or the disk is too small for all shards of the
-    run: without internet it needs them all.
+    UserError where one of them is not there, and where ``cache_limit_gb`` or the disk is too small for all shards of
+    the run: without internet it needs them all.
     """
     remote = [url for url in dict.fromkeys(urls) if is_remote(url)]
     if not remote:
@@ -117,24 +117,22 @@ def shards_to_fetch(urls: Sequence[str], cache: ShardCache) -> dict[str, int | N
             pass
     lacking = [url for url in remote if url not in set(present)]
     absent: dict[str, str] = {}
-    sizes: dict[str, int | None] = {}
-    with (
-        RunProgress("asking for sizes", len(lacking), transient=True) as progress,
-        _side_by_side(remote_size, lacking, QUESTIONS) as answers,
-    ):
-        for number, url, future in answers:
-            try:
-                sizes[url] = future.result()
-            except UnavailableShard as error:
-                absent[url] = str(error)
-            progress.update(number)
+
+    def ask(url: str) -> int | None:
+        try:
+            return remote_size(url)
+        except UnavailableShard as error:
+            absent[url] = str(error)
+            return None
+
+    sizes = dict(zip(lacking, side_by_side(ask, lacking, title="asking for sizes", count=QUESTIONS)))
     _refuse_lost(absent, len(remote), "correct the pattern")
     new = sum(size or 0 for size in sizes.values())
     total = _kept_bytes(present, cache) + new
     if cache.limit_bytes is not None and total > cache.limit_bytes:
         raise UserError(
-            f"--cache_limit_gb {cache.limit_bytes / 1e9:g}: the {len(remote)} shards of this run take {total / 1e9:.3g} GB; "
-            "without internet all have to be there: raise it, or name fewer shards"
+            f"--cache_limit_gb {cache.limit_bytes / 1e9:g}: the {len(remote)} shards of this run take "
+            f"{total / 1e9:.3g} GB; without internet all have to be there: raise it, or name fewer shards"
         )
     free = shutil.disk_usage(cache.cache_dir).free
     if new > free:
@@ -142,7 +140,7 @@ def shards_to_fetch(urls: Sequence[str], cache: ShardCache) -> dict[str, int | N
             f"{where}: {new / 1e9:.3g} GB of shards are still to come, {free / 1e9:.3g} GB are free; "
             "make room, name a folder on another disk, or name fewer shards"
         )
-    return {url: sizes[url] for url in lacking}
+    return sizes
 
 
 def fetch_shards(lacking: dict[str, int | None], cache: ShardCache) -> None:
@@ -156,15 +154,13 @@ def fetch_shards(lacking: dict[str, int | None], cache: ShardCache) -> None:
     lost: dict[str, str] = {}
     fetched, reported = 0, time.monotonic()
     total = sum(size or 0 for size in lacking.values())
-    with (
-        RunProgress("fetching shards", len(lacking)) as progress,
-        _side_by_side(fetch, list(lacking), DOWNLOADS) as answers,
-    ):
-        for number, url, future in answers:
+    with RunProgress("fetching shards", len(lacking)) as progress, threads(DOWNLOADS) as pool:
+        running = {pool.submit(fetch, url): url for url in lacking}
+        for number, future in enumerate(as_completed(running), start=1):
             try:
                 fetched += future.result()
             except UnavailableShard as error:
-                lost[url] = str(error)
+                lost[running[future]] = str(error)
                 if len(lost) == MOST_LOST:
                     break
             report = number == len(lacking) or time.monotonic() > reported + SECONDS_BETWEEN_LINES
@@ -182,19 +178,6 @@ def _refuse_lost(lost: dict[str, str], total: int, what_to_do: str) -> None:
         url, reason = next(iter(lost.items()))
         first = f"the first is {display_url(url)} ({reason})"
         raise UserError(f"--prefetch: {len(lost)} of {total} shards cannot be had, {first}; {what_to_do}")
-
-
-@contextmanager
-def _side_by_side(
-    work: Callable[[str], Any], urls: Sequence[str], threads: int
-) -> Iterator[Iterator[tuple[int, str, Future]]]:
-    """(how many are done, url, its future) as they end. Nobody waits for the threads after an error or Ctrl-C."""
-    pool = ThreadPoolExecutor(threads)
-    try:
-        running = {pool.submit(work, url): url for url in urls}
-        yield ((number, running[future], future) for number, future in enumerate(as_completed(running), start=1))
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def say_where(lines: Sequence[str], cache_dir: str | Path | None) -> None:
