@@ -1,8 +1,8 @@
-"""What files hold, as digests: by them a stored result knows whether it is still the answer to the question asked.
+"""Digests of what files hold: by them a stored result knows whether it still answers the question asked.
 
-Names, sizes and dates do not tell contents apart: labels corrected inside a tar leave its size as it was, a copy may keep
-its date. A digest is of the bytes. It is remembered by path, size, mtime, ctime and inode, so that a file is read once for
-every change of it; ctime cannot be set back. What is not a local file counts as the copy of it in the cache.
+Names, sizes and dates do not tell contents apart: labels corrected inside a tar leave its size, a copy may keep its
+date. So a digest is of the bytes. It is remembered by path, size, mtime, ctime and inode; nobody can set ctime back, so
+a file is read once for every change of it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import contextlib
 import hashlib
 import json
 import os
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -21,7 +20,7 @@ from typing import TypeVar
 from accelerate import Accelerator
 
 from utils.data.shards import ShardIndex
-from utils.data.sources import ShardCache, UnavailableShard, default_cache_dir, digest
+from utils.data.sources import ShardCache, UnavailableShard, default_cache_dir, digest, write_whole
 from utils.processes.distributed import gather_objects
 from utils.processes.progress import RunProgress
 from utils.strict_json import parse_json
@@ -51,15 +50,12 @@ def files_digest(paths: Sequence[str | os.PathLike], cache_dir: str | os.PathLik
             whole.update(hashlib.file_digest(file, KIND).digest())
     if changed < started - SETTLED and _state(real)[0] == state:
         with contextlib.suppress(OSError):  # a full or read-only cache costs the next run a pass, no more
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            aside = kept.with_name(f"{kept.name}.{os.getpid()}.{threading.get_ident()}.part")
-            aside.write_text(json.dumps({"state": state, "digest": whole.hexdigest()}), encoding="utf-8")
-            os.replace(aside, kept)
+            write_whole(kept, json.dumps({"state": state, "digest": whole.hexdigest()}).encode())
     return whole.hexdigest()
 
 
 def _state(paths: Sequence[str]) -> tuple[str, float]:
-    """What a file system says of files without reading them, and when the last one of them changed."""
+    """What the file system says of files without reading them, and when the last of them changed."""
     found = [os.stat(path) for path in paths]
     state = [(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino) for status in found]
     return digest(json.dumps(state)), max((status.st_ctime for status in found), default=0.0)
@@ -71,10 +67,9 @@ def text_digest(lines: Sequence[str]) -> str:
 
 
 def shards_digest(accelerator: Accelerator, index: ShardIndex, num_samples: int | None = None) -> str:
-    """A digest of the shards that hold the first ``num_samples``: their bytes, and how many samples are taken of each.
+    """A digest of the shards that hold the first ``num_samples``: their bytes, and how many samples each has.
 
-    Call on all processes: each reads its share of the shards, all know the result. A remote shard is brought into the cache,
-    whose copy counts; one that cannot be had counts as such.
+    Call on all processes: each reads its share, all know the result. Of a remote shard the copy in the cache counts.
     """
     used, samples = 0, 0
     while used < len(index.urls) and (num_samples is None or samples < num_samples):
@@ -96,14 +91,28 @@ def shards_digest(accelerator: Accelerator, index: ShardIndex, num_samples: int 
     return text_digest([f"{found[place]} {index.sizes[place]}" for place in range(used)])
 
 
-def side_by_side(read: Callable[[T], R], things: Sequence[T], *, enabled: bool = True) -> list[R]:
-    """``read`` of each thing, a few at a time; a line of progress where that takes seconds."""
+def side_by_side(
+    read: Callable[[T], R],
+    things: Sequence[T],
+    *,
+    title: str = "has the data changed? read",
+    count: int = THREADS,
+    enabled: bool = True,
+) -> list[R]:
+    """``read`` of each thing, ``count`` at a time; a line of progress where that takes seconds."""
     found = []
-    with (
-        RunProgress("has the data changed? read", len(things), enabled=enabled, transient=True) as progress,
-        ThreadPoolExecutor(THREADS) as pool,
-    ):
+    with RunProgress(title, len(things), enabled=enabled, transient=True) as progress, threads(count) as pool:
         for result in pool.map(read, things):
             found.append(result)
             progress.update(len(found))
     return found
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that nobody waits for after an error or Ctrl-C."""
+    pool = ThreadPoolExecutor(count)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

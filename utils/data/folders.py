@@ -10,14 +10,14 @@ from utils.errors import UserError
 
 # By the formats of Pillow; what a file is in truth its first bytes say.
 SUFFIXES = {
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".pjpeg", ".pjp", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".dib",
-    ".tif", ".tiff", ".avif",
-}  # fmt: skip
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".pjpeg", ".pjp", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp"),
+    *(".dib", ".tif", ".tiff", ".avif"),
+}
 # Folders that systems put beside those of people: thumbnails, waste paper, what was found after a crash.
 SYSTEM_FOLDERS = {
-    "@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "__macosx", "__pycache__", "$recycle.bin", "recycler", "lost+found",
-    "system volume information", "found.000",
-}  # fmt: skip
+    *("@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "__macosx", "__pycache__", "$recycle.bin", "recycler"),
+    *("lost+found", "system volume information", "found.000"),
+}
 
 READ_ALREADY = "links to folders that are read already"
 LeftOut = dict[str, list[str]]  # what kind of thing -> paths
@@ -45,47 +45,48 @@ def kind_of(entry: os.DirEntry) -> str:
         return "broken link"
 
 
-def entries_of(folder: Path) -> list[os.DirEntry]:
-    """What is in a folder, sorted by name. UserError where it cannot be read."""
+def entries_of(folder: str | Path, where: str = "") -> list[os.DirEntry]:
+    """What is in a folder, sorted by name. UserError about ``where`` (default: the folder) if it cannot be read."""
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({error.strerror}); mend it and start again") from None
+        raise UserError(f"{where or folder}: cannot be read ({error.strerror}); check its permissions") from None
 
 
 def subfolders(folder: Path, left_out: LeftOut | None = None, root: Path | None = None) -> list[str]:
-    """Names of the folders in ``folder``, sorted, but those of a system; none where it is no folder.
+    """Names of the folders in ``folder``, sorted, without those of a system; none where it is no folder.
 
     Everything else in it is added to ``left_out``, as paths from ``root``.
     """
     if not folder.is_dir():
         return []
     found, around = [], _around(folder)
+    left_out = {} if left_out is None else left_out
     for entry in entries_of(folder):
-        if kind_of(entry) == "folder" and not is_system(entry.name):
-            if not entry.is_symlink() or _identity(Path(entry.path)) not in around:
-                found.append(entry.name)
-            elif left_out is not None:
-                leave(left_out, entry, root or folder, READ_ALREADY)
-        elif left_out is not None:
+        if kind_of(entry) != "folder" or is_system(entry.name):
             leave(left_out, entry, root or folder)
+        elif entry.is_symlink() and _identity(entry) in around:
+            leave(left_out, entry, root or folder, READ_ALREADY)
+        else:
+            found.append(entry.name)
     return found
 
 
 def leave(left_out: LeftOut, entry: os.DirEntry, root: Path, kind: str | None = None) -> None:
     """Adds an entry to what is left out, by the kind of thing that it is."""
     path, found = os.path.relpath(entry.path, root), kind_of(entry)
-    if kind is None and found == "folder":
-        kind = "hidden folders, or a system's own" if is_system(entry.name) else "folders"
-    elif kind is None and found == "file":
-        suffix = os.path.splitext(entry.name)[1].lower()
-        kind = (
-            "hidden files" if entry.name.startswith(".") else f"{suffix} files" if suffix else "files without a suffix"
-        )
-    elif kind is None:
-        kind = "broken links" if found == "broken link" else "pipes, sockets or devices"
-    left_out.setdefault(kind, []).append(f"{path}/" if found == "folder" else path)
+    suffix = os.path.splitext(entry.name)[1].lower()
+    if found == "folder":
+        path += "/"
+        own = "hidden folders, or a system's own" if is_system(entry.name) else "folders"
+    elif found == "file" and entry.name.startswith("."):
+        own = "hidden files"
+    elif found == "file":
+        own = f"{suffix} files" if suffix else "files without a suffix"
+    else:
+        own = "broken links" if found == "broken link" else "pipes, sockets or devices"
+    left_out.setdefault(kind or own, []).append(path)
 
 
 def describe(left_out: LeftOut) -> str:
@@ -98,7 +99,7 @@ def describe(left_out: LeftOut) -> str:
 
 
 def walk(folder: Path, left_out: LeftOut, root: Path) -> Iterator[tuple[Path, list[os.DirEntry]]]:
-    """``folder`` and all folders below it, each with its files and broken links; what is neither goes to ``left_out``.
+    """``folder`` and all folders below it, each with its files and broken links; the rest goes to ``left_out``.
 
     Links are followed. No folder is visited twice, nor one that holds ``folder``, so that circles end.
     """
@@ -109,17 +110,15 @@ def walk(folder: Path, left_out: LeftOut, root: Path) -> Iterator[tuple[Path, li
         files, inner = [], []
         for entry in entries_of(place):
             kind = kind_of(entry)
-            if kind == "folder" and not is_system(entry.name):
-                identity = _identity(Path(entry.path))
-                if identity in seen:
-                    leave(left_out, entry, root, READ_ALREADY)
-                    continue
+            if kind in ("file", "broken link") and not entry.name.startswith("."):
+                files.append(entry)
+            elif kind != "folder" or is_system(entry.name):
+                leave(left_out, entry, root)
+            elif (identity := _identity(entry)) in seen:
+                leave(left_out, entry, root, READ_ALREADY)
+            else:
                 seen.add(identity)
                 inner.append(Path(entry.path))
-            elif kind in ("file", "broken link") and not entry.name.startswith("."):
-                files.append(entry)
-            else:
-                leave(left_out, entry, root)
         waiting += reversed(inner)
         yield place, files
 
@@ -129,6 +128,6 @@ def _around(folder: Path) -> set[tuple[int, int]]:
     return {_identity(place) for place in (folder, *folder.absolute().parents, *folder.resolve().parents)}
 
 
-def _identity(place: Path) -> tuple[int, int]:
-    status = place.stat()
+def _identity(place: str | os.PathLike) -> tuple[int, int]:
+    status = os.stat(place)
     return status.st_dev, status.st_ino

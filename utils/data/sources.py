@@ -1,7 +1,7 @@
-"""Where shards are: paths, globs, directories and URLs to single shards, and local copies of the remote ones.
+"""Where shards are: from paths, globs, folders and URLs to single shards, and local copies of the remote ones.
 
-Small texts and listings of the hub are asked for afresh wherever there is a network, and kept for where there is none.
-Nothing that is logged or kept on disk holds a token: ``utils.redaction.display_url`` is what may be shown.
+Small texts and listings of the hub are asked for afresh where there is a network, and kept for where there is none.
+Nothing that is logged or kept on disk holds a token: ``utils.redaction.display_url`` gives what may be shown.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import select
 import tempfile
 import time
@@ -30,6 +31,7 @@ from typing import Any
 
 import braceexpand
 
+from utils.data.folders import entries_of, kind_of
 from utils.errors import UserError
 from utils.redaction import display_url, url_scheme, without_addresses, without_secrets
 from utils.text_files import decode_text
@@ -49,11 +51,7 @@ BRING_IT = "bring everything before, by the same command with --prefetch true wh
 
 
 class ShardError(UserError):
-    """Reading has to stop. Survives the way out of a DataLoader worker as the same one line.
-
-    A DataLoader raises a worker's exception again from the text of its whole traceback; the line itself is what follows
-    the last "ShardError: ".
-    """
+    """Reading has to stop. A DataLoader makes a worker's error anew from its traceback: only the last line is kept."""
 
     every_rank = False  # other ranks may read on: whoever meets it has to speak
 
@@ -63,6 +61,14 @@ class ShardError(UserError):
 
 class UnavailableShard(Exception):
     """A shard that cannot be brought here; the text says why."""
+
+
+class _Absent(UnavailableShard):
+    """The server answered, and there is no such file: no use in asking again."""
+
+
+class _Refused(_Absent):
+    """The server gives nothing out: some say so of files that they lack, a proxy says so of everything."""
 
 
 def default_cache_dir() -> Path:
@@ -77,40 +83,31 @@ def expand_shards(
     allow_pipe_urls: bool = False,
     cache_dir: str | os.PathLike | None = None,
 ) -> list[str]:
-    """Paths and URLs of single shards, in the order given; duplicates stay.
+    """Paths and URLs of single shards, in the order given; duplicates stay. UserError where a pattern leads to nothing.
 
-    A pattern is a path, a glob, a directory (its *.tar in numeric order), an ``https://`` or ``http://`` URL, an
-    ``hf://datasets/<org>/<name>[@revision]/<path>`` URL (glob and directory too), each after brace expansion. A local path
-    that exists as written is no pattern and no URL (``expand_paths``). What the hub lists is kept in ``cache_dir`` and used
-    where the hub cannot be reached. UserError where a pattern leads to nothing; single missing shards of a pattern are left
-    to ``index_shards``.
+    A pattern is a path, a glob, a folder (its *.tar in numeric order), an http(s):// URL or
+    ``hf://datasets/<org>/<name>[@revision]/<path>`` (glob and folder too), each after brace expansion. A listing of the
+    hub is kept in ``cache_dir``. Single missing shards of a pattern are left to ``index_shards``.
     """
     urls: list[str] = []
     for pattern in patterns:
+        where = f"{flag} {display_url(pattern)}"
         scheme = None if os.path.lexists(pattern) else url_scheme(pattern)
         if scheme is None:
             urls += _expand_local(pattern, flag)
             continue
         expanded = _expand_braces(pattern, flag)
-        if scheme == "pipe":
-            if not allow_pipe_urls:
-                raise UserError(
-                    f"{flag} {display_url(pattern)}: runs a shell command; give a path or URL, or --allow_pipe_urls"
-                )
-            urls += expanded
-        elif scheme in ("http", "https"):
-            if any("*" in _address(url)[0] for url in expanded):
-                raise UserError(
-                    f"{flag} {display_url(pattern)}: a web server cannot be listed; write x-{{000..010}}.tar"
-                )
-            urls += expanded
-        elif scheme == "hf":
+        if scheme == "hf":
             for url in expanded:
                 urls += _expand_hub(url, flag, Path(cache_dir or default_cache_dir()))
-        else:
-            raise UserError(
-                f"{flag} {display_url(pattern)}: {scheme}:// is not supported; expected a path, http(s):// or hf://"
-            )
+            continue
+        if scheme not in ("pipe", "http", "https"):
+            raise UserError(f"{where}: {scheme}:// is not supported; expected a path, http(s):// or hf://")
+        if scheme == "pipe" and not allow_pipe_urls:
+            raise UserError(f"{where}: runs a shell command; give a path or URL, or --allow_pipe_urls")
+        if scheme != "pipe" and any("*" in _address(url)[0] for url in expanded):
+            raise UserError(f"{where}: a web server cannot be listed; write x-{{000..010}}.tar")
+        urls += expanded
     for url in urls:
         if file_name(url).lower().endswith(COMPRESSED):
             raise UserError(f"{flag} {display_url(url)}: compressed; expected a plain .tar, please unpack it once")
@@ -120,16 +117,15 @@ def expand_shards(
 
 
 def known_path(name: str) -> str:
-    """The path that ``name`` is: as written where its first folder or the file exists so, else with ``~`` expanded."""
+    """The path as written where its first folder or the file exists so, else with ``~`` expanded."""
     return name if _written_part(name, os.path.lexists) else os.path.expanduser(name)
 
 
 def expand_paths(pattern: str, flag: str) -> list[list[str]]:
-    """Local paths of a pattern: those of each of its alternatives in braces, in order, the matches of a glob in numeric order.
+    """Local paths of a pattern: one list for each alternative in braces, the matches of a glob in numeric order.
 
-    What exists as written wins: the longest leading part that does is taken letter by letter, and only what follows it is
-    read as a pattern. ``v[1]`` is the folder of this name where there is one, beside a ``v1`` too, and ``v[1]/*.tar`` are
-    the shards in it. Without a match the alternative itself, which does not exist. UserError where braces do not match.
+    What exists as written wins: the longest leading part that exists is a name, only the rest is a pattern. ``v[1]`` is
+    the folder of this name where there is one, even beside a ``v1``. An alternative without a match stays as it is.
     """
     pattern = known_path(pattern)
     known = _written_part(pattern, os.path.lexists)
@@ -142,14 +138,13 @@ def _expand_braces(text: str, flag: str, shown: str | None = None) -> list[str]:
     try:
         return list(braceexpand.braceexpand(text))
     except ValueError:
-        raise UserError(
-            f"{flag} {display_url(shown or text)}: braces do not match; expected e.g. x-{{000..010}}.tar"
-        ) from None
+        where = f"{flag} {display_url(shown or text)}"
+        raise UserError(f"{where}: braces do not match; expected e.g. x-{{000..010}}.tar") from None
 
 
 def _written_part(path: str, exists: Callable[[str], bool]) -> str:
     """The longest leading part of ``path``, of whole folders, that exists as written."""
-    ends = [len(path), *(place.start() for place in reversed(list(re.finditer("/", path))))]
+    ends = [len(path), *(slash.start() for slash in reversed(list(re.finditer("/", path))))]
     return next((path[:end] for end in ends if end and exists(path[:end])), "")
 
 
@@ -159,14 +154,11 @@ def _matches(path: str) -> list[str]:
     rest = path[len(known) :]
     if not rest.strip("/"):
         return [path] if os.path.lexists(path) else []
-    if not glob.has_magic(rest):
-        return []
     if "**" in rest:
         return glob.glob(glob.escape(known) + rest, recursive=True)
-    steps = re.match(r"/*[^/]+", rest)
-    assert steps is not None  # there is something but slashes
-    found = glob.glob(glob.escape(known) + steps.group(0)) if glob.has_magic(steps.group(0)) else []
-    return [match for folder in found for match in _matches(folder + rest[steps.end() :])]
+    step = re.findall(r"/*[^/]+", rest)[0]  # the next folder or file
+    found = glob.glob(glob.escape(known) + step) if glob.has_magic(step) else []
+    return [match for folder in found for match in _matches(folder + rest[len(step) :])]
 
 
 def _as_path(path: str) -> str:
@@ -179,26 +171,20 @@ def _expand_local(pattern: str, flag: str) -> list[str]:
     exists = False
     expanded = expand_paths(pattern, flag)
     for matches in expanded:
+        chosen = [match for match in matches if len(matches) > 1 and _is_shard_or_folder(match, flag)] or matches
         found: list[str] = []
-        chosen = [match for match in matches if len(matches) == 1 or _is_shard_or_folder(match, flag)]
-        for match in chosen or matches:
+        for match in chosen:
+            exists = exists or os.path.lexists(match)
             if os.path.isdir(match):
                 found += [os.path.join(match, name) for name in _tars_in_folder(match, _names_in(match, flag), flag)]
-                exists = True
             else:
                 found.append(match)
-                exists = exists or os.path.lexists(match)
         urls += dict.fromkeys(found)  # ``**`` matches a folder and the shards in it
-        if 0 < len(chosen) < len(matches):
-            others = [match for match in matches if match not in set(chosen)]
-            logger.warning(
-                "%s %s: also matches %d that are no shards and no folders of shards, the first is %s; left out",
-                flag, pattern, len(others), others[0],
-            )  # fmt: skip
+        if others := sorted(set(matches) - set(chosen), key=_natural):
+            odd = f"{len(others)} that are no shards and no folders of shards, the first is {others[0]}"
+            logger.warning("%s %s: also matches %s; left out", flag, pattern, odd)
     if not exists:
-        parent = Path(expanded[0][0]).absolute().parent
-        while not parent.is_dir():
-            parent = parent.parent
+        parent = next(folder for folder in Path(expanded[0][0]).absolute().parents if folder.is_dir())
         tars = sum(map(_is_tar, os.listdir(parent))) if os.access(parent, os.R_OK) else 0
         count = f"none of the {len(expanded)} files exists" if len(expanded) > 1 else "nothing is there"
         raise UserError(
@@ -217,15 +203,7 @@ def _is_shard_or_folder(path: str, flag: str) -> bool:
 
 def _names_in(folder: str, flag: str) -> list[str]:
     """What lies in a local folder; the names of folders end in /."""
-
-    def is_folder(entry: os.DirEntry[str]) -> bool:  # a link to itself is none
-        return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
-
-    try:
-        with os.scandir(folder) as entries:
-            return [entry.name + "/" * is_folder(entry) for entry in entries]
-    except OSError as error:
-        raise UserError(f"{flag} {folder}: cannot be read ({error.strerror}); check its permissions") from None
+    return [entry.name + "/" * (kind_of(entry) == "folder") for entry in entries_of(folder, f"{flag} {folder}")]
 
 
 def _is_tar(name: str) -> bool:
@@ -237,108 +215,21 @@ def has_shards(folder: Path) -> bool:
     return any(not path.is_dir() for path in folder.glob("*.tar"))
 
 
-def _expand_hub(url: str, flag: str, cache_dir: Path) -> list[str]:
-    """One brace-expanded hf:// URL -> shard URLs; a directory or glob is listed, by the kept listing where need be."""
-    repo, revision, path = _parse_hub(url, flag)
-    if path.endswith(".tar") and not glob.has_magic(path):
-        return [url]
-    kept = cache_dir / "listings" / f"{digest(url)}.json"
-    try:
-        shards = _list_hub(url, repo, revision, path, flag)
-    except UserError:
-        raise
-    except Exception as error:  # the hub raises its own errors, httpx's and OSError
-        reason = "HF_HUB_OFFLINE is set" if hub_offline() else f"the hub does not list it ({one_line(error)})"
-        if not hub_answered(error) and (listing := _read_listing(kept)):
-            logger.warning("%s %s: %s; its %d shards are those listed %s", flag, display_url(url), reason, *listing[1:])
-            return listing[0]
-        raise UserError(
-            f"{flag} {display_url(url)}: {reason}; check the name, the network and the login, or {BRING_IT}"
-        ) from None
-    with contextlib.suppress(OSError):  # a cache that cannot be written is reported where shards go into it
-        _write_whole(kept, json.dumps({"pattern": url, "shards": shards}).encode())
-    return shards
-
-
-def _list_hub(url: str, repo: str, revision: str | None, path: str, flag: str) -> list[str]:
-    """The shards of a folder or glob as the hub has them now. UserError where there are none, the hub's own errors.
-
-    As with local paths, what exists as written wins.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.hf_api import RepoFile
-
-    def entries(folder: str, deep: bool) -> list[Any]:
-        return list(
-            HfApi().list_repo_tree(repo, folder or None, recursive=deep, revision=revision, repo_type="dataset")
-        )
-
-    prefix = url[: len(url) - len(path)].rstrip("/") + "/"
-    path = path.strip("/")
-    if glob.has_magic(path):
-        folder = re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0]
-        listed = entries(folder, deep="/" in path[len(folder) :].lstrip("/"))
-        files = [entry.path for entry in listed if isinstance(entry, RepoFile)]
-        if path in files:
-            return [prefix + path]
-        # A listing may lack folders that its files imply.
-        there = {name[: end.start()] for name in files for end in re.finditer("/", name)}
-        there.update(entry.path for entry in listed)
-        known = _written_part(path, there.__contains__)
-        if known != path:
-            pattern = glob.escape(known) + path[len(known) :]
-            matches = sorted((name for name in files if fnmatch.fnmatchcase(name, pattern)), key=_natural)
-            if not matches:
-                raise UserError(f"{flag} {display_url(url)}: matches no file on the hub; expected .tar shards")
-            return [prefix + match for match in matches]
-    listed = entries(path, deep=False)
-    names = [entry.path.rpartition("/")[2] + "/" * (not isinstance(entry, RepoFile)) for entry in listed]
-    return [prefix + (f"{path}/{name}" if path else name) for name in _tars_in_folder(url, names, flag)]
-
-
-def _read_listing(kept: Path) -> tuple[list[str], int, str] | None:
-    """The shards of a kept listing, their number and the day of the listing; None where none was kept."""
-    try:
-        shards = list(map(str, json.loads(kept.read_text(encoding="utf-8"))["shards"]))
-        return shards, len(shards), _day_of(kept)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def hub_offline() -> bool:
-    """Whether HF_HUB_OFFLINE is set: the hub is not asked for anything."""
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)
-
-
-def hub_answered(error: BaseException) -> bool:
-    """Whether the hub itself said no (no such thing, no access), in place of not being there or too busy."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    status = getattr(getattr(error, "response", None), "status_code", 500)
-    return isinstance(error, HfHubHTTPError) and status not in (408, 429) and status < 500
-
-
 def _tars_in_folder(folder: str, names: Sequence[str], flag: str) -> list[str]:
-    """The .tar files among ``names``, in numeric order; UserError where ``folder`` has none. Folders' names end in /.
+    """The .tar files among ``names`` in numeric order; UserError where there are none. Names of folders end in /.
 
     What looks like a shard and is none, compressed or a folder, is named.
     """
     tars = sorted(filter(_is_tar, names), key=_natural)
     others = sorted(name for name in names if re.fullmatch(r"[^.].*\.(tar/|tar\.\w+|tgz)", name.lower()))
     if not tars:
-        splits = [f"{split}/" for split in ("train", "test") if f"{split}/" in names]
-        hint = f"name its {' or '.join(splits)} folder" if splits else "correct the path"
-        raise UserError(
-            f"{flag} {folder}: a folder without .tar files; expected .tar shards; "
-            f"{f'there is {others[0]}: unpack or name it' if others and not splits else hint}"
-        )
+        hint = f"there is {others[0]}: unpack or name it" if others else "correct the path"
+        if splits := [f"{split}/" for split in ("train", "test") if f"{split}/" in names]:
+            hint = f"name its {' or '.join(splits)} folder"
+        raise UserError(f"{flag} {folder}: a folder without .tar files; expected .tar shards; {hint}")
     if others:
-        logger.warning(
-            "%s %s: %d that are no plain .tar files are not read, the first is %s; unpack them once, or take them out",
-            flag, display_url(folder), len(others), others[0],
-        )  # fmt: skip
+        odd = f"{len(others)} that are no plain .tar files are not read, the first is {others[0]}"
+        logger.warning("%s %s: %s; unpack them once, or take them out", flag, display_url(folder), odd)
     return tars
 
 
@@ -366,18 +257,97 @@ def sibling(url: str, name: str) -> str | None:
 
 
 def _address(url: str) -> tuple[str, str]:
-    """A URL of a web server without query and fragment, and these; in paths, and on the hub, ? and # are part of names."""
-    end = re.search(r"[?#]", url) if url_scheme(url) in ("http", "https") else None
-    return (url[: end.start()], url[end.start() :]) if end else (url, "")
+    """A URL of a web server without query and fragment, and these; elsewhere ? and # are part of names."""
+    address = re.split(r"[?#]", url, maxsplit=1)[0] if url_scheme(url) in ("http", "https") else url
+    return address, url[len(address) :]
+
+
+# -------------------------------------------------------------------------------------------------------------- the hub
+
+
+def _expand_hub(url: str, flag: str, cache_dir: Path) -> list[str]:
+    """One brace-expanded hf:// URL -> shard URLs; a folder or glob is listed, by the kept listing where need be."""
+    repo, revision, path = _parse_hub(url, flag)
+    if path.endswith(".tar") and not glob.has_magic(path):
+        return [url]
+    where, kept = f"{flag} {display_url(url)}", cache_dir / "listings" / f"{digest(url)}.json"
+    try:
+        shards = _list_hub(url, repo, revision, path, flag)
+    except UserError:
+        raise
+    except Exception as error:  # the hub raises its own errors, httpx's and OSError
+        reason = "HF_HUB_OFFLINE is set" if hub_offline() else f"the hub does not list it ({one_line(error)})"
+        if not hub_answered(error):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none was kept, or it is unreadable
+                shards = list(map(str, json.loads(kept.read_text(encoding="utf-8"))["shards"]))
+                logger.warning("%s: %s; its %d shards are those listed %s", where, reason, len(shards), _day_of(kept))
+                return shards
+        raise UserError(f"{where}: {reason}; check the name, the network and the login, or {BRING_IT}") from None
+    with contextlib.suppress(OSError):  # a cache that cannot be written is reported where shards go into it
+        write_whole(kept, json.dumps({"pattern": url, "shards": shards}).encode())
+    return shards
+
+
+def _list_hub(url: str, repo: str, revision: str | None, path: str, flag: str) -> list[str]:
+    """The shards of a folder or glob as the hub has them now. UserError where there are none, the hub's own errors.
+
+    As with local paths, what exists as written wins.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    def entries(folder: str, deep: bool) -> list[Any]:
+        tree = HfApi().list_repo_tree(repo, folder or None, recursive=deep, revision=revision, repo_type="dataset")
+        return list(tree)
+
+    prefix = url[: len(url) - len(path)].rstrip("/") + "/"
+    path = path.strip("/")
+    if glob.has_magic(path):
+        folder = re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0]
+        listed = entries(folder, deep="/" in path[len(folder) :].lstrip("/"))
+        files = [entry.path for entry in listed if isinstance(entry, RepoFile)]
+        if path in files:
+            return [prefix + path]
+        # A listing may lack folders that its files imply.
+        there = {name[: end.start()] for name in files for end in re.finditer("/", name)}
+        there.update(entry.path for entry in listed)
+        known = _written_part(path, there.__contains__)
+        if known != path:
+            pattern = glob.escape(known) + path[len(known) :]
+            matches = sorted((name for name in files if fnmatch.fnmatchcase(name, pattern)), key=_natural)
+            if not matches:
+                raise UserError(f"{flag} {display_url(url)}: matches no file on the hub; expected .tar shards")
+            return [prefix + match for match in matches]
+    listed = entries(path, deep=False)
+    names = [entry.path.rpartition("/")[2] + "/" * (not isinstance(entry, RepoFile)) for entry in listed]
+    return [prefix + (f"{path}/{name}" if path else name) for name in _tars_in_folder(url, names, flag)]
+
+
+def hub_offline() -> bool:
+    """Whether HF_HUB_OFFLINE is set: the hub is not asked for anything."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def hub_answered(error: BaseException) -> bool:
+    """Whether the hub itself said no (no such thing, no access); False where it is not there or too busy."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    status = getattr(getattr(error, "response", None), "status_code", 500)
+    return isinstance(error, HfHubHTTPError) and not _may_help_to_ask_again(status)
+
+
+def _may_help_to_ask_again(status: int) -> bool:
+    return status in (408, 425, 429) or status >= 500
 
 
 def _parse_hub(url: str, flag: str = "") -> tuple[str, str | None, str]:
     """hf://datasets/<org>/<name>[@revision]/<path> -> (repository, revision, path)."""
     match = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.*))?", url)
     if not match:
-        raise UserError(
-            f"{flag} {url}: not understood; expected hf://datasets/<org>/<name>[@revision]/<path>/x-{{000..010}}.tar"
-        )
+        expected = "hf://datasets/<org>/<name>[@revision]/<path>/x-{000..010}.tar"
+        raise UserError(f"{flag} {url}: not understood; expected {expected}")
     revision = urllib.parse.unquote(match.group(2)) if match.group(2) else None
     return match.group(1), revision, match.group(3) or ""
 
@@ -388,61 +358,48 @@ def hub_set(
     """Local folder with the texts and one split of a set on the hub, e.g. clip-benchmark/wds_cifar10.
 
     The repository of ``<org>/<a>/<b>`` is ``<org>/<a>-<b>``, as CLIP_benchmark names its sets. The files come to the
-    hub's own cache, or to ``cache_dir``/hub; what is there is used offline too. ``local_files_only``: the hub is not asked,
-    another process has done it. Raises ``UserError``.
+    hub's own cache, or to ``cache_dir``/hub. ``local_files_only``: another process has brought them.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import errors, snapshot_download
 
+    where = f"{flag} {name}"
     org, _, rest = name.strip("/").partition("/")
     repo = f"{org}/{rest.replace('/', '-')}"
     if name.startswith("/") or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
-        raise UserError(
-            f"{flag} {name}: no such directory, and no name on the hub; expected a local data set or <org>/<name>"
-        )
+        nothing = "no such directory, and no name on the hub"
+        raise UserError(f"{where}: {nothing}; expected a local data set or <org>/<name>")
     download = f"hf download {repo} --repo-type dataset --local-dir data/{repo.partition('/')[2]}"
     once = f"download it once with `{download}` where there is internet and give that folder, or {BRING_IT}"
+    wanted = ["*.txt", f"{glob.escape(split)}/*"]
+    kept = None if cache_dir is None else Path(cache_dir) / "hub"
     try:
-        folder = snapshot_download(
-            repo,
-            repo_type="dataset",
-            allow_patterns=["*.txt", f"{glob.escape(split)}/*"],
-            cache_dir=None if cache_dir is None else Path(cache_dir) / "hub",
-            local_files_only=local_files_only,
+        folder = Path(
+            snapshot_download(
+                repo, repo_type="dataset", allow_patterns=wanted, cache_dir=kept, local_files_only=local_files_only
+            )
         )
-    except GatedRepoError:
-        raise UserError(
-            f"{flag} {name}: {repo} on the hub is gated; accept its terms on its page and log in with `hf auth login`"
-        ) from None
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"{flag} {name}: no such directory, and no data set {repo} on the hub; correct the path or the name, or "
-            "log in with `hf auth login` if it is private"
-        ) from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        offline = isinstance(error, OfflineModeIsEnabled) or isinstance(error.__cause__, OfflineModeIsEnabled)
-        unreachable = f"the hub cannot be reached ({one_line(error.__cause__ or error)})"
-        reason = "HF_HUB_OFFLINE is set" if offline else unreachable
-        raise UserError(
-            f"{flag} {name}: no such directory, the cache lacks {repo} or files of its {split}/, and {reason}; {once}"
-        ) from None
     except Exception as error:  # the hub raises its own errors, httpx's or requests', and OSError
-        raise UserError(
-            f"{flag} {name}: {repo} cannot be downloaded from the hub ({one_line(error)}); {once}"
-        ) from None
-    if not has_shards(Path(folder) / split):
+        cause = error.__cause__ or error
+        if isinstance(error, errors.GatedRepoError):
+            reason = f"{repo} on the hub is gated; accept its terms on its page and log in with `hf auth login`"
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            login = "log in with `hf auth login` if it is private"
+            reason = f"no such directory, and no data set {repo} on the hub; correct the path or the name, or {login}"
+        elif isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
+            offline = any(isinstance(each, errors.OfflineModeIsEnabled) for each in (error, cause))
+            why = "HF_HUB_OFFLINE is set" if offline else f"the hub cannot be reached ({one_line(cause)})"
+            reason = f"no such directory, the cache lacks {repo} or files of its {split}/, and {why}; {once}"
+        else:
+            reason = f"{repo} cannot be downloaded from the hub ({one_line(error)}); {once}"
+        raise UserError(f"{where}: {reason}") from None
+    if not has_shards(folder / split):
         # The other splits are known by their nshards.txt, which every set of CLIP_benchmark has.
-        splits = sorted(path.name for path in Path(folder).iterdir() if path.is_dir() and path.name != split)
+        splits = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name != split)
+        found = ", ".join(splits) or "no folder"
         raise UserError(
-            f"{flag} {name}: no split {split!r} with .tar files in {repo} on the hub; "
-            f"found {', '.join(splits) or 'no folder'}; name one with --split"
+            f"{where}: no split {split!r} with .tar files in {repo} on the hub; found {found}; name one with --split"
         )
-    return Path(folder)
+    return folder
 
 
 def one_line(error: BaseException) -> str:
@@ -450,13 +407,15 @@ def one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__} {without_secrets(without_addresses(str(error)))}".split())[:300]
 
 
+# --------------------------------------------------------------------------------------------------------- local copies
+
+
 class ShardCache:
     """Local copies of remote shards, at most ``limit_gb`` (10^9 bytes) of them; least recently used go first.
 
-    A copy appears whole or not at all (temporary file, fsync, rename). A lock per shard lets any number of processes ask
-    at once and fetch once, and keeps a copy in place until it has been opened; evicted afterwards it stays readable
-    through the open descriptor. The limit should hold the shards of two shuffle blocks, up to 4 * 64; below that they
-    are fetched again and again.
+    A copy appears whole or not at all. A lock per shard lets any number of processes ask at once and fetch once, and
+    keeps a copy in place until it has been opened; evicted afterwards it stays readable through the open descriptor.
+    The limit should hold the shards of two shuffle blocks, up to 4 * 64; below that they are fetched again and again.
     """
 
     def __init__(self, cache_dir: str | os.PathLike, limit_gb: float | None = None) -> None:
@@ -467,10 +426,7 @@ class ShardCache:
 
     @contextlib.contextmanager
     def local(self, url: str) -> Iterator[str]:
-        """Local path of the shard, fetched where needed; nobody evicts it within the block. A local path stays as it is.
-
-        UnavailableShard where it cannot be had.
-        """
+        """Local path of the shard, fetched where needed; nobody evicts it within the block. Raises UnavailableShard."""
         if not is_remote(url):
             yield url
             return
@@ -478,7 +434,7 @@ class ShardCache:
             yield str(self.copy_of(url))
 
     def fetch_ahead(self, url: str) -> bool:
-        """Fetches a remote shard that the cache lacks; False, at once, where somebody else is fetching or opening it."""
+        """Fetches a remote shard that the cache lacks; False, at once, where somebody else fetches or opens it."""
         with self._held(url, wait=False) as held:
             return held
 
@@ -489,7 +445,11 @@ class ShardCache:
         self.lock_dir.mkdir(parents=True, exist_ok=True)
         with _locked(self._lock_of(target), wait) as held:
             if held and not target.exists():
-                self._fetch(url, target)
+                # A fixed name: what a killed process leaves is overwritten by the next.
+                with _into_place(target, target.with_name(target.name + ".part")) as part:
+                    _download(url, part)
+                    with open(part, "rb") as stream:
+                        os.fsync(stream.fileno())
                 self._evict()
             if held:
                 self.touch(str(target))
@@ -506,16 +466,6 @@ class ShardCache:
             self._touched[path] = now
             with contextlib.suppress(FileNotFoundError):
                 os.utime(path, ns=(int(now * 1e9), os.stat(path).st_mtime_ns))
-
-    def _fetch(self, url: str, target: Path) -> None:
-        part = target.with_name(target.name + ".part")
-        try:
-            _with_retries(partial(_download, url, part))
-            with open(part, "rb") as stream:
-                os.fsync(stream.fileno())
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
 
     def _evict(self) -> None:
         """Deletes the least recently used copies above the limit, but none whose lock somebody holds."""
@@ -543,28 +493,24 @@ class ShardCache:
 
 @contextlib.contextmanager
 def _locked(path: Path, wait: bool) -> Iterator[bool]:
-    """Holds an exclusive lock between processes and threads; yields False where it is taken and ``wait`` is False.
-
-    UnavailableShard where somebody holds it for longer than LONGEST_LOCK.
-    """
+    """Holds an exclusive lock between processes and threads; yields False where it is taken and ``wait`` is False."""
     with open(path, "a") as stream:
-        started, pause = time.monotonic(), 0.01
+        end, pause = time.monotonic() + LONGEST_LOCK, 0.01
         while True:
-            try:
+            with contextlib.suppress(BlockingIOError):
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except BlockingIOError:
-                if not wait:
-                    yield False
-                    return
-                if time.monotonic() - started > LONGEST_LOCK:
-                    raise UnavailableShard(f"another process holds {path} for {LONGEST_LOCK:.0f} s; end it") from None
+            if not wait:
+                yield False
+                return
+            if time.monotonic() > end:
+                raise UnavailableShard(f"another process holds {path} for {LONGEST_LOCK:.0f} s; end it")
             time.sleep(pause)
             pause = min(1.0, 2 * pause)
         try:
             yield True
         finally:
-            # Closing the file would not do: a data worker that was forked meanwhile has a copy of it, and the lock with it.
+            # Closing the file would not do: a data worker forked meanwhile has a copy of it, and the lock with it.
             fcntl.flock(stream, fcntl.LOCK_UN)
 
 
@@ -572,25 +518,48 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:24]
 
 
-class _Absent(UnavailableShard):
-    """The server answered, and there is no such file: no use in asking again."""
+def write_whole(path: Path, data: bytes) -> None:
+    """Whole or not at all, also where several processes write the same, on several nodes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _into_place(path, _aside(path)) as aside:
+        aside.write_bytes(data)
 
 
-class _Refused(_Absent):
-    """The server gives nothing out: some say so of files that they lack, a proxy says so of everything."""
+def _aside(path: Path) -> Path:
+    return path.with_name(f"{secrets.token_hex(12)}.part")
 
 
-def _with_retries(fetch: Callable[[], None], retries: int | None = None) -> None:
-    """Calls ``fetch``; network errors are retried, what remains is raised as UnavailableShard."""
-    retries = DOWNLOAD_RETRIES if retries is None else retries
+@contextlib.contextmanager
+def _into_place(target: Path, aside: Path) -> Iterator[Path]:
+    """Where to write what becomes ``target`` at the end of the block; nothing is left of it after an error."""
+    try:
+        yield aside
+        os.replace(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _download(
+    url: str,
+    target: Path,
+    *,
+    limit: int | None = None,
+    timeout: float = DOWNLOAD_TIMEOUT,
+    retries: int = DOWNLOAD_RETRIES,
+) -> None:
+    """The whole of ``url`` into ``target``; errors of the network are retried. UnavailableShard where it cannot be had.
+
+    Of a web server: ``limit``, the most bytes that are taken; ``timeout``, seconds without a byte.
+    """
+    from_web = partial(_download_http, limit=limit, timeout=timeout)
+    fetch = {"pipe": _download_pipe, "hf": _download_hub}.get(url_scheme(url) or "", from_web)
     for attempt in range(retries + 1):
         try:
-            return fetch()
+            return fetch(url, target)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-                raise ShardError(
-                    f"--cache_dir: cannot be written ({error.strerror}); make room or name another folder"
-                ) from None
+                hint = "make room or name another folder"
+                raise ShardError(f"--cache_dir: cannot be written ({error.strerror}); {hint}") from None
             if attempt == retries:
                 tried = f"{one_line(error)}, {attempt + 1} attempt{'s' if attempt else ''}"
                 unreachable = isinstance(error, (urllib.error.URLError, TimeoutError, ConnectionError))
@@ -598,18 +567,7 @@ def _with_retries(fetch: Callable[[], None], retries: int | None = None) -> None
             time.sleep(RETRY_DELAY * 2**attempt)
 
 
-def _download(url: str, target: Path, limit: int | None = None, timeout: float = DOWNLOAD_TIMEOUT) -> None:
-    """The whole of ``url`` into ``target``. _Absent where there is nothing, OSError where it may help to try again.
-
-    ``limit``: bytes of which a server sends no more than this module reads on. ``timeout``: seconds without a byte.
-    """
-    scheme = url_scheme(url)
-    if scheme == "pipe":
-        _download_pipe(url, target)
-    elif scheme == "hf":
-        _download_hub(url, target)
-    else:
-        _download_http(url, target, limit, timeout)
+# The three below raise _Absent where there is nothing, OSError where it may help to ask again.
 
 
 def _download_http(url: str, target: Path, limit: int | None, timeout: float) -> None:
@@ -623,9 +581,8 @@ def _download_http(url: str, target: Path, limit: int | None, timeout: float) ->
             if expected is not None and expected.isdecimal() and stream.tell() != int(expected):
                 raise OSError(f"connection broke after {stream.tell()} of {expected} bytes")
     except urllib.error.HTTPError as error:
-        if error.code in (408, 425, 429) or error.code >= 500:
-            raise OSError(f"HTTP status {error.code}") from None
-        raise (_Absent if error.code in (404, 410) else _Refused)(f"HTTP status {error.code}") from None
+        kind = OSError if _may_help_to_ask_again(error.code) else _Absent if error.code in (404, 410) else _Refused
+        raise kind(f"HTTP status {error.code}") from None
     except (http.client.InvalidURL, ValueError):
         # Their texts quote parts of the address: of http://user:password@host the password.
         raise _Absent("not an address of a file; expected http(s)://host/path, without user and password") from None
@@ -634,13 +591,7 @@ def _download_http(url: str, target: Path, limit: int | None, timeout: float) ->
 
 
 def _download_hub(url: str, target: Path) -> None:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub import errors, hf_hub_download
     from tqdm import tqdm
 
     class Silent(tqdm):
@@ -650,22 +601,16 @@ def _download_hub(url: str, target: Path) -> None:
     if hub_offline():
         raise UnavailableShard(f"HF_HUB_OFFLINE is set and the cache lacks it; {BRING_IT}")
     repo, revision, path = _parse_hub(url)
-    with tempfile.TemporaryDirectory(dir=target.parent.parent, prefix="hub-") as folder:
+    fetch = partial(hf_hub_download, repo_type="dataset", revision=revision, tqdm_class=Silent)
+    with tempfile.TemporaryDirectory(dir=target.parent, suffix=".part") as folder:
         try:
-            local = hf_hub_download(
-                repo, path, repo_type="dataset", revision=revision, local_dir=folder, tqdm_class=Silent
-            )
-        except LocalEntryNotFoundError as error:  # the hub's word for "no connection", and also an EntryNotFoundError
+            os.replace(fetch(repo, path, local_dir=folder), target)
+        except errors.LocalEntryNotFoundError as error:  # no connection, and also an EntryNotFoundError
             raise OSError(one_line(error)) from None
-        except EntryNotFoundError as error:
+        except errors.EntryNotFoundError as error:
             raise _Absent(one_line(error)) from None
-        except RepositoryNotFoundError as error:  # also the answer to who is not logged in
-            raise _Refused(one_line(error)) from None
-        except HfHubHTTPError as error:
-            status = getattr(error.response, "status_code", 500)
-            kind = OSError if status in (408, 429) or status >= 500 else _Refused
-            raise kind(one_line(error)) from None
-        os.replace(local, target)
+        except errors.HfHubHTTPError as error:  # that there is no repository is told to whoever is not logged in, too
+            raise (_Refused if hub_answered(error) else OSError)(one_line(error)) from None
 
 
 def _download_pipe(url: str, target: Path) -> None:
@@ -693,46 +638,42 @@ def _download_pipe(url: str, target: Path) -> None:
 
 
 def remote_size(url: str) -> int | None:
-    """Bytes of a remote file as its server states them; None where it does not. UnavailableShard where it is not there."""
+    """Bytes of a remote file as its server states them, or None. UnavailableShard where it is not there."""
     try:
-        if url.startswith("hf://"):
+        if url_scheme(url) == "pipe":
+            return None
+        if url_scheme(url) == "hf":
             from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
             repo, revision, path = _parse_hub(url)
             return get_hf_file_metadata(hf_hub_url(repo, path, repo_type="dataset", revision=revision)).size
-        if url.startswith("pipe:"):
-            return None
         request = urllib.request.Request(url, method="HEAD")
         with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
             length = response.headers.get("Content-Length")
             return int(length) if length else None
-    except urllib.error.HTTPError as error:
-        if error.code in (404, 410):
-            raise UnavailableShard(f"HTTP status {error.code}") from None
-        return None  # a server may refuse to say
     except Exception as error:  # the hub raises its own errors, httpx's and OSError
+        if isinstance(error, urllib.error.HTTPError) and error.code in (404, 410):
+            raise UnavailableShard(f"HTTP status {error.code}") from None
         if hub_answered(error):
             raise UnavailableShard(one_line(error)) from None
-        return None
+        return None  # a server may refuse to say
+
+
+# ---------------------------------------------------------------------------------------------------------- small texts
 
 
 def read_text(location: str, cache_dir: str | os.PathLike) -> str | None:
     """A small UTF-8 text file by path or URL (sizes.json, classnames.txt); None where there is none.
 
-    A text behind a URL is asked for afresh every time. A copy is kept in ``cache_dir``, also the answer that there is no
-    such file, and used, with a word in the log, where the server cannot be reached. UserError where it cannot be reached
-    and no copy was kept, where the file is not text or larger than MAX_TEXT_BYTES, and for a pipe: no text is worth a command.
+    A text behind a URL is asked for afresh every time. ``cache_dir`` keeps a copy, or the answer that there is no such
+    file, for when the server cannot be reached. Never a pipe: no text is worth a command.
     """
     shown = display_url(location)
     remote = is_remote(location) and not os.path.lexists(location)
     if remote and url_scheme(location) == "pipe":
         raise UserError(f"{shown}: runs a shell command; give a path or URL")
     try:
-        limit = MAX_TEXT_BYTES + 1
-        data = _remote_text(location, Path(cache_dir)) if remote else _read_at_most(known_path(location), limit)
-        if data is not None and len(data) > MAX_TEXT_BYTES:
-            raise UserError(f"{shown}: more than {MAX_TEXT_BYTES >> 20} MiB; expected a short text")
-        return None if data is None else decode_text(data, shown)
+        data = _remote_text(location, Path(cache_dir)) if remote else _start_of(known_path(location))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except UnavailableShard as error:
@@ -740,6 +681,9 @@ def read_text(location: str, cache_dir: str | os.PathLike) -> str | None:
         raise UserError(f"{shown}: cannot be reached ({error}); check address and network{hint}") from None
     except OSError as error:
         raise UserError(f"{shown}: cannot be read ({error.strerror}); check its permissions") from None
+    if data is not None and len(data) > MAX_TEXT_BYTES:
+        raise UserError(f"{shown}: more than {MAX_TEXT_BYTES >> 20} MiB; expected a short text")
+    return None if data is None else decode_text(data, shown)
 
 
 def _remote_text(url: str, cache_dir: Path) -> bytes | None:
@@ -747,43 +691,30 @@ def _remote_text(url: str, cache_dir: Path) -> bytes | None:
     absent = copy.with_name(copy.name + ".absent")
     copy.parent.mkdir(parents=True, exist_ok=True)
     known = copy.exists() or absent.exists()
-    with tempfile.TemporaryDirectory(dir=copy.parent, prefix="text-") as folder:
-        target = Path(folder) / "text" / "file"
-        target.parent.mkdir()
-        try:
-            if known:  # a node without internet should not wait long for what it has
-                _with_retries(partial(_download, url, target, MAX_TEXT_BYTES, QUICK_TIMEOUT), retries=0)
-            else:
-                _with_retries(partial(_download, url, target, MAX_TEXT_BYTES))
-        except UnavailableShard as error:
-            if isinstance(error, _Absent) and not (isinstance(error, _Refused) and copy.exists()):
-                absent.touch()
-                copy.unlink(missing_ok=True)
-                return None
-            if not known:
-                raise
-            found = copy if copy.exists() else absent
-            what = "the copy" if found is copy else "as absent, as it was"
-            logger.warning("%s: cannot be reached (%s); taken %s of %s", display_url(url), error, what, _day_of(found))
-            return copy.read_bytes() if found is copy else None
-        data = _read_at_most(target, MAX_TEXT_BYTES + 1)
-        os.replace(target, copy)
+    # A node without internet should not wait long for what it has.
+    patience: dict[str, Any] = {"timeout": QUICK_TIMEOUT, "retries": 0} if known else {}
+    try:
+        with _into_place(copy, _aside(copy)) as aside:
+            _download(url, aside, limit=MAX_TEXT_BYTES, **patience)
         absent.unlink(missing_ok=True)
-        return data
+    except UnavailableShard as error:
+        if isinstance(error, _Absent) and not (isinstance(error, _Refused) and copy.exists()):
+            absent.touch()
+            copy.unlink(missing_ok=True)
+            return None
+        if not known:
+            raise
+        found, what = (copy, "the copy") if copy.exists() else (absent, "as absent, as it was")
+        logger.warning("%s: cannot be reached (%s); taken %s of %s", display_url(url), error, what, _day_of(found))
+        return copy.read_bytes() if found is copy else None
+    return _start_of(copy)
+
+
+def _start_of(path: str | os.PathLike) -> bytes:
+    """A small text whole, of a large file just enough to show that it is one."""
+    with open(path, "rb") as stream:
+        return stream.read(MAX_TEXT_BYTES + 1)
 
 
 def _day_of(path: Path) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Whole or not at all, also where several processes write the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    aside.write_bytes(data)
-    os.replace(aside, path)
-
-
-def _read_at_most(path: str | os.PathLike, count: int) -> bytes:
-    with open(path, "rb") as stream:
-        return stream.read(count)

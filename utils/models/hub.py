@@ -1,7 +1,6 @@
-"""Files of the Hugging Face hub on every node: brought by the node's first process, found by its others, also offline.
+"""Files of the Hugging Face hub on every node: its first process (LOCAL_RANK 0) brings them, the others find them.
 
-Nodes may have caches of their own (HF_HOME, --cache_dir on a local disk): each node's first process, the one with
-LOCAL_RANK 0, brings the files into its own. Whatever fails on one process ends all of them with the same line.
+Nodes may have caches of their own (HF_HOME, --cache_dir on a local disk). An error of one process is raised on all.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ logger = logging.getLogger(__name__)
 def folder_on_every_node(accelerator: Accelerator, find: Callable[[bool], Path], what: str) -> Path:
     """This node's folder: ``find(False)`` on its first process, which may download, then ``find(True)`` on its others.
 
-    A folder of the hub's cache is named after its commit. UserError where the nodes have different ones: the processes
-    would compute with different models or data and nothing would show it.
+    A folder of the hub's cache is named after its commit. UserError where the nodes' commits differ: their processes
+    would compute with different models or data, and nothing would show it.
     """
     brought = on_every_node(accelerator, lambda: find(False))
     folder = everywhere(accelerator, lambda: brought or find(True))
@@ -44,13 +43,11 @@ def folder_on_every_node(accelerator: Accelerator, find: Callable[[bool], Path],
 
 def fetch_model(accelerator: Accelerator, name_or_path: str, flag: str, supported: Sequence[str] = MODEL_TYPES) -> str:
     """The local folder of a model on this node, downloaded once per node where it lacks it. Raises ``UserError``."""
-    return str(
-        folder_on_every_node(
-            accelerator,
-            lambda local_files_only: model_folder(name_or_path, flag, supported, local_files_only=local_files_only),
-            f"{flag} {name_or_path}",
-        )
-    )
+
+    def find(local_files_only: bool) -> Path:
+        return model_folder(name_or_path, flag, supported, local_files_only=local_files_only)
+
+    return str(folder_on_every_node(accelerator, find, f"{flag} {name_or_path}"))
 
 
 def refuse_mistyped_paths(models: Sequence[tuple[str, str | None]]) -> None:
@@ -61,27 +58,21 @@ def refuse_mistyped_paths(models: Sequence[tuple[str, str | None]]) -> None:
 
 
 def model_folder(
-    name_or_path: str,
-    flag: str,
-    supported: Sequence[str] = MODEL_TYPES,
-    *,
-    local_files_only: bool = False,
+    name_or_path: str, flag: str, supported: Sequence[str] = MODEL_TYPES, *, local_files_only: bool = False
 ) -> Path:
-    """The folder itself, or that of the hub's cache with all files that ``from_pretrained`` reads; lacking ones are brought.
+    """The folder itself, or the hub's cache's with all files that ``from_pretrained`` reads. Raises ``UserError``.
 
-    The type of the model is checked before its weights are downloaded. Where the hub cannot be reached, or with
-    ``local_files_only``, what is there has to do. Raises ``UserError``.
+    What is lacking is brought, but not with ``local_files_only``. The model's type is checked before its weights come.
+    Where the hub cannot be reached, the cache has to do.
     """
-    refuse_mistyped_path(name_or_path, flag)
-    if os.path.isdir(name_or_path):
-        check_model(name_or_path, flag, supported)
-        return Path(name_or_path)
-    if local_files_only or hub_offline():
-        folder = _cached_model(name_or_path, flag)
-        check_model(str(folder), flag, supported)
-        return folder
     from huggingface_hub import HfApi, snapshot_download
 
+    refuse_mistyped_path(name_or_path, flag)
+    local = os.path.isdir(name_or_path)
+    if local or local_files_only or hub_offline():
+        folder = name_or_path if local else _cached_model(name_or_path, flag)
+        check_model(folder, flag, supported)
+        return Path(folder)
     try:
         names = [file.rfilename for file in HfApi().model_info(name_or_path).siblings or []]
         check_model(name_or_path, flag, supported)
@@ -89,28 +80,27 @@ def model_folder(
     except UserError:
         raise
     except Exception as error:  # the hub raises its own errors, httpx's and OSError
+        reason = one_line(error)
         if hub_answered(error):
             raise UserError(
                 f"{flag} {name_or_path}: neither a local model directory nor a model that the hub gives out "
-                f"({one_line(error)}); check the name, or log in with `hf auth login` if it is private or gated"
+                f"({reason}); check the name, or log in with `hf auth login` if it is private or gated"
             ) from None
-        folder = _cached_model(name_or_path, flag, f"the download failed ({one_line(error)})")
-        logger.warning("%s: nothing comes from the hub (%s); taken from %s", name_or_path, one_line(error), folder)
-        check_model(str(folder), flag, supported)
-        return folder
+        folder = _cached_model(name_or_path, flag, f"the download failed ({reason})")
+        logger.warning("%s: nothing comes from the hub (%s); taken from %s", name_or_path, reason, folder)
+        check_model(folder, flag, supported)
+        return Path(folder)
 
 
 def model_files(names: Sequence[str]) -> list[str]:
-    """Of a repository's files those that are loaded: configs, tokenizer and one format of the weights, not all."""
+    """The files of a repository that are loaded: configs, tokenizer and one format of the weights."""
     top = [name for name in names if "/" not in name]
-    for weights in (r"model(-\d+-of-\d+)?\.safetensors", r"pytorch_model(-\d+-of-\d+)?\.bin"):
-        found = [name for name in top if re.fullmatch(weights, name)]
-        if found:
-            break
-    return found + [name for name in top if name.endswith((".json", ".txt", ".model", ".jinja"))]
+    weights = [name for name in top if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", name)]
+    weights = weights or [name for name in top if re.fullmatch(r"pytorch_model(-\d+-of-\d+)?\.bin", name)]
+    return weights + [name for name in top if name.endswith((".json", ".txt", ".model", ".jinja"))]
 
 
-def _cached_model(name: str, flag: str, reason: str = "") -> Path:
+def _cached_model(name: str, flag: str, reason: str = "") -> str:
     """The folder of the hub's cache, if it holds config and weights. Raises ``UserError``."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -124,16 +114,16 @@ def _cached_model(name: str, flag: str, reason: str = "") -> Path:
             if parts.exists() and not (folder / whole).exists():
                 files = json.loads(parts.read_text(encoding="utf-8"))["weight_map"].values()
             if all((folder / file).exists() for file in files):
-                return folder
+                return str(folder)
     reason = reason or ("HF_HUB_OFFLINE is set" if hub_offline() else "this node's first process did not bring it")
     raise UserError(
-        f"{flag} {name}: neither a local model directory{nearest(name)} nor a model in the cache, which lacks {lacking} of it, and {reason}; "
-        f"check the path, or {BRING_IT}"
+        f"{flag} {name}: neither a local model directory{nearest(name)} nor a model in the cache, which lacks "
+        f"{lacking} of it, and {reason}; check the path, or {BRING_IT}"
     )
 
 
 def on_this_node(accelerator: Accelerator, index: ShardIndex, folders: Sequence[str | Path], flag: str) -> None:
-    """Gives an index of the main process the paths of this one: ``folders`` are its own for what may differ by node.
+    """Gives an index of the main process the paths of this one: ``folders`` are its own, which may differ by node.
 
     UserError on all processes where a node without internet lacks shards of the hub.
     """

@@ -1,7 +1,7 @@
-"""--prefetch: everything that a run needs is brought into the caches, for compute nodes without internet.
+"""--prefetch: brings everything that a run needs into the caches, for compute nodes without internet.
 
-The same functions look for things as in the run, so that what they keep is what the run will find. One process, no GPU, and
-what is there is not brought again. With HF_HUB_OFFLINE=1 nothing is brought from the hub: it is checked that all is there.
+The functions that look for things are those of the run, so it will find what they keep. What is there is not brought
+again. With HF_HUB_OFFLINE=1 nothing comes from the hub: it is only checked that all is there.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Sequence
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
 from utils.cli import launched_rank
+from utils.data.digests import side_by_side, threads
 from utils.data.sources import (
     ShardCache,
     UnavailableShard,
@@ -48,10 +48,10 @@ def prefetch_training(
     cache_limit_gb: float | None,
     supported: Sequence[str] = MODEL_TYPES,
 ) -> None:
-    """Brings models, listings, texts and shards of a training run, and says where they are.
+    """Brings models, listings, texts and shards of a training run, and says where they are. Raises ``UserError``.
 
-    models: (flag, name or path or None), of the types ``supported``. sets: the arguments of ``open_set``.
-    Mistakes are found before anything large is downloaded. Raises ``UserError``. Under a launcher the first process works alone, the others leave.
+    models: (flag, name or path or None), of the types ``supported``. sets: the arguments of ``open_set``. Mistakes are
+    found before anything large is downloaded. Under a launcher the first process works alone, the others leave.
     """
     if launched_rank() > 0:
         return
@@ -61,9 +61,8 @@ def prefetch_training(
         check_model(name, flag, kinds)
     urls: list[str] = []
     for options in sets:
-        found = expand_shards(
-            options["patterns"], **{name: options[name] for name in ("flag", "allow_pipe_urls", "cache_dir")}
-        )
+        where = {name: options[name] for name in ("flag", "allow_pipe_urls", "cache_dir")}
+        found = expand_shards(options["patterns"], **where)
         if options["with_classes"]:
             find_classes(found, options["classnames"], options["flag"], cache_dir)
         urls += found
@@ -73,14 +72,15 @@ def prefetch_training(
     lines = prefetch_models(named)
     fetch_shards(lacking, cache)
     remote = [url for url in dict.fromkeys(urls) if is_remote(url)]
-    gone = [(url, "others took its room") for url in remote if not cache.copy_of(url).exists()]
+    gone = {url: "others took its room" for url in remote if not cache.copy_of(url).exists()}
     _refuse_lost(gone, len(remote), "raise --cache_limit_gb, or name fewer shards")
     for options in sets:
-        opened = open_set(**options)
-        lines.append(f"{options['flag']}: {opened.index.num_samples} samples in {len(opened.index.urls)} shards")
+        index = open_set(**options).index
+        lines.append(f"{options['flag']}: {index.num_samples} samples in {len(index.urls)} shards")
     if remote:
-        size = sum(cache.copy_of(url).stat().st_size for url in remote)
-        lines.append(f"{len(remote)} shards from URLs, {size / 1e9:.3g} GB, in {folder.resolve()}")
+        lines.append(
+            f"{len(remote)} shards from URLs, {_kept_bytes(remote, cache) / 1e9:.3g} GB, in {folder.resolve()}"
+        )
     say_where(lines, folder)
 
 
@@ -100,101 +100,92 @@ def prefetch_models(models: Models) -> list[str]:
 def shards_to_fetch(urls: Sequence[str], cache: ShardCache) -> dict[str, int | None]:
     """The remote shards that the cache lacks, with their bytes where the server states them.
 
-    UserError where one of them is not there, and where all shards of the run fit neither ``cache_limit_gb`` nor the disk:
-    with fewer than all a run without internet cannot go on.
+    UserError where one of them is not there, and where ``cache_limit_gb`` or the disk is too small for all shards of
+    the run: without internet it needs them all.
     """
     remote = [url for url in dict.fromkeys(urls) if is_remote(url)]
     if not remote:
         return {}
+    where = f"--cache_dir {cache.cache_dir}"
     try:
         cache.cache_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"--cache_dir {cache.cache_dir}: cannot be made ({error.strerror}); name a folder that can be written"
-        ) from None
+        raise UserError(f"{where}: cannot be made ({error.strerror}); name a folder that can be written") from None
     present = [url for url in remote if cache.copy_of(url).exists()]
     for url in present:
         with cache.local(url):  # marks the copy as used: others go first when room is needed
             pass
     lacking = [url for url in remote if url not in set(present)]
-    absent: list[tuple[str, str]] = []
-    sizes: dict[str, int | None] = {}
-    with RunProgress("asking for sizes", len(lacking), transient=True) as progress, _threads(QUESTIONS) as pool:
-        asked = {pool.submit(remote_size, url): url for url in lacking}
-        for number, future in enumerate(as_completed(asked)):
-            try:
-                sizes[asked[future]] = future.result()
-            except UnavailableShard as error:
-                absent.append((asked[future], str(error)))
-            progress.update(number + 1)
+    absent: dict[str, str] = {}
+
+    def ask(url: str) -> int | None:
+        try:
+            return remote_size(url)
+        except UnavailableShard as error:
+            absent[url] = str(error)
+            return None
+
+    sizes = dict(zip(lacking, side_by_side(ask, lacking, title="asking for sizes", count=QUESTIONS)))
     _refuse_lost(absent, len(remote), "correct the pattern")
-    there = sum(cache.copy_of(url).stat().st_size for url in present)
     new = sum(size or 0 for size in sizes.values())
-    if cache.limit_bytes is not None and there + new > cache.limit_bytes:
+    total = _kept_bytes(present, cache) + new
+    if cache.limit_bytes is not None and total > cache.limit_bytes:
         raise UserError(
             f"--cache_limit_gb {cache.limit_bytes / 1e9:g}: the {len(remote)} shards of this run take "
-            f"{(there + new) / 1e9:.3g} GB; without internet all have to be there: raise it, or name fewer shards"
+            f"{total / 1e9:.3g} GB; without internet all have to be there: raise it, or name fewer shards"
         )
     free = shutil.disk_usage(cache.cache_dir).free
     if new > free:
         raise UserError(
-            f"--cache_dir {cache.cache_dir}: {new / 1e9:.3g} GB of shards are still to come, {free / 1e9:.3g} GB are free; "
+            f"{where}: {new / 1e9:.3g} GB of shards are still to come, {free / 1e9:.3g} GB are free; "
             "make room, name a folder on another disk, or name fewer shards"
         )
-    return {url: sizes[url] for url in lacking}
+    return sizes
 
 
 def fetch_shards(lacking: dict[str, int | None], cache: ShardCache) -> None:
     """Fetches shards side by side and indexes them. UserError where some could not be had; those fetched stay."""
-    lost: list[tuple[str, str]] = []
+
+    def fetch(url: str) -> int:
+        with cache.local(url) as path:
+            tar_index(path, cache.cache_dir, url)
+            return os.stat(path).st_size
+
+    lost: dict[str, str] = {}
     fetched, reported = 0, time.monotonic()
-    known = [size for size in lacking.values() if size is not None]
-    with RunProgress("fetching shards", len(lacking)) as progress, _threads(DOWNLOADS) as pool:
-        running = {pool.submit(_fetch_and_index, url, cache): url for url in lacking}
+    total = sum(size or 0 for size in lacking.values())
+    with RunProgress("fetching shards", len(lacking)) as progress, threads(DOWNLOADS) as pool:
+        running = {pool.submit(fetch, url): url for url in lacking}
         for number, future in enumerate(as_completed(running), start=1):
             try:
                 fetched += future.result()
             except UnavailableShard as error:
-                lost.append((running[future], str(error)))
+                lost[running[future]] = str(error)
                 if len(lost) == MOST_LOST:
                     break
             report = number == len(lacking) or time.monotonic() > reported + SECONDS_BETWEEN_LINES
             reported = time.monotonic() if report else reported
-            progress.update(number, {"GB": fetched / 1e9, "of": sum(known) / 1e9}, report=report)
+            progress.update(number, {"GB": fetched / 1e9, "of": total / 1e9}, report=report)
     _refuse_lost(lost, len(lacking), "start it again: what is there stays")
 
 
-def _fetch_and_index(url: str, cache: ShardCache) -> int:
-    with cache.local(url) as path:
-        tar_index(path, cache.cache_dir, url)
-        return os.stat(path).st_size
+def _kept_bytes(urls: Sequence[str], cache: ShardCache) -> int:
+    return sum(cache.copy_of(url).stat().st_size for url in urls)
 
 
-def _refuse_lost(lost: Sequence[tuple[str, str]], total: int, what_to_do: str) -> None:
+def _refuse_lost(lost: dict[str, str], total: int, what_to_do: str) -> None:
     if lost:
-        url, reason = lost[0]
-        raise UserError(
-            f"--prefetch: {len(lost)} of {total} shards cannot be had, the first is {display_url(url)} ({reason}); {what_to_do}"
-        )
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that nobody waits for after an error or Ctrl-C."""
-    pool = ThreadPoolExecutor(count)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        url, reason = next(iter(lost.items()))
+        first = f"the first is {display_url(url)} ({reason})"
+        raise UserError(f"--prefetch: {len(lost)} of {total} shards cannot be had, {first}; {what_to_do}")
 
 
 def say_where(lines: Sequence[str], cache_dir: str | Path | None) -> None:
-    """What was brought, and how a run on a node without internet finds it. ``cache_dir`` None: as if not named."""
+    """Says what was brought, and how a run without internet finds it. ``cache_dir`` None: as if not named."""
     from huggingface_hub import constants
 
     print(f"prefetched: {'; '.join(lines) or 'nothing, all is local'}")
     where = "" if cache_dir is None else f"with --cache_dir {Path(cache_dir).resolve()}, and "
-    print(
-        f"on nodes without internet: the same command without --prefetch, {where}with HF_HUB_OFFLINE=1 "
-        f"HF_HUB_CACHE={Path(constants.HF_HUB_CACHE).resolve()} in the environment"
-    )
+    hub = f"HF_HUB_CACHE={Path(constants.HF_HUB_CACHE).resolve()}"
+    same = f"the same command without --prefetch, {where}with HF_HUB_OFFLINE=1 {hub} in the environment"
+    print(f"on nodes without internet: {same}")
