@@ -10,8 +10,14 @@ from transformers.activations import QuickGELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tests.small_models import photos
-from utils.models.encoders import ImageEncoder
-from utils.models.layers import Float32PatchEmbedding, QuickGELU, RoundedLayerNorm, attention, use_lean_layers
+from utils.models.encoders import (
+    Float32PatchEmbedding,
+    ImageEncoder,
+    QuickGELU,
+    RoundedLayerNorm,
+    attention,
+    use_lean_layers,
+)
 from utils.training.memory import LiveBytes
 
 CONFIG = CLIPVisionConfig(

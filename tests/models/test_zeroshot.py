@@ -245,7 +245,7 @@ def test_offline_a_cached_set_is_read_and_an_absent_one_named(tmp_path):
     (cached / "snapshots" / ("0" * 40) / "test" / "0.tar").write_text("")
     program = """
 from utils.errors import UserError
-from utils.shard_sources import hub_set
+from utils.data.sources import hub_set
 for name in ("clip-benchmark/wds_cifar10", "clip-benchmark/wds_cars"):
     try:
         print(hub_set(name, "test"))
