@@ -205,7 +205,8 @@ def use_lean_layers(tower: nn.Module) -> None:
     other norms return is added to in float32, or is an embedding.
     """
     for module in tower.modules():
-        if type(module) is nn.Conv2d and module.in_channels == 3 and module.stride == module.kernel_size:
+        of_pixels = type(module) is nn.Conv2d and module.in_channels == 3 and module.padding in ((0, 0), "valid")
+        if of_pixels and module.stride == module.kernel_size:
             module.__class__ = Float32PatchEmbedding
         elif type(module) is Siglip2VisionEmbeddings:
             module.__class__, module.patch_embedding.__class__ = SquareImageEmbeddings, Float32PatchProduct
@@ -241,10 +242,7 @@ class Float32PatchEmbedding(nn.Conv2d):
     """The patch embedding, which autocast leaves in float32: conv(x), (B, 3, H, W) -> (B, D, H/P, W/P), float32."""
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        if self.stride == self.kernel_size and self.padding in ((0, 0), "valid"):
-            return embed_patches(pixel_values, self.weight, self.bias)
-        with torch.autocast(pixel_values.device.type, enabled=False):
-            return super().forward(pixel_values.float())
+        return embed_patches(pixel_values, self.weight, self.bias)
 
 
 class Float32PatchProduct(nn.Linear):

@@ -83,8 +83,9 @@ class TextTable:
         """(T, P, L) of the texts in P templates, for a text tower that is trained."""
         prompts = [template.replace("{c}", text) for text in texts for template in templates]
         config = self._clip.config
-        tokens = fill_up(read_prompts(self.processor, config, prompts), self.processor, config)
-        return tokens.unflatten((len(texts), len(templates))).to(self.device)
+        ids, mask = fill_up(read_prompts(self.processor, config, prompts), self.processor, config, self.device)
+        sizes = (len(texts), len(templates))
+        return Tokens(ids.unflatten(0, sizes), None if mask is None else mask.unflatten(0, sizes))
 
 
 class BatchLogits(NamedTuple):

@@ -21,7 +21,14 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import CLIPImageProcessorPil, Dinov2ForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+    Dinov2ForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
 
@@ -45,12 +52,16 @@ CLASSES: dict[str, tuple[str, str, str | None]] = {
 }
 MODEL_TYPES = tuple(CLASSES)
 CONTRASTIVE_MODEL_TYPES = tuple(name for name, (_, _, with_text) in CLASSES.items() if with_text)
-OWN_STEPS = ("ConvNextImageProcessor", "Siglip2ImageProcessor")  # unlike CLIP's, but known to ``ImageTransform``
-PLAIN_STEPS = (
-    "preprocess process_image _preprocess _preprocess_image_like_inputs _prepare_image_like_inputs "
-    "_standardize_kwargs convert_to_rgb resize center_crop rescale normalize pad"
+# An image processor does what CLIP's does, by other defaults, or has steps of its own that ``ImageTransform`` knows.
+OWN_STEPS = ("ConvNextImageProcessor", "Siglip2ImageProcessor")
+STEPS: tuple[str, ...] = (
+    "preprocess",
+    "process_image",
+    "_preprocess",
+    "_preprocess_image_like_inputs",
+    "_prepare_image_like_inputs",
 )
-
+STEPS += ("_standardize_kwargs", "convert_to_rgb", "resize", "center_crop", "rescale", "normalize", "pad")
 # Of a vision-text-dual-encoder: a text tower that ``utils.models.tokens`` knows how to end and pad for.
 DUAL_ENCODER_PARTS = {"vision_config": ("convnext", "clip_vision_model"), "text_config": ("clip_text_model",)}
 FIXED_POSITIONS = ("clip_vision_model", "siglip_vision_model")  # towers that take images of one size only
@@ -109,15 +120,17 @@ def check_model(name_or_path: str, flag: str, supported: Sequence[str] = MODEL_T
         with quiet_transformers():
             config = transformers.AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     except Exception as error:  # a damaged config.json makes TypeError, AttributeError, RecursionError and others
+        reason = _reason(error)
         if os.path.isdir(name_or_path):
-            raise UserError(
-                f"{where}: config.json is none that transformers reads ({_reason(error)[:240]}); expected that of a model "
-                "saved by save_pretrained"
-            ) from None
-        raise UserError(
-            f"{where}: neither a local model directory{nearest(name_or_path)} nor a model that the Hugging Face hub gave "
-            f"({_reason(error)[:160]}); check the name; without internet {BRING_IT}"
-        ) from None
+            fault = (
+                f"config.json is none that transformers reads ({reason[:240]}); expected one saved by save_pretrained"
+            )
+        else:
+            fault = (
+                f"neither a local model directory{nearest(name_or_path)} nor a model that the hub gave ({reason[:160]})"
+            )
+            fault += f"; check the name; without internet {BRING_IT}"
+        raise UserError(f"{where}: {fault}") from None
     if config.model_type not in supported:
         raise UserError(f"{where}: model type {config.model_type!r}; supported: {', '.join(supported)}")
     towers = (getattr(config, name, None) for name in ("vision_config", "text_config"))
@@ -147,7 +160,7 @@ def _config_faults(config: PreTrainedConfig, parts: Sequence[PreTrainedConfig]) 
         if part.model_type.startswith("siglip") and getattr(part, "vision_use_head", True) is False:
             yield "config.json: vision_use_head false leaves no embedding of an image"
         patches = getattr(part, "num_patches", 1)  # SigLIP 2's table of positions is a square
-        if not isinstance(patches, int) or math.isqrt(patches) ** 2 != patches:
+        if not isinstance(patches, int) or patches < 1 or math.isqrt(patches) ** 2 != patches:
             yield f"config.json: num_patches is {patches}; expected a square number"
         if getattr(part, "num_channels", 3) != 3:
             yield f"config.json: num_channels is {part.num_channels}; expected 3, RGB"
@@ -182,25 +195,21 @@ def load_model(
 ) -> tuple[PreTrainedModel, Any]:
     """The whole float32 model and its processor (without a text tower: its image processor).
 
-    Never partitioned, also under ZeRO-3; nothing in it is random in train mode. A CLIP vision model saved without its
-    projection embeds into its hidden size. ``UserError`` for whatever is not as ``check_model`` and this module want it.
+    Never partitioned, also under ZeRO-3; nothing in it is random in train mode. ``UserError`` for what does not fit.
     """
     config = check_model(name_or_path, flag, supported)
     where = f"{flag} {name_or_path}"
     tokenizer = _load_tokenizer(name_or_path, config, where) if has_text(config) else None  # first: it takes no time
     name, _, processor_name = CLASSES[config.model_type]
     model_class = Dinov2ForImageClassification if has_own_head(config) else getattr(transformers, name)
-    model, missing = _load_pretrained(model_class, name_or_path, where, config)
-    if config.model_type == "clip_vision_model" and "visual_projection.weight" in missing:
-        model, missing = _load_pretrained(transformers.CLIPVisionModel, name_or_path, where, config)
-    _refuse_missing(model, missing, where)
+    model = load_weights(model_class, name_or_path, flag, config)
     image_processor: Any = load_image_processor(name_or_path, config.model_type, flag)
     tower, size = image_tower(model)[0].config, image_size(image_processor)
     patch = getattr(image_processor, "patch_size", None)  # SigLIP 2's processor has one
     if patch is not None and patch != tower.patch_size:
         raise UserError(
-            f"{where}: its image processor makes patches of {patch} px, the model takes {tower.patch_size} px; correct "
-            "patch_size in preprocessor_config.json"
+            f"{where}: its image processor makes patches of {patch} px, the model takes {tower.patch_size} px; correct its "
+            "patch_size"
         )
     # The other towers interpolate their position embeddings, or have none.
     if tower.model_type in FIXED_POSITIONS and size != tower.image_size:
@@ -222,23 +231,19 @@ def load_model(
     return model, getattr(transformers, processor_name)(image_processor=image_processor, tokenizer=tokenizer)
 
 
-def load_weights(model_class: type[PreTrainedModel], name_or_path: str | Path, flag: str) -> PreTrainedModel:
-    """A float32 model alone, without any processor. ``UserError`` where it does not load, or lacks weights."""
-    model, missing = _load_pretrained(model_class, name_or_path, f"{flag} {name_or_path}")
-    _refuse_missing(model, missing, f"{flag} {name_or_path}")
-    return model
+def load_weights(
+    model_class: type[PreTrainedModel], name_or_path: str | Path, flag: str, config: PreTrainedConfig | None = None
+) -> PreTrainedModel:
+    """A float32 model alone, never partitioned. ``UserError`` where it does not load, or lacks weights.
 
-
-def _load_pretrained(
-    model_class: type[PreTrainedModel], name_or_path: str | Path, where: str, config: PreTrainedConfig | None = None
-) -> tuple[PreTrainedModel, set[str]]:
-    """A float32 model and the names of the weights that its file lacks, which are drawn at random."""
+    A CLIP vision model saved without its projection is a ``CLIPVisionModel``.
+    """
+    where = f"{flag} {name_or_path}"
     for path in Path(name_or_path).glob("*.[sb]*"):  # .safetensors, .bin
         with path.open("rb") as file:
-            if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise UserError(
-                    f"{where}: {path.name} is a pointer of Git LFS, not the file itself; run `git lfs pull`"
-                )
+            start = file.read(len(LFS_POINTER))
+        if start == LFS_POINTER:
+            raise UserError(f"{where}: {path.name} is a pointer of Git LFS, not the file itself; run `git lfs pull`")
     try:
         with unpartitioned(), quiet_transformers():
             loaded: Any = model_class.from_pretrained(
@@ -252,17 +257,24 @@ def _load_pretrained(
     except Exception as error:  # of transformers, safetensors and torch, depending on the file that is wrong
         raise UserError(f"{where}: the model does not load: {_reason(error)}") from None
     model, info = loaded
+    if isinstance(model, CLIPVisionModelWithProjection) and "visual_projection.weight" in info["missing_keys"]:
+        return load_weights(CLIPVisionModel, name_or_path, flag, config)
     for name, fault in _weight_faults(model, info):
         raise UserError(f"{where}: {_weights_file(name_or_path, name)}: {name} {fault}")
-    return model, set(info["missing_keys"])
+    lacking = sorted(name for name in info["missing_keys"] if not name.endswith("mask_token"))
+    if lacking:  # they would be drawn at random
+        raise UserError(
+            f"{where}: {len(lacking)} weights of a {model.config.model_type} are missing, the first is {lacking[0]}; "
+            "expected a directory saved by save_pretrained"
+        )
+    return model
 
 
 def _weight_faults(model: PreTrainedModel, info: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Names of weights, and why no model can be made of them."""
     for name, there, here in sorted(info["mismatched_keys"]):
         yield name, f"is {tuple(there)}, by config.json {tuple(here)}; give the config of these weights"
-    # Parts that the class does not have are another model's; the numbers of positions are a buffer in old files, the mask's
-    # token is for pre-training.
+    # Not at fault: other parts of a whole model, old files' numbers of positions, the mask's token of pre-training.
     of_others = ("text_model", "text_projection", "visual_projection", "logit_scale", "logit_bias")
     for name in sorted(info["unexpected_keys"]):
         part = name.split(".")[0]
@@ -270,20 +282,7 @@ def _weight_faults(model: PreTrainedModel, info: dict[str, Any]) -> Iterator[tup
             yield name, f"has no place in a {type(model).__name__} by config.json; give the config of these weights"
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not tensor.isfinite().all():
-            yield (
-                name,
-                "holds what is not finite (NaN or infinity); give whole weights, such as an earlier checkpoint's",
-            )
-
-
-def _refuse_missing(model: PreTrainedModel, missing: set[str], where: str) -> None:
-    """``UserError`` for weights that a file lacks: they would be random."""
-    lacking = sorted(name for name in missing if not name.endswith("mask_token"))  # that one is for pre-training
-    if lacking:
-        raise UserError(
-            f"{where}: {len(lacking)} weights of a {model.config.model_type} are missing, the first is {lacking[0]}; "
-            "expected a directory saved by save_pretrained"
-        )
+            yield name, "holds what is not finite (NaN or infinity); give whole weights, as of an earlier checkpoint"
 
 
 def _weights_file(folder: str | Path, name: str) -> str:
@@ -319,8 +318,6 @@ def _load_tokenizer(name_or_path: str, config: PreTrainedConfig, where: str) -> 
         with quiet_transformers():
             tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
         check_tokenizer(tokenizer, config)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
     except Exception as error:  # of transformers and tokenizers, depending on the file that is wrong
         raise UserError(f"{where}: the model does not load: {_reason(error)}") from None
     return tokenizer
@@ -346,14 +343,11 @@ def load_image_processor(name_or_path: str, model_type: str, flag: str) -> Any:
     kind = found.get("image_processor_type") or found.get("feature_extractor_type") or CLASSES[model_type][1] or None
     base = re.sub("FeatureExtractor$", "ImageProcessor", str(kind).removesuffix("Pil").removesuffix("Fast"))
     processor_class = getattr(transformers, f"{base}Pil", None)
-    plain = all(
-        getattr(processor_class, step, None) is getattr(CLIPImageProcessorPil, step, None)
-        for step in PLAIN_STEPS.split()
-    )  # does what CLIP's does, by other defaults
-    if processor_class is None or not (plain or base in OWN_STEPS):
-        raise UserError(
-            f"{where}: image_processor_type {kind!r} is not supported; CLIP's, SigLIP's and ViT's kinds are"
-        )
+    own = [
+        step for step in STEPS if getattr(processor_class, step, None) is not getattr(CLIPImageProcessorPil, step, None)
+    ]
+    if processor_class is None or (own and base not in OWN_STEPS):
+        raise UserError(f"{where}: image_processor_type {kind!r} is not supported; CLIP's, SigLIP's, ViT's kinds are")
     try:
         with quiet_transformers():
             image_processor = processor_class.from_dict(found)
@@ -402,10 +396,9 @@ def logit_scale(model: PreTrainedModel) -> float:
 
 
 def save_model(directory: str | Path, model: PreTrainedModel, processor: Any, encoder_state: dict[str, Tensor]) -> None:
-    """Writes config, model.safetensors and processor files: ``model`` with the encoder's new weights, the rest as it was.
+    """Writes config, model.safetensors and processor files: ``model`` with the encoder's new weights. On one process.
 
-    ``encoder_state`` is a full state dict of ``ImageEncoder`` (under ZeRO-3 the gathered one), maybe with that of
-    ``TextEncoder``. Call on one process.
+    ``encoder_state``: a full state dict of ``ImageEncoder``, under ZeRO-3 the gathered one, maybe with ``TextEncoder``'s.
     """
     tower, _ = image_tower(model)
     inside = next(name for name, module in model.named_modules() if module is tower)  # "" for a tower alone
@@ -418,7 +411,7 @@ def save_model(directory: str | Path, model: PreTrainedModel, processor: Any, en
             raise RuntimeError(f"{name} is partitioned (shape {tuple(tensor.shape)}): refusing to save it")
         if not tensor.isfinite().all():
             raise UserError(
-                f"{directory}: {name} is not finite, the model is not saved; its loss and gradient before are in metrics.jsonl"
+                f"{directory}: {name} is not finite, the model is not saved; loss and gradient before are in metrics.jsonl"
             )
     with quiet_transformers():
         model.save_pretrained(directory, state_dict=state)
@@ -436,9 +429,7 @@ def _save_processor(directory: Path, model: PreTrainedModel, processor: Any) -> 
             raise
         for path in files:
             shutil.copyfile(path, directory / path.name)
-        rest = (
-            f"{len(files)} files of {source} stand in" if files else "take those of the model that it was trained from"
-        )
+        rest = f"{len(files)} files of {source} stand in" if files else "take those of the model before training"
         line = "%s: the processor's files cannot be written (%s); %s"
         logger.warning(line, directory, _reason(error)[:160], printable(rest))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,16 +35,6 @@ class Tokens(NamedTuple):
 
     input_ids: Tensor  # (..., L) int64
     attention_mask: Tensor | None = None  # (..., L) int64, 0 for padding; None where the tower sees it, or never can
-
-    def to(self, device: torch.device | str) -> Tokens:
-        return self._each(lambda part: part.to(device))
-
-    def unflatten(self, sizes: Sequence[int]) -> Tokens:
-        """(n, L) -> (*sizes, L)."""
-        return self._each(lambda part: part.unflatten(0, sizes))
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Tokens:
-        return Tokens(change(self.input_ids), None if self.attention_mask is None else change(self.attention_mask))
 
 
 def read_prompts(processor: Any, config: PreTrainedConfig, prompts: Sequence[str]) -> list[list[int]]:
@@ -74,8 +64,8 @@ def read_prompts(processor: Any, config: PreTrainedConfig, prompts: Sequence[str
     return rows
 
 
-def fill_up(rows: Sequence[list[int]], processor: Any, config: PreTrainedConfig) -> Tokens:
-    """Ids (n, L) with padding on the right.
+def fill_up(rows: Sequence[list[int]], processor: Any, config: PreTrainedConfig, device: torch.device | str) -> Tokens:
+    """Ids (n, L) with padding on the right, on ``device``.
 
     CLIP's towers pool the end of text and do not look ahead: up to the longest, with what is never seen. SigLIP pools the
     last place: up to the full length, padding seen as in its training, unless the tokenizer's own file asks for masks.
@@ -89,10 +79,11 @@ def fill_up(rows: Sequence[list[int]], processor: Any, config: PreTrainedConfig)
     input_ids = torch.full((len(rows), width), padding, dtype=torch.int64)
     for row, ids in zip(input_ids, rows):
         row[: len(ids)] = torch.tensor(ids)
-    if not (siglip and "attention_mask" in tokenizer.init_kwargs.get("model_input_names", ())):
-        return Tokens(input_ids)
-    lengths = torch.tensor([len(ids) for ids in rows], dtype=torch.int64)
-    return Tokens(input_ids, (torch.arange(width) < lengths[:, None]).long())
+    mask = None
+    if siglip and "attention_mask" in tokenizer.init_kwargs.get("model_input_names", ()):
+        lengths = torch.tensor([len(ids) for ids in rows], dtype=torch.int64)
+        mask = (torch.arange(width) < lengths[:, None]).long().to(device)
+    return Tokens(input_ids.to(device), mask)
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:

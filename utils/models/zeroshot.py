@@ -82,7 +82,7 @@ def prompt_embeddings(
     prompts = [template.replace("{c}", text) for text in texts for template in templates]
     rows = read_prompts(processor, model.config, prompts)
     parts = (rows[first : first + batch_size] for first in range(0, len(rows), batch_size))
-    found = torch.cat([encoder(*fill_up(part, processor, model.config).to(device)) for part in parts])
+    found = torch.cat([encoder(*fill_up(part, processor, model.config, device)) for part in parts])
     encoder.to(home)
     refuse_non_finite_rows(found.norm(dim=-1, keepdim=True), [f"text {prompt!r}" for prompt in prompts], "embeddings")
     return found.view(len(texts), len(templates), -1)
