@@ -26,21 +26,23 @@ from utils.data.images import ImageTransform
 from utils.errors import UserError
 from utils.methods.attacks import frozen
 from utils.methods.losses import squared_distance
-from utils.models import layers
+from utils.models import encoders
 from utils.models.encoders import (
-    CONTRASTIVE_MODEL_TYPES,
-    FIXED_POSITIONS,
     ImageEncoder,
-    check_model,
     check_reference_dtype,
     enable_gradient_checkpointing,
     frozen_copy,
-    image_tower,
-    image_transform,
     keep_weights_in,
-    load_model,
     load_reference,
     make_encoder,
+)
+from utils.models.published import (
+    CONTRASTIVE_MODEL_TYPES,
+    FIXED_POSITIONS,
+    check_model,
+    image_tower,
+    image_transform,
+    load_model,
     save_model,
 )
 from utils.models.zeroshot import set_classifier
@@ -230,14 +232,14 @@ def test_every_kind_keeps_pixels_and_patch_embedding_in_float32(kind, monkeypatc
     _, directory = kind
     encoder = make_encoder(*load_model(str(directory)), torch.bfloat16)
     patches, blocks = [], []
-    plain = layers.embed_patches
+    plain = encoders.embed_patches
 
     def watched(pixel_values, weight, bias):
         embedded = plain(pixel_values, weight, bias)
         patches.append((pixel_values.dtype, weight.dtype, embedded.dtype))
         return embedded
 
-    monkeypatch.setattr(layers, "embed_patches", watched)
+    monkeypatch.setattr(encoders, "embed_patches", watched)
     linear_of_a_block(encoder).register_forward_hook(lambda module, given, output: blocks.append(output.dtype))
     x = photos(4)
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():  # as a training engine would wrap it

@@ -24,6 +24,7 @@ from transformers import CLIPModel, PreTrainedModel
 from utils.errors import UserError
 
 HEAD_FILE = "head.safetensors"
+PROJECTIONS = ("visual_projection", "text_projection")
 SMALLEST_SINGULAR_VALUE = 1e-4  # as a share of the largest: below it, t < 0 would explode
 LARGEST_CONDITION_NUMBER = 1e3
 
@@ -71,21 +72,13 @@ def neutral_t(
     near ones the nearest to 0 is taken. To be chosen on validation data and reported on other data.
     """
     least = task_accuracies[list(ts).index(0)] - tolerance
-    kept = [
-        (abs(pair - 0.5), abs(t), t) for t, pair, task in zip(ts, pair_accuracies, task_accuracies) if task >= least
-    ]
-    return min(kept)[2]
-
-
-def condition_number(weight: Tensor) -> float:
-    """Largest singular value over the smallest, (D, D) -> 1 ... infinity."""
-    values = torch.linalg.svdvals(weight.double())
-    return float(values[0] / values[-1])
+    found = zip(ts, pair_accuracies, task_accuracies)
+    return min((abs(pair - 0.5), abs(t), t) for t, pair, task in found if task >= least)[2]
 
 
 def warn_of_condition(weight: Tensor) -> str | None:
-    """A line about a head that the dial cannot turn well, or None."""
-    number = condition_number(weight)
+    """A line about a head (D, D) that the dial cannot turn well, or None. Largest singular value over the smallest."""
+    number = float(torch.linalg.cond(weight.double()))
     if number <= LARGEST_CONDITION_NUMBER:
         return None
     return (
@@ -94,79 +87,71 @@ def warn_of_condition(weight: Tensor) -> str | None:
     )
 
 
+@torch.no_grad()
 def fold_head(clip: CLIPModel, weight: Tensor) -> None:
-    """Multiplies both projections by ``weight`` (D, D) in place: W (P x) = (W P) x, whatever the input."""
-    with torch.no_grad():
-        for projection in (clip.visual_projection, clip.text_projection):
-            product = weight.double().to(projection.weight.device) @ projection.weight.double()
-            projection.weight.copy_(product)
+    """Multiplies both projections by ``weight`` (D, D) in place, in float64: W (P x) = (W P) x, whatever the input."""
+    for name in PROJECTIONS:
+        projection = clip.get_parameter(f"{name}.weight")
+        projection.copy_(weight.double().to(projection.device) @ projection.double())
 
 
 def save_head(directory: str | Path, weight: Tensor, clip: CLIPModel) -> None:
     """Writes W and the two projections *before* any folding, so that the model beside it can be given another t."""
     Path(directory).mkdir(parents=True, exist_ok=True)
+    tensors = {"weight": weight.float()} | _projections(clip)
     save_file(
-        {
-            "weight": weight.detach().float().cpu().contiguous(),
-            "visual_projection": clip.visual_projection.weight.detach().cpu().contiguous().clone(),
-            "text_projection": clip.text_projection.weight.detach().cpu().contiguous().clone(),
-        },
-        Path(directory) / HEAD_FILE,
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, Path(directory) / HEAD_FILE
     )
 
 
 def load_head(directory: str | Path, flag: str = "--model") -> dict[str, Tensor]:
     """What ``save_head`` wrote; ``UserError`` where the directory holds no head."""
-    path = Path(directory) / HEAD_FILE
-    expected = "expected the output_dir of train_po.py --trainable head"
+    where, expected = f"{flag} {directory}", "expected the output_dir of train_po.py --trainable head"
     try:
-        head = load_file(path)
+        head = load_file(Path(directory) / HEAD_FILE)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{flag} {directory}: no readable {HEAD_FILE} ({str(error)[:160]}); {expected}") from None
-    shapes = {name: tuple(tensor.shape) for name, tensor in head.items()}
-    names = ("weight", "visual_projection", "text_projection")
-    size = shapes.get("weight", ())[:1]
+        raise UserError(f"{where}: no readable {HEAD_FILE} ({str(error)[:160]}); {expected}") from None
     # Each maps to the same space: (D, D), (D, hidden), (D, hidden).
-    if (
-        not all(len(shapes.get(name, ())) == 2 and shapes[name][:1] == size for name in names)
-        or size != shapes["weight"][1:]
-    ):
-        raise UserError(f"{flag} {directory}: {HEAD_FILE} holds {str(shapes)[:160]}; {expected}")
-    if not all(head[name].is_floating_point() and head[name].isfinite().all() for name in names):
-        raise UserError(f"{flag} {directory}: {HEAD_FILE} holds what is not finite; {expected}")
+    shapes = {name: tuple(tensor.shape) for name, tensor in head.items()}
+    found = [shapes.get(name, ()) for name in ("weight", *PROJECTIONS)]
+    if not all(len(shape) == 2 and shape[0] == found[0][1] for shape in found):
+        raise UserError(f"{where}: {HEAD_FILE} holds {str(shapes)[:160]}; {expected}")
+    if not all(head[name].is_floating_point() and head[name].isfinite().all() for name in ("weight", *PROJECTIONS)):
+        raise UserError(f"{where}: {HEAD_FILE} holds what is not finite; {expected}")
     if not head["weight"].any():
-        raise UserError(f"{flag} {directory}: the head of {HEAD_FILE} is zero; {expected}")
+        raise UserError(f"{where}: the head of {HEAD_FILE} is zero; {expected}")
     return head
 
 
-def _check_fits(clip: PreTrainedModel, head: dict[str, Tensor]) -> None:
-    for name in ("visual_projection", "text_projection"):
-        found, needed = tuple(head[name].shape), tuple(clip.get_parameter(f"{name}.weight").shape)
+def _projections(clip: PreTrainedModel) -> dict[str, Tensor]:
+    """Copies of the model's two projections."""
+    return {name: clip.get_parameter(f"{name}.weight").detach().clone() for name in PROJECTIONS}
+
+
+@torch.no_grad()
+def _set_projections(clip: PreTrainedModel, projections: dict[str, Tensor]) -> None:
+    """``UserError`` for those of another model, before any is set."""
+    weights = {name: clip.get_parameter(f"{name}.weight") for name in PROJECTIONS}
+    for name, weight in weights.items():
+        found, needed = tuple(projections[name].shape), tuple(weight.shape)
         if found != needed:
             raise UserError(f"{HEAD_FILE}: {name} is {found}, the model's {needed}; give the head of this model")
+    for name, weight in weights.items():
+        weight.copy_(projections[name])
 
 
 @contextmanager
 def unfolded(clip: PreTrainedModel, head: dict[str, Tensor]) -> Iterator[None]:
     """Inside, the model has the projections it had before any head was folded in. UserError for another model's head."""
-    _check_fits(clip, head)
-    projections = {name: clip.get_parameter(f"{name}.weight") for name in ("visual_projection", "text_projection")}
-    kept = {name: weight.detach().clone() for name, weight in projections.items()}
-    with torch.no_grad():
-        for name, weight in projections.items():
-            weight.copy_(head[name])
+    kept = _projections(clip)
+    _set_projections(clip, head)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for name, weight in projections.items():
-                weight.copy_(kept[name])
+        _set_projections(clip, kept)
 
 
 def set_head_t(clip: CLIPModel, head: dict[str, Tensor], t: float) -> None:
     """Gives a model exported with a head the strength ``t``, whatever it was folded with before."""
-    _check_fits(clip, head)
-    with torch.no_grad():
-        clip.visual_projection.weight.copy_(head["visual_projection"])
-        clip.text_projection.weight.copy_(head["text_projection"])
+    _set_projections(clip, head)
     fold_head(clip, head_power(head["weight"], t))

@@ -13,11 +13,14 @@ from transformers import PreTrainedModel
 
 from utils.methods.head import Head
 from utils.methods.preferences import BatchLogits, PreferenceBatch, candidate_logits, retention_kl
-from utils.models.encoders import ImageEncoder, TextEncoder, text_embed_dim
-from utils.models.tokens import Tokens, tokenize
+from utils.models.encoders import ImageEncoder, TextEncoder
+from utils.models.published import text_embed_dim
+from utils.models.tokens import Tokens, fill_up, read_prompts
 from utils.models.zeroshot import ensemble, prompt_embeddings, refuse_non_finite_rows, to_pixel_values
 
 TRAINABLE = ("head", "image", "all")
+
+Embed = Callable[[Tensor, Sequence[str]], tuple[Tensor, Tensor]]
 
 
 class Policy(nn.Module):
@@ -59,13 +62,7 @@ class TextTable:
     """
 
     def __init__(
-        self,
-        clip: PreTrainedModel,
-        processor: Any,
-        templates: Sequence[str],
-        device: torch.device,
-        *,
-        per_prompt: bool,
+        self, clip: PreTrainedModel, processor: Any, templates: Sequence[str], device: torch.device, *, per_prompt: bool
     ) -> None:
         self.processor, self.templates, self.device = processor, list(templates), device
         self._clip, self._per_prompt = clip, per_prompt
@@ -87,9 +84,10 @@ class TextTable:
     def tokens(self, texts: Sequence[str], templates: Sequence[str]) -> Tokens:
         """(T, P, L) of the texts in P templates, for a text tower that is trained."""
         prompts = [template.replace("{c}", text) for text in texts for template in templates]
-        return (
-            tokenize(self.processor, self._clip.config, prompts).unflatten((len(texts), len(templates))).to(self.device)
-        )
+        config = self._clip.config
+        ids, mask = fill_up(read_prompts(self.processor, config, prompts), self.processor, config, self.device)
+        sizes = (len(texts), len(templates))
+        return Tokens(ids.unflatten(0, sizes), None if mask is None else mask.unflatten(0, sizes))
 
 
 @dataclass
@@ -154,10 +152,11 @@ def batch_logits(image_embeds: Tensor, text_embeds: Tensor, logit_scale: float, 
     """s * cos(I, T) of all rows of a batch, the regulariser's first. Unit (N, D), (T, D)."""
     logits = logit_scale * image_embeds @ text_embeds.T
     num_reg = len(batch["reg_chosen"])
-    masks = [
-        None if mask is None else mask.to(logits.device) for mask in (batch["reg_candidates"], batch["candidates"])
-    ]
-    return BatchLogits(candidate_logits(logits[:num_reg], masks[0]), candidate_logits(logits[num_reg:], masks[1]))
+    reg, pairs = (
+        candidate_logits(rows, None if mask is None else mask.to(logits.device))
+        for rows, mask in ((logits[:num_reg], batch["reg_candidates"]), (logits[num_reg:], batch["candidates"]))
+    )
+    return BatchLogits(reg, pairs)
 
 
 @torch.no_grad()
@@ -184,47 +183,38 @@ def choices(logits: BatchLogits, ref_logits: BatchLogits | None, batch: dict[str
     return {name: values.cpu() for name, values in found.items()}
 
 
-def _lengthened(unit: Tensor) -> Tensor:
-    """Unit vectors as they are; NaN for zeros, which are what is left of a vector whose length is beyond float32."""
-    return unit / unit.norm(dim=-1, keepdim=True)
-
-
 def row_names(batch: dict[str, Any]) -> list[str]:
     """What a message calls the rows of an evaluation batch, the regulariser's first: the keys of their samples."""
-    positions = [*batch["reg_positions"].tolist(), *batch["positions"].tolist()]
     keys = dict(zip(batch["sample_positions"], batch["keys"]))
-    return [keys[position] for position in positions]
+    return [keys[position] for position in (*batch["reg_positions"].tolist(), *batch["positions"].tolist())]
 
 
 @torch.no_grad()
 def judge(
-    batches: Iterable[dict[str, Any]],
-    embed: Callable[[Tensor, Sequence[str]], tuple[Tensor, Tensor]],
-    ref_embed: Callable[[Tensor, Sequence[str]], tuple[Tensor, Tensor]] | None,
-    logit_scale: float,
+    batches: Iterable[dict[str, Any]], embed: Embed, ref_embed: Embed | None, logit_scale: float
 ) -> dict[str, list[tuple[int, Any]]]:
     """``choices`` over an evaluation loader's batches: name -> [(position, value), ...] of this process's rows.
 
     ``embed`` maps (images as they come, texts) to unit embeddings; ``ref_embed`` those of the reference, or None.
     """
+
+    def logits_of(batch: dict[str, Any], embed: Embed, what: str) -> BatchLogits:
+        image_embeds, text_embeds = embed(batch["images"], batch["texts"])
+        # Zeros are what normalising leaves of a vector whose length is beyond float32: NaN here.
+        lengths = image_embeds.norm(dim=-1, keepdim=True)
+        refuse_non_finite_rows(image_embeds / lengths, row_names(batch), what)
+        return batch_logits(image_embeds, text_embeds, logit_scale, batch)
+
     rows: dict[str, list[tuple[int, Any]]] = {}
     for batch in batches:
-        images, texts = batch["images"], batch["texts"]
-        if not len(
-            images
-        ):  # a process that has run out goes on with a black image: under ZeRO-3 all make equal forwards
-            black = images.new_zeros(1, *images.shape[1:])
-            embed(black, texts or [""])
-            if ref_embed is not None:
-                ref_embed(black, texts or [""])
+        images = batch["images"]
+        if not len(images):  # a process that has run out embeds a black image: under ZeRO-3 all make equal forwards
+            for function in (embed, ref_embed):
+                if function is not None:
+                    function(images.new_zeros(1, *images.shape[1:]), batch["texts"] or [""])
             continue
-        image_embeds, text_embeds = embed(images, texts)
-        refuse_non_finite_rows(_lengthened(image_embeds), row_names(batch), "embeddings")
-        logits, ref_logits = batch_logits(image_embeds, text_embeds, logit_scale, batch), None
-        if ref_embed is not None:
-            image_embeds, text_embeds = ref_embed(images, texts)
-            refuse_non_finite_rows(_lengthened(image_embeds), row_names(batch), "embeddings by the reference")
-            ref_logits = batch_logits(image_embeds, text_embeds, logit_scale, batch)
+        logits = logits_of(batch, embed, "embeddings")
+        ref_logits = None if ref_embed is None else logits_of(batch, ref_embed, "embeddings by the reference")
         labelled = batch["reg_positions"][batch["reg_chosen"] >= 0]
         for name, values in choices(logits, ref_logits, batch).items():
             positions = {"clean": labelled, "kl": batch["reg_positions"]}.get(name, batch["positions"])

@@ -1,9 +1,8 @@
 """Texts to the token ids that a text tower reads: cut, ended and filled up as the tower was trained.
 
-A tokenizer's files come from elsewhere, and say what suits other uses: fill up on the left, cut the beginning, know no
-longest text. What would change an embedding is decided here, from the tower: texts are cut at its positions and keep their
-end, padding comes on the right, and no text depends on the others of its batch. A tokenizer that cannot be the tower's own is
-refused when the model is loaded. The tokenizer itself stays as it was, and is saved so.
+A tokenizer's files may ask for other things: padding on the left, no longest text. Here the tower decides: texts are cut at
+its positions and keep their end, padding comes on the right, no text depends on the others of its batch. The tokenizer
+itself stays as it was, and is saved so.
 """
 
 from __future__ import annotations
@@ -37,45 +36,36 @@ class Tokens(NamedTuple):
     input_ids: Tensor  # (..., L) int64
     attention_mask: Tensor | None = None  # (..., L) int64, 0 for padding; None where the tower sees it, or never can
 
-    def to(self, device: torch.device | str) -> Tokens:
-        return Tokens(*(None if part is None else part.to(device) for part in self))  # type: ignore[arg-type]
-
-    def unflatten(self, sizes: Sequence[int]) -> Tokens:
-        """(n, L) -> (*sizes, L)."""
-        return Tokens(*(None if part is None else part.unflatten(0, sizes) for part in self))  # type: ignore[arg-type]
-
-
-def tokenize(processor: Any, config: PreTrainedConfig, prompts: Sequence[str]) -> Tokens:
-    """The tokens of n prompts, see ``read_prompts`` and ``fill_up``."""
-    return fill_up(read_prompts(processor, config, prompts), processor, config)
-
 
 def read_prompts(processor: Any, config: PreTrainedConfig, prompts: Sequence[str]) -> list[list[int]]:
     """The ids of every prompt, cut at what the tower takes, which is said once. UserError for ids that the tower lacks."""
-    tokenizer, length = processor.tokenizer, text_length(processor.tokenizer, config)
-    found = token_ids(tokenizer, prompts)
-    long = [prompt for prompt, ids in zip(prompts, found) if len(ids) > length]
+    tokenizer, length, size = (
+        processor.tokenizer,
+        text_length(processor.tokenizer, config),
+        config.text_config.vocab_size,
+    )
+    rows = token_ids(tokenizer, prompts)
+    long = [(prompt, len(ids)) for prompt, ids in zip(prompts, rows) if len(ids) > length]
     if long:
-        _say_once(
-            "long",
+        line = (
             f"{len(long)} of {len(prompts)} texts are longer than the {length} tokens that the text tower takes, the longest "
-            f"has {max(map(len, found))}; their ends are left out, the first is {long[0][:80]!r} (said once)",
+            f"has {max(count for _, count in long)}; their ends are left out, the first is {long[0][0][:80]!r} (said once)"
         )
-    rows = _cut(found, length, tokenizer) if long else found
-    size = config.text_config.vocab_size
+        _say_once("long", line)
+        rows = _cut(rows, length, tokenizer)
     for prompt, ids in zip(prompts, rows):
         if max(ids, default=0) >= size:
             raise UserError(
-                f"{prompt[:80]!r}: token {max(ids)} of a text tower of {size} (vocab_size); the tokenizer is another model's, put "
-                "the model's own files beside config.json"
+                f"{prompt[:80]!r}: token {max(ids)} of a text tower of {size} (vocab_size); the tokenizer is another model's, "
+                "put the model's own files beside config.json"
             )
-        if not _is_siglip(config) and _pooled(ids, config) < len(ids) - 1:
+        if not _is_siglip(config) and _end(ids, config) in ids[:-1]:
             _say_once("end", f"{prompt[:80]!r}: holds the token that ends a text, and is read up to there (said once)")
     return rows
 
 
-def fill_up(rows: Sequence[list[int]], processor: Any, config: PreTrainedConfig) -> Tokens:
-    """Ids (n, L) with padding on the right.
+def fill_up(rows: Sequence[list[int]], processor: Any, config: PreTrainedConfig, device: torch.device | str) -> Tokens:
+    """Ids (n, L) with padding on the right, on ``device``.
 
     CLIP's towers pool the end of text and do not look ahead: up to the longest, with what is never seen. SigLIP pools the
     last place: up to the full length, padding seen as in its training, unless the tokenizer's own file asks for masks.
@@ -89,10 +79,11 @@ def fill_up(rows: Sequence[list[int]], processor: Any, config: PreTrainedConfig)
     input_ids = torch.full((len(rows), width), padding, dtype=torch.int64)
     for row, ids in zip(input_ids, rows):
         row[: len(ids)] = torch.tensor(ids)
-    if not (siglip and "attention_mask" in tokenizer.init_kwargs.get("model_input_names", ())):
-        return Tokens(input_ids)
-    lengths = torch.tensor([len(ids) for ids in rows], dtype=torch.int64)
-    return Tokens(input_ids, (torch.arange(width) < lengths[:, None]).long())
+    mask = None
+    if siglip and "attention_mask" in tokenizer.init_kwargs.get("model_input_names", ()):
+        lengths = torch.tensor([len(ids) for ids in rows], dtype=torch.int64)
+        mask = (torch.arange(width) < lengths[:, None]).long().to(device)
+    return Tokens(input_ids.to(device), mask)
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
@@ -130,27 +121,27 @@ def text_length(tokenizer: Any, config: PreTrainedConfig) -> int:
 
 def check_tokenizer(tokenizer: Any, config: PreTrainedConfig) -> None:
     """Raises ``ValueError`` where a tokenizer cannot be that of the model's text tower."""
-    text = config.text_config
-    if text_length(tokenizer, config) < SHORTEST:
+    text, length, known = config.text_config, text_length(tokenizer, config), len(tokenizer)
+    if length < SHORTEST:
         raise ValueError(
-            f"its tokenizer cuts texts at {text_length(tokenizer, config)} tokens (model_max_length); correct "
-            "tokenizer_config.json"
+            f"its tokenizer cuts texts at {length} tokens (model_max_length); correct tokenizer_config.json"
         )
-    added = set(getattr(tokenizer, "added_tokens_decoder", ()))
     vocabulary = tokenizer.get_vocab()
-    ordinary = sorted(set(vocabulary.values()) - added - set(tokenizer.all_special_ids))
+    special = {*getattr(tokenizer, "added_tokens_decoder", ()), *tokenizer.all_special_ids}
+    ordinary = max(set(vocabulary.values()) - special, default=0)
     files = "put the tokenizer's own files beside config.json"
-    probes = [_cut(token_ids(tokenizer, pair), text_length(tokenizer, config), tokenizer) for pair in PROBES]
+    probes = [_cut(token_ids(tokenizer, pair), length, tokenizer) for pair in PROBES]
     if all(first == second for first, second in probes):
         raise ValueError(
-            f"its tokenizer gives different texts the same tokens ({PROBES[0][0]!r} and {PROBES[0][1]!r}), it knows "
-            f"{len(tokenizer)} tokens; files are missing, damaged or another model's: {files}"
+            f"its tokenizer gives different texts the same tokens ({PROBES[0][0]!r} and {PROBES[0][1]!r}), it knows {known} "
+            f"tokens; files are missing, damaged or another model's: {files}"
         )
-    largest = max([*ordinary[-1:], *(max(ids) for pair in probes for ids in pair if ids)])
-    if largest >= text.vocab_size or len(tokenizer) < text.vocab_size / 2:
+    texts = [ids for pair in probes for ids in pair]
+    largest = max(ordinary, *(max(ids, default=0) for ids in texts))
+    if largest >= text.vocab_size or known < text.vocab_size / 2:
         raise ValueError(
-            f"its tokenizer knows {len(tokenizer)} tokens, the largest id is {largest}, its text tower {text.vocab_size} "
-            f"(vocab_size); it is another model's: {files}"
+            f"its tokenizer knows {known} tokens, the largest id is {largest}, its text tower {text.vocab_size} (vocab_size); "
+            f"it is another model's: {files}"
         )
     # CLIP's vocabulary says where words end, and which ones it has.
     words = [word for word in vocabulary if re.fullmatch("[a-z]{3,}</w>", word)][:WORDS]
@@ -167,50 +158,40 @@ def check_tokenizer(tokenizer: Any, config: PreTrainedConfig) -> None:
                 "padding; name the one of its training in tokenizer_config.json"
             )
         return
-    for ids in (ids for pair in probes for ids in pair):
-        last = ids[-1] if ids else None
-        wanted = text.eos_token_id
-        if wanted == ARGMAX_EOS:
-            wanted = max([*ids, *ordinary[-1:]], default=None)
+    old = text.eos_token_id == ARGMAX_EOS
+    for ids in texts:
+        wanted, last = max([ordinary, *ids]) if old else text.eos_token_id, ids[-1] if ids else None
         if last != wanted:
             raise ValueError(
                 f"its text tower pools the end of text, id {wanted} (eos_token_id {text.eos_token_id} in config.json), and its "
                 f"tokenizer ends texts with id {last}; {files}, or correct eos_token_id"
             )
     # Old configs name another start as well, and no tower looks at it: a note.
-    start = text.bos_token_id if text.eos_token_id != ARGMAX_EOS else tokenizer.bos_token_id
-    if isinstance(start, int) and start < text.vocab_size and probes[0][0][0] != start:
-        _say_once(
-            "start",
-            f"the tokenizer begins texts with id {probes[0][0][0]}, the model's start is {start} (bos_token_id); unless it was "
-            "trained so, the tokenizer's files are not its own",
-        )
+    start, first = tokenizer.bos_token_id if old else text.bos_token_id, texts[0][0]
+    if isinstance(start, int) and start < text.vocab_size and first != start:
+        line = f"the tokenizer begins texts with id {first}, the model's start is {start} (bos_token_id)"
+        _say_once("start", f"{line}; unless it was trained so, the tokenizer's files are not its own")
 
 
 def refuse_equal_texts(processor: Any, config: PreTrainedConfig, texts: Sequence[str], template: str) -> None:
-    """Raises ``UserError`` for different names that the tower cannot tell apart: cut, or made of unknown tokens.
+    """``UserError`` for different names that the tower cannot tell apart: cut, or made of unknown tokens.
 
     Names that differ in what the tokenizer ignores, such as capitals, are said once.
     """
-    tokenizer = processor.tokenizer
+    tokenizer, length = processor.tokenizer, text_length(processor.tokenizer, config)
     names = list(dict.fromkeys(texts))
     found = token_ids(tokenizer, [template.replace("{c}", name) for name in names])
-    length = text_length(tokenizer, config)
     seen: dict[tuple[int, ...], int] = {}
-    equal = []
-    for place, ids in enumerate(_cut(found, length, tokenizer)):
-        first = seen.setdefault(tuple(ids), place)
-        if first != place:
-            equal.append((first, place))
+    places = [seen.setdefault(tuple(ids), place) for place, ids in enumerate(_cut(found, length, tokenizer))]
+    equal = [(first, place) for place, first in enumerate(places) if first != place]
     if not equal:
         return
     first, second = next((pair for pair in equal if found[pair[0]] != found[pair[1]]), equal[0])
-    shown = f"{names[first][:80]!r} and {names[second][:80]!r}"
+    shown = f"the classes {names[first][:80]!r} and {names[second][:80]!r} are the same"
     more = f" ({len(equal)} such names)" if len(equal) > 1 else ""
     if found[first] != found[second]:
         raise UserError(
-            f"the classes {shown} are the same text to the model, which reads {length} tokens of a prompt{more}; shorten the "
-            "names or the templates"
+            f"{shown} text to the model, which reads {length} tokens of a prompt{more}; shorten the names or the templates"
         )
     alone = token_ids(tokenizer, [names[first], names[second]])
     if not _is_siglip(config):  # CLIP's unknown token is the end of text
@@ -218,10 +199,8 @@ def refuse_equal_texts(processor: Any, config: PreTrainedConfig, texts: Sequence
     unknown = any(tokenizer.unk_token_id in ids for ids in alone)
     if unknown or len(seen) == 1:
         why = "whose tokenizer does not know their letters" if unknown else "and so are all others"
-        raise UserError(
-            f"the classes {shown} are the same tokens to the model, {why}{more}; give names in a language of the model"
-        )
-    _say_once(shown, f"the classes {shown} are the same tokens to the model{more}: it cannot tell them apart")
+        raise UserError(f"{shown} tokens to the model, {why}{more}; give names in a language of the model")
+    _say_once(shown, f"{shown} tokens to the model{more}: it cannot tell them apart")
 
 
 def _cut(rows: Sequence[list[int]], length: int, tokenizer: Any) -> list[list[int]]:
@@ -239,12 +218,6 @@ def _end(ids: list[int], config: PreTrainedConfig) -> int:
     """The id that CLIP's tower pools, the first of its kind."""
     end = config.text_config.eos_token_id
     return max(ids) if end == ARGMAX_EOS else end
-
-
-def _pooled(ids: list[int], config: PreTrainedConfig) -> int:
-    """The place that CLIP's tower pools."""
-    end = _end(ids, config)
-    return ids.index(end) if end in ids else 0
 
 
 def _say_once(kind: str, line: str) -> None:

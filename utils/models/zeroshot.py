@@ -1,4 +1,4 @@
-"""Zero-shot classification: class names and templates, class embeddings, clean and attacked predictions."""
+"""Zero-shot classification: class embeddings, and what a classifier makes of clean and attacked images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from utils.errors import UserError
 from utils.methods.attacks import Logits, attack_seeds, frozen, pgd, uniform_start
 from utils.methods.losses import cross_entropy
 from utils.models.classifiers import LinearClassifier, own_linear_head, read_linear_head
-from utils.models.encoders import ImageEncoder, TextEncoder, has_text, logit_scale
+from utils.models.encoders import ImageEncoder, TextEncoder
+from utils.models.published import has_text, logit_scale
 from utils.models.tokens import fill_up, read_prompts, refuse_equal_texts
 from utils.sets.labelled import LabelledSet
 
@@ -31,7 +32,7 @@ def set_classifier(
     """What tells the classes of a set apart: a linear head's file; else class texts by the text tower; else the model's head.
 
     The class texts' logits are s * cos(z, t_c), s = exp(logit_scale); SigLIP's bias, the same for all classes, is left out.
-    Raises ``UserError`` where there is none of them, or another number of classes.
+    ``UserError`` where there is none of them, or another number of classes.
     """
     if linear_head is not None:
         return read_linear_head(linear_head, encoder.embed_dim, len(labelled.classnames)).to(device)
@@ -51,7 +52,7 @@ def class_embeddings(
 ) -> Tensor:
     """t_c: the mean over templates of unit text embeddings, made unit again. -> (C, D), float32, on ``device``.
 
-    Raises ``UserError`` for different names that are one to the model.
+    ``UserError`` for different names that are one to the model.
     """
     refuse_equal_texts(processor, model.config, classnames, templates[0])
     return ensemble(prompt_embeddings(model, processor, classnames, templates, device, batch_size))
@@ -80,12 +81,9 @@ def prompt_embeddings(
     encoder.to(device)
     prompts = [template.replace("{c}", text) for text in texts for template in templates]
     rows = read_prompts(processor, model.config, prompts)
-    embeds = [
-        encoder(*fill_up(rows[first : first + batch_size], processor, model.config).to(device))
-        for first in range(0, len(prompts), batch_size)
-    ]
+    parts = (rows[first : first + batch_size] for first in range(0, len(rows), batch_size))
+    found = torch.cat([encoder(*fill_up(part, processor, model.config, device)) for part in parts])
     encoder.to(home)
-    found = torch.cat(embeds)
     refuse_non_finite_rows(found.norm(dim=-1, keepdim=True), [f"text {prompt!r}" for prompt in prompts], "embeddings")
     return found.view(len(texts), len(templates), -1)
 
@@ -100,10 +98,9 @@ def refuse_non_finite_rows(values: Tensor, keys: Sequence[str], what: str) -> No
     """``NonFiniteError`` that names the first of the rows (N, D) of ``keys`` that is not finite. Synchronises."""
     finite = values.isfinite().all(dim=1)
     if not finite.all():
-        key = keys[int((~finite).nonzero()[0])]
         raise NonFiniteError(
-            f"{key}: its {what} are not finite; no figure is made of them; the model's numbers overflow: try mixed_precision "
-            "no or bf16, else give another checkpoint"
+            f"{keys[int((~finite).nonzero()[0])]}: its {what} are not finite; no figure is made of them; the model's numbers "
+            "overflow: try mixed_precision no or bf16, else give another checkpoint"
         )
 
 
@@ -127,16 +124,14 @@ def classified(
 ) -> Iterator[Classified]:
     """The batches of an evaluation loader, moved to the device, changed by ``perturb`` and classified.
 
-    Args:
-        logits_fn: pixel_values (B, 3, H, W) -> logits (B, C).
-        batches: with ``images`` uint8 (B, 3, H, W), ``labels`` and ``positions`` (B,) int64, ``keys``.
-        perturb: (pixel_values, labels, positions) -> pixel_values; it takes gradients by itself.
+    batches: with ``images`` uint8 (B, 3, H, W), ``labels`` and ``positions`` (B,) int64, ``keys``. logits_fn: pixel_values
+    (B, 3, H, W) -> (B, C). perturb: (pixel_values, labels, positions) -> pixel_values; it takes gradients by itself.
     """
     for batch in batches:
         count = len(batch["positions"])
         images, labels, places = batch["images"], batch["labels"], batch["positions"]
         if count == 0:  # a rank that has run out goes on with a black image: under ZeRO-3 all must make equal forwards
-            images, labels, places = images.new_zeros(1, *images.shape[1:]), labels.new_zeros(1), places.new_zeros(1)
+            images, labels, places = (rows.new_zeros(1, *rows.shape[1:]) for rows in (images, labels, places))
         pixel_values, labels = to_pixel_values(images, device), labels.to(device)
         attacked = pixel_values if perturb is None else perturb(pixel_values, labels, places.tolist())
         with torch.no_grad():
@@ -161,15 +156,12 @@ def pgd_images(
 
     pixel_values (B, 3, H, W) float32 in [0,1] -> the same; eps, step_size as shares of the pixel range.
     """
-    delta = pgd(
-        lambda adversarial: cross_entropy(logits_fn(adversarial), labels),
-        pixel_values,
-        eps=eps,
-        step_size=step_size,
-        num_steps=num_steps,
-        start=uniform_start(pixel_values, eps, attack_seeds(seed, 0, positions)),
-    )
-    return pixel_values + delta
+    start = uniform_start(pixel_values, eps, attack_seeds(seed, 0, positions))
+
+    def loss(adversarial: Tensor) -> Tensor:
+        return cross_entropy(logits_fn(adversarial), labels)
+
+    return pixel_values + pgd(loss, pixel_values, eps=eps, step_size=step_size, num_steps=num_steps, start=start)
 
 
 def predictions(
@@ -184,11 +176,8 @@ def predictions(
 ) -> tuple[Tensor, Tensor]:
     """Whether each image is classified rightly: clean (``eps`` None) or under PGD with steps of eps / 4.
 
-    ``batches`` as in ``classified``; ``classifier`` maps image_embeds (B, D) to logits (B, C); eps is a share of the pixel
-    range.
-
-    Returns:
-        positions (n,) int64 and correct (n,) bool, on the CPU, of this process's images in the order read.
+    batches as in ``classified``; classifier: image_embeds (B, D) -> logits (B, C); eps: share of the pixel range. -> positions
+    (n,) int64 and correct (n,) bool, on the CPU, of this process's images in the order read.
     """
 
     def logits_fn(pixel_values: Tensor) -> Tensor:

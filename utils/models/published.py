@@ -1,0 +1,460 @@
+"""Published models: a directory that transformers wrote, checked and loaded whole, and written again after training.
+
+Every field of its files is obeyed or refused; every weight is there and finite.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+    Dinov2ForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.activations import ACT2FN
+from transformers.utils import logging as transformers_logging
+
+from utils.data.images import ImageTransform, pixel_normalisation
+from utils.data.sources import BRING_IT
+from utils.errors import UserError
+from utils.models.tokens import check_tokenizer
+from utils.redaction import printable
+
+logger = logging.getLogger(__name__)
+
+# Names in transformers: the model, the image processor where no file says which, the processor of one with a text tower.
+CLASSES: dict[str, tuple[str, str, str | None]] = {
+    "clip": ("CLIPModel", "CLIPImageProcessor", "CLIPProcessor"),
+    "siglip": ("SiglipModel", "SiglipImageProcessor", "SiglipProcessor"),
+    "siglip2": ("Siglip2Model", "Siglip2ImageProcessor", "Siglip2Processor"),
+    "vision-text-dual-encoder": ("VisionTextDualEncoderModel", "", "VisionTextDualEncoderProcessor"),
+    "clip_vision_model": ("CLIPVisionModelWithProjection", "CLIPImageProcessor", None),
+    "siglip_vision_model": ("SiglipVisionModel", "SiglipImageProcessor", None),
+    "dinov2": ("Dinov2Model", "BitImageProcessor", None),
+}
+MODEL_TYPES = tuple(CLASSES)
+CONTRASTIVE_MODEL_TYPES = tuple(name for name, (_, _, with_text) in CLASSES.items() if with_text)
+# An image processor does what CLIP's does, by other defaults, or has steps of its own that ``ImageTransform`` knows.
+OWN_STEPS = ("ConvNextImageProcessor", "Siglip2ImageProcessor")
+STEPS: tuple[str, ...] = (
+    "preprocess",
+    "process_image",
+    "_preprocess",
+    "_preprocess_image_like_inputs",
+    "_prepare_image_like_inputs",
+)
+STEPS += ("_standardize_kwargs", "convert_to_rgb", "resize", "center_crop", "rescale", "normalize", "pad")
+# Of a vision-text-dual-encoder: a text tower that ``utils.models.tokens`` knows how to end and pad for.
+DUAL_ENCODER_PARTS = {"vision_config": ("convnext", "clip_vision_model"), "text_config": ("clip_text_model",)}
+FIXED_POSITIONS = ("clip_vision_model", "siglip_vision_model")  # towers that take images of one size only
+HUB_ID = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}(/[A-Za-z0-9][A-Za-z0-9_.-]{0,95})?"
+LFS_POINTER = b"version https://git-lfs"
+PROCESSOR_FILES = ("*processor_config.json", "*token*.json", "vocab.*", "merges.txt", "*.model", "chat_template.jinja")
+
+
+def refuse_mistyped_path(name: str, flag: str) -> None:
+    """``UserError`` for a name that is no model's directory and can be no id of the hub. Asks no hub."""
+    expected = "expected a directory saved by save_pretrained, or an id of the hub such as openai/clip-vit-base-patch32"
+    if not name.strip():
+        problem = "empty"
+    elif os.path.isdir(name):
+        if os.path.exists(os.path.join(name, "adapter_config.json")):
+            raise UserError(f"{flag} {name}: holds an adapter (LoRA), not a whole model; merge it into its model first")
+        if os.path.exists(os.path.join(name, "config.json")):
+            return
+        found = sorted(os.listdir(name))
+        inside = [entry for entry in found if os.path.exists(os.path.join(name, entry, "config.json"))]
+        hint = f"; {os.path.join(name, inside[-1])} holds one" if inside else "" if found else ", nor anything else"
+        problem = f"holds no config.json{hint}"
+    elif os.path.exists(name):
+        problem = "a file"
+    elif os.path.islink(name):
+        problem = f"a link to {os.readlink(name)}, which is not there"
+    elif "://" in name:
+        problem = "a URL"
+    elif name.startswith("~"):
+        problem = "no such directory, ~ stands for none here; write the path in full"
+    elif not re.fullmatch(HUB_ID, name):
+        problem = f"no such directory{nearest(name)}"
+    else:
+        return
+    raise UserError(f"{flag} {name}".rstrip() + f": {problem}; {expected}")
+
+
+def nearest(name: str) -> str:
+    """A directory of nearly this name, in parentheses."""
+    parent, last = os.path.split(name.rstrip("/"))
+    entries = os.listdir(parent or ".") if os.path.isdir(parent or ".") else []
+    folders = [entry for entry in entries if os.path.isdir(os.path.join(parent, entry))]
+    close = difflib.get_close_matches(last, folders, n=1)
+    return f" (did you mean {os.path.join(parent, close[0])}?)" if close else ""
+
+
+def check_model(name_or_path: str, flag: str, supported: Sequence[str] = MODEL_TYPES) -> PreTrainedConfig:
+    """The model's config, read before any weights. ``UserError`` where there is none, or one that is not supported.
+
+    Fields that say how transformers computes or answers (attn_implementation, output_attentions, return_dict) are reset:
+    nothing here depends on them.
+    """
+    refuse_mistyped_path(name_or_path, flag)
+    where = f"{flag} {name_or_path}"
+    try:
+        with quiet_transformers():
+            config = transformers.AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    except Exception as error:  # a damaged config.json makes TypeError, AttributeError, RecursionError and others
+        reason = _reason(error)
+        if os.path.isdir(name_or_path):
+            fault = (
+                f"config.json is none that transformers reads ({reason[:240]}); expected one saved by save_pretrained"
+            )
+        else:
+            fault = (
+                f"neither a local model directory{nearest(name_or_path)} nor a model that the hub gave ({reason[:160]})"
+            )
+            fault += f"; check the name; without internet {BRING_IT}"
+        raise UserError(f"{where}: {fault}") from None
+    if config.model_type not in supported:
+        raise UserError(f"{where}: model type {config.model_type!r}; supported: {', '.join(supported)}")
+    towers = (getattr(config, name, None) for name in ("vision_config", "text_config"))
+    parts = [config, *(tower for tower in towers if isinstance(tower, PreTrainedConfig))]
+    for fault in _config_faults(config, parts):
+        raise UserError(f"{where}: {fault}")
+    for part in parts:
+        part.return_dict, part.output_attentions, part.output_hidden_states = True, False, False
+        part._attn_implementation = None
+    return config
+
+
+def _config_faults(config: PreTrainedConfig, parts: Sequence[PreTrainedConfig]) -> Iterator[str]:
+    """What the encoders here cannot do as a config says."""
+    if config.model_type == "vision-text-dual-encoder":
+        for name, kinds in DUAL_ENCODER_PARTS.items():
+            if (kind := getattr(config, name).model_type) not in kinds:
+                yield f"its {name} is a {kind!r}; of vision-text-dual-encoder supported: {', '.join(kinds)}"
+    for part in parts:
+        quantization = getattr(part, "quantization_config", None)
+        if quantization is not None:
+            method = (isinstance(quantization, dict) and quantization.get("quant_method")) or "of no named method"
+            yield f"config.json has a quantization_config ({method}), which is not supported; give the unquantized model"
+        activation = getattr(part, "hidden_act", None)
+        if activation is not None and activation not in ACT2FN:
+            yield f"config.json: hidden_act {activation!r} is unknown to transformers"
+        if part.model_type.startswith("siglip") and getattr(part, "vision_use_head", True) is False:
+            yield "config.json: vision_use_head false leaves no embedding of an image"
+        patches = getattr(part, "num_patches", 1)  # SigLIP 2's table of positions is a square
+        if not isinstance(patches, int) or patches < 1 or math.isqrt(patches) ** 2 != patches:
+            yield f"config.json: num_patches is {patches}; expected a square number"
+        if getattr(part, "num_channels", 3) != 3:
+            yield f"config.json: num_channels is {part.num_channels}; expected 3, RGB"
+    if config.model_type in ("siglip", "siglip2"):  # no projection makes them the same
+        image_dim, text_dim = config.vision_config.hidden_size, config.text_config.projection_size
+        if image_dim != text_dim:
+            yield (
+                f"config.json: images embed into {image_dim} dimensions, texts into {text_dim}; expected hidden_size of "
+                "vision_config to be projection_size of text_config"
+            )
+
+
+def has_text(config: PreTrainedConfig) -> bool:
+    """Whether a model has a text tower, for class names and prompts."""
+    return config.model_type in CONTRASTIVE_MODEL_TYPES
+
+
+def has_own_head(config: PreTrainedConfig) -> bool:
+    """Whether a model brings a linear classifier of its embeddings: DINOv2 saved for image classification."""
+    return config.model_type == "dinov2" and "Dinov2ForImageClassification" in (config.architectures or ())
+
+
+def square_side(size: int | list[int] | tuple[int, int] | None) -> int:
+    """An image's or a patch's side in a config, in pixels. ``UserError`` where it is not one number."""
+    if not isinstance(size, int):
+        raise UserError(f"config.json: a size of {size}; expected one number, the side of a square")
+    return size
+
+
+def load_model(
+    name_or_path: str, flag: str = "--model_name_or_path", supported: Sequence[str] = MODEL_TYPES
+) -> tuple[PreTrainedModel, Any]:
+    """The whole float32 model and its processor (without a text tower: its image processor).
+
+    Never partitioned, also under ZeRO-3; nothing in it is random in train mode. ``UserError`` for what does not fit.
+    """
+    config = check_model(name_or_path, flag, supported)
+    where = f"{flag} {name_or_path}"
+    tokenizer = _load_tokenizer(name_or_path, config, where) if has_text(config) else None  # first: it takes no time
+    name, _, processor_name = CLASSES[config.model_type]
+    model_class = Dinov2ForImageClassification if has_own_head(config) else getattr(transformers, name)
+    model = load_weights(model_class, name_or_path, flag, config)
+    image_processor: Any = load_image_processor(name_or_path, config.model_type, flag)
+    tower, size = image_tower(model)[0].config, image_size(image_processor)
+    patch = getattr(image_processor, "patch_size", None)  # SigLIP 2's processor has one
+    if patch is not None and patch != tower.patch_size:
+        raise UserError(
+            f"{where}: its image processor makes patches of {patch} px, the model takes {tower.patch_size} px; correct its "
+            "patch_size"
+        )
+    # The other towers interpolate their position embeddings, or have none.
+    if tower.model_type in FIXED_POSITIONS and size != tower.image_size:
+        raise UserError(
+            f"{where}: its image processor gives {size} px, the model takes {tower.image_size} px; correct crop_size in "
+            "preprocessor_config.json"
+        )
+    if has_text(config) and not 0 < (scale := logit_scale(model)) < math.inf:
+        raise UserError(
+            f"{where}: {_weights_file(name_or_path, 'logit_scale')}: exp(logit_scale) is {scale:g}, the logits of all "
+            "classes would be alike or infinite; CLIP's is at most 100"
+        )
+    silenced = switch_off_randomness(model)
+    if silenced and int(os.environ.get("RANK", "0")) == 0:
+        line = "%s: %s would make training random: switched off here, the saved config keeps them"
+        logger.warning(line, name_or_path, ", ".join(silenced))
+    if processor_name is None:
+        return model, image_processor
+    return model, getattr(transformers, processor_name)(image_processor=image_processor, tokenizer=tokenizer)
+
+
+def load_weights(
+    model_class: type[PreTrainedModel], name_or_path: str | Path, flag: str, config: PreTrainedConfig | None = None
+) -> PreTrainedModel:
+    """A float32 model alone, never partitioned. ``UserError`` where it does not load, or lacks weights.
+
+    A CLIP vision model saved without its projection is a ``CLIPVisionModel``.
+    """
+    where = f"{flag} {name_or_path}"
+    for path in Path(name_or_path).glob("*.[sb]*"):  # .safetensors, .bin
+        with path.open("rb") as file:
+            start = file.read(len(LFS_POINTER))
+        if start == LFS_POINTER:
+            raise UserError(f"{where}: {path.name} is a pointer of Git LFS, not the file itself; run `git lfs pull`")
+    try:
+        with unpartitioned(), quiet_transformers():
+            loaded: Any = model_class.from_pretrained(
+                name_or_path,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # said below, with the name
+                config=copy.deepcopy(config),
+            )
+    except Exception as error:  # of transformers, safetensors and torch, depending on the file that is wrong
+        raise UserError(f"{where}: the model does not load: {_reason(error)}") from None
+    model, info = loaded
+    if isinstance(model, CLIPVisionModelWithProjection) and "visual_projection.weight" in info["missing_keys"]:
+        return load_weights(CLIPVisionModel, name_or_path, flag, config)
+    for name, fault in _weight_faults(model, info):
+        raise UserError(f"{where}: {_weights_file(name_or_path, name)}: {name} {fault}")
+    lacking = sorted(name for name in info["missing_keys"] if not name.endswith("mask_token"))
+    if lacking:  # they would be drawn at random
+        raise UserError(
+            f"{where}: {len(lacking)} weights of a {model.config.model_type} are missing, the first is {lacking[0]}; "
+            "expected a directory saved by save_pretrained"
+        )
+    return model
+
+
+def _weight_faults(model: PreTrainedModel, info: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Names of weights, and why no model can be made of them."""
+    for name, there, here in sorted(info["mismatched_keys"]):
+        yield name, f"is {tuple(there)}, by config.json {tuple(here)}; give the config of these weights"
+    # Not at fault: other parts of a whole model, old files' numbers of positions, the mask's token of pre-training.
+    of_others = ("text_model", "text_projection", "visual_projection", "logit_scale", "logit_bias")
+    for name in sorted(info["unexpected_keys"]):
+        part = name.split(".")[0]
+        if not name.endswith(("position_ids", "mask_token")) and (part not in of_others or hasattr(model, part)):
+            yield name, f"has no place in a {type(model).__name__} by config.json; give the config of these weights"
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not tensor.isfinite().all():
+            yield name, "holds what is not finite (NaN or infinity); give whole weights, as of an earlier checkpoint"
+
+
+def _weights_file(folder: str | Path, name: str) -> str:
+    """The file of a model's directory that holds a tensor, as far as is known."""
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        if (Path(folder) / file).is_file():
+            return file
+        index = Path(folder) / f"{file}.index.json"
+        if index.is_file():
+            return json.loads(index.read_text(encoding="utf-8"))["weight_map"].get(name, index.name)
+    return "its weights"
+
+
+def switch_off_randomness(model: nn.Module) -> list[str]:
+    """Sets every probability of dropout and stochastic depth to 0, in place; returns their names, "dropout 0.1".
+
+    They are layers of torch, and numbers of a module that its forward hands on (attention's dropout, drop_prob).
+    """
+    found: dict[str, None] = {}
+    for module in model.modules():
+        names = ["p"] if isinstance(module, nn.modules.dropout._DropoutNd) else []
+        names += [name for name, value in vars(module).items() if "drop" in name and isinstance(value, (int, float))]
+        for name in names:
+            if probability := getattr(module, name):
+                found[f"{'dropout' if name == 'p' else name} {probability:g}"] = None
+                setattr(module, name, type(probability)(0))
+    return list(found)
+
+
+def _load_tokenizer(name_or_path: str, config: PreTrainedConfig, where: str) -> Any:
+    """The tokenizer of a model with text, as its files have it. ``UserError`` where it cannot be the text tower's own."""
+    try:
+        with quiet_transformers():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        check_tokenizer(tokenizer, config)
+    except Exception as error:  # of transformers and tokenizers, depending on the file that is wrong
+        raise UserError(f"{where}: the model does not load: {_reason(error)}") from None
+    return tokenizer
+
+
+def load_image_processor(name_or_path: str, model_type: str, flag: str) -> Any:
+    """The image processor that the directory's file describes, by Pillow: nothing here needs torchvision.
+
+    ``UserError`` for one that computes what ``ImageTransform`` and ``pixel_normalisation`` do not.
+    """
+    nested = Path(name_or_path) / "processor_config.json"  # where it holds an image processor it goes first
+    where = f"{flag} {name_or_path}: preprocessor_config.json"
+    try:
+        if nested.is_file() and "image_processor" in json.loads(nested.read_text(encoding="utf-8")):
+            where = f"{flag} {name_or_path}: {nested.name}"
+        with quiet_transformers():
+            found, _ = CLIPImageProcessorPil.get_image_processor_dict(name_or_path)
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__} in place of its fields")
+    except Exception as error:  # OSError, ValueError and others, depending on what is wrong
+        reason = _reason(error)
+        raise UserError(f"{where}: no image processor ({reason}); expected one saved by save_pretrained") from None
+    kind = found.get("image_processor_type") or found.get("feature_extractor_type") or CLASSES[model_type][1] or None
+    base = re.sub("FeatureExtractor$", "ImageProcessor", str(kind).removesuffix("Pil").removesuffix("Fast"))
+    processor_class = getattr(transformers, f"{base}Pil", None)
+    own = [
+        step for step in STEPS if getattr(processor_class, step, None) is not getattr(CLIPImageProcessorPil, step, None)
+    ]
+    if processor_class is None or (own and base not in OWN_STEPS):
+        raise UserError(f"{where}: image_processor_type {kind!r} is not supported; CLIP's, SigLIP's, ViT's kinds are")
+    try:
+        with quiet_transformers():
+            image_processor = processor_class.from_dict(found)
+        image_size(image_processor)
+        pixel_normalisation(image_processor)
+    except Exception as error:  # UserError, and what transformers says of a field
+        raise UserError(f"{where}: {_reason(error)}") from None
+    return image_processor
+
+
+def _reason(error: Exception) -> str:
+    """An error's text in one line, or its kind where it has none."""
+    text = " ".join(str(error).split())
+    return (f"{type(error).__name__} {text}" if isinstance(error, KeyError) or not text else text)[:300]
+
+
+def image_tower(model: PreTrainedModel) -> tuple[PreTrainedModel, nn.Linear | None]:
+    """A model's own image tower, whose output has what the encoder takes, and its projection, where it has one."""
+    if isinstance(model, Dinov2ForImageClassification):
+        return model.dinov2, None
+    return getattr(model, "vision_model", model), getattr(model, "visual_projection", None)
+
+
+def image_transform(processor: Any) -> ImageTransform:
+    """From encoded images to what the model of this processor takes."""
+    return ImageTransform.from_processor(getattr(processor, "image_processor", processor))
+
+
+def image_size(processor: Any) -> int:
+    """The side of the square images that the model of this processor takes, in pixels. ``ValueError`` for any others."""
+    size = image_transform(processor).output_size
+    if size is None or size[0] != size[1]:
+        raise ValueError("its image processor gives no square images; set its crop_size")
+    return size[0]
+
+
+def text_embed_dim(model: PreTrainedModel) -> int:
+    """Of a contrastive model's text embeddings. Not by projection_dim of the config, which SigLIP does not use."""
+    projection = getattr(model, "text_projection", None)
+    return model.config.text_config.projection_size if projection is None else projection.out_features
+
+
+def logit_scale(model: PreTrainedModel) -> float:
+    """s = exp(logit_scale), by which a contrastive model multiplies cosines."""
+    return float(model.get_parameter("logit_scale").detach().exp())
+
+
+def save_model(directory: str | Path, model: PreTrainedModel, processor: Any, encoder_state: dict[str, Tensor]) -> None:
+    """Writes config, model.safetensors and processor files: ``model`` with the encoder's new weights. On one process.
+
+    ``encoder_state``: a full state dict of ``ImageEncoder``, under ZeRO-3 the gathered one, maybe with ``TextEncoder``'s.
+    """
+    tower, _ = image_tower(model)
+    inside = next(name for name, module in model.named_modules() if module is tower)  # "" for a tower alone
+    prefix = f"{inside}." if inside else ""
+    state = model.state_dict()
+    for name, tensor in encoder_state.items():
+        state[re.sub(r"^vision_model\.", prefix, name)] = tensor.detach().to("cpu", torch.float32)
+    for name, tensor in state.items():
+        if tensor.numel() == 0:
+            raise RuntimeError(f"{name} is partitioned (shape {tuple(tensor.shape)}): refusing to save it")
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"{directory}: {name} is not finite, the model is not saved; loss and gradient before are in metrics.jsonl"
+            )
+    with quiet_transformers():
+        model.save_pretrained(directory, state_dict=state)
+        _save_processor(Path(directory), model, processor)
+
+
+def _save_processor(directory: Path, model: PreTrainedModel, processor: Any) -> None:
+    """The processor's files; where it cannot be saved, with a warning, copies of those that it was loaded from."""
+    try:
+        processor.save_pretrained(directory)
+    except Exception as error:
+        source = Path(str(model.name_or_path))
+        files = [path for pattern in PROCESSOR_FILES for path in source.glob(pattern) if path.is_file()]
+        if not files and isinstance(error, OSError):  # the disk does not take them
+            raise
+        for path in files:
+            shutil.copyfile(path, directory / path.name)
+        rest = f"{len(files)} files of {source} stand in" if files else "take those of the model before training"
+        line = "%s: the processor's files cannot be written (%s); %s"
+        logger.warning(line, directory, _reason(error)[:160], printable(rest))
+
+
+@contextmanager
+def unpartitioned() -> Iterator[None]:
+    """Hugging Face models built inside are whole, also after an Accelerator with a ZeRO-3 config was made."""
+    from transformers.integrations import deepspeed as integration
+
+    kept, integration._hf_deepspeed_config_weak_ref = integration._hf_deepspeed_config_weak_ref, None
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = kept
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without the bars of loading and saving, and without the note that images go through Pillow: they are meant to."""
+    level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.CRITICAL)  # what it logs as an error it also raises, or is said here
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bar:
+            transformers_logging.enable_progress_bar()
