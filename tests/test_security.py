@@ -38,7 +38,7 @@ from utils.models.encoders import load_model
 from utils.redaction import display_url, printable, shown_setting, without_secrets
 from utils.sets.labelled import find_classes, read_classnames
 from utils.sets.pairs import PairDataset
-from utils.strict_json import parse_json
+from utils.text_files import parse_json
 
 # ---------------------------------------------------------------------------------------------------- what runs no code
 
@@ -226,7 +226,7 @@ def test_image_bombs_take_neither_memory_nor_time(tmp_path):
     script = """
 import resource, sys, time, warnings
 from pathlib import Path
-from utils.images import ImageError, ImageTransform, decode
+from utils.data.images import ImageError, ImageTransform, decode
 warnings.simplefilter("ignore")
 transforms = [ImageTransform(), ImageTransform((224, 224), None), ImageTransform(None, (8, 8))]
 for path in sorted(Path(sys.argv[1]).iterdir()):

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from utils.data.sources import digest
-from utils.strict_json import parse_json
+from utils.text_files import parse_json
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,7 @@ from accelerate.utils import is_deepspeed_available
 
 from utils.cli import nearest
 from utils.errors import UserError
-from utils.strict_json import parse_json
-from utils.text_files import read_text_file
+from utils.text_files import parse_json, read_text_file
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from utils.data.images import ImageTransform
 from utils.data.shards import ShardDataset, ShardIndex, ShardReader, collate
 from utils.data.skipped import BadSample
 from utils.sets.class_names import composed
-from utils.strict_json import parse_json
+from utils.text_files import parse_json
 
 LONGEST_NAME = 200  # characters
 
