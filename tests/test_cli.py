@@ -368,7 +368,7 @@ def test_a_process_of_several_ends_without_the_interpreters_end(status, tmp_path
     script.write_text(f"""
 import atexit, os, sys, threading, time
 sys.path.insert(0, {str(ROOT)!r})
-from utils.checkpoint import refuse_changed_settings
+from utils.training.checkpoint import refuse_changed_settings
 from utils.cli import run
 
 

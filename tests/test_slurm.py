@@ -30,7 +30,7 @@ RANK_SCRIPT = """
 import atexit, os, signal, sys, time
 sys.path.insert(0, {root!r})
 import torch
-from utils.distributed import start_accelerator
+from utils.processes.distributed import start_accelerator
 
 told = []
 signal.signal(signal.SIGUSR1, lambda *_: told.append(1))
