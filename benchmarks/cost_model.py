@@ -40,7 +40,7 @@ from benchmarks.cost import (
 )
 from utils.cli import flag, parse_settings, run
 from utils.errors import UserError
-from utils.strict_json import parse_json
+from utils.text_files import parse_json
 from utils.training.memory import GB, TOWERS, Layout, count_step, peak_bytes, tower_config
 from utils.training.optimization import count_steps
 

@@ -49,7 +49,7 @@ from utils.data.images import normalisation_of_file
 from utils.errors import UserError
 from utils.models.encoders import check_model, load_weights, quiet_transformers
 from utils.models.hub import model_folder
-from utils.strict_json import parse_json
+from utils.text_files import parse_json
 from utils.training.checkpoint import replace_directory
 
 OPENAI_MEAN, OPENAI_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]

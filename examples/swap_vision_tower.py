@@ -30,7 +30,7 @@ from utils.data.images import normalisation_of_file
 from utils.errors import UserError
 from utils.models.encoders import check_model, load_weights, quiet_transformers
 from utils.models.hub import model_folder
-from utils.strict_json import parse_json
+from utils.text_files import parse_json
 from utils.training.checkpoint import replace_directory
 
 ARCHITECTURE = ("hidden_size", "num_hidden_layers", "patch_size", "image_size", "hidden_act", "num_attention_heads", "intermediate_size", "layer_norm_eps")  # fmt: skip

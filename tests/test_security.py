@@ -38,7 +38,7 @@ from utils.models.encoders import load_model
 from utils.redaction import display_url, printable, shown_setting, without_secrets
 from utils.sets.labelled import find_classes, read_classnames
 from utils.sets.pairs import PairDataset
-from utils.strict_json import parse_json
+from utils.text_files import parse_json
 
 # ---------------------------------------------------------------------------------------------------- what runs no code
 

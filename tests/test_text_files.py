@@ -10,8 +10,7 @@ from utils.errors import UserError
 from utils.evaluation.results import Results
 from utils.sets.labelled import find_classes, read_classnames, read_templates
 from utils.sets.pairs import parse_pair
-from utils.strict_json import parse_json
-from utils.text_files import decode_text, parse_label, read_text_file, text_lines
+from utils.text_files import decode_text, parse_json, parse_label, read_text_file, text_lines
 from utils.training.metrics import MetricsFile
 
 NAMES = ["cat", "fire truck", "café"]

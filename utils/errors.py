@@ -1,4 +1,4 @@
-"""The error that a user can mend: one line that says where, what was found, what was expected and what to do."""
+"""The errors that a user can mend: one line that says where, what was found, what was expected and what to do."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from utils.redaction import printable, without_addresses, without_secrets
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. The text says what, where, what was expected and what to do, in one line.
+    """A mistake that the user can mend, in one line. What it quotes loses its secrets and control characters here."""
 
-    Whatever it quotes loses its secrets and control characters here, so that no message has to think of them.
-    ``every_rank``: all processes raise it alike, so that the first one speaks for all.
-    """
-
-    every_rank = True
+    every_rank = True  # all processes raise it alike: the first one speaks for all
 
     def __init__(self, text: str) -> None:
         super().__init__(printable(without_secrets(without_addresses(" ".join(text.split())))))
+
+
+class OwnError(UserError):
+    """A mistake that this process may be the only one to meet: it speaks for itself."""
+
+    every_rank = False

@@ -1,4 +1,4 @@
-"""The standard streams, made so that a run outlives them: closed, full, hung up or without a reader, in any encoding."""
+"""The standard streams, so that a run outlives them: closed, full, hung up or without a reader, in any encoding."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import select
 import sys
 
 PIECE = 4096  # bytes that a pipe takes whole once it takes any
-READER_PATIENCE = 60.0  # seconds for which a reader that has stopped reading (a pager, Ctrl-S) is waited for
+READER_PATIENCE = 60.0  # seconds to wait for a reader that has stopped reading (a pager, Ctrl-S)
 
 
 def outlive_streams() -> None:
-    """From now on nothing that is printed ends the process: not by ``| head``, ``>&-``, a full disk or a lost terminal.
+    """From now on nothing that is printed ends the process: not ``| head``, ``>&-``, a full disk or a lost terminal.
 
-    What cannot be written is dropped, with a line on stderr where it is stdout that is full. A character that the stream's
-    encoding lacks, and a byte of a path that is not UTF-8, become escapes. Streams that were replaced, as by a test, stay.
+    What cannot be written is dropped, with a line on stderr where stdout is full. Characters that the stream's encoding
+    lacks, and bytes of a path that are not UTF-8, become escapes. Streams that were replaced, as by a test, stay.
     """
     for number in (0, 1, 2):
         _occupy(number)
@@ -25,17 +25,23 @@ def outlive_streams() -> None:
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, _lasting_stream(number, "utf-8", True))
-        elif isinstance(stream, io.TextIOWrapper) and _number_of(stream) == number:
+        encoding, lines = "utf-8", True
+        if stream is not None:
+            try:
+                if not isinstance(stream, io.TextIOWrapper) or stream.fileno() != number:
+                    continue
+            except (OSError, ValueError):
+                continue
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
-            lines = stream.line_buffering or stream.write_through
-            setattr(sys, name, _lasting_stream(number, stream.encoding, lines))
+            encoding, lines = stream.encoding, stream.line_buffering or stream.write_through
+        buffer = io.BufferedWriter(_Lasting(number))  # type: ignore[type-var]
+        lasting = io.TextIOWrapper(buffer, encoding=encoding, errors="backslashreplace", line_buffering=lines)
+        setattr(sys, name, lasting)
 
 
 def _occupy(number: int) -> None:
-    """Opens /dev/null where a standard stream is closed: the next file would get its number, and what is printed."""
+    """Opens /dev/null where a standard stream is closed: else the next file gets its number, and what is printed."""
     try:
         os.fstat(number)
     except OSError:
@@ -45,18 +51,6 @@ def _occupy(number: int) -> None:
             os.set_inheritable(number, True)
         else:
             os.close(opened)
-
-
-def _number_of(stream: io.TextIOWrapper) -> int | None:
-    try:
-        return stream.fileno()
-    except (OSError, ValueError):
-        return None
-
-
-def _lasting_stream(number: int, encoding: str, line_buffering: bool) -> io.TextIOWrapper:
-    buffer = io.BufferedWriter(_Lasting(number))  # type: ignore[type-var]
-    return io.TextIOWrapper(buffer, encoding=encoding, errors="backslashreplace", line_buffering=line_buffering)
 
 
 class _Lasting(io.FileIO):
@@ -79,8 +73,6 @@ class _Lasting(io.FileIO):
         except OSError as error:
             if self.number == 1 and not self.failed and error.errno != errno.EPIPE:  # "| head" has read what it wanted
                 self.failed = True
-                print(
-                    f"stdout cannot be written ({error.strerror}): what is printed is lost, files are not",
-                    file=sys.stderr,
-                )
+                lost = f"stdout cannot be written ({error.strerror}): what is printed is lost, files are not"
+                print(lost, file=sys.stderr)
             return len(data)

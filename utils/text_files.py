@@ -1,39 +1,33 @@
-"""Text files that people write: one way from bytes to text and to lines, the same for every such file.
+"""Files of text that others wrote, by hand or as JSON: one way from bytes to text, to lines and to values.
 
-Class names, templates, words, lists of classes, recipes and JSON come from editors of every kind. A byte order mark is not
-part of the text. A line ends at ``\\n`` or ``\\r\\n`` and nowhere else: ``str.splitlines`` also breaks at U+2028, U+2029,
-U+0085, vertical tab and form feed, which shifts the labels of all classes below.
+A byte order mark is not part of the text. A line ends at ``\\n`` or ``\\r\\n`` alone: ``str.splitlines`` also breaks at
+U+2028, U+2029, U+0085, vertical tab and form feed, which shifts the labels of all classes below.
 """
 
 from __future__ import annotations
 
-import codecs
+import json
+import math
 import re
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 from utils.errors import UserError
 
 BYTE_ORDER_MARK = "\ufeff"
-# UTF-32's mark begins with UTF-16's.
-_OTHER_MARKS = (
-    (codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"),
-    (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16"),
-)  # fmt: skip
 
 
 def decode_text(data: bytes, where: str) -> str:
-    """UTF-8 bytes, with or without a byte order mark, as text. UserError that names ``where`` for any other encoding."""
-    for mark, encoding in _OTHER_MARKS:
-        if data.startswith(mark):
-            raise UserError(f"{where}: {encoding}, expected UTF-8; save it again as UTF-8")
+    """UTF-8 bytes, with or without a byte order mark, as text. ``UserError`` naming ``where`` for another encoding."""
+    for encoding in ("UTF-32-LE", "UTF-32-BE", "UTF-16-LE", "UTF-16-BE"):  # UTF-32's mark begins with UTF-16's
+        if data.startswith(BYTE_ORDER_MARK.encode(encoding)):
+            raise UserError(f"{where}: {encoding[:6]}, expected UTF-8; save it again as UTF-8")
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig").lstrip(BYTE_ORDER_MARK)  # some programs write one more
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where}: not a UTF-8 text (byte {data[error.start]:#04x} at {error.start}); save it again as UTF-8"
-        ) from None
-    text = text.lstrip(BYTE_ORDER_MARK)  # some programs write one more
+        found = f"byte {data[error.start]:#04x} at {error.start}"
+        raise UserError(f"{where}: not a UTF-8 text ({found}); save it again as UTF-8") from None
     if text.count("\0") > len(text) / 4:  # UTF-16 without a mark, or no text
         raise UserError(f"{where}: not a UTF-8 text (a zero byte at {text.index(chr(0))}); save it again as UTF-8")
     return text
@@ -42,13 +36,10 @@ def decode_text(data: bytes, where: str) -> str:
 def text_lines(text: str, where: str = "a text file") -> list[str]:
     """The lines of a text without their ends. An end after the last line begins no further one.
 
-    UserError that names ``where`` for carriage returns that end no line, as of an old Mac, whose file would be one line, and
-    for a byte order mark inside, as of files put together: it would be a letter that nobody sees.
+    ``UserError`` for other carriage returns (a file of an old Mac would be one line) and for a byte order mark inside
+    (files put together): nobody would see it.
     """
-    lines = text.split("\n")
-    if lines[-1] == "":
-        lines.pop()
-    lines = [line.removesuffix("\r") for line in lines]
+    lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
     for number, line in enumerate(lines, 1):
         if "\r" in line:
             raise UserError(
@@ -65,10 +56,7 @@ def holds_controls(text: str) -> bool:
 
 
 def parse_label(data: bytes) -> int:
-    """The whole number of a ``.cls`` member, with or without a byte order mark and spaces around it. Else ValueError.
-
-    Plain digits alone: ``int`` also takes 1_0 for ten, and digits of other scripts.
-    """
+    """The whole number of a ``.cls`` member. ValueError for all but plain digits: ``int`` also takes 1_0 for ten."""
     text = data.decode("utf-8-sig").strip()
     if not re.fullmatch(r"-?[0-9]{1,18}", text):
         raise ValueError("no whole number")
@@ -76,9 +64,44 @@ def parse_label(data: bytes) -> int:
 
 
 def read_text_file(path: str | Path, where: str) -> str:
-    """A local text file whole. UserError that names ``where`` if it cannot be read or is not UTF-8."""
+    """A local text file whole. ``UserError`` naming ``where`` if it cannot be read or is not UTF-8."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{where}: cannot be read ({error.strerror}); check the path and its permissions") from None
     return decode_text(data, where)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON from outside: finite numbers, whole ones of at most 18 digits, each name once. Raises ValueError alone.
+
+    ``json.loads`` takes NaN, lets the last of two equal names win, ends a deeply nested text with RecursionError, and
+    takes a byte order mark in bytes alone.
+    """
+    if isinstance(text, str):
+        text = text.removeprefix(BYTE_ORDER_MARK)
+    try:
+        return json.loads(text, object_pairs_hook=_once, parse_constant=_finite, parse_float=_finite, parse_int=_short)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name {next(name for name in names if names.count(name) > 1)[:100]!r} twice")
+    return found
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return number
+
+
+def _short(text: str) -> int:
+    if len(text) > 18:
+        raise ValueError("a whole number of more than 18 digits")
+    return int(text)

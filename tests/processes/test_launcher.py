@@ -18,9 +18,10 @@ import train_lore
 import train_po
 from tests.conftest import ROOT, accelerate_launch, flags, free_port, run_script
 from utils.errors import UserError
-from utils.processes import distributed, launcher
+from utils.processes import distributed, environment
 from utils.processes.distributed import check_tracker, end_training, log_row, start_accelerator, start_tracker
-from utils.processes.launcher import check_deepspeed_json, check_launch, classify, launched_processes, meet
+from utils.processes.environment import check_deepspeed_json, check_launch, classify
+from utils.processes.launcher import launched_processes, meet
 
 RUN = {"per_device_batch_size": 4, "gradient_accumulation_steps": 2, "max_grad_norm": 0.0}
 GROUP = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -304,7 +305,7 @@ def test_what_is_compiled_needs_a_compiler(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="TORCHDYNAMO_DISABLE=1 switches it off"):
         check_launch(**RUN, compile=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(launcher.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None)
     monkeypatch.delenv("TORCHDYNAMO_DISABLE")
     with pytest.raises(UserError, match="needs the package triton"):
         check_launch(**RUN, compile=True)

@@ -23,7 +23,7 @@ from utils.data.shards import ShardIndex
 from utils.data.sources import ShardCache, UnavailableShard, default_cache_dir, digest, write_whole
 from utils.processes.distributed import gather_objects
 from utils.processes.progress import RunProgress
-from utils.strict_json import parse_json
+from utils.text_files import parse_json
 
 KIND = "sha256"  # a processor with SHA instructions reads 1.8 GB/s a thread; blake2b 1.3 GB/s
 SETTLED = 2.0  # seconds; of a file that has just changed the clock may be too coarse to show the next change

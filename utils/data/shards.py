@@ -57,8 +57,7 @@ from utils.data.tars import MAX_MEMBERS, TarIndex, tar_index
 from utils.errors import UserError
 from utils.processes.interruption import WaitEnded
 from utils.redaction import display_url
-from utils.strict_json import parse_json
-from utils.text_files import parse_label
+from utils.text_files import parse_json, parse_label
 
 logger = logging.getLogger(__name__)
 

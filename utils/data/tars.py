@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.data.sources import digest, write_whole
-from utils.strict_json import parse_json
+from utils.text_files import parse_json
 
 BLOCK = 512  # bytes, of which tars are made
 RECORD = 20 * BLOCK  # to multiples of which most writers fill them up

@@ -29,7 +29,7 @@ from utils.data.digests import files_digest, text_digest
 from utils.data.sources import one_line
 from utils.errors import UserError
 from utils.models.model_card import versions
-from utils.strict_json import parse_json
+from utils.text_files import parse_json
 from utils.training.metrics import mcnemar
 
 logger = logging.getLogger(__name__)

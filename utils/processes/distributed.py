@@ -36,7 +36,8 @@ from accelerate.utils import (
 from torch import Tensor, nn
 
 from utils.errors import UserError
-from utils.processes.launcher import check_launch, meet
+from utils.processes.environment import check_launch
+from utils.processes.launcher import meet
 from utils.redaction import printable
 
 WORKING = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.DEEPSPEED)

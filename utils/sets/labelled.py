@@ -23,8 +23,7 @@ from utils.data.sources import default_cache_dir, expand_shards, is_remote, read
 from utils.errors import UserError
 from utils.processes.progress import RunProgress
 from utils.redaction import display_url
-from utils.strict_json import parse_json
-from utils.text_files import holds_controls, text_lines
+from utils.text_files import holds_controls, parse_json, text_lines
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from utils.data.sources import default_cache_dir, known_path
 from utils.errors import UserError
 from utils.sets.labelled import composed, fold
 from utils.sets.typographic import Draws, WordStyle, merge_names, write_word, wrong_words
-from utils.strict_json import parse_json
+from utils.text_files import parse_json
 
 logger = logging.getLogger(__name__)
 

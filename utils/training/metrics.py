@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from utils.errors import UserError
 from utils.models.encoders import ImageEncoder
-from utils.strict_json import parse_json
+from utils.text_files import parse_json
 
 
 def violation_statistics(distance: Tensor, margin: Tensor, rho: float) -> dict[str, float]:
