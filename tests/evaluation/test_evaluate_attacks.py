@@ -22,7 +22,7 @@ from tests.small_models import save_small_clip, save_small_model
 from utils.data.images import ImageTransform
 from utils.data.shards import ShardDataset, index_shards
 from utils.errors import UserError
-from utils.evaluation.measures import fairness_figures
+from utils.evaluation.fairness import fairness_figures
 from utils.evaluation.results import ATTACKS, Results
 from utils.models.encoders import ImageEncoder
 

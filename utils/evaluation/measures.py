@@ -27,12 +27,7 @@ from utils.data.shards import SampleDataset, ShardDataset, eval_loader
 from utils.data.skipped import SkipCounter, count_skipped
 from utils.errors import UserError
 from utils.evaluation.apgd import Point, make_points, run_apgd
-from utils.evaluation.fairness import (
-    demographic_parity_difference,
-    equal_opportunity_difference,
-    retrieval_fairness,
-    worst_group_accuracy_and_gap,
-)
+from utils.evaluation.fairness import fairness_figures
 from utils.evaluation.results import Cell, Row
 from utils.evaluation.square import square
 from utils.methods.attacks import attack_seeds, frozen, gaussian_noise
@@ -855,21 +850,6 @@ def measure_fairness(
                 unit, texts = model.embed(table, weight)(images, labelled.classnames)
             figures[t] = fairness_figures((texts @ unit.T).cpu(), labels, groups, settings.top_k)
     return [Finding(cell, figures[cell["settings"].get("t")][cell["measure"]], None, len(images)) for cell in job]
-
-
-def fairness_figures(similarities: Tensor, labels: Tensor, groups: Tensor, top_k: int) -> dict[str, float | None]:
-    """All fairness figures from similarities (C, N) of class prompts and images; desired are the pool's own shares."""
-    num_classes, desired = len(similarities), torch.bincount(groups) / len(groups)
-    predicted = similarities.argmax(dim=0)
-    worst, gap = worst_group_accuracy_and_gap(predicted == labels, groups, len(desired))
-    opportunity = equal_opportunity_difference(predicted, labels, groups, num_classes)
-    return retrieval_fairness(similarities, groups, desired, top_k) | {
-        "parity_difference": demographic_parity_difference(predicted, groups, num_classes).mean().item(),
-        # Undefined where no class has images of two groups.
-        "opportunity_difference": None if opportunity.isnan().all() else opportunity.nanmean().item(),
-        "worst_group_accuracy": worst,
-        "group_gap": gap,
-    }
 
 
 def retrieved(
