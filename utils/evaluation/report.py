@@ -22,7 +22,8 @@ from torch import Tensor
 
 from utils.errors import UserError
 from utils.evaluation import figures
-from utils.evaluation.results import ATTACKS, Results, attempt, cell_name, column_name, figure_name, replace_file
+from utils.evaluation.attacks import ATTACKS
+from utils.evaluation.results import Results, attempt, cell_name, column_name, figure_name, replace_file
 from utils.evaluation.sanity import READING
 from utils.redaction import escaped
 from utils.training.metrics import MetricsFile
@@ -831,7 +832,8 @@ def methods(results: Sequence[Result]) -> dict[str, Any]:
     entries = []
     for name, group in groups.items():
         measure = name.split(",")[0]
-        text = ATTACKS.get(group[0]["attack"], "") if measure == "accuracy" else MEASURES[measure]
+        attack = ATTACKS.get(group[0]["attack"])
+        text = (attack.about if attack else "") if measure == "accuracy" else MEASURES[measure]
         own = {key: value for key, value in settings[name].items() if (key, value) not in common}
         entries.append({"name": name, "text": text, "settings": list(own.items())})
     return {"common": sorted(common), "entries": entries}

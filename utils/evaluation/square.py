@@ -22,13 +22,13 @@ def square(
     batch_size: int,
     seed: int = 0,
 ) -> Tensor:
-    """Random search on squares by the logits alone. -> adversarial images (B, 3, H, W).
+    """Random search on squares by the logits alone. -> images (B, 3, H, W): attacked, where they were classified rightly.
 
     The search is ``pyautoattack``'s. Its random numbers are drawn here, so that an image's attack does not depend on the
     images beside it: the stripes of the start from (seed, position), the squares from ``seed``, for every image the same.
 
     Args:
-        pixel_values: correctly classified, (B, 3, H, W) float32 in [0,1]. labels: (B,) int64.
+        pixel_values: (B, 3, H, W) float32 in [0,1]. labels: (B,) int64.
         positions: of the images in their set. eps: radius, as a share of the pixel range.
         num_queries: forwards for an image that holds out. batch_size: forwards at a time.
 
@@ -42,6 +42,12 @@ def square(
 
     def uniform(shape: Sequence[int], generator: torch.Generator) -> Tensor:  # in [-1, 1)
         return 2 * torch.rand(*shape, generator=generator) - 1
+
+    attacked = pixel_values.clone()
+    right = (predict(pixel_values).argmax(dim=1) == labels).nonzero()[:, 0]
+    if not len(right):
+        return attacked
+    positions = [positions[row] for row in right.tolist()]
 
     class SeededSquareAttack(SquareAttack):
         generator = torch.Generator().manual_seed(seed_from("square", seed))
@@ -65,5 +71,6 @@ def square(
 
     device = pixel_values.device
     attack = SeededSquareAttack(predict, eps=eps, n_queries=num_queries, seed=seed, resc_schedule=False, device=device)
-    attack.init_hyperparam(pixel_values)
-    return attack.attack_single_run(pixel_values, labels)[1]
+    attack.init_hyperparam(pixel_values[right])
+    attacked[right] = attack.attack_single_run(pixel_values[right], labels[right])[1]
+    return attacked
