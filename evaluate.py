@@ -1,10 +1,11 @@
 """Measures vision encoders, CLIP above all, on labelled sets and on preference pairs, clean and under attack.
 
   python evaluate.py --model runs/lore4 runs/fare4 openai/clip-vit-base-patch32 \\
-    --data clip-benchmark/wds_cifar10 data/caltech101 --attack clean apgd gaussian_noise typographic --eps 1 2 4 --num_samples 1000 --output_dir runs/eval
+    --data clip-benchmark/wds_cifar10 data/caltech101 --attack clean apgd gaussian_noise typographic --eps 1 2 4 \\
+    --num_samples 1000 --output_dir runs/eval
 
-Prints tables and leaves report.html, results.json, benchmark.csv and a record of every sample. A data set is a directory
-or a set of the hub with classnames.txt and <split>/*.tar; or preference pairs: attack/*.tar and clean/*.tar,
+Prints tables and leaves report.html, results.json, benchmark.csv and a record of every sample. A data set is a
+directory or a set of the hub with classnames.txt and <split>/*.tar; or preference pairs: attack/*.tar and clean/*.tar,
 <split>/*.tar, or pictures named label=X_text=Y; or the published files of CIFAR-10-C or ImageNet-C. Cells that are
 finished are not measured again. `accelerate launch` shares the images among processes: the figures stay the same.
 """
@@ -18,6 +19,7 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -245,15 +247,15 @@ def check_settings(settings: Settings) -> None:
         raise UserError(f"--classifier {kind}: {by_text[0]} goes by texts; measure it in a call of its own, without it")
     if kind != "linear_head" and linear_head is not None:
         raise UserError(
-            f"--classifier {kind} and --linear_head {linear_head} do not go together; a file needs --classifier linear_head"
+            f"--classifier {kind} and --linear_head {linear_head} do not go together; give --classifier linear_head"
         )
     if linear_head is not None and not Path(linear_head).is_file():
         raise UserError(f"--linear_head {linear_head}: no such file; expected safetensors with weight (C, D)")
     for attack in settings.attack:
         if kind == "knn" and ATTACKS[attack].follows_gradients:
             raise UserError(
-                f"--attack {attack}: nearest neighbours have no gradient worth following, the figure would be too high; use "
-                "--classifier linear_probe, or square"
+                f"--attack {attack}: nearest neighbours have no gradient worth following, the figure would be too "
+                "high; use --classifier linear_probe, or square"
             )
         package = ATTACKS[attack].package
         if package is not None and importlib.util.find_spec(package) is None:
@@ -295,20 +297,20 @@ def check_models(settings: Settings) -> None:
             continue
         if not has_text(config) and settings.classifier == "zero_shot":
             raise UserError(
-                f"--model {name}: a {config.model_type} has no text tower, which --classifier zero_shot needs; give it a "
-                "--linear_head file with --classifier linear_head, or learn one with --classifier linear_probe or knn"
+                f"--model {name}: a {config.model_type} has no text tower, which --classifier zero_shot needs; give "
+                "--classifier linear_probe or knn, or --classifier linear_head with a --linear_head file"
             )
         if settings.classifier == "linear_head" and settings.linear_head is None and not has_own_head(config):
             raise UserError(
-                f"--classifier linear_head: --model {name}, a {config.model_type}, brings no head of its own; give it a file "
-                "with --linear_head"
+                f"--classifier linear_head: --model {name}, a {config.model_type}, brings no head of its own; give "
+                "it a file with --linear_head"
             )
         if "head_t" in settings.measure:
             load_head(name)
 
 
 def prefetch(settings: Settings) -> None:
-    """Brings models and sets, and says where they are. Under a launcher the first process works alone, the others leave."""
+    """Brings models and sets, and says where they are. Of several processes the first works alone, the others leave."""
     if launched_rank() > 0:
         return
     check_models(settings)
@@ -389,49 +391,41 @@ def open_data(settings: Settings, name: str, folder: Path) -> EvalSet:
     classnames = {"classnames": settings.classnames} if labelled else {}
     opened = {split: open_split([str(folder / split)], with_classes=labelled, **classnames) for split in splits}
     if not labelled:
-        first = ShardReader(next(iter(opened.values())).index)
-        refuse_nameless_classes(name, first)
+        # Without classnames.txt they are taken for preference pairs: not labels without pairs.
+        index = next(iter(opened.values())).index
+        with suppress(BadSample), closing(ShardReader(index)) as reader:  # a bad one is said when the set is read
+            _, members = reader.read(0, 0)
+            if "cls" in members and "json" not in members:
+                raise UserError(
+                    f"--data {name}: labelled samples without class names; put classnames.txt there (one name per "
+                    "line, line number = class), or name a file, or imagenet, with --classnames"
+                )
         return EvalSet(False, opened)
     test = opened[settings.split]
     try:
         same_classes(opened.get(settings.train_split, test).classnames, test.classnames)
     except ValueError as error:
         raise UserError(
-            f"--data {name}: the class names of {settings.train_split} and {settings.split} differ ({error}), so that what "
-            "is learnt from the one says nothing about the other; expected the same names, in any order"
+            f"--data {name}: the class names of {settings.train_split} and {settings.split} differ ({error}); what is "
+            "learnt from one says nothing about the other; expected the same names, in any order"
         ) from None
     return EvalSet(True, opened, test.classnames, test.templates)
-
-
-def refuse_nameless_classes(name: str, reader: ShardReader) -> None:
-    """A set without classnames.txt is taken for preference pairs: not one whose samples have labels and no pairs."""
-    try:
-        _, members = reader.read(0, 0)
-    except BadSample:
-        return  # said when the set is read
-    finally:
-        reader.close()
-    if "cls" in members and "json" not in members:
-        raise UserError(
-            f"--data {name}: labelled samples without class names; put classnames.txt there (one name per line, line number = "
-            "class), or name a file, or imagenet, with --classnames"
-        )
 
 
 def open_published(settings: Settings, name: str, folder: Path, published: PublishedCorruptions) -> EvalSet:
     """CIFAR-10-C or ImageNet-C files, whose class names have to come from somewhere."""
     if settings.classifier in LEARNT:
         raise UserError(
-            f"--data {name}: published corruptions hold no training images for --classifier {settings.classifier}; learn a "
-            "linear_probe on the clean set and give it by --linear_head"
+            f"--data {name}: published corruptions hold no training images for --classifier {settings.classifier}; "
+            "learn a linear_probe on the clean set and give it by --linear_head"
         )
     path = Path(settings.classnames or folder / "classnames.txt")
     if settings.classnames == "imagenet" or (settings.classnames is None and published.num_classes == 1000):
         classnames, templates = imagenet_prompts()
     elif settings.classnames is None and not path.exists():
         raise UserError(
-            f"--data {name}: published corruptions of {published.num_classes} classes without names; name a file with one "
-            "class name per line with --classnames, or put classnames.txt there"
+            f"--data {name}: published corruptions of {published.num_classes} classes without names; put "
+            "classnames.txt there (one name per line) or name a file with --classnames"
         )
     else:
         classnames = read_classnames(path)
@@ -439,8 +433,8 @@ def open_published(settings: Settings, name: str, folder: Path, published: Publi
     warn_of_twins(classnames, f"--data {name}")
     if len(classnames) != published.num_classes:
         raise UserError(
-            f"--data {name}: {published.num_classes} classes in the files, {len(classnames)} names; give the names of these "
-            "classes with --classnames, one per line in the order of the labels"
+            f"--data {name}: {published.num_classes} classes in the files, {len(classnames)} names; name these classes "
+            "with --classnames, one per line in the order of the labels"
         )
     return EvalSet(True, {}, classnames, templates, published)
 
@@ -460,23 +454,22 @@ def find_revisions(settings: Settings) -> dict[str, str]:
 
 
 def contents(settings: Settings, accelerator: Accelerator, data: EvalSet) -> dict[str, str]:
-    """Digests of what is read of a set: by split, of published files by corruption and severity. Call on all processes."""
+    """Digests of what is read of a set: by split, or by corruption and severity. Call on all processes."""
     published, found = data.published, dict[str, str]()
     for split, opened in data.splits.items():
         whole = settings.classifier in LEARNT and split == settings.train_split
         found[split] = shards_digest(accelerator, opened.index, None if whole else settings.num_samples)
     if published is not None and "corruptions" in settings.attack:
-        asked = [
-            (corruption, severity)
-            for corruption in settings.corruptions
-            if corruption in published.corruptions
-            for severity in settings.severities
-        ]
 
-        def digest(part: tuple[str, int]) -> tuple[str, str]:
-            return "{} {}".format(*part), published.digest(*part, settings.num_samples, settings.cache_dir)
+        def digests(corruption: str) -> dict[str, str]:  # one after the other: all are of the same array
+            options = settings.num_samples, settings.cache_dir
+            return {
+                f"{corruption} {level}": published.digest(corruption, level, *options) for level in settings.severities
+            }
 
-        found = dict(from_main_process(accelerator, lambda: side_by_side(digest, asked)))
+        asked = [name for name in settings.corruptions if name in published.corruptions]
+        parts = from_main_process(accelerator, lambda: side_by_side(digests, asked))
+        found = {name: digest for part in parts for name, digest in part.items()}
     return found
 
 
@@ -561,8 +554,8 @@ def all_cells(jobs: Jobs) -> list[Cell]:
 def nothing_to_measure(settings: Settings, name: str, data: EvalSet) -> UserError:
     if data.published is not None:
         return UserError(
-            f"--data {name}: published corruptions (of {', '.join(data.published.corruptions)}), for which only --attack "
-            "corruptions is defined, with --corruptions among these"
+            f"--data {name}: published corruptions (of {', '.join(data.published.corruptions)}), for which only "
+            "--attack corruptions is defined, with --corruptions among these"
         )
     return UserError(
         f"--data {name}: preference pairs, for which nothing that was asked for is defined; expected --attack clean "
@@ -571,7 +564,7 @@ def nothing_to_measure(settings: Settings, name: str, data: EvalSet) -> UserErro
 
 
 def make_classifier(trial: Trial, cell: Cell) -> Callable[[torch.Tensor], torch.Tensor]:
-    """image_embeds (B, D) -> logits (B, C): the set's classes by text, by a file, or learnt from its training images."""
+    """image_embeds (B, D) -> logits (B, C): by class texts, by a file, or learnt from the set's training images."""
     settings, model, data, accelerator = trial.settings, trial.model, trial.data, trial.accelerator
     num_classes, embed_dim = len(data.classnames), model.encoder.embed_dim
     if settings.classifier == "zero_shot":
@@ -731,7 +724,7 @@ def draw_strengths(path: Path, name: str, curves: dict[str, dict[float, float]],
 def draw_retrieved(
     settings: Settings, accelerator: Accelerator, sets: dict[str, EvalSet], results: Results, undrawn: list[str]
 ) -> None:
-    """The best images of every --query by every model; a model with a head at t = 0, at its t* if known, and at t = 1."""
+    """The best images of every --query by every model; with a head at t = 0, at its t* if known, and at t = 1."""
     from utils.evaluation.report import short_names
 
     short = short_names(sets)

@@ -28,13 +28,6 @@ def targeted_loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
     return -margin / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + 1e-12)
 
 
-def attack_loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy where ``targets`` is -1, else the targeted loss: (B, C), (B,), (B,) -> (B,). Maximised."""
-    plain = F.cross_entropy(logits, labels, reduction="none")
-    # Both for every row: they cost nothing beside a forward, and asking which is needed would wait for the device.
-    return torch.where(targets < 0, plain, targeted_loss(logits, labels, targets.clamp_min(0)))
-
-
 def sphere_start(pixel_values: Tensor, eps: float, seeds: Sequence[int]) -> Tensor:
     """x + eps * u / max|u|, u uniform in [-1, 1], clamped to [0,1]: (B, 3, H, W) -> the same. Row i has ``seeds[i]``.
 
@@ -148,11 +141,16 @@ def check_periods(num_steps: int) -> Tensor:
 
 
 def loss_and_gradient(logits_fn: Logits, runs: Runs) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (B, C), losses (B,) and the gradient of the losses' sum, at the runs' ``adversarial``. One forward."""
+    """Logits (B, C), losses (B,) and the gradient of the losses' sum, at the runs' ``adversarial``. One forward.
+
+    The loss, maximised, is the cross-entropy where ``targets`` is -1, else the targeted one.
+    """
     adversarial = runs.adversarial.detach().requires_grad_()
     with torch.enable_grad():
         logits = logits_fn(adversarial)
-        loss = attack_loss(logits, runs.labels, runs.targets)
+        plain = F.cross_entropy(logits, runs.labels, reduction="none")
+        # Both for every row: they cost nothing beside a forward, and asking which is needed would wait for the device.
+        loss = torch.where(runs.targets < 0, plain, targeted_loss(logits, runs.labels, runs.targets.clamp_min(0)))
         (gradient,) = torch.autograd.grad(loss.sum(), adversarial)
     return logits.detach(), loss.detach(), gradient
 
@@ -304,7 +302,7 @@ def _next_runs(points: Iterator[Point], under_attack: list[Point], places: int) 
 def _exchange(
     runs: Runs | None, owners: Owners, free: Sequence[int], entering: Owners, eps: float, seed: int
 ) -> tuple[Runs | None, Owners]:
-    """Puts ``entering`` in the ``free`` rows, then behind the others; rows that stay free are taken out. None: no row."""
+    """Puts ``entering`` in the ``free`` rows, then behind the others; takes out rows that stay free. None: no row."""
     if not (free or entering):
         return runs, owners
     everyone, rows = owners + entering, list(range(len(owners)))
@@ -332,7 +330,7 @@ def _begin_runs(entering: Owners, eps: float, seed: int) -> Runs | None:
 
 
 def _judged(judge: Logits, runs: Runs, predicted: Tensor, ended: Tensor, owners: Owners) -> Tensor:
-    """``predicted`` as the judge sees it: asked where the attack thinks that it won, and of the best try at a run's end."""
+    """``predicted`` by the judge, who is asked where the attack claims to have won, and of the best try of a run."""
     found = runs.labels.clone()
 
     def ask(rows: Tensor) -> None:

@@ -43,6 +43,11 @@ class Attack:
     package: str | None = None
 
 
+def pgd_cells(settings: Any, num_classes: int) -> list[dict[str, Any]]:
+    steps, size = settings.attack_steps, settings.attack_step_size
+    return [{"eps": eps, "attack_steps": steps, "attack_step_size": size or eps / 4} for eps in settings.eps]
+
+
 def apgd_cells(settings: Any, num_classes: int) -> list[dict[str, Any]]:
     others = num_classes - 1
     if others < 1:
@@ -62,20 +67,13 @@ def corruption_cells(settings: Any, num_classes: int) -> list[dict[str, Any]]:
     return [{"corruption": name, "severity": severity, "files": "made from clean images"} for name, severity in pairs]
 
 
-# In the order of the report. A set's corrupted images come as they are read, and of APGD and typographic the call is
-# elsewhere: APGD goes over a stream of images (``apgd_verdicts``), written words are judged by texts (``measure_pairs``).
+# In the order of the report. Corrupted images come as they are read. Two calls are elsewhere: APGD works on a stream
+# of images (``apgd_verdicts``), written words are judged by texts (``measure_pairs``).
 ATTACKS = {
     "clean": Attack("The images as they are; the most similar class is the answer."),
     "pgd": Attack(
         "Projected gradient descent: pixels may change by at most eps (the l_inf ball).",
-        cells=lambda settings, _: [
-            {
-                "eps": eps,
-                "attack_steps": settings.attack_steps,
-                "attack_step_size": settings.attack_step_size or eps / 4,
-            }
-            for eps in settings.eps
-        ],
+        cells=pgd_cells,
         perturb=lambda settings, cell, logits_fn, *batch: pgd_images(
             logits_fn,
             *batch,
@@ -87,8 +85,8 @@ ATTACKS = {
         follows_gradients=True,
     ),
     "apgd": Attack(
-        "APGD on the cross-entropy, then APGD-T against the other classes, each on the images still right, in the l_inf "
-        "ball of radius eps.",
+        "APGD on the cross-entropy, then APGD-T against the other classes, each on the images still right, in the "
+        "l_inf ball of radius eps.",
         cells=apgd_cells,
         follows_gradients=True,
     ),
@@ -188,8 +186,8 @@ def measure_accuracy(trial: Trial, cell: Cell) -> Finding:
         pictures = beside_clean(trial, logits_fn, pictures)
     if sum(flat):
         verdicts.warnings.append(
-            f"{sum(flat)} of {len(rows)} images have no gradient at all where the targeted attack starts: the model may "
-            "hide its gradients (rounding, saturation), and gradient-based attacks then overstate its accuracy"
+            f"{sum(flat)} of {len(rows)} images have no gradient at all where the targeted attack starts: the model "
+            "may hide its gradients (rounding, saturation), and gradient-based attacks then overstate its accuracy"
         )
     correct = [row["correct"] for row in rows]
     return share(cell, correct, rows=rows, pictures=pictures, warnings=verdicts.warnings)
@@ -212,7 +210,7 @@ def batch_verdicts(verdicts: Verdicts, attack: Attack, perturbed_fn: Logits) -> 
 
 @torch.no_grad()
 def show_turned(verdicts: Verdicts, found: Classified, predicted: Tensor, any_answer: bool) -> None:
-    """Keeps the first images of a batch whose right answer the attack turned, or, with ``any_answer``, the first ones."""
+    """Keeps pictures of the first images of a batch, without ``any_answer`` of those whose right answer was turned."""
     rows = torch.arange(len(predicted), device=predicted.device)
     rows = rows[:PICTURES] if any_answer else rows[predicted != found.labels]
     if not len(rows):
@@ -305,6 +303,6 @@ def random_outputs(logits_fn: Logits, pixel_values: Tensor) -> list[str]:
     if difference <= 1e-4:
         return []
     return [
-        f"the model answers the same images differently (logits by {difference:.2g} of their length): attacks need gradients "
-        "averaged over many forwards, which these are not, so the attacked accuracy is too high"
+        f"the model answers the same images differently (logits by {difference:.2g} of their length): attacks need "
+        "gradients averaged over many forwards, which these are not, so the attacked accuracy is too high"
     ]

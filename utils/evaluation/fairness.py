@@ -53,8 +53,8 @@ def max_skew_at_k(ranked_groups: Tensor, desired: Tensor, k: int) -> float:
 def ndkl(ranked_groups: Tensor, desired: Tensor) -> float:
     """NDKL = 1/Z sum_i KL(shares in the top i || desired) / log2(i + 1) over i = 1..N, Z = sum_i 1 / log2(i + 1).
 
-    (N,) int64 best first, (G,) -> nats, >= 0 up to rounding. Compare at equal N: even the best order of a pool is above 0
-    where G > 1, as a prefix of one sample has one group. O(N G) memory. Source: Geyik et al. (arXiv 1905.01989).
+    (N,) int64 best first, (G,) -> nats, >= 0 up to rounding. Compare at equal N: a prefix of one sample has one group,
+    so even the best order is above 0 where G > 1. O(N G) memory. Source: Geyik et al. (arXiv 1905.01989).
     """
     desired = _as_distribution(desired, ranked_groups)
     ranks = torch.arange(1, len(ranked_groups) + 1, device=ranked_groups.device, dtype=torch.float64)
@@ -67,9 +67,8 @@ def ndkl(ranked_groups: Tensor, desired: Tensor) -> float:
 def retrieval_fairness(similarities: Tensor, groups: Tensor, desired: Tensor, k: int) -> dict[str, float]:
     """MaxSkew@k and NDKL of the pool ranked by each of Q neutral queries: (Q, N) float32, (N,) int64, (G,).
 
-    ``max_skew`` and ``ndkl`` are means over queries, ``max_skew_worst_query`` the largest. Ties keep the pool's order: a
-    pool sorted by group would bias them. ValueError for a pool of another size, for NaN (it would rank first), and as in
-    ``skew_at_k``. Both metrics for CLIP: Berg et al. (AACL 2022, arXiv 2203.11933).
+    Means over queries, and ``max_skew_worst_query``. Ties keep the pool's order, so it must not be sorted by group.
+    ValueError for a pool of another size and for NaN, which would rank first. For CLIP: Berg et al. (arXiv 2203.11933).
     """
     if similarities.shape[1] != len(groups) or similarities.isnan().any():
         raise ValueError(f"similarities {tuple(similarities.shape)} of {len(groups)} samples: wrong shape, or NaN")
@@ -83,10 +82,10 @@ def retrieval_fairness(similarities: Tensor, groups: Tensor, desired: Tensor, k:
 
 
 def demographic_parity_difference(predictions: Tensor, groups: Tensor, num_classes: int) -> Tensor:
-    """max_g P(pred = c | g) - min_g P(pred = c | g) over the groups present: (N,), (N,) int64 -> (C,) in [0,1], float64.
+    """max_g P(pred = c | g) - min_g P(pred = c | g), groups present: (N,), (N,) int64 -> (C,) in [0,1], float64.
 
-    0, never NaN, for a class that is never predicted (zeros that dilute the mean over many classes) and where one group is
-    present. Labels play no part: groups of other classes differ here even with a perfect classifier.
+    0 for a class that is never predicted (which dilutes the mean over many classes) and where one group is present.
+    Labels play no part: groups of other classes differ here even with a perfect classifier.
     """
     counts = _class_counts(predictions, groups, num_classes, torch.ones_like(predictions))
     rates = counts / counts.sum(dim=1, keepdim=True)
@@ -96,8 +95,8 @@ def demographic_parity_difference(predictions: Tensor, groups: Tensor, num_class
 def equal_opportunity_difference(predictions: Tensor, labels: Tensor, groups: Tensor, num_classes: int) -> Tensor:
     """max_g TPR - min_g TPR, TPR = P(pred = c | label = c, g): three (N,) int64 -> (C,), in [0,1] or NaN, float64.
 
-    NaN, for nanmean, where a class has no samples of one of the groups present. One group alone gives 0. Source: Hardt et
-    al. (NeurIPS 2016, arXiv 1610.02413), per class.
+    NaN, for nanmean, where a class lacks samples of a group that is present. One group alone gives 0. Source: Hardt
+    et al. (NeurIPS 2016, arXiv 1610.02413), per class.
     """
     hits = _class_counts(labels, groups, num_classes, predictions == labels)
     rates = hits / _class_counts(labels, groups, num_classes, torch.ones_like(labels))

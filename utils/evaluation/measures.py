@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from utils.errors import UserError
 from utils.evaluation.attacks import PICTURES, first_pictures, measure_accuracy
 from utils.evaluation.fairness import fairness_figures
 from utils.evaluation.results import Cell
-from utils.evaluation.trial import Finding, Model, Picture, Rows, Trial, mean_of, nothing_read, share
+from utils.evaluation.trial import Finding, Model, Picture, Rows, Trial, mean_of, nothing_read, share, values
 from utils.methods.head import head_powers, load_head, neutral_t, unfolded
 from utils.models.policy import TextTable, judge
 from utils.models.zeroshot import prompt_embeddings
@@ -94,20 +94,14 @@ def judged(
     cell: Cell,
     *,
     reference: Model | None = None,
-    watch: Callable[[dict[str, Any]], None] = lambda batch: None,
+    watch: Callable[[dict[str, Any]], dict[str, Any]] = lambda batch: batch,
 ) -> dict[str, Rows]:
-    """``choices`` of the model on every row, in the set's order. ``watch`` sees every batch of this process."""
+    """``choices`` of the model on every row, in the set's order. ``watch`` sees every batch and passes it on."""
     model, templates = trial.model, trial.data.templates
+    embed = partial(model.embed, model.texts(templates), None)
+    ref_embed = partial(reference.embed, reference.texts(templates), None) if reference else None
     with trial.read(dataset, cell) as batches:
-
-        def watched() -> Iterator[dict[str, Any]]:
-            for batch in batches:
-                watch(batch)
-                yield batch
-
-        ref_embed = reference.embed(reference.texts(templates)) if reference else None
-        own = judge(watched(), model.embed(model.texts(templates)), ref_embed, model.logit_scale)
-    return trial.merge(own)
+        return trial.merge(judge(map(watch, batches), embed, ref_embed, model.logit_scale))
 
 
 def measure_pairs(trial: Trial, job: Sequence[Cell]) -> list[Finding]:
@@ -115,7 +109,7 @@ def measure_pairs(trial: Trial, job: Sequence[Cell]) -> list[Finding]:
 
     def found(cell: Cell, rows: Rows, **kept: Any) -> Finding:
         records = [{"position": position, "correct": value} for position, value in rows]
-        return share(cell, [value for _, value in rows], rows=records, **kept)
+        return share(cell, values(rows), rows=records, **kept)
 
     if job[0]["attack"] != "typographic":
         # The clean half of a pair set is judged by the same texts; in a single split, the rows of the regulariser are.
@@ -123,13 +117,14 @@ def measure_pairs(trial: Trial, job: Sequence[Cell]) -> list[Finding]:
         return [found(job[0], rows["chosen" if "clean" in trial.data.splits else "clean"])]
     pictures: list[Picture] = []
 
-    def watch(batch: dict[str, Any]) -> None:
+    def watch(batch: dict[str, Any]) -> dict[str, Any]:
         images, clean = batch["images"].numpy(), {p: i for i, p in enumerate(batch["reg_positions"].tolist())}
         for i, position in enumerate(batch["positions"].tolist()):
             if trial.data.labelled and len(pictures) < PICTURES and position in clean:
                 label, word = (batch["texts"][int(batch[name][i].flatten()[0])] for name in ("chosen", "rejected"))
                 caption = {"label": label, "predicted_clean": "", "predicted": word}
                 pictures.append(Picture(position, images[clean[position]] / 255, images[len(clean) + i] / 255, caption))
+        return batch
 
     rows = judged(trial, preference_dataset(trial, split="attack"), job[0], watch=watch)
     right, follows = dict(rows["chosen"]), dict(rows["rejected"])
@@ -149,15 +144,16 @@ def measure_retention(trial: Trial, cell: Cell) -> Finding:
 
 
 def comparable_reference(trial: Trial, cell: Cell) -> Model:
-    """The reference. Two models are compared on the same pixels, and in fidelity dimension by dimension: else ``UserError``."""
+    """The reference. ``UserError`` where it sees other pixels or, for fidelity, embeds into other dimensions."""
     model, reference, fidelity = trial.model, trial.reference, cell["measure"] == "fidelity"
     assert reference is not None
     if model.transform != reference.transform:
-        sizes = [one.transform.output_size for one in (model, reference)]
-        differ = f"sees images of {sizes[0]} px, {reference.name} of {sizes[1]} px, or resized in another way"
+        own, other = model.transform.output_size, reference.transform.output_size
+        differ = f"sees images of {own} px, {reference.name} of {other} px, or resized in another way"
     elif fidelity and model.encoder.embed_dim != reference.encoder.embed_dim:
-        sizes = [one.encoder.embed_dim for one in (model, reference)]
-        differ = f"embeds into {sizes[0]} dimensions, {reference.name} into {sizes[1]}"
+        differ = (
+            f"embeds into {model.encoder.embed_dim} dimensions, {reference.name} into {reference.encoder.embed_dim}"
+        )
     else:
         return reference
     raise UserError(f"--measure {cell['measure']}: {model.name} {differ}; name the model that it was fine-tuned from")
@@ -200,7 +196,7 @@ def measure_fidelity(trial: Trial, job: Sequence[Cell]) -> list[Finding]:
     rows = embedded_rows(trial, job[0], distance_and_cosine)
     if not rows:
         raise nothing_read(job[0])
-    distances, cosines = torch.tensor([value for _, value in rows], dtype=torch.float64).T
+    distances, cosines = torch.tensor(values(rows), dtype=torch.float64).T
     kept = [{"position": position, "value": value, "cosine": cosine} for position, (value, cosine) in rows]
     figures = {
         "fidelity": (float(distances.mean()), mean_interval(distances.tolist())),
@@ -219,8 +215,10 @@ def train_features(trial: Trial, cell: Cell) -> tuple[Tensor, Tensor]:
     """image_embeds (N, D) float32 and labels (N,) of the whole --train_split, on the CPU; its classes found by name."""
     split = trial.settings.train_split
     labelled = trial.data.splits[split]
-    options = {"with_labels": True, "num_classes": len(labelled.classnames)}
-    dataset = ShardDataset(labelled.index, trial.model.transform, order="sequential", **options)
+    num_classes = len(labelled.classnames)
+    dataset = ShardDataset(
+        labelled.index, trial.model.transform, order="sequential", with_labels=True, num_classes=num_classes
+    )
     cell = cell | {"measure": "features", "attack": split}
     _, features, columns = trial.embedded(dataset, cell, "labels", num_samples=len(dataset))
     labels, places = torch.from_numpy(columns["labels"]), same_classes(labelled.classnames, trial.data.classnames)
@@ -231,28 +229,27 @@ def train_features(trial: Trial, cell: Cell) -> tuple[Tensor, Tensor]:
 
 
 def measure_head(trial: Trial, job: Sequence[Cell]) -> list[Finding]:
-    """Accuracies over the strength of the model's head; the images are embedded once. t* comes from validation pairs."""
+    """Accuracies over the strength of the model's head, images embedded once; t* comes from validation pairs."""
     settings, model, data = trial.settings, trial.model, trial.data
     head = load_head(model.name)
     weights = dict(zip(settings.t, head_powers(head["weight"].to(model.device), settings.t)))
 
-    def sweep(dataset: PreferenceDataset) -> dict[float, dict[str, list[Any]]]:
+    def sweep(dataset: PreferenceDataset) -> dict[float, dict[str, Rows]]:
         with trial.read(dataset, job[0]) as batches:
             embedded = [batch | {"images": model.embed_images(batch)} for batch in batches]
-        found: dict[float, dict[str, list[Any]]] = {}
-        for t, weight in weights.items():
-            rows = trial.merge(judge(embedded, model.embed(table, weight), None, model.logit_scale))
-            found[t] = defaultdict(list, {name: [value for _, value in of_name] for name, of_name in rows.items()})
-        return found
+        return {
+            t: trial.merge(judge(embedded, partial(model.embed, table, weight), None, model.logit_scale))
+            for t, weight in weights.items()
+        }
 
     with unfolded(model.clip, head):
         table = model.texts(data.templates, per_prompt=True)
         found, neutral = sweep(preference_dataset(trial)), None
         if not data.labelled:
-            val_set = PairDataset(data.splits[settings.val_split].index, model.transform, order="sequential")
-            val = sweep(val_set)
+            val = sweep(preference_dataset(trial, split=settings.val_split))
             pair, task = (
-                [sum(val[t][name]) / max(1, len(val[t][name])) for t in settings.t] for name in ("pair", "clean")
+                [sum(values(val[t][name])) / max(1, len(val[t][name])) for t in settings.t]
+                for name in ("pair", "clean")
             )
             neutral = neutral_t(settings.t, pair, task, settings.task_tolerance)
     names = {"accuracy": "chosen", "follows_word": "rejected", "pair_accuracy": "pair"}
@@ -262,7 +259,7 @@ def measure_head(trial: Trial, job: Sequence[Cell]) -> list[Finding]:
             findings.append(Finding(cell, neutral, None, len(val[0.0]["pair"])))
         else:
             name = "clean" if cell["attack"] == "clean" else names[cell["measure"]]
-            findings.append(share(cell, found[cell["settings"]["t"]][name]))
+            findings.append(share(cell, values(found[cell["settings"]["t"]][name])))
     return findings
 
 
@@ -276,21 +273,19 @@ def cosines_by_strength(
     model: Model,
     table: TextTable,
     head: dict[str, Tensor] | None,
-    strengths: Sequence[float | None],
+    strengths: Sequence[Any],
     images: Tensor,
     texts: Sequence[str],
 ) -> Iterator[tuple[float | None, Tensor]]:
     """(t, cosines (T, N) of texts and image_embeds (N, D)) for every strength of the head; t is None without a head."""
-    weights = [None] * len(strengths)
-    if head is not None:
-        weights = head_powers(head["weight"].to(model.device), strengths)
-    for t, weight in zip(strengths, weights):
-        unit, text_embeds = model.embed(table, weight)(images, texts)
+    powers: Sequence[Any] = [None] if head is None else head_powers(head["weight"].to(model.device), strengths)
+    for t, weight in zip(strengths, powers):
+        unit, text_embeds = model.embed(table, weight, images, texts)
         yield t, text_embeds @ unit.T
 
 
 def measure_fairness(trial: Trial, job: Sequence[Cell]) -> list[Finding]:
-    """Retrieval by the class prompts, and classification, between the images' attributes; over t where the job asks."""
+    """Of retrieval by the class prompts and of classification, between attributes; over t where the job asks."""
     settings, model, name = trial.settings, trial.model, job[0]["dataset"]
     labelled = trial.data.splits[settings.split]
     dataset = AttributeDataset(labelled.index, model.transform, num_classes=len(labelled.classnames))
@@ -304,10 +299,8 @@ def measure_fairness(trial: Trial, job: Sequence[Cell]) -> list[Finding]:
             alike = " and ".join(repr(names[place]) for place in groups_of_one[0])
             logger.warning("%s: attributes %s are taken for different groups", name, alike)
         if settings.top_k >= len(images):
-            raise UserError(
-                f"--top_k {settings.top_k}: {name} holds {len(images)} images; K must be smaller than the pool, or MaxSkew no "
-                "longer depends on the model"
-            )
+            reason = "K must be smaller, or MaxSkew no longer depends on the model"
+            raise UserError(f"--top_k {settings.top_k}: {name} holds {len(images)} images; {reason}")
         if len(names) < 2:
             raise UserError(f"--measure fairness: {name} knows one attribute only ({names[0]}); expected at least two")
         groups = torch.tensor([names.index(attribute) for attribute in attributes])
@@ -328,10 +321,8 @@ def retrieved(
     with without_head(model, head):
         positions, images, _ = trial.embedded(dataset, cell)
         table = model.texts(["{c}"], per_prompt=True)
-        return {
-            t: [
-                [positions[i] for i in line]
-                for line in cosines.argsort(dim=1, descending=True, stable=True)[:, :RETRIEVED]
-            ]
-            for t, cosines in cosines_by_strength(model, table, head, strengths, images, settings.query)
-        }
+        found = {}
+        for t, cosines in cosines_by_strength(model, table, head, strengths, images, settings.query):
+            best = cosines.argsort(dim=1, descending=True, stable=True)[:, :RETRIEVED]
+            found[t] = [[positions[i] for i in line] for line in best.tolist()]
+        return found

@@ -22,10 +22,10 @@ def square(
     batch_size: int,
     seed: int = 0,
 ) -> Tensor:
-    """Random search on squares by the logits alone. -> images (B, 3, H, W): attacked, where they were classified rightly.
+    """Random search on squares by the logits alone. -> images (B, 3, H, W), those classified rightly attacked.
 
-    The search is ``pyautoattack``'s. Its random numbers are drawn here, so that an image's attack does not depend on the
-    images beside it: the stripes of the start from (seed, position), the squares from ``seed``, for every image the same.
+    The search is ``pyautoattack``'s. Its random numbers are drawn here, so that no attack depends on the images beside:
+    stripes of the start from (seed, position), squares from ``seed``, the same for every image.
 
     Args:
         pixel_values: (B, 3, H, W) float32 in [0,1]. labels: (B,) int64.

@@ -7,6 +7,7 @@ batch size, but for rounding.
 from __future__ import annotations
 
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,12 +38,14 @@ from utils.training.metrics import mean_interval, wilson_interval
 
 logger = logging.getLogger(__name__)
 
+SECONDS_BETWEEN_LINES = 60  # of progress, where there is no terminal
+
 Rows = list[tuple[int, Any]]  # (position in the set, what was found there)
 
 
 @dataclass
 class EvalSet:
-    """One of --data. Labelled: class names and splits; pairs: ``attack`` and ``clean``, or one split; or published files."""
+    """One of --data: labelled splits; pairs, in ``attack`` and ``clean`` or in one split; or published files."""
 
     labelled: bool
     splits: dict[str, LabelledSet]
@@ -76,23 +79,20 @@ class Model:
             self.tables[key] = TextTable(self.clip, self.processor, templates, self.device, per_prompt=per_prompt)
         return self.tables[key]
 
-    def embed(self, table: TextTable, weight: Tensor | None = None) -> Callable[[Tensor, Sequence[str]], Any]:
-        """(images, texts) -> unit embeddings, both through a head ``weight`` (D, D) where one is given."""
-
-        def embeds(images: Tensor, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-            image_embeds = images.to(self.device)
-            if images.dtype == torch.uint8:
-                image_embeds = self.encoder(to_pixel_values(images, self.device))
-            prompt_embeds = table(texts)
-            if weight is not None:
-                image_embeds, prompt_embeds = image_embeds @ weight.T, prompt_embeds @ weight.T
-            return F.normalize(image_embeds, dim=-1), ensemble(prompt_embeds)
-
-        return embeds
+    def embed(
+        self, table: TextTable, weight: Tensor | None, images: Tensor, texts: Sequence[str]
+    ) -> tuple[Tensor, Tensor]:
+        """Unit embeddings of images (uint8, or image_embeds) and texts, both through a head ``weight`` (D, D)."""
+        image_embeds, prompt_embeds = images.to(self.device), table(texts)
+        if images.dtype == torch.uint8:
+            image_embeds = self.encoder(to_pixel_values(images, self.device))
+        if weight is not None:
+            image_embeds, prompt_embeds = image_embeds @ weight.T, prompt_embeds @ weight.T
+        return F.normalize(image_embeds, dim=-1), ensemble(prompt_embeds)
 
     @torch.no_grad()
-    def embed_images(self, batch: Mapping[str, Any]) -> Tensor:
-        """A batch's images, uint8 (N, 3, H, W), N maybe 0 -> image_embeds (N, D). ``NonFiniteError`` names the image."""
+    def embed_images(self, batch: dict[str, Any]) -> Tensor:
+        """A batch's images, uint8 (N, 3, H, W), N maybe 0 -> image_embeds (N, D). Raises ``NonFiniteError``."""
         images = batch["images"]
         if not len(images):
             return torch.empty(0, self.encoder.embed_dim, device=self.device)
@@ -150,22 +150,23 @@ class Batches:
                 self.show(self.seen)
 
     def show(self, done: float) -> None:
-        """Moves the bar to ``done`` samples of this process; the accuracy shown can only fall while an attack goes on."""
+        """Moves the bar to ``done`` samples of this process. The accuracy shown can only fall during an attack."""
+        progress, done = self.progress, min(self.progress.total, int(done * self.world_size))
         fields = {"accuracy": 1 - (self.judged - self.right) / self.seen} if self.judged else {}
-        self.progress.update(min(self.progress.total, int(done * self.world_size)), fields)
+        due = time.monotonic() - progress.spoken > SECONDS_BETWEEN_LINES
+        progress.update(done, fields, report=due and done < progress.total)
 
 
 @dataclass
 class Trial:
-    """One model on one data set. ``reference``: what retention and fidelity compare with; ``classifier``: image_embeds
-    (B, D) -> logits (B, C), of a labelled set."""
+    """One model on one data set."""
 
     settings: Any
     accelerator: Accelerator
     model: Model
     data: EvalSet
-    reference: Model | None = None
-    classifier: Callable[[Tensor], Tensor] | None = None
+    reference: Model | None = None  # what retention and fidelity compare with
+    classifier: Callable[[Tensor], Tensor] | None = None  # of a labelled set: image_embeds (B, D) -> logits (B, C)
 
     @contextmanager
     def read(
@@ -177,7 +178,7 @@ class Trial:
         num_samples: int | None = None,
         by_hand: bool = False,
     ) -> Iterator[Batches]:
-        """One pass over a set with a progress bar; ``at_once`` batches in one. At its end it weighs what was skipped."""
+        """One pass over a set with a bar, ``at_once`` batches in one. At its end it weighs what was skipped."""
         settings, accelerator = self.settings, self.accelerator
         num_samples = min(num_samples or settings.num_samples or len(dataset), len(dataset))
         skips = SkipCounter(dataset.index, settings.max_bad_fraction, say_once, num_samples)
@@ -195,8 +196,8 @@ class Trial:
         with RunProgress(title, num_samples, enabled=accelerator.is_main_process) as progress:
             batches = Batches(loader, skips, progress, accelerator.num_processes, by_hand)
             yield batches
-            found = gather_objects(accelerator, (skips.state(), batches.judged, batches.right))
-            states, judged, right = zip(*found)
+            counts = skips.state(), batches.judged, batches.right
+            states, judged, right = zip(*gather_objects(accelerator, counts))
             skips = skips.merge(states)
             skips.check()
             if skips.summary() and accelerator.is_main_process:
@@ -228,19 +229,24 @@ class Trial:
     def embedded(
         self, dataset: SampleDataset, cell: Cell, *columns: str, num_samples: int | None = None
     ) -> tuple[list[int], Tensor, dict[str, Any]]:
-        """Positions, image_embeds (N, D) on the CPU and ``columns`` of the batches, of all images in the set's order."""
+        """Positions, image_embeds (N, D) on the CPU and ``columns`` of the batches: all images, in the set's order."""
         own: list[tuple[Any, ...]] = []
         with self.read(dataset, cell, num_samples=num_samples) as batches:
             for batch in batches:
-                embeds = self.model.embed_images(batch).cpu().numpy()  # arrays travel whole, not one object an image
-                own.append((batch["positions"].numpy(), embeds, *(np.asarray(batch[name]) for name in columns)))
+                # Copies: what data workers made holds a file open for as long as it lives.
+                arrays = [np.array(batch[name]) for name in ("positions", *columns)]
+                own.append((*arrays, self.model.embed_images(batch).cpu().numpy()))
         parts = [part for parts in gather_objects(self.accelerator, own) for part in parts if len(part[0])]
         if not parts:
             raise nothing_read(cell)
-        positions, embeds, *others = map(np.concatenate, zip(*parts))
+        positions, *found, embeds = map(np.concatenate, zip(*parts))
         order = positions.argsort()
-        found = dict(zip(columns, (column[order] for column in others)))
-        return positions[order].tolist(), torch.from_numpy(embeds[order]), found
+        of_images = {name: values[order] for name, values in zip(columns, found)}
+        return positions[order].tolist(), torch.from_numpy(embeds[order]), of_images
+
+
+def values(rows: Rows) -> list[Any]:
+    return [value for _, value in rows]
 
 
 def nothing_read(cell: Cell) -> UserError:
@@ -259,6 +265,5 @@ def mean_of(cell: Cell, rows: Rows) -> Finding:
     """A mean over images with its normal interval."""
     if not rows:
         raise nothing_read(cell)
-    found = [value for _, value in rows]
     kept = [{"position": position, "value": value} for position, value in rows]
-    return Finding(cell, sum(found) / len(found), mean_interval(found), len(found), kept)
+    return Finding(cell, sum(values(rows)) / len(rows), mean_interval(values(rows)), len(rows), kept)
