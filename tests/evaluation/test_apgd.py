@@ -1,12 +1,23 @@
 """APGD and Square against the reference code of their authors, and the packing of points into full batches."""
 
 import copy
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from tests.small_models import photos, small_encoder
-from utils.evaluation.apgd import NUM_TARGETS, apgd, check_periods, make_points, run_apgd, sphere_start, targeted_loss
+from utils.evaluation.apgd import (
+    NUM_TARGETS,
+    Runs,
+    check_periods,
+    loss_and_gradient,
+    make_points,
+    per_image,
+    run_apgd,
+    sphere_start,
+    targeted_loss,
+)
 from utils.evaluation.square import square
 from utils.methods.attacks import frozen, gaussian_noise, seed_from
 
@@ -37,6 +48,31 @@ def labelled(logits, count, dtype=torch.float32):
     """Photos with the model's own predictions as labels: every point is correct, as attacks want it."""
     x = photos(count).to(dtype)
     return x, logits(x).argmax(dim=1)
+
+
+class Attacked(NamedTuple):
+    """What ``apgd`` found, all (B, ...)."""
+
+    delta: torch.Tensor  # of the highest loss
+    loss: torch.Tensor  # there
+    broken: torch.Tensor  # bool: some iterate was classified wrongly
+    broken_delta: torch.Tensor  # the last such iterate; of the start where there is none
+
+
+@torch.no_grad()
+def apgd(logits_fn, x, labels, *, eps, start, num_steps, targets=None):
+    """One run, every image until the last step: the attack as published, by the steps of ``run_apgd``."""
+    targets = torch.full_like(labels, -1) if targets is None else targets
+    runs, periods = Runs.begin(x, labels, targets, start, eps), check_periods(num_steps)
+    broken, broken_at = torch.zeros_like(labels, dtype=torch.bool), start
+    for step in range(num_steps + 1):
+        logits, loss, gradient = loss_and_gradient(logits_fn, runs)
+        runs.observe(loss, gradient)
+        wrong = logits.argmax(dim=1) != labels
+        broken, broken_at = broken | wrong, torch.where(per_image(wrong), runs.adversarial, broken_at)
+        if step < num_steps:
+            runs.advance(eps, periods)
+    return Attacked(runs.best - x, runs.best_loss, broken, broken_at - x)
 
 
 @pytest.mark.parametrize("targeted", [False, True])

@@ -22,8 +22,10 @@ from tests.small_models import save_small_clip, save_small_model
 from utils.data.images import ImageTransform
 from utils.data.shards import ShardDataset, index_shards
 from utils.errors import UserError
-from utils.evaluation.measures import fairness_figures
-from utils.evaluation.results import ATTACKS, Results
+from utils.evaluation import measures
+from utils.evaluation.attacks import ATTACKS
+from utils.evaluation.fairness import fairness_figures
+from utils.evaluation.results import Results
 from utils.models.encoders import ImageEncoder
 
 READING_CLIP = ROOT / "examples" / "reading_clip"  # classifies digits: robust figures of random weights say little
@@ -100,7 +102,7 @@ def test_every_attack_changes_images_by_its_own_strength_whatever_the_batch(argu
     assert masks[0] == masks[1]
     assert len(masks[0]) == 10
     page = (tmp_path / "3/report.html").read_text()
-    assert ATTACKS[attack] in html.unescape(page)
+    assert ATTACKS[attack].about in html.unescape(page)
     assert all(masks[0]) == (attack == "clean")
 
 
@@ -186,7 +188,7 @@ def test_interpretability_is_the_mean_cosine_to_the_descriptions_of_the_true_cla
 ):
     """Against CLIPModel's own features, image by image."""
     from utils.data.images import ImageTransform
-    from utils.evaluation.measures import labelled_dataset
+    from utils.evaluation.trial import Model, Trial
     from utils.models.encoders import load_model
     from utils.sets.labelled import interpretability_templates
 
@@ -194,8 +196,8 @@ def test_interpretability_is_the_mean_cosine_to_the_descriptions_of_the_true_cla
     clip, processor = load_model(str(READING_CLIP))
     settings = evaluate.parse_settings(evaluate.Settings, arguments())
     data = evaluate.open_data(settings, str(attribute_digits), attribute_digits)
-    model = evaluate.Model("", None, ImageTransform.from_processor(processor.image_processor), torch.device("cpu"))
-    dataset = labelled_dataset(settings, model, data, {"corruption": None})
+    model = Model("", None, ImageTransform.from_processor(processor.image_processor), torch.device("cpu"))
+    dataset = Trial(settings, None, model, data).labelled_images({"corruption": None, "severity": None})
     for row in records(tmp_path / "eval", "interpretability"):
         item = dataset[0, row["position"], row["position"]]
         texts = [template.replace("{c}", data.classnames[item["label"]]) for template in interpretability_templates()]
@@ -365,9 +367,9 @@ def test_references_that_see_other_images_are_refused(arguments, small_clip, tmp
 
 def test_figures_without_a_value_are_said_to_be_undefined(arguments, attribute_digits, tmp_path, monkeypatch, capsys):
     """No class with images of two groups: the other fairness figures stand."""
-    real = evaluate.measure_fairness
+    real = measures.measure_fairness
     monkeypatch.setattr(
-        evaluate,
+        measures,
         "measure_fairness",
         lambda *given: [
             finding._replace(value=None) if finding.cell["measure"] == "opportunity_difference" else finding

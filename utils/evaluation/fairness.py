@@ -1,7 +1,7 @@
 """Fairness of rankings and of classifications, computed in float64 on the device of the groups.
 
-``groups`` holds the protected attribute, one int64 value in 0..G-1 per sample; ``desired`` the share that each group
-should have, (G,) probabilities > 0 that sum to one. An index out of range or an empty input is a ValueError.
+``groups``: the protected attribute, one int64 value in 0..G-1 per sample. ``desired``: the share that each group should
+have, (G,), all > 0, sum 1. An index out of range or an empty input is a ValueError.
 """
 
 from __future__ import annotations
@@ -11,6 +11,21 @@ from statistics import fmean
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def fairness_figures(similarities: Tensor, labels: Tensor, groups: Tensor, top_k: int) -> dict[str, float | None]:
+    """All figures from similarities (C, N) of class prompts and images; desired are the pool's own shares."""
+    num_classes, desired = len(similarities), torch.bincount(groups) / len(groups)
+    predicted = similarities.argmax(dim=0)
+    worst, gap = worst_group_accuracy_and_gap(predicted == labels, groups, len(desired))
+    opportunity = equal_opportunity_difference(predicted, labels, groups, num_classes)
+    return retrieval_fairness(similarities, groups, desired, top_k) | {
+        "parity_difference": demographic_parity_difference(predicted, groups, num_classes).mean().item(),
+        # Undefined where no class has images of two groups.
+        "opportunity_difference": None if opportunity.isnan().all() else opportunity.nanmean().item(),
+        "worst_group_accuracy": worst,
+        "group_gap": gap,
+    }
 
 
 def skew_at_k(ranked_groups: Tensor, desired: Tensor, k: int) -> Tensor:
@@ -28,10 +43,9 @@ def skew_at_k(ranked_groups: Tensor, desired: Tensor, k: int) -> Tensor:
 
 
 def max_skew_at_k(ranked_groups: Tensor, desired: Tensor, k: int) -> float:
-    """MaxSkew@k = max_a Skew_a@k, in [0, -ln min desired]: the most over-represented group.
+    """MaxSkew@k = max_a Skew_a@k, in [0, -ln min desired]: the most over-represented group. See ``skew_at_k``.
 
-    An absent group's -inf never counts, as some other group then has more than its share. Arguments, errors and
-    source as in ``skew_at_k``.
+    The -inf of an absent group never counts: some other group then has more than its share.
     """
     return skew_at_k(ranked_groups, desired, k).max().item()
 
@@ -39,8 +53,8 @@ def max_skew_at_k(ranked_groups: Tensor, desired: Tensor, k: int) -> float:
 def ndkl(ranked_groups: Tensor, desired: Tensor) -> float:
     """NDKL = 1/Z sum_i KL(shares in the top i || desired) / log2(i + 1) over i = 1..N, Z = sum_i 1 / log2(i + 1).
 
-    (N,) int64 best first, (G,) -> nats, >= 0 up to rounding. Even the best order of a pool is above 0 where G > 1: a
-    prefix of one sample has one group. Compare at equal N. O(N G) memory. Source: Geyik et al. (arXiv 1905.01989).
+    (N,) int64 best first, (G,) -> nats, >= 0 up to rounding. Compare at equal N: a prefix of one sample has one group,
+    so even the best order is above 0 where G > 1. O(N G) memory. Source: Geyik et al. (arXiv 1905.01989).
     """
     desired = _as_distribution(desired, ranked_groups)
     ranks = torch.arange(1, len(ranked_groups) + 1, device=ranked_groups.device, dtype=torch.float64)
@@ -53,10 +67,8 @@ def ndkl(ranked_groups: Tensor, desired: Tensor) -> float:
 def retrieval_fairness(similarities: Tensor, groups: Tensor, desired: Tensor, k: int) -> dict[str, float]:
     """MaxSkew@k and NDKL of the pool ranked by each of Q neutral queries: (Q, N) float32, (N,) int64, (G,).
 
-    ``max_skew`` and ``ndkl`` are means over queries, ``max_skew_worst_query`` the largest. Equal similarities keep
-    the pool's order, so a pool sorted by group would bias a model that ties. ValueError for a pool of another size, for
-    a NaN similarity (it would rank first), and as in ``skew_at_k``. Both metrics for CLIP: Berg et al. (AACL 2022,
-    arXiv 2203.11933).
+    Means over queries, and ``max_skew_worst_query``. Ties keep the pool's order, so it must not be sorted by group.
+    ValueError for a pool of another size and for NaN, which would rank first. For CLIP: Berg et al. (arXiv 2203.11933).
     """
     if similarities.shape[1] != len(groups) or similarities.isnan().any():
         raise ValueError(f"similarities {tuple(similarities.shape)} of {len(groups)} samples: wrong shape, or NaN")
@@ -70,11 +82,10 @@ def retrieval_fairness(similarities: Tensor, groups: Tensor, desired: Tensor, k:
 
 
 def demographic_parity_difference(predictions: Tensor, groups: Tensor, num_classes: int) -> Tensor:
-    """max_g P(pred = c | g) - min_g P(pred = c | g) over the groups present.
+    """max_g P(pred = c | g) - min_g P(pred = c | g), groups present: (N,), (N,) int64 -> (C,) in [0,1], float64.
 
-    (N,), (N,) int64 -> (C,), in [0,1], float64. Never NaN: 0 for a class that is never predicted, and for all where
-    only one group is present. Those zeros dilute the mean over many classes; report the max with it. Labels play no
-    part, so groups whose true classes differ in frequency differ here even with a perfect classifier.
+    0 for a class that is never predicted (which dilutes the mean over many classes) and where one group is present.
+    Labels play no part: groups of other classes differ here even with a perfect classifier.
     """
     counts = _class_counts(predictions, groups, num_classes, torch.ones_like(predictions))
     rates = counts / counts.sum(dim=1, keepdim=True)
@@ -84,8 +95,8 @@ def demographic_parity_difference(predictions: Tensor, groups: Tensor, num_class
 def equal_opportunity_difference(predictions: Tensor, labels: Tensor, groups: Tensor, num_classes: int) -> Tensor:
     """max_g TPR - min_g TPR, TPR = P(pred = c | label = c, g): three (N,) int64 -> (C,), in [0,1] or NaN, float64.
 
-    NaN for a class whose labelled samples lack one of the groups present: it has no value there, so aggregate with
-    nanmean. One group alone gives 0. Source: Hardt et al. (NeurIPS 2016, arXiv 1610.02413), per class.
+    NaN, for nanmean, where a class lacks samples of a group that is present. One group alone gives 0. Source: Hardt
+    et al. (NeurIPS 2016, arXiv 1610.02413), per class.
     """
     hits = _class_counts(labels, groups, num_classes, predictions == labels)
     rates = hits / _class_counts(labels, groups, num_classes, torch.ones_like(labels))
@@ -110,7 +121,7 @@ def worst_group_accuracy_and_gap(correct: Tensor, groups: Tensor, num_groups: in
 
 
 def _as_distribution(desired: Tensor, ranked_groups: Tensor) -> Tensor:
-    """``desired`` in float64; normalised again, for float32 shares miss one by enough to make a KL negative."""
+    """``desired`` in float64, normalised again: float32 shares miss one by enough to make a KL negative."""
     _check_indices(ranked_groups, len(desired))
     desired = desired.to(ranked_groups.device, torch.float64)
     if not (desired > 0).all() or abs(desired.sum().item() - 1) > 1e-4:

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from utils.errors import UserError
 from utils.evaluation import figures
+from utils.evaluation.attacks import ATTACKS
 from utils.evaluation.results import (
-    ATTACKS,
     Results,
     attempt,
     cell_name,
@@ -675,7 +675,7 @@ def methods(results: Sequence[Result]) -> dict[str, Any]:
     settings = {name: setting_values(group) for name, group in groups.items()}
     common = set.intersection(*(set(values.items()) for values in settings.values()))
     entries = [
-        {"measure": measure, "attack": attack, "text": ATTACKS.get(attack, "")}
+        {"measure": measure, "attack": attack, "text": ATTACKS[attack].about if attack in ATTACKS else ""}
         | {"settings": [item for item in settings[measure, attack].items() if item not in common]}
         for measure, attack in groups
     ]

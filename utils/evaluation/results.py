@@ -37,18 +37,6 @@ logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 CELL = ("model", "dataset", "measure", "attack", "eps", "seed", "corruption", "severity", "sigma", "settings")
 
-# Of evaluate.py's --attack, in its order, and what the report says of each. A cell with eps is of an l_inf attack.
-ATTACKS = {
-    "clean": "The images as they are; the most similar class is the answer.",
-    "pgd": "Projected gradient descent: pixels may change by at most eps (the l_inf ball).",
-    "apgd": "APGD on the cross-entropy, then APGD-T against the other classes, each on the images still right, in the "
-    "l_inf ball of radius eps.",
-    "square": "Square attack in the l_inf ball of radius eps: it sees scores, no gradients.",
-    "gaussian_noise": "Normal noise of standard deviation sigma on every value of every pixel.",
-    "corruptions": "Common corruptions of ImageNet-C: noise, blur, weather and compression in five severities.",
-    "typographic": "A wrong class name is written on the image; photographs of preference pairs have words of their own.",
-}
-
 SHARES = ("accuracy", "follows_word", "pair_accuracy")  # of images: a number wherever there were any
 STRENGTH_OF = {"pgd": "eps", "apgd": "eps", "square": "eps", "gaussian_noise": "sigma", "corruptions": "severity"}
 

@@ -22,13 +22,13 @@ def square(
     batch_size: int,
     seed: int = 0,
 ) -> Tensor:
-    """Square attack: random search on squares by the logits alone, no gradients. -> adversarial images (B, 3, H, W).
+    """Random search on squares by the logits alone. -> images (B, 3, H, W), those classified rightly attacked.
 
-    The search is ``pyautoattack``'s. Its random numbers are drawn here: stripes of the start from (seed, position), squares
-    from ``seed``, the same for every image, so that an image's attack does not depend on the images beside it.
+    The search is ``pyautoattack``'s. Its random numbers are drawn here, so that no attack depends on the images beside:
+    stripes of the start from (seed, position), squares from ``seed``, the same for every image.
 
     Args:
-        pixel_values: correctly classified, (B, 3, H, W) float32 in [0,1]. labels: (B,) int64.
+        pixel_values: (B, 3, H, W) float32 in [0,1]. labels: (B,) int64.
         positions: of the images in their set. eps: radius, as a share of the pixel range.
         num_queries: forwards for an image that holds out. batch_size: forwards at a time.
 
@@ -40,6 +40,15 @@ def square(
         parts = [logits_fn(part) for part in images.split(batch_size)]
         return torch.cat(parts) if len(images) else parts[0]
 
+    def uniform(shape: Sequence[int], generator: torch.Generator) -> Tensor:  # in [-1, 1)
+        return 2 * torch.rand(*shape, generator=generator) - 1
+
+    attacked = pixel_values.clone()
+    right = (predict(pixel_values).argmax(dim=1) == labels).nonzero()[:, 0]
+    if not len(right):
+        return attacked
+    positions = [positions[row] for row in right.tolist()]
+
     class SeededSquareAttack(SquareAttack):
         generator = torch.Generator().manual_seed(seed_from("square", seed))
 
@@ -48,10 +57,9 @@ def square(
 
         def random_choice(self, shape: Sequence[int]) -> Tensor:
             if len(shape) < 4:  # the colour of a square
-                return (2 * torch.rand(*shape, generator=self.generator) - 1).sign().to(self.device)
+                return uniform(shape, self.generator).sign().to(self.device)
             own = [torch.Generator().manual_seed(seed_from("square", seed, position)) for position in positions]
-            stripes = [2 * torch.rand(*shape[1:], generator=generator) - 1 for generator in own]
-            return torch.stack(stripes).sign().to(self.device)
+            return torch.stack([uniform(shape[1:], generator) for generator in own]).sign().to(self.device)
 
         def margin_and_loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             """z_y - max of the others, in (0, ...) as long as y is the answer: two equal classes are no success."""
@@ -61,8 +69,8 @@ def square(
             margin = torch.where(logits.argmax(dim=1) == y, margin.clamp_min(1e-12), margin)
             return margin, margin.clone()
 
-    attack = SeededSquareAttack(
-        predict, eps=eps, n_queries=num_queries, seed=seed, resc_schedule=False, device=pixel_values.device
-    )
-    attack.init_hyperparam(pixel_values)
-    return attack.attack_single_run(pixel_values, labels)[1]
+    device = pixel_values.device
+    attack = SeededSquareAttack(predict, eps=eps, n_queries=num_queries, seed=seed, resc_schedule=False, device=device)
+    attack.init_hyperparam(pixel_values[right])
+    attacked[right] = attack.attack_single_run(pixel_values[right], labels[right])[1]
+    return attacked

@@ -1,0 +1,308 @@
+"""The attacks of an evaluation, in one table, and the accuracy of a labelled set under them."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from utils.errors import UserError
+from utils.evaluation.apgd import Point, make_points, run_apgd
+from utils.evaluation.results import Cell, Row
+from utils.evaluation.square import square
+from utils.evaluation.trial import Batches, Finding, Picture, Trial, share
+from utils.methods.attacks import Logits, attack_seeds, frozen, gaussian_noise
+from utils.models.zeroshot import Classified, classified, pgd_images, to_pixel_values
+from utils.processes.distributed import gather_objects
+from utils.sets.corruptions import require_package
+
+PICTURES = 6  # kept of every attack
+
+
+@dataclass(frozen=True)
+class Attack:
+    """One of --attack: what the report says of it, what its figures depend on, and its call."""
+
+    about: str
+    # (settings, number of classes) -> for every figure its strength and all other settings that it depends on.
+    cells: Callable[[Any, int], Iterable[dict[str, Any]]] = lambda settings, num_classes: [{}]
+    # (settings, cell, logits_fn, pixel_values, labels, positions) -> attacked pixel_values, all (B, 3, H, W) in [0,1].
+    perturb: Callable[..., Tensor] | None = None
+    follows_gradients: bool = (
+        False  # logits_fn is the model in --attack_dtype; answers are judged in float32 all the same
+    )
+    any_answer: bool = False  # pictures are the first images, at every strength the same, and not those that it turned
+    at_once: int = 1  # batches that it works on together
+    package: str | None = None
+
+
+def pgd_cells(settings: Any, num_classes: int) -> list[dict[str, Any]]:
+    steps, size = settings.attack_steps, settings.attack_step_size
+    return [{"eps": eps, "attack_steps": steps, "attack_step_size": size or eps / 4} for eps in settings.eps]
+
+
+def apgd_cells(settings: Any, num_classes: int) -> list[dict[str, Any]]:
+    others = num_classes - 1
+    if others < 1:
+        raise UserError("--attack apgd: the set has one class only, no image of it can be classified wrongly")
+    runs = {
+        "apgd_steps": settings.apgd_steps,
+        "apgd_targets": min(settings.apgd_targets, others),
+        "targeted_loss": "difference of logits ratio" if others > 2 else "margin, for fewer than 4 classes",
+        "restarts": 1,
+    }
+    return [{"eps": eps} | runs for eps in settings.eps]
+
+
+def corruption_cells(settings: Any, num_classes: int) -> list[dict[str, Any]]:
+    require_package()
+    pairs = itertools.product(settings.corruptions, settings.severities)
+    return [{"corruption": name, "severity": severity, "files": "made from clean images"} for name, severity in pairs]
+
+
+# In the order of the report. Corrupted images come as they are read. Two calls are elsewhere: APGD works on a stream
+# of images (``apgd_verdicts``), written words are judged by texts (``measure_pairs``).
+ATTACKS = {
+    "clean": Attack("The images as they are; the most similar class is the answer."),
+    "pgd": Attack(
+        "Projected gradient descent: pixels may change by at most eps (the l_inf ball).",
+        cells=pgd_cells,
+        perturb=lambda settings, cell, logits_fn, *batch: pgd_images(
+            logits_fn,
+            *batch,
+            eps=cell["eps"] / 255,
+            step_size=cell["settings"]["attack_step_size"] / 255,
+            num_steps=settings.attack_steps,
+            seed=settings.seed,
+        ),
+        follows_gradients=True,
+    ),
+    "apgd": Attack(
+        "APGD on the cross-entropy, then APGD-T against the other classes, each on the images still right, in the "
+        "l_inf ball of radius eps.",
+        cells=apgd_cells,
+        follows_gradients=True,
+    ),
+    "square": Attack(
+        "Square attack in the l_inf ball of radius eps: it sees scores, no gradients.",
+        cells=lambda settings, _: [{"eps": eps, "square_queries": settings.square_queries} for eps in settings.eps],
+        perturb=lambda settings, cell, logits_fn, *batch: square(
+            logits_fn,
+            *batch,
+            eps=cell["eps"] / 255,
+            num_queries=settings.square_queries,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+        ),
+        at_once=8,  # so that survivors fill batches
+        package="pyautoattack",
+    ),
+    "gaussian_noise": Attack(
+        "Normal noise of standard deviation sigma on every value of every pixel.",
+        cells=lambda settings, _: [{"sigma": sigma} for sigma in settings.sigma],
+        perturb=lambda settings, cell, logits_fn, pixel_values, labels, positions: gaussian_noise(
+            pixel_values, cell["sigma"] / 255, attack_seeds(settings.seed, f"noise {cell['sigma']:g}", positions)
+        ),
+        any_answer=True,
+    ),
+    "corruptions": Attack(
+        "Common corruptions of ImageNet-C: noise, blur, weather and compression in five severities.",
+        cells=corruption_cells,
+        any_answer=True,
+    ),
+    "typographic": Attack(
+        "A wrong class name is written on the image; photographs of preference pairs have words of their own."
+    ),
+}
+
+
+class Verdicts:
+    """What one process finds in a pass: a record of every image, the first pictures, warnings."""
+
+    def __init__(self, trial: Trial, cell: Cell, batches: Batches, logits_fn: Logits) -> None:
+        self.trial, self.cell, self.batches, self.logits_fn = trial, cell, batches, logits_fn
+        self.rows: list[Row] = []
+        self.pictures: list[Picture] = []
+        self.warnings: list[str] = []
+        self.flat = 0  # images without a gradient where a targeted attack starts
+
+    def classified(self, perturb: Callable[..., Tensor] | None = None) -> Iterator[Classified]:
+        """The batches that hold images, by ``utils.models.zeroshot.classified``."""
+        first = True
+        for found in classified(self.logits_fn, self.batches, device=self.trial.model.device, perturb=perturb):
+            if len(found.labels):
+                if first:
+                    self.warnings += random_outputs(self.logits_fn, found.pixel_values)
+                first = False
+                yield found
+
+    def add(self, position: int, key: str, label: int, predicted: int, **more: Any) -> None:
+        correct = predicted == label
+        row = {"position": position, "key": key, "label": label, "predicted": predicted, "correct": correct}
+        self.rows.append(row | more)
+        self.batches.judged += 1
+        self.batches.right += correct
+
+    def show(self, position: int, clean: Tensor, attacked: Tensor, label: int, before: int, after: int) -> None:
+        """Keeps a picture; ``before`` and ``after`` are the classes predicted for the two."""
+        names = self.trial.data.classnames
+        caption = {"label": names[label], "predicted_clean": names[before], "predicted": names[after]}
+        self.pictures.append(Picture(position, clean.cpu().numpy(), attacked.cpu().numpy(), caption))
+
+
+def measure_accuracy(trial: Trial, cell: Cell) -> Finding:
+    """Whether each image of a labelled set is classified rightly under the cell's attack, judged in float32."""
+    settings, model, attack = trial.settings, trial.model, ATTACKS[cell["attack"]]
+    dataset, streams = trial.labelled_images(cell), cell["attack"] == "apgd"
+    classifier: Any = trial.classifier
+    in_attack_dtype = copy.copy(model.encoder)  # the same modules
+    in_attack_dtype.compute_dtype = getattr(torch, settings.attack_dtype)
+
+    def logits_fn(pixel_values: Tensor) -> Tensor:
+        parts = pixel_values.split(settings.batch_size)  # several batches may come at once
+        return torch.cat([classifier(model.encoder(part)) for part in parts])
+
+    def attacked_fn(pixel_values: Tensor) -> Tensor:
+        return classifier(in_attack_dtype(pixel_values))
+
+    with frozen(model.encoder), trial.read(dataset, cell, at_once=attack.at_once, by_hand=streams) as batches:
+        verdicts = Verdicts(trial, cell, batches, logits_fn)
+        if streams:
+            apgd_verdicts(verdicts, attacked_fn)
+        else:
+            batch_verdicts(verdicts, attack, attacked_fn if attack.follows_gradients else logits_fn)
+    found = gather_objects(trial.accelerator, (verdicts.rows, verdicts.pictures, verdicts.flat))
+    all_rows, all_pictures, flat = zip(*found)
+    rows = sorted((row for part in all_rows for row in part), key=lambda row: row["position"])
+    pictures = first_pictures(picture for part in all_pictures for picture in part)
+    if cell["corruption"] is not None:
+        pictures = beside_clean(trial, logits_fn, pictures)
+    if sum(flat):
+        verdicts.warnings.append(
+            f"{sum(flat)} of {len(rows)} images have no gradient at all where the targeted attack starts: the model "
+            "may hide its gradients (rounding, saturation), and gradient-based attacks then overstate its accuracy"
+        )
+    correct = [row["correct"] for row in rows]
+    return share(cell, correct, rows=rows, pictures=pictures, warnings=verdicts.warnings)
+
+
+def batch_verdicts(verdicts: Verdicts, attack: Attack, perturbed_fn: Logits) -> None:
+    """Every image is changed once, or not at all, and judged once."""
+    settings, cell = verdicts.trial.settings, verdicts.cell
+    perturb = None if attack.perturb is None else partial(attack.perturb, settings, cell, perturbed_fn)
+    strongest = cell["corruption"] is None or cell["severity"] == max(settings.severities)
+    for found in verdicts.classified(perturb):
+        top5 = found.logits.topk(min(5, found.logits.shape[1]), dim=1).indices
+        predicted = found.logits.argmax(dim=1)
+        answers = zip(found.positions, found.keys, *(x.tolist() for x in (found.labels, predicted, top5)))
+        for *answer, likeliest in answers:
+            verdicts.add(*answer, top5=likeliest)
+        if cell["attack"] != "clean" and strongest and len(verdicts.pictures) < PICTURES:
+            show_turned(verdicts, found, predicted, attack.any_answer)
+
+
+@torch.no_grad()
+def show_turned(verdicts: Verdicts, found: Classified, predicted: Tensor, any_answer: bool) -> None:
+    """Keeps pictures of the first images of a batch, without ``any_answer`` of those whose right answer was turned."""
+    rows = torch.arange(len(predicted), device=predicted.device)
+    rows = rows[:PICTURES] if any_answer else rows[predicted != found.labels]
+    if not len(rows):
+        return
+    clean = verdicts.logits_fn(found.pixel_values[rows]).argmax(dim=1)
+    shown = [
+        (row, before) for row, before in zip(rows.tolist(), clean.tolist()) if any_answer or before == found.labels[row]
+    ]
+    for row, before in shown[:PICTURES]:
+        images = found.pixel_values[row], found.attacked[row]
+        verdicts.show(found.positions[row], *images, int(found.labels[row]), before, int(predicted[row]))
+
+
+def apgd_verdicts(verdicts: Verdicts, attacked_fn: Logits) -> None:
+    """APGD-CE and APGD-T: images stream in as places get free, and leave as soon as they are broken."""
+    settings, batches = verdicts.trial.settings, verdicts.batches
+    keys: dict[int, str] = {}
+    under_attack: dict[int, Point] = {}
+
+    def points() -> Iterator[Point]:
+        for found in verdicts.classified():
+            predicted = found.logits.argmax(dim=1)
+            right = (predicted == found.labels).nonzero()[:, 0]
+            for position, key, label, guess in zip(
+                found.positions, found.keys, found.labels.tolist(), predicted.tolist()
+            ):
+                if guess == label:
+                    keys[position] = key
+                else:
+                    verdicts.add(position, key, label, guess, broken_by="clean", forwards=1)
+            positions = [found.positions[row] for row in right.tolist()]
+            tensors = (found.pixel_values[right], found.labels[right], found.logits[right])
+            for point in make_points(positions, *tensors, settings.apgd_targets):
+                under_attack[point.position] = point
+                yield point
+
+    most = (settings.apgd_steps + 1) * (1 + min(settings.apgd_targets, len(verdicts.trial.data.classnames) - 1))
+
+    def watched(pixel_values: Tensor) -> Tensor:
+        # Who holds out counts by the share of its forwards: else the bar would stand still while survivors remain.
+        batches.show(batches.judged + sum(sum(point.spent) for point in under_attack.values()) / most)
+        return attacked_fn(pixel_values)
+
+    for point in run_apgd(
+        points(),
+        watched,
+        eps=verdicts.cell["eps"] / 255,
+        num_steps=settings.apgd_steps,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        judge=None if settings.attack_dtype == "float32" else verdicts.logits_fn,
+    ):
+        del under_attack[point.position]
+        broken_by = None
+        if point.broken_by is not None:
+            broken_by = f"target {point.broken_by}" if point.broken_by else "cross-entropy"
+            shown = verdicts.pictures
+            early = len(shown) < PICTURES or point.position < shown[-1].position  # copies to the host are few
+            if early and point.adversarial is not None:
+                images = point.pixel_values, point.adversarial
+                verdicts.show(point.position, *images, point.label, point.label, point.predicted)
+                verdicts.pictures = first_pictures(shown)
+        verdicts.flat += point.zero_gradient
+        answer = point.position, keys.pop(point.position), point.label, point.predicted
+        verdicts.add(*answer, broken_by=broken_by, forwards=point.forwards + 1)
+
+
+@torch.no_grad()
+def beside_clean(trial: Trial, logits_fn: Logits, pictures: Sequence[Picture]) -> list[Picture]:
+    """One picture of a corruption, beside the image before it was corrupted; none of published files, which lack it."""
+    if trial.data.published is not None or not pictures:
+        return []
+    dataset, position = trial.labelled_images({"corruption": None, "severity": None}), pictures[0].position
+    pixel_values = to_pixel_values(dataset[0, position, position]["image"][None], trial.model.device)
+    before = trial.data.classnames[int(logits_fn(pixel_values).argmax())]
+    caption = pictures[0].caption | {"predicted_clean": before}
+    return [pictures[0]._replace(clean=pixel_values[0].cpu().numpy(), caption=caption)]
+
+
+def first_pictures(pictures: Iterable[Picture]) -> list[Picture]:
+    """The ones that come first in the set, so that they are the same for any number of processes."""
+    return sorted(pictures, key=lambda picture: picture.position)[:PICTURES]
+
+
+@torch.no_grad()
+def random_outputs(logits_fn: Logits, pixel_values: Tensor) -> list[str]:
+    """A warning where two forwards of the same images differ: attacks that follow gradients then chase noise."""
+    first, second = (F.normalize(logits_fn(pixel_values[:16]).double(), dim=1) for _ in range(2))
+    difference = float((first - second).norm(dim=1).max())
+    if difference <= 1e-4:
+        return []
+    return [
+        f"the model answers the same images differently (logits by {difference:.2g} of their length): attacks need "
+        "gradients averaged over many forwards, which these are not, so the attacked accuracy is too high"
+    ]

@@ -1,0 +1,269 @@
+"""One model on one data set: what is measured, passes over the images, and findings gathered from all processes.
+
+All processes call every function here alike and get the same result. No figure depends on how many they are, nor on the
+batch size, but for rounding.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from utils.data.images import ImageTransform
+from utils.data.shards import SampleDataset, ShardDataset, eval_loader
+from utils.data.skipped import SkipCounter, count_skipped
+from utils.errors import UserError
+from utils.evaluation.results import Cell, Row
+from utils.models.encoders import ImageEncoder, logit_scale
+from utils.models.policy import TextTable, row_names
+from utils.models.zeroshot import ensemble, refuse_non_finite_rows, to_pixel_values
+from utils.processes.distributed import default_num_workers, gather_objects
+from utils.processes.progress import RunProgress
+from utils.sets.corruptions import CorruptedDataset, PublishedCorruptions
+from utils.sets.labelled import LabelledSet
+from utils.training.metrics import mean_interval, wilson_interval
+
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 60  # of progress, where there is no terminal
+
+Rows = list[tuple[int, Any]]  # (position in the set, what was found there)
+
+
+@dataclass
+class EvalSet:
+    """One of --data: labelled splits; pairs, in ``attack`` and ``clean`` or in one split; or published files."""
+
+    labelled: bool
+    splits: dict[str, LabelledSet]
+    classnames: list[str] = field(default_factory=list)
+    templates: list[str] = field(default_factory=list)
+    published: PublishedCorruptions | None = None
+
+
+@dataclass
+class Model:
+    """One of --model, on the device. ``clip`` and ``processor`` are None for an encoder without a text tower."""
+
+    name: str
+    encoder: ImageEncoder
+    transform: ImageTransform
+    device: torch.device
+    clip: Any = None
+    processor: Any = None
+    with_head: Any = None  # the whole model, where it brings a classifier of its own
+    tables: dict[tuple, TextTable] = field(default_factory=dict)  # so that no text is encoded twice
+
+    @property
+    def logit_scale(self) -> float:
+        return logit_scale(self.clip)
+
+    def texts(self, templates: Sequence[str], *, per_prompt: bool = False) -> TextTable:
+        """The model's texts in these templates. With ``per_prompt`` they are of a model whose head is unfolded."""
+        templates = list(templates) or ["{c}"]
+        key = (*templates, per_prompt)
+        if key not in self.tables:
+            self.tables[key] = TextTable(self.clip, self.processor, templates, self.device, per_prompt=per_prompt)
+        return self.tables[key]
+
+    def embed(
+        self, table: TextTable, weight: Tensor | None, images: Tensor, texts: Sequence[str]
+    ) -> tuple[Tensor, Tensor]:
+        """Unit embeddings of images (uint8, or image_embeds) and texts, both through a head ``weight`` (D, D)."""
+        image_embeds, prompt_embeds = images.to(self.device), table(texts)
+        if images.dtype == torch.uint8:
+            image_embeds = self.encoder(to_pixel_values(images, self.device))
+        if weight is not None:
+            image_embeds, prompt_embeds = image_embeds @ weight.T, prompt_embeds @ weight.T
+        return F.normalize(image_embeds, dim=-1), ensemble(prompt_embeds)
+
+    @torch.no_grad()
+    def embed_images(self, batch: dict[str, Any]) -> Tensor:
+        """A batch's images, uint8 (N, 3, H, W), N maybe 0 -> image_embeds (N, D). Raises ``NonFiniteError``."""
+        images = batch["images"]
+        if not len(images):
+            return torch.empty(0, self.encoder.embed_dim, device=self.device)
+        image_embeds = self.encoder(to_pixel_values(images, self.device))
+        names = row_names(batch) if "reg_positions" in batch else batch["keys"]
+        refuse_non_finite_rows(image_embeds.norm(dim=1, keepdim=True), names, f"embeddings by {self.name}")
+        return image_embeds
+
+
+class Picture(NamedTuple):
+    """A sample whose prediction an attack changed; pixels (3, H, W) in [0,1] as NumPy arrays, which travel."""
+
+    position: int
+    clean: np.ndarray
+    attacked: np.ndarray
+    caption: dict[str, str]
+
+
+class Finding(NamedTuple):
+    """A measured cell with what is kept beside its value."""
+
+    cell: Cell
+    value: float | None
+    interval: Sequence[float] | None
+    n: int
+    rows: Sequence[Row] = ()
+    pictures: Sequence[Picture] = ()
+    warnings: Sequence[str] = ()
+
+
+@cache
+def say_once(line: str) -> None:
+    """Many passes read the same set: what was left out of it is said in the first one alone."""
+    logger.warning(line)
+
+
+@dataclass
+class Batches:
+    """The batches of one pass. The bar counts the samples read; where ``by_hand``, ``show`` moves it."""
+
+    loader: DataLoader
+    skips: SkipCounter
+    progress: RunProgress
+    world_size: int
+    by_hand: bool
+    seen: int = 0
+    judged: int = 0
+    right: int = 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in count_skipped(self.loader, self.skips):
+            self.seen += len(batch["keys"])
+            yield batch
+            if not self.by_hand:
+                self.show(self.seen)
+
+    def show(self, done: float) -> None:
+        """Moves the bar to ``done`` samples of this process. The accuracy shown can only fall during an attack."""
+        progress, done = self.progress, min(self.progress.total, int(done * self.world_size))
+        fields = {"accuracy": 1 - (self.judged - self.right) / self.seen} if self.judged else {}
+        due = time.monotonic() - progress.spoken > SECONDS_BETWEEN_LINES
+        progress.update(done, fields, report=due and done < progress.total)
+
+
+@dataclass
+class Trial:
+    """One model on one data set."""
+
+    settings: Any
+    accelerator: Accelerator
+    model: Model
+    data: EvalSet
+    reference: Model | None = None  # what retention and fidelity compare with
+    classifier: Callable[[Tensor], Tensor] | None = None  # of a labelled set: image_embeds (B, D) -> logits (B, C)
+
+    @contextmanager
+    def read(
+        self,
+        dataset: SampleDataset,
+        cell: Cell,
+        *,
+        at_once: int = 1,
+        num_samples: int | None = None,
+        by_hand: bool = False,
+    ) -> Iterator[Batches]:
+        """One pass over a set with a bar, ``at_once`` batches in one. At its end it weighs what was skipped."""
+        settings, accelerator = self.settings, self.accelerator
+        num_samples = min(num_samples or settings.num_samples or len(dataset), len(dataset))
+        skips = SkipCounter(dataset.index, settings.max_bad_fraction, say_once, num_samples)
+        loader = eval_loader(
+            dataset,
+            num_samples=num_samples,
+            batch_size=settings.batch_size * at_once,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            num_workers=default_num_workers(8) if settings.num_workers is None else settings.num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        strength = [f"{name} {cell[name]}" for name in ("eps", "sigma", "corruption", "severity") if cell[name]]
+        title = "  ".join([cell["model"], cell["dataset"], cell["measure"], cell["attack"], *strength])
+        with RunProgress(title, num_samples, enabled=accelerator.is_main_process) as progress:
+            batches = Batches(loader, skips, progress, accelerator.num_processes, by_hand)
+            yield batches
+            counts = skips.state(), batches.judged, batches.right
+            states, judged, right = zip(*gather_objects(accelerator, counts))
+            skips = skips.merge(states)
+            skips.check()
+            if skips.summary() and accelerator.is_main_process:
+                say_once(f"{cell['dataset']}: left out: " + "; ".join(skips.summary().splitlines()))
+            fields = {"accuracy": sum(right) / sum(judged)} if sum(judged) else {}
+            progress.update(num_samples, fields, report=True)
+
+    def labelled_images(self, cell: Mapping[str, Any]) -> SampleDataset:
+        """The images of a labelled set that a cell asks for, as the encoder sees them."""
+        transform, corruption, severity = self.model.transform, cell["corruption"], cell["severity"]
+        if self.data.published is not None:
+            return self.data.published.dataset(transform, corruption, severity)
+        index, num_classes = self.data.splits[self.settings.split].index, len(self.data.classnames)
+        if corruption is None:
+            return ShardDataset(index, transform, order="sequential", with_labels=True, num_classes=num_classes)
+        options = {"severity": severity, "seed": self.settings.seed, "num_classes": num_classes}
+        return CorruptedDataset(index, transform, corruption=corruption, **options)
+
+    def merge(self, own: Mapping[str, Rows]) -> dict[str, Rows]:
+        """The rows of all processes in the set's order; empty for a name that nobody has."""
+        merged: dict[str, Rows] = defaultdict(list)
+        for part in gather_objects(self.accelerator, dict(own)):
+            for name, rows in part.items():
+                merged[name] += rows
+        for rows in merged.values():
+            rows.sort(key=lambda row: row[0])
+        return merged
+
+    def embedded(
+        self, dataset: SampleDataset, cell: Cell, *columns: str, num_samples: int | None = None
+    ) -> tuple[list[int], Tensor, dict[str, Any]]:
+        """Positions, image_embeds (N, D) on the CPU and ``columns`` of the batches: all images, in the set's order."""
+        own: list[tuple[Any, ...]] = []
+        with self.read(dataset, cell, num_samples=num_samples) as batches:
+            for batch in batches:
+                # Copies: what data workers made holds a file open for as long as it lives.
+                arrays = [np.array(batch[name]) for name in ("positions", *columns)]
+                own.append((*arrays, self.model.embed_images(batch).cpu().numpy()))
+        parts = [part for parts in gather_objects(self.accelerator, own) for part in parts if len(part[0])]
+        if not parts:
+            raise nothing_read(cell)
+        positions, *found, embeds = map(np.concatenate, zip(*parts))
+        order = positions.argsort()
+        of_images = {name: values[order] for name, values in zip(columns, found)}
+        return positions[order].tolist(), torch.from_numpy(embeds[order]), of_images
+
+
+def values(rows: Rows) -> list[Any]:
+    return [value for _, value in rows]
+
+
+def nothing_read(cell: Cell) -> UserError:
+    return UserError(f"--data {cell['dataset']}: no readable sample for {cell['measure']}, {cell['attack']}")
+
+
+def share(cell: Cell, outcomes: Sequence[bool], **kept: Any) -> Finding:
+    """A share of successes with its Wilson interval."""
+    if not len(outcomes):
+        raise nothing_read(cell)
+    successes = int(sum(outcomes))
+    return Finding(cell, successes / len(outcomes), wilson_interval(successes, len(outcomes)), len(outcomes), **kept)
+
+
+def mean_of(cell: Cell, rows: Rows) -> Finding:
+    """A mean over images with its normal interval."""
+    if not rows:
+        raise nothing_read(cell)
+    kept = [{"position": position, "value": value} for position, value in rows]
+    return Finding(cell, sum(values(rows)) / len(rows), mean_interval(values(rows)), len(rows), kept)
