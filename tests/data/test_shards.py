@@ -346,6 +346,19 @@ def test_a_set_without_a_readable_sample_is_an_error(tmp_path, content):
         index_shards([str(path)], cache_dir=tmp_path / "cache", flag="--eval_shards")
 
 
+def test_of_two_long_names_the_last_counts(tmp_path):
+    """Where damage took a member, its long name stays before that of the next one, as ``tarfile`` would call it."""
+
+    def long_name(name):
+        info = tarfile.TarInfo("././@LongLink")
+        info.type, info.size = tarfile.GNUTYPE_LONGNAME, len(name)
+        return info.tobuf(tarfile.GNU_FORMAT) + name.encode() + bytes(512 - len(name))
+
+    (tmp_path / "0.tar").write_bytes(long_name("a.cls") + long_name("b.json") + files(("x", b"{}")) + EMPTY)
+    found = scan_tar(tmp_path / "0.tar")
+    assert (found.keys, list(found.members(0))) == (["b"], ["json"])
+
+
 def test_hostile_headers_end_the_pass(tmp_path):
     def header(kind, size):
         info = tarfile.TarInfo("x")
