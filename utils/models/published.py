@@ -67,7 +67,15 @@ DUAL_ENCODER_PARTS = {"vision_config": ("convnext", "clip_vision_model"), "text_
 FIXED_POSITIONS = ("clip_vision_model", "siglip_vision_model")  # towers that take images of one size only
 HUB_ID = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}(/[A-Za-z0-9][A-Za-z0-9_.-]{0,95})?"
 LFS_POINTER = b"version https://git-lfs"
-PROCESSOR_FILES = ("*processor_config.json", "*token*.json", "vocab.*", "merges.txt", "*.model", "chat_template.jinja")
+PROCESSOR_FILES = (
+    "*processor_config.json",
+    "tokenizer*.json",
+    "*_tokens*.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+)
 
 
 def refuse_mistyped_path(name: str, flag: str) -> None:
