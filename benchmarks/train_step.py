@@ -98,7 +98,7 @@ class Variant:
     one_forward: bool = False  # clean and perturbed images together
     fused: bool = False  # PGD in place, AdamW in one pass
     bf16: bool = False  # transformer blocks
-    lean: bool = False  # utils/models/encoders.py in place of transformers' layers
+    lean: bool = False  # use_lean_layers in place of transformers' layers
     compiled: bool = False
 
 

@@ -11,7 +11,7 @@ from transformers import AutoProcessor, AutoTokenizer
 
 from tests.small_models import TEXT_KINDS, save_small_model
 from utils.errors import UserError
-from utils.models import tokens
+from utils.models import tokens, zeroshot
 from utils.models.encoders import load_model, make_encoder, save_model
 from utils.models.zeroshot import class_embeddings, prompt_embeddings
 
@@ -183,14 +183,13 @@ def test_classes_that_the_model_cannot_tell_apart_are_named(models, caplog):
     ]
 
 
-def test_cut_texts_and_texts_that_end_early_are_said_once(models, caplog):
+def test_cut_texts_and_texts_that_end_early_are_said_once(models, caplog, monkeypatch):
     tokens._said.clear()
+    monkeypatch.setattr(zeroshot, "TEXTS_AT_ONCE", 2)
     model, processor = load_model(str(models / "clip"))
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            prompt_embeddings(
-                model, processor, [*TEXTS, "cat <|endoftext|> dog"], ["{c}", "a photo of a {c}."], batch_size=2
-            )
+            prompt_embeddings(model, processor, [*TEXTS, "cat <|endoftext|> dog"], ["{c}", "a photo of a {c}."])
     lines = [record.message for record in caplog.records]
     assert len(lines) == 2
     assert lines[0].startswith(

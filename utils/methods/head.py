@@ -68,8 +68,8 @@ def neutral_t(
 ) -> float:
     """t*: where the pairs' accuracy is nearest chance, 1/2, among those t that keep the task.
 
-    Kept means at most ``tolerance`` below the task accuracy of the original, t = 0, which has to be among ``ts``. Of equally
-    near ones the nearest to 0 is taken. To be chosen on validation data and reported on other data.
+    Kept: at most ``tolerance`` below the task accuracy of the original, t = 0, which must be among ``ts``. Of equally
+    near ones the nearest to 0. To be chosen on validation data and reported on other data.
     """
     least = task_accuracies[list(ts).index(0)] - tolerance
     found = zip(ts, pair_accuracies, task_accuracies)
@@ -81,10 +81,9 @@ def warn_of_condition(weight: Tensor) -> str | None:
     number = float(torch.linalg.cond(weight.double()))
     if number <= LARGEST_CONDITION_NUMBER:
         return None
-    return (
-        f"the head's condition number is {number:.3g} (more than {LARGEST_CONDITION_NUMBER:g}): t below 0 blows its weak "
-        "directions up; add --orthogonality_weight, or train less"
-    )
+    above = f"{number:.3g} (more than {LARGEST_CONDITION_NUMBER:g})"
+    advice = "t below 0 blows its weak directions up; add --orthogonality_weight, or train less"
+    return f"the head's condition number is {above}: {advice}"
 
 
 @torch.no_grad()
@@ -98,10 +97,8 @@ def fold_head(clip: CLIPModel, weight: Tensor) -> None:
 def save_head(directory: str | Path, weight: Tensor, clip: CLIPModel) -> None:
     """Writes W and the two projections *before* any folding, so that the model beside it can be given another t."""
     Path(directory).mkdir(parents=True, exist_ok=True)
-    tensors = {"weight": weight.float()} | _projections(clip)
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, Path(directory) / HEAD_FILE
-    )
+    tensors = {"weight": weight.detach().float()} | _projections(clip)
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, Path(directory) / HEAD_FILE)
 
 
 def load_head(directory: str | Path, flag: str = "--model") -> dict[str, Tensor]:
@@ -142,7 +139,7 @@ def _set_projections(clip: PreTrainedModel, projections: dict[str, Tensor]) -> N
 
 @contextmanager
 def unfolded(clip: PreTrainedModel, head: dict[str, Tensor]) -> Iterator[None]:
-    """Inside, the model has the projections it had before any head was folded in. UserError for another model's head."""
+    """Inside, the model has the projections of before any head was folded in. UserError for another model's head."""
     kept = _projections(clip)
     _set_projections(clip, head)
     try:

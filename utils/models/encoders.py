@@ -51,13 +51,12 @@ ATTENTION = "lean"  # of ``attention`` in transformers' table; a name with "flas
 class ImageEncoder(nn.Module):
     """phi: an image tower and its projection, if it has one, with the normalisation of pixels inside.
 
-    The modules are those of the model that it was made from, not copies: training this trains that. Pixels, normalisation
-    and the patch embedding stay in float32, the blocks run under autocast in ``compute_dtype``: bfloat16 would round a
-    normalised pixel near 2 to steps of 1/64 and lose an attack's steps of 1/1020. Autocast is entered here, not by the
-    training engine, so that attack, reference and trained encoder see the same arithmetic, wrapped or not.
+    Its modules are the model's own, not copies: training this trains that. Pixels, normalisation and patch embedding
+    stay in float32, the blocks run under autocast in ``compute_dtype``: bfloat16 would round a normalised pixel near 2
+    to steps of 1/64 and lose an attack's steps of 1/1020. Autocast is entered here, not by the training engine, so that
+    attack, reference and trained encoder compute alike, wrapped or not.
 
-    mean_of_patches: the embedding is [class token; mean of the patch tokens], as DINOv2's linear heads take it, and not the
-    tower's own pooled output.
+    mean_of_patches: the embedding is [class token; mean of the patch tokens], as DINOv2's linear heads take it.
     """
 
     image_mean: Tensor
@@ -102,10 +101,7 @@ class ImageEncoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """The text tower of a contrastive model and its projection, if it has one: token ids to un-normalised text embeddings.
-
-    The modules are the model's own. ``utils.models.tokens`` decides what they are given, and whether with a mask.
-    """
+    """The text tower of a contrastive model and its projection, if it has one; the modules are the model's own."""
 
     def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -115,7 +111,7 @@ class TextEncoder(nn.Module):
         self.compute_dtype = compute_dtype
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """(..., L) int64, and of the same shape 0 for what is not to be seen -> (..., D), float32."""
+        """(..., L) int64, and in the same shape 0 for what is not seen -> (..., D), float32, not of unit length."""
         autocast = self.compute_dtype != torch.float32
         mask = None if attention_mask is None else attention_mask.flatten(0, -2)
         with torch.autocast(input_ids.device.type, dtype=self.compute_dtype, enabled=autocast):
@@ -166,8 +162,9 @@ def refuse_other_shape(reference: ImageEncoder, encoder: ImageEncoder, name_or_p
     """``UserError`` where a reference sees other pixels or gives other embeddings than the encoder."""
     if (reference.embed_dim, reference.image_size) != (encoder.embed_dim, encoder.image_size):
         raise UserError(
-            f"--reference_model_name_or_path {name_or_path}: embeds {reference.image_size} px into {reference.embed_dim} "
-            f"dimensions, the encoder {encoder.image_size} px into {encoder.embed_dim}; name a model of the encoder's kind"
+            f"--reference_model_name_or_path {name_or_path}: embeds {reference.image_size} px into "
+            f"{reference.embed_dim} dimensions, the encoder {encoder.image_size} px into {encoder.embed_dim}; "
+            "name a model of the encoder's kind"
         )
 
 
@@ -175,16 +172,16 @@ def check_reference_dtype(name: str, compute_dtype: torch.dtype) -> None:
     """``UserError`` where --reference_dtype bfloat16 would change what the reference computes."""
     if name == "bfloat16" and compute_dtype != torch.bfloat16:
         raise UserError(
-            f"--reference_dtype bfloat16: the transformer blocks run in {str(compute_dtype).removeprefix('torch.')}, the "
-            "reference would embed otherwise than the encoder; set mixed_precision: bf16, or leave it at float32"
+            f"--reference_dtype bfloat16: the transformer blocks run in {str(compute_dtype).removeprefix('torch.')}, "
+            "so the reference would embed unlike the encoder; set mixed_precision: bf16, or leave it at float32"
         )
 
 
 def keep_weights_in(name: str, reference: ImageEncoder) -> ImageEncoder:
     """``bfloat16``: stores the blocks' linear layers, nearly all of the weights, in bfloat16, in place.
 
-    Autocast rounds them to bfloat16 before every product anyway: the embeddings stay the same to the bit. Everything else
-    stays float32: patch embedding, positions, layer norms, projection.
+    Autocast rounds them to that before every product anyway: the embeddings stay the same to the bit. Patch embedding,
+    positions, layer norms and projection stay float32.
     """
     if name == "bfloat16":
         blocks = [module for module in reference.vision_model.modules() if isinstance(module, nn.ModuleList)]
@@ -221,10 +218,10 @@ def use_lean_layers(tower: nn.Module) -> None:
 
 
 def embed_patches(pixel_values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Non-overlapping patches times weights, float32 under autocast too: (B, 3, H, W), (D, 3, P, P) -> (B, D, H/P, W/P).
+    """Patches side by side times weights, always in float32: (B, 3, H, W), (D, 3, P, P) -> (B, D, H/P, W/P).
 
-    On a CPU as one product: oneDNN takes more than twice as long for the convolution's gradient to the pixels, 14 % of an
-    attack on ViT-B/32. On a GPU TF32 must be off for convolutions: see utils/processes/distributed.py.
+    On a CPU as one product: oneDNN takes more than twice as long for the convolution's gradient to the pixels, 14 % of
+    an attack on ViT-B/32. On a GPU TF32 must be off for convolutions: see utils/processes/distributed.py.
     """
     with torch.autocast(pixel_values.device.type, enabled=False):
         pixel_values = pixel_values.float()
@@ -246,7 +243,7 @@ class Float32PatchEmbedding(nn.Conv2d):
 
 
 class Float32PatchProduct(nn.Linear):
-    """SigLIP 2's patch embedding, float32: (B, 3, H, W) -> (B, D, H/P, W/P). A patch is P x P x 3 in its weights (D, 3 P P)."""
+    """SigLIP 2's patch embedding, float32: (B, 3, H, W) -> (B, D, H/P, W/P). The weights (D, 3 P P) are P x P x 3."""
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         patch = math.isqrt(self.in_features // 3)
@@ -317,10 +314,10 @@ class QuickGELU(QuickGELUActivation):
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """softmax(scaling * Q K^T) V, (B, heads, T, d) each -> (B, T, heads, d). torch's flash attention but for bfloat16 on a CPU.
+    """softmax(scaling * Q K^T) V, (B, heads, T, d) each -> (B, T, heads, d). No ``scaling``: 1 / sqrt(d).
 
-    There it takes about five times as long, backward included, as the two products and the softmax written out, which
-    keep the weights (B, heads, T, T) for the backward pass. No ``scaling``: 1 / sqrt(d).
+    By torch's flash attention, but for bfloat16 on a CPU: there it takes about five times as long, backward included,
+    as the two products and the softmax written out, which keep the weights (B, heads, T, T) for the backward pass.
     """
     plain = query.device.type == "cpu" and query.dtype == torch.bfloat16
     if not plain or attention_mask is not None or options.get("dropout"):

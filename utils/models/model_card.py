@@ -24,10 +24,8 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a result depends on; absent packages are left out."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 

@@ -1,4 +1,4 @@
-"""The policy of preference optimisation: what is trained of a contrastive model, its logits, and how its choices are judged."""
+"""The policy of preference optimisation: what is trained of a contrastive model, its logits and its choices."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ Embed = Callable[[Tensor, Sequence[str]], tuple[Tensor, Tensor]]
 class Policy(nn.Module):
     """Pictures and texts to embeddings, through those parts that are trained.
 
-    ``head``: both come as embeddings and pass the head. ``image``: pixels pass the image tower, texts come as embeddings.
-    ``all``: pixels and token ids pass both towers.
+    ``head``: both come as embeddings and pass the head. ``image``: pixels pass the image tower, texts come as
+    embeddings. ``all``: pixels and token ids pass both towers.
     """
 
     def __init__(
@@ -40,9 +40,9 @@ class Policy(nn.Module):
         self.image_encoder, self.text_encoder, self.head = image_encoder, text_encoder, head
 
     def forward(self, images: Tensor, texts: Tensor | Tokens) -> tuple[Tensor, Tensor]:
-        """(N, 3, H, W) in [0,1] or (N, D); tokens (T, P, L) or (T, P, D) -> (N, D) as they come and unit (T, D), float32.
+        """(N, 3, H, W) in [0,1] or (N, D); tokens (T, P, L) or (T, P, D) -> (N, D) as it comes, unit (T, D), float32.
 
-        P prompts of a text are averaged as in zero-shot classification, after the head, so that a folded head is exact.
+        The P prompts of a text are averaged after the head, so that a folded head is exact.
         """
         image_embeds = self.embed_images(images)
         prompt_embeds: Any = texts if self.text_encoder is None else self.text_encoder(*texts)
@@ -57,8 +57,8 @@ class Policy(nn.Module):
 class TextTable:
     """Embeddings of texts by the frozen text tower, (T, P, D): each text is encoded once, when it is first met.
 
-    ``per_prompt`` keeps the P prompts of a text apart, for a head that stands between them and their mean; else P = 1 and
-    the mean is kept (``ensemble`` of one unit embedding is that embedding).
+    ``per_prompt`` keeps the P prompts of a text apart, for a head that stands between them and their mean; else P = 1
+    and the mean is kept (``ensemble`` of one unit embedding is that embedding).
     """
 
     def __init__(
@@ -161,11 +161,10 @@ def batch_logits(image_embeds: Tensor, text_embeds: Tensor, logit_scale: float, 
 
 @torch.no_grad()
 def choices(logits: BatchLogits, ref_logits: BatchLogits | None, batch: dict[str, Any]) -> dict[str, Tensor]:
-    """What the policy chooses, row by row, on the CPU, (R,) of the regulariser's rows and (P,) of the preferences:
+    """What the policy chooses, row by row, on the CPU, (R,) of the regulariser's rows and (P,) of the preferences.
 
-    clean: whether the right text is the likeliest (rows without one are left out); kl: to the reference, nats.
-    chosen: whether the chosen text is the likeliest candidate; rejected: whether a rejected one is; pair: whether the chosen
-    text is likelier than every rejected one.
+    clean: the right text is the likeliest (rows without one are left out); kl: to the reference, nats. chosen: the
+    chosen text is the likeliest candidate; rejected: a rejected one is; pair: the chosen one beats every rejected one.
     """
     device = logits.pairs.device
     reg_chosen, chosen, rejected = (batch[name].to(device) for name in ("reg_chosen", "chosen", "rejected"))

@@ -40,7 +40,7 @@ from utils.redaction import printable
 
 logger = logging.getLogger(__name__)
 
-# Names in transformers: the model, the image processor where no file says which, the processor of one with a text tower.
+# Names in transformers: the model, the image processor if no file says which, the processor of one with a text tower.
 CLASSES: dict[str, tuple[str, str, str | None]] = {
     "clip": ("CLIPModel", "CLIPImageProcessor", "CLIPProcessor"),
     "siglip": ("SiglipModel", "SiglipImageProcessor", "SiglipProcessor"),
@@ -67,7 +67,15 @@ DUAL_ENCODER_PARTS = {"vision_config": ("convnext", "clip_vision_model"), "text_
 FIXED_POSITIONS = ("clip_vision_model", "siglip_vision_model")  # towers that take images of one size only
 HUB_ID = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}(/[A-Za-z0-9][A-Za-z0-9_.-]{0,95})?"
 LFS_POINTER = b"version https://git-lfs"
-PROCESSOR_FILES = ("*processor_config.json", "*token*.json", "vocab.*", "merges.txt", "*.model", "chat_template.jinja")
+PROCESSOR_FILES = (
+    "*processor_config.json",
+    "tokenizer*.json",
+    "*_tokens*.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+)
 
 
 def refuse_mistyped_path(name: str, flag: str) -> None:
@@ -111,8 +119,7 @@ def nearest(name: str) -> str:
 def check_model(name_or_path: str, flag: str, supported: Sequence[str] = MODEL_TYPES) -> PreTrainedConfig:
     """The model's config, read before any weights. ``UserError`` where there is none, or one that is not supported.
 
-    Fields that say how transformers computes or answers (attn_implementation, output_attentions, return_dict) are reset:
-    nothing here depends on them.
+    Fields that say how transformers computes or answers (attn_implementation, return_dict) are reset, unread.
     """
     refuse_mistyped_path(name_or_path, flag)
     where = f"{flag} {name_or_path}"
@@ -153,7 +160,7 @@ def _config_faults(config: PreTrainedConfig, parts: Sequence[PreTrainedConfig]) 
         quantization = getattr(part, "quantization_config", None)
         if quantization is not None:
             method = (isinstance(quantization, dict) and quantization.get("quant_method")) or "of no named method"
-            yield f"config.json has a quantization_config ({method}), which is not supported; give the unquantized model"
+            yield f"config.json has a quantization_config ({method}), which is not supported; give the model without"
         activation = getattr(part, "hidden_act", None)
         if activation is not None and activation not in ACT2FN:
             yield f"config.json: hidden_act {activation!r} is unknown to transformers"
@@ -167,10 +174,8 @@ def _config_faults(config: PreTrainedConfig, parts: Sequence[PreTrainedConfig]) 
     if config.model_type in ("siglip", "siglip2"):  # no projection makes them the same
         image_dim, text_dim = config.vision_config.hidden_size, config.text_config.projection_size
         if image_dim != text_dim:
-            yield (
-                f"config.json: images embed into {image_dim} dimensions, texts into {text_dim}; expected hidden_size of "
-                "vision_config to be projection_size of text_config"
-            )
+            equal = "expected hidden_size of vision_config to be projection_size of text_config"
+            yield f"config.json: images embed into {image_dim} dimensions, texts into {text_dim}; {equal}"
 
 
 def has_text(config: PreTrainedConfig) -> bool:
@@ -207,16 +212,12 @@ def load_model(
     tower, size = image_tower(model)[0].config, image_size(image_processor)
     patch = getattr(image_processor, "patch_size", None)  # SigLIP 2's processor has one
     if patch is not None and patch != tower.patch_size:
-        raise UserError(
-            f"{where}: its image processor makes patches of {patch} px, the model takes {tower.patch_size} px; correct its "
-            "patch_size"
-        )
+        sizes = f"patches of {patch} px, the model takes {tower.patch_size} px"
+        raise UserError(f"{where}: its image processor makes {sizes}; correct its patch_size")
     # The other towers interpolate their position embeddings, or have none.
     if tower.model_type in FIXED_POSITIONS and size != tower.image_size:
-        raise UserError(
-            f"{where}: its image processor gives {size} px, the model takes {tower.image_size} px; correct crop_size in "
-            "preprocessor_config.json"
-        )
+        sizes = f"{size} px, the model takes {tower.image_size} px"
+        raise UserError(f"{where}: its image processor gives {sizes}; correct its crop_size")
     if has_text(config) and not 0 < (scale := logit_scale(model)) < math.inf:
         raise UserError(
             f"{where}: {_weights_file(name_or_path, 'logit_scale')}: exp(logit_scale) is {scale:g}, the logits of all "
@@ -313,7 +314,7 @@ def switch_off_randomness(model: nn.Module) -> list[str]:
 
 
 def _load_tokenizer(name_or_path: str, config: PreTrainedConfig, where: str) -> Any:
-    """The tokenizer of a model with text, as its files have it. ``UserError`` where it cannot be the text tower's own."""
+    """The tokenizer as its files have it. ``UserError`` where it cannot be the text tower's own."""
     try:
         with quiet_transformers():
             tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
@@ -377,7 +378,7 @@ def image_transform(processor: Any) -> ImageTransform:
 
 
 def image_size(processor: Any) -> int:
-    """The side of the square images that the model of this processor takes, in pixels. ``ValueError`` for any others."""
+    """The side of the square images that a processor makes, in pixels. ``ValueError`` for any others."""
     size = image_transform(processor).output_size
     if size is None or size[0] != size[1]:
         raise ValueError("its image processor gives no square images; set its crop_size")
@@ -398,7 +399,7 @@ def logit_scale(model: PreTrainedModel) -> float:
 def save_model(directory: str | Path, model: PreTrainedModel, processor: Any, encoder_state: dict[str, Tensor]) -> None:
     """Writes config, model.safetensors and processor files: ``model`` with the encoder's new weights. On one process.
 
-    ``encoder_state``: a full state dict of ``ImageEncoder``, under ZeRO-3 the gathered one, maybe with ``TextEncoder``'s.
+    ``encoder_state``: the full state dict of ``ImageEncoder``, gathered under ZeRO-3, maybe with ``TextEncoder``'s.
     """
     tower, _ = image_tower(model)
     inside = next(name for name, module in model.named_modules() if module is tower)  # "" for a tower alone
@@ -411,7 +412,7 @@ def save_model(directory: str | Path, model: PreTrainedModel, processor: Any, en
             raise RuntimeError(f"{name} is partitioned (shape {tuple(tensor.shape)}): refusing to save it")
         if not tensor.isfinite().all():
             raise UserError(
-                f"{directory}: {name} is not finite, the model is not saved; loss and gradient before are in metrics.jsonl"
+                f"{directory}: {name} is not finite, the model is not saved; metrics.jsonl has the loss before"
             )
     with quiet_transformers():
         model.save_pretrained(directory, state_dict=state)

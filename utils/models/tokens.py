@@ -1,8 +1,8 @@
 """Texts to the token ids that a text tower reads: cut, ended and filled up as the tower was trained.
 
-A tokenizer's files may ask for other things: padding on the left, no longest text. Here the tower decides: texts are cut at
-its positions and keep their end, padding comes on the right, no text depends on the others of its batch. The tokenizer
-itself stays as it was, and is saved so.
+A tokenizer's files may ask for other things: padding on the left, no longest text. Here the tower decides: texts are
+cut at its positions and keep their end, padding comes on the right, no text depends on the others of its batch. The
+tokenizer itself stays as it was, and is saved so.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 SIGLIP2_LENGTH = 64  # of the processor in transformers, which asks no tokenizer
 WORDS = 20  # of a vocabulary, to see whether they are found
+OWN_FILES = "put the model's own tokenizer files beside config.json"
 SHORTEST = 3  # a text of one token between a start and an end
 ARGMAX_EOS = 2  # in the config of a CLIP of before 2023: the tower pools the token of the highest id
 # Words of several scripts, in pairs of as many letters and bytes: a tokenizer that tells one pair apart knows letters.
@@ -38,7 +39,7 @@ class Tokens(NamedTuple):
 
 
 def read_prompts(processor: Any, config: PreTrainedConfig, prompts: Sequence[str]) -> list[list[int]]:
-    """The ids of every prompt, cut at what the tower takes, which is said once. UserError for ids that the tower lacks."""
+    """The ids of every prompt, cut at what the tower takes, said once. ``UserError`` for ids that the tower lacks."""
     tokenizer, length, size = (
         processor.tokenizer,
         text_length(processor.tokenizer, config),
@@ -47,18 +48,15 @@ def read_prompts(processor: Any, config: PreTrainedConfig, prompts: Sequence[str
     rows = token_ids(tokenizer, prompts)
     long = [(prompt, len(ids)) for prompt, ids in zip(prompts, rows) if len(ids) > length]
     if long:
-        line = (
-            f"{len(long)} of {len(prompts)} texts are longer than the {length} tokens that the text tower takes, the longest "
-            f"has {max(count for _, count in long)}; their ends are left out, the first is {long[0][0][:80]!r} (said once)"
-        )
-        _say_once("long", line)
+        line = f"{len(long)} of {len(prompts)} texts are longer than the {length} tokens that the text tower takes"
+        longest = max(count for _, count in long)
+        end = f"the longest has {longest}; their ends are left out, the first is {long[0][0][:80]!r} (said once)"
+        _say_once("long", f"{line}, {end}")
         rows = _cut(rows, length, tokenizer)
     for prompt, ids in zip(prompts, rows):
         if max(ids, default=0) >= size:
-            raise UserError(
-                f"{prompt[:80]!r}: token {max(ids)} of a text tower of {size} (vocab_size); the tokenizer is another model's, "
-                "put the model's own files beside config.json"
-            )
+            fault = f"{prompt[:80]!r}: token {max(ids)} of a text tower of {size} (vocab_size)"
+            raise UserError(f"{fault}; the tokenizer is another model's, {OWN_FILES}")
         if not _is_siglip(config) and _end(ids, config) in ids[:-1]:
             _say_once("end", f"{prompt[:80]!r}: holds the token that ends a text, and is read up to there (said once)")
     return rows
@@ -67,8 +65,8 @@ def read_prompts(processor: Any, config: PreTrainedConfig, prompts: Sequence[str
 def fill_up(rows: Sequence[list[int]], processor: Any, config: PreTrainedConfig, device: torch.device | str) -> Tokens:
     """Ids (n, L) with padding on the right, on ``device``.
 
-    CLIP's towers pool the end of text and do not look ahead: up to the longest, with what is never seen. SigLIP pools the
-    last place: up to the full length, padding seen as in its training, unless the tokenizer's own file asks for masks.
+    CLIP's towers pool the end of text and do not look ahead: up to the longest, with what is never seen. SigLIP pools
+    the last place: up to the full length, padding seen as in its training, unless the tokenizer's file asks for masks.
     """
     tokenizer, siglip = processor.tokenizer, _is_siglip(config)
     if siglip:
@@ -129,28 +127,23 @@ def check_tokenizer(tokenizer: Any, config: PreTrainedConfig) -> None:
     vocabulary = tokenizer.get_vocab()
     special = {*getattr(tokenizer, "added_tokens_decoder", ()), *tokenizer.all_special_ids}
     ordinary = max(set(vocabulary.values()) - special, default=0)
-    files = "put the tokenizer's own files beside config.json"
     probes = [_cut(token_ids(tokenizer, pair), length, tokenizer) for pair in PROBES]
     if all(first == second for first, second in probes):
         raise ValueError(
-            f"its tokenizer gives different texts the same tokens ({PROBES[0][0]!r} and {PROBES[0][1]!r}), it knows {known} "
-            f"tokens; files are missing, damaged or another model's: {files}"
+            f"its tokenizer gives different texts the same tokens {PROBES[0]}, it knows {known} tokens; files are "
+            f"missing, damaged or another model's: {OWN_FILES}"
         )
     texts = [ids for pair in probes for ids in pair]
     largest = max(ordinary, *(max(ids, default=0) for ids in texts))
     if largest >= text.vocab_size or known < text.vocab_size / 2:
-        raise ValueError(
-            f"its tokenizer knows {known} tokens, the largest id is {largest}, its text tower {text.vocab_size} (vocab_size); "
-            f"it is another model's: {files}"
-        )
+        fault = f"its tokenizer knows {known} tokens, the largest id is {largest}, its text tower {text.vocab_size}"
+        raise ValueError(f"{fault} (vocab_size); it is another model's: {OWN_FILES}")
     # CLIP's vocabulary says where words end, and which ones it has.
     words = [word for word in vocabulary if re.fullmatch("[a-z]{3,}</w>", word)][:WORDS]
     spelt = token_ids(tokenizer, [word.removesuffix("</w>") for word in words])
     if words and not any(vocabulary[word] in ids for word, ids in zip(words, spelt)):
-        raise ValueError(
-            f"its tokenizer, a {type(tokenizer).__name__}, spells words that its vocabulary has, such as {words[0][:-4]!r}; its "
-            f"class or its merges are another model's: {files}"
-        )
+        fault = f"a {type(tokenizer).__name__}, spells words that its vocabulary has, such as {words[0][:-4]!r}"
+        raise ValueError(f"its tokenizer, {fault}; its class or its merges are another model's: {OWN_FILES}")
     if _is_siglip(config):
         if tokenizer.pad_token_id is None or not 0 <= tokenizer.pad_token_id < text.vocab_size:
             raise ValueError(
@@ -162,10 +155,9 @@ def check_tokenizer(tokenizer: Any, config: PreTrainedConfig) -> None:
     for ids in texts:
         wanted, last = max([ordinary, *ids]) if old else text.eos_token_id, ids[-1] if ids else None
         if last != wanted:
-            raise ValueError(
-                f"its text tower pools the end of text, id {wanted} (eos_token_id {text.eos_token_id} in config.json), and its "
-                f"tokenizer ends texts with id {last}; {files}, or correct eos_token_id"
-            )
+            pooled = f"id {wanted} (eos_token_id {text.eos_token_id} in config.json)"
+            fault = f"its text tower pools the end of text, {pooled}, and its tokenizer ends texts with id {last}"
+            raise ValueError(f"{fault}; {OWN_FILES}, or correct eos_token_id")
     # Old configs name another start as well, and no tower looks at it: a note.
     start, first = tokenizer.bos_token_id if old else text.bos_token_id, texts[0][0]
     if isinstance(start, int) and start < text.vocab_size and first != start:
@@ -190,9 +182,7 @@ def refuse_equal_texts(processor: Any, config: PreTrainedConfig, texts: Sequence
     shown = f"the classes {names[first][:80]!r} and {names[second][:80]!r} are the same"
     more = f" ({len(equal)} such names)" if len(equal) > 1 else ""
     if found[first] != found[second]:
-        raise UserError(
-            f"{shown} text to the model, which reads {length} tokens of a prompt{more}; shorten the names or the templates"
-        )
+        raise UserError(f"{shown} text to the model, which reads {length} tokens{more}; shorten names or templates")
     alone = token_ids(tokenizer, [names[first], names[second]])
     if not _is_siglip(config):  # CLIP's unknown token is the end of text
         alone = [ids[:-1] for ids in alone]

@@ -20,6 +20,9 @@ from utils.models.published import has_text, logit_scale
 from utils.models.tokens import fill_up, read_prompts, refuse_equal_texts
 from utils.sets.labelled import LabelledSet
 
+TEXTS_AT_ONCE = 256  # in a batch of the text tower
+Device = torch.device | str
+
 
 def set_classifier(
     model: PreTrainedModel,
@@ -29,9 +32,9 @@ def set_classifier(
     device: torch.device,
     linear_head: str | None = None,
 ) -> LinearClassifier:
-    """What tells the classes of a set apart: a linear head's file; else class texts by the text tower; else the model's head.
+    """What tells the classes of a set apart: a linear head's file, else the text tower, else the model's own head.
 
-    The class texts' logits are s * cos(z, t_c), s = exp(logit_scale); SigLIP's bias, the same for all classes, is left out.
+    By the text tower: s * cos(z, t_c), s = exp(logit_scale); SigLIP's bias, equal for all classes, is left out.
     ``UserError`` where there is none of them, or another number of classes.
     """
     if linear_head is not None:
@@ -43,19 +46,14 @@ def set_classifier(
 
 
 def class_embeddings(
-    model: PreTrainedModel,
-    processor: Any,
-    classnames: Sequence[str],
-    templates: Sequence[str],
-    device: torch.device | str = "cpu",
-    batch_size: int = 256,
+    model: PreTrainedModel, processor: Any, classnames: Sequence[str], templates: Sequence[str], device: Device = "cpu"
 ) -> Tensor:
     """t_c: the mean over templates of unit text embeddings, made unit again. -> (C, D), float32, on ``device``.
 
     ``UserError`` for different names that are one to the model.
     """
     refuse_equal_texts(processor, model.config, classnames, templates[0])
-    return ensemble(prompt_embeddings(model, processor, classnames, templates, device, batch_size))
+    return ensemble(prompt_embeddings(model, processor, classnames, templates, device))
 
 
 def ensemble(prompt_embeds: Tensor) -> Tensor:
@@ -65,12 +63,7 @@ def ensemble(prompt_embeds: Tensor) -> Tensor:
 
 @torch.no_grad()
 def prompt_embeddings(
-    model: PreTrainedModel,
-    processor: Any,
-    texts: Sequence[str],
-    templates: Sequence[str],
-    device: torch.device | str = "cpu",
-    batch_size: int = 256,
+    model: PreTrainedModel, processor: Any, texts: Sequence[str], templates: Sequence[str], device: Device = "cpu"
 ) -> Tensor:
     """Un-normalised embeddings of every text in every template, (T, P, D) float32 on ``device``.
 
@@ -81,7 +74,7 @@ def prompt_embeddings(
     encoder.to(device)
     prompts = [template.replace("{c}", text) for text in texts for template in templates]
     rows = read_prompts(processor, model.config, prompts)
-    parts = (rows[first : first + batch_size] for first in range(0, len(rows), batch_size))
+    parts = (rows[first : first + TEXTS_AT_ONCE] for first in range(0, len(rows), TEXTS_AT_ONCE))
     found = torch.cat([encoder(*fill_up(part, processor, model.config, device)) for part in parts])
     encoder.to(home)
     refuse_non_finite_rows(found.norm(dim=-1, keepdim=True), [f"text {prompt!r}" for prompt in prompts], "embeddings")
@@ -99,8 +92,8 @@ def refuse_non_finite_rows(values: Tensor, keys: Sequence[str], what: str) -> No
     finite = values.isfinite().all(dim=1)
     if not finite.all():
         raise NonFiniteError(
-            f"{keys[int((~finite).nonzero()[0])]}: its {what} are not finite; no figure is made of them; the model's numbers "
-            "overflow: try mixed_precision no or bf16, else give another checkpoint"
+            f"{keys[int((~finite).nonzero()[0])]}: its {what} are not finite; no figure is made of them; the model's "
+            "numbers overflow: try mixed_precision no or bf16, else give another checkpoint"
         )
 
 
@@ -124,8 +117,8 @@ def classified(
 ) -> Iterator[Classified]:
     """The batches of an evaluation loader, moved to the device, changed by ``perturb`` and classified.
 
-    batches: with ``images`` uint8 (B, 3, H, W), ``labels`` and ``positions`` (B,) int64, ``keys``. logits_fn: pixel_values
-    (B, 3, H, W) -> (B, C). perturb: (pixel_values, labels, positions) -> pixel_values; it takes gradients by itself.
+    batches: with ``images`` uint8 (B, 3, H, W), ``labels`` and ``positions`` (B,) int64, ``keys``. logits_fn:
+    pixel_values -> logits (B, C). perturb: (pixel_values, labels, positions) -> pixel_values, with gradients.
     """
     for batch in batches:
         count = len(batch["positions"])
@@ -176,8 +169,8 @@ def predictions(
 ) -> tuple[Tensor, Tensor]:
     """Whether each image is classified rightly: clean (``eps`` None) or under PGD with steps of eps / 4.
 
-    batches as in ``classified``; classifier: image_embeds (B, D) -> logits (B, C); eps: share of the pixel range. -> positions
-    (n,) int64 and correct (n,) bool, on the CPU, of this process's images in the order read.
+    batches as in ``classified``; classifier: image_embeds (B, D) -> logits (B, C); eps: share of the pixel range.
+    -> positions (n,) int64 and correct (n,) bool, on the CPU, of this process's images in the order read.
     """
 
     def logits_fn(pixel_values: Tensor) -> Tensor:
