@@ -215,13 +215,12 @@ def show_turned(verdicts: Verdicts, found: Classified, predicted: Tensor, any_an
     rows = rows[:PICTURES] if any_answer else rows[predicted != found.labels]
     if not len(rows):
         return
-    clean = verdicts.logits_fn(found.pixel_values[rows]).argmax(dim=1)
-    shown = [
-        (row, before) for row, before in zip(rows.tolist(), clean.tolist()) if any_answer or before == found.labels[row]
-    ]
+    clean = verdicts.logits_fn(found.pixel_values[rows]).argmax(dim=1).tolist()
+    labels, after = found.labels.tolist(), predicted.tolist()
+    shown = [(row, before) for row, before in zip(rows.tolist(), clean) if any_answer or before == labels[row]]
     for row, before in shown[:PICTURES]:
         images = found.pixel_values[row], found.attacked[row]
-        verdicts.show(found.positions[row], *images, int(found.labels[row]), before, int(predicted[row]))
+        verdicts.show(found.positions[row], *images, labels[row], before, after[row])
 
 
 def apgd_verdicts(verdicts: Verdicts, attacked_fn: Logits) -> None:
