@@ -140,7 +140,7 @@ class Settings:
     batch_size: int = flag(128, "images per process and batch", group="run", minimum=1)
     num_workers: int | None = flag(None, "data workers per process (default: by cores, to 8)", group="run", minimum=0)
     cache_dir: str | None = flag(None, "shard indexes, sets of the hub (default: the system's)", group="run", path=True)
-    max_bad_fraction: float = flag(0.01, "unreadable samples that are accepted", group="run", minimum=0, maximum=1)
+    max_bad_fraction: float = flag(0.01, "share of bad samples that is accepted", group="run", minimum=0, maximum=1)
     prefetch: bool = flag(False, "bring models and sets into the caches and stop; see docs/offline.md", group="run")
     # fmt: on
 
@@ -237,7 +237,9 @@ def check_settings(settings: Settings) -> None:
     by_text = [name for name in settings.measure if name not in ("accuracy", "fidelity")]
     by_text += [name for name in settings.attack if name == "typographic"] + ["--query"] * bool(settings.query)
     if kind != "zero_shot" and by_text:
-        raise UserError(f"--classifier {kind}: {by_text[0]} goes by texts; measure it in a call of its own, without it")
+        raise UserError(
+            f"--classifier {kind}: {by_text[0]} goes by texts; measure it in a call of its own by zero_shot"
+        )
     if kind != "linear_head" and linear_head is not None:
         raise UserError(
             f"--classifier {kind} and --linear_head {linear_head} do not go together; give --classifier linear_head"

@@ -160,7 +160,7 @@ class Verdicts:
 def measure_accuracy(trial: Trial, cell: Cell) -> Finding:
     """Whether each image of a labelled set is classified rightly under the cell's attack, judged in float32."""
     settings, model, attack = trial.settings, trial.model, ATTACKS[cell["attack"]]
-    dataset, streams = trial.labelled_images(cell), cell["attack"] == "apgd"
+    dataset, streams = trial.labelled_images(cell["corruption"], cell["severity"]), cell["attack"] == "apgd"
     classifier: Any = trial.classifier
     in_attack_dtype = copy.copy(model.encoder)  # the same modules
     in_attack_dtype.compute_dtype = getattr(torch, settings.attack_dtype)
@@ -282,7 +282,7 @@ def beside_clean(trial: Trial, logits_fn: Logits, pictures: Sequence[Picture]) -
     """One picture of a corruption, beside the image before it was corrupted; none of published files, which lack it."""
     if trial.data.published is not None or not pictures:
         return []
-    dataset, position = trial.labelled_images({"corruption": None, "severity": None}), pictures[0].position
+    dataset, position = trial.labelled_images(), pictures[0].position
     pixel_values = to_pixel_values(dataset[0, position, position]["image"][None], trial.model.device)
     before = trial.data.classnames[int(logits_fn(pixel_values).argmax())]
     caption = pictures[0].caption | {"predicted_clean": before}
