@@ -50,14 +50,7 @@ from utils.evaluation.results import (
 )
 from utils.evaluation.trial import EvalSet, Finding, Model, Trial
 from utils.methods.head import HEAD_FILE, load_head
-from utils.models.classifiers import (
-    KnnClassifier,
-    LinearClassifier,
-    fit_linear_probe,
-    own_linear_head,
-    read_linear_head,
-    save_linear_head,
-)
+from utils.models import classifiers
 from utils.models.encoders import (
     CONTRASTIVE_MODEL_TYPES,
     MODEL_TYPES,
@@ -147,7 +140,7 @@ class Settings:
     batch_size: int = flag(128, "images per process and batch", group="run", minimum=1)
     num_workers: int | None = flag(None, "data workers per process (default: by cores, to 8)", group="run", minimum=0)
     cache_dir: str | None = flag(None, "shard indexes, sets of the hub (default: the system's)", group="run", path=True)
-    max_bad_fraction: float = flag(0.01, "unreadable samples that are accepted", group="run", minimum=0, maximum=1)
+    max_bad_fraction: float = flag(0.01, "share of bad samples that is accepted", group="run", minimum=0, maximum=1)
     prefetch: bool = flag(False, "bring models and sets into the caches and stop; see docs/offline.md", group="run")
     # fmt: on
 
@@ -244,7 +237,9 @@ def check_settings(settings: Settings) -> None:
     by_text = [name for name in settings.measure if name not in ("accuracy", "fidelity")]
     by_text += [name for name in settings.attack if name == "typographic"] + ["--query"] * bool(settings.query)
     if kind != "zero_shot" and by_text:
-        raise UserError(f"--classifier {kind}: {by_text[0]} goes by texts; measure it in a call of its own, without it")
+        raise UserError(
+            f"--classifier {kind}: {by_text[0]} goes by texts; measure it in a call of its own by zero_shot"
+        )
     if kind != "linear_head" and linear_head is not None:
         raise UserError(
             f"--classifier {kind} and --linear_head {linear_head} do not go together; give --classifier linear_head"
@@ -569,13 +564,13 @@ def make_classifier(trial: Trial, cell: Cell) -> Callable[[torch.Tensor], torch.
     num_classes, embed_dim = len(data.classnames), model.encoder.embed_dim
     if settings.classifier == "zero_shot":
         class_embeds = ensemble(model.texts(data.templates)(data.classnames))
-        return LinearClassifier(class_embeds, scale=model.logit_scale, normalise=True)
+        return classifiers.LinearClassifier(class_embeds, scale=model.logit_scale, normalise=True)
     if settings.classifier == "knn":
-        return KnnClassifier(*train_features(trial, cell), num_classes).to(model.device)
+        return classifiers.KnnClassifier(*train_features(trial, cell), num_classes).to(model.device)
     if settings.classifier == "linear_head" and settings.linear_head is None:
-        return own_linear_head(model.with_head, num_classes).to(model.device)
+        return classifiers.own_linear_head(model.with_head, num_classes).to(model.device)
     if settings.classifier == "linear_head":
-        return read_linear_head(settings.linear_head, embed_dim, num_classes).to(model.device)
+        return classifiers.read_linear_head(settings.linear_head, embed_dim, num_classes).to(model.device)
     # A probe is kept, so that it need not be learnt again and can be given as a --linear_head.
     only = {"model": model.name, "dataset": cell["dataset"], "measure": "probe", "attack": settings.train_split}
     fixed = ("digests", "model_revision", "prompts", "train_prompts")
@@ -586,9 +581,9 @@ def make_classifier(trial: Trial, cell: Cell) -> Callable[[torch.Tensor], torch.
     if not from_main_process(accelerator, path.exists):
         features, labels = train_features(trial, cell)
         if accelerator.is_main_process:
-            save_linear_head(path, fit_linear_probe(features, labels, num_classes))
+            classifiers.save_linear_head(path, classifiers.fit_linear_probe(features, labels, num_classes))
         accelerator.wait_for_everyone()
-    return read_linear_head(path, embed_dim, num_classes, "--output_dir: the probe").to(model.device)
+    return classifiers.read_linear_head(path, embed_dim, num_classes, "--output_dir: the probe").to(model.device)
 
 
 # What is kept and shown

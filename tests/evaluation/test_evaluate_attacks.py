@@ -197,7 +197,7 @@ def test_interpretability_is_the_mean_cosine_to_the_descriptions_of_the_true_cla
     settings = evaluate.parse_settings(evaluate.Settings, arguments())
     data = evaluate.open_data(settings, str(attribute_digits), attribute_digits)
     model = Model("", None, ImageTransform.from_processor(processor.image_processor), torch.device("cpu"))
-    dataset = Trial(settings, None, model, data).labelled_images({"corruption": None, "severity": None})
+    dataset = Trial(settings, None, model, data).labelled_images()
     for row in records(tmp_path / "eval", "interpretability"):
         item = dataset[0, row["position"], row["position"]]
         texts = [template.replace("{c}", data.classnames[item["label"]]) for template in interpretability_templates()]

@@ -160,7 +160,7 @@ class Verdicts:
 def measure_accuracy(trial: Trial, cell: Cell) -> Finding:
     """Whether each image of a labelled set is classified rightly under the cell's attack, judged in float32."""
     settings, model, attack = trial.settings, trial.model, ATTACKS[cell["attack"]]
-    dataset, streams = trial.labelled_images(cell), cell["attack"] == "apgd"
+    dataset, streams = trial.labelled_images(cell["corruption"], cell["severity"]), cell["attack"] == "apgd"
     classifier: Any = trial.classifier
     in_attack_dtype = copy.copy(model.encoder)  # the same modules
     in_attack_dtype.compute_dtype = getattr(torch, settings.attack_dtype)
@@ -215,13 +215,12 @@ def show_turned(verdicts: Verdicts, found: Classified, predicted: Tensor, any_an
     rows = rows[:PICTURES] if any_answer else rows[predicted != found.labels]
     if not len(rows):
         return
-    clean = verdicts.logits_fn(found.pixel_values[rows]).argmax(dim=1)
-    shown = [
-        (row, before) for row, before in zip(rows.tolist(), clean.tolist()) if any_answer or before == found.labels[row]
-    ]
+    clean = verdicts.logits_fn(found.pixel_values[rows]).argmax(dim=1).tolist()
+    labels, after = found.labels.tolist(), predicted.tolist()
+    shown = [(row, before) for row, before in zip(rows.tolist(), clean) if any_answer or before == labels[row]]
     for row, before in shown[:PICTURES]:
         images = found.pixel_values[row], found.attacked[row]
-        verdicts.show(found.positions[row], *images, int(found.labels[row]), before, int(predicted[row]))
+        verdicts.show(found.positions[row], *images, labels[row], before, after[row])
 
 
 def apgd_verdicts(verdicts: Verdicts, attacked_fn: Logits) -> None:
@@ -283,7 +282,7 @@ def beside_clean(trial: Trial, logits_fn: Logits, pictures: Sequence[Picture]) -
     """One picture of a corruption, beside the image before it was corrupted; none of published files, which lack it."""
     if trial.data.published is not None or not pictures:
         return []
-    dataset, position = trial.labelled_images({"corruption": None, "severity": None}), pictures[0].position
+    dataset, position = trial.labelled_images(), pictures[0].position
     pixel_values = to_pixel_values(dataset[0, position, position]["image"][None], trial.model.device)
     before = trial.data.classnames[int(logits_fn(pixel_values).argmax())]
     caption = pictures[0].caption | {"predicted_clean": before}

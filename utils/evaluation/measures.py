@@ -163,7 +163,7 @@ def comparable_reference(trial: Trial, cell: Cell) -> Model:
 def embedded_rows(trial: Trial, cell: Cell, values: Callable[[dict[str, Any], Tensor], Iterable[Any]]) -> Rows:
     """``values`` of every batch of a labelled set and its image_embeds, one an image, in the set's order."""
     rows: Rows = []
-    with trial.read(trial.labelled_images(cell), cell) as batches:
+    with trial.read(trial.labelled_images(), cell) as batches:
         for batch in batches:
             rows += zip(batch["positions"].tolist(), values(batch, trial.model.embed_images(batch)))
     return trial.merge({"rows": rows})["rows"]

@@ -205,9 +205,9 @@ class Trial:
             fields = {"accuracy": sum(right) / sum(judged)} if sum(judged) else {}
             progress.update(num_samples, fields, report=True)
 
-    def labelled_images(self, cell: Mapping[str, Any]) -> SampleDataset:
-        """The images of a labelled set that a cell asks for, as the encoder sees them."""
-        transform, corruption, severity = self.model.transform, cell["corruption"], cell["severity"]
+    def labelled_images(self, corruption: Any = None, severity: Any = None) -> SampleDataset:
+        """The images of a labelled set as the encoder sees them, corrupted where a corruption is given."""
+        transform = self.model.transform
         if self.data.published is not None:
             return self.data.published.dataset(transform, corruption, severity)
         index, num_classes = self.data.splits[self.settings.split].index, len(self.data.classnames)
