@@ -120,8 +120,7 @@ def _kind(hint: Any) -> Kind:
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name most like ``name``, or None where nothing is near."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return matches[0] if matches else None
+    return next(iter(difflib.get_close_matches(name, known, n=1)), None)
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
@@ -129,8 +128,6 @@ def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     match = nearest(name, known)
     return f", did you mean {prefix}{match}?" if match else ""
 
-
-# ------------------------------------------------------------------------------------------------------- command line
 
 _VALUE = re.compile(r"(?!-)|-(\Z|\d|\.|_|inf|nan)", re.IGNORECASE)  # -5e-1 and -.5 are numbers, no flags
 
@@ -152,10 +149,7 @@ def _read_command_line(argv: Sequence[str], kinds: Mapping[str, Kind]) -> dict[s
             bare = word.lstrip("-")
             if word.startswith("-") and bare.partition("=")[0] in kinds:
                 raise UserError(f"{_quoted(word)}: a flag has two dashes, did you mean --{bare}?")
-            raise UserError(
-                f"{_quoted(word)}: an argument without a flag; every value follows its flag, as in --eps 4 (one that "
-                "begins with a dash: --flag=-value)"
-            )
+            raise UserError(f"{_quoted(word)}: an argument without a flag; write --flag value, or --flag=-value")
         if name not in kinds:
             raise UserError(f"--{name}: no such flag{did_you_mean(name, kinds, '--')}; --help lists all flags")
         kind, many, _ = kinds[name]
@@ -165,14 +159,14 @@ def _read_command_line(argv: Sequence[str], kinds: Mapping[str, Kind]) -> dict[s
         if not values and kind is bool:
             values = ["true"]
         if not values:
-            expected = EXPECTED[kind]
-            raise UserError(f"--{name}: expected {expected} after it (one that begins with a dash: --{name}=-value)")
+            dash = f"one that begins with a dash: --{name}=-value"
+            raise UserError(f"--{name}: expected {EXPECTED[kind]} after it ({dash})")
         if many:
             given.setdefault(name, []).extend(values)
             continue
         if given.get(name, values[0]) != values[0] and launched_rank() == 0:
-            both = (_quoted(given[name]), _quoted(values[0]))
-            logger.warning("--%s: given twice, %s and %s; the last one counts", name, *both)
+            both = f"{_quoted(given[name])} and {_quoted(values[0])}"
+            logger.warning("--%s: given twice, %s; the last one counts", name, both)
         given[name] = values[0]
     return given
 
@@ -196,8 +190,7 @@ def _help(settings_class: type[DataclassInstance], kinds: Mapping[str, Kind], de
             typed = " ".join(map(str, default)) if isinstance(default, list) else str(default)
             text += f" (default: {typed.lower() if kind is bool else typed})"
         rows.setdefault(rules["group"], []).append((f"--{field.name} {values}", text))
-    longest = max(len(words) for group in rows.values() for words, _ in group)
-    column = min(36, longest + 4)
+    column = min(36, 4 + max(len(words) for group in rows.values() for words, _ in group))
     width = max(min(110, shutil.get_terminal_size((110, 24)).columns), column + 11)
     lines = [f"usage: {Path(sys.argv[0]).name} [--config recipe.yaml] [--flag value ...]", "", description.strip()]
     for title, group in rows.items():
@@ -210,8 +203,6 @@ def _help(settings_class: type[DataclassInstance], kinds: Mapping[str, Kind], de
             lines += textwrap.wrap(text, width, initial_indent=start, subsequent_indent=" " * column)
     return "\n".join(lines)
 
-
-# ------------------------------------------------------------------------------------------------------------- recipe
 
 _OTHER_LINE_ENDS = re.compile("[\x85\u2028\u2029]")  # of YAML 1.1 and PyYAML; no editor shows them
 
@@ -230,10 +221,8 @@ class _RecipeLoader(yaml.SafeLoader):
         elif self.depth == 2 and isinstance(event, yaml.CollectionStartEvent):
             found = "nested"
         if found:
-            mark = event.start_mark
-            raise UserError(
-                f"{mark.name}: line {mark.line + 1}: {found}; expected 'flag: value' or 'flag: [value, ...]' lines"
-            )
+            where = f"{event.start_mark.name}: line {event.start_mark.line + 1}"
+            raise UserError(f"{where}: {found}; expected 'flag: value' or 'flag: [value, ...]' lines")
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
@@ -274,8 +263,8 @@ def _read_recipe(path: str, known: Mapping[str, Mapping[str, Any]]) -> dict[str,
         line = key_node.start_mark.line + 1
         key = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a key that is no text"
         if key not in known:
-            shown = key[:100]
-            raise UserError(f"{path}: {shown}: no such setting{did_you_mean(shown, known)}; --help lists all settings")
+            hint = did_you_mean(key[:100], known)
+            raise UserError(f"{path}: {key[:100]}: no such setting{hint}; --help lists all settings")
         if not known[key]["in_recipe"]:
             raise UserError(f"{path}: {key}: not in a recipe, which may come from others; say --{key} yourself")
         if key in lines:
@@ -292,8 +281,6 @@ def _written(node: yaml.Node) -> Any:
         return {}
     return None if node.tag == "tag:yaml.org,2002:null" else node.value
 
-
-# ------------------------------------------------------------------------------------------------------------- values
 
 TRUE = ("true", "yes", "on", "1")
 # Stricter than int() and float(), which also take "1_000", " 4 " and the digits of other scripts.
@@ -393,8 +380,6 @@ def _encodable(text: str) -> bool:
     return True
 
 
-# -------------------------------------------------------------------------------------------------- start and end
-
 # How gloo, NCCL and the rendezvous store say that a partner is gone.
 _PARTNER_LOST = re.compile(
     r"connection (was )?(closed|reset)|closed by peer|broken pipe|socket closed|timed out waiting|socket timeout|"
@@ -427,12 +412,11 @@ def run(main: Callable[[], Any]) -> None:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:160]
         if "DataLoader worker (pid" in str(error):
-            _say(f"error: a data worker has died ({reason}); if memory runs out, use fewer --num_workers; start again")
+            advice = "if memory runs out, use fewer --num_workers; start again"
+            _say(f"error: a data worker has died ({reason}); {advice}")
         elif "RANK" in os.environ and _PARTNER_LOST.search(str(error)):
-            _say(
-                f"rank {rank}: another process of the run has ended or does not answer ({reason}); its own message is "
-                "above or in the log of its node; go on with --resume_from_checkpoint latest"
-            )
+            advice = "see its message above or in its node's log; go on with --resume_from_checkpoint latest"
+            _say(f"rank {rank}: another process of the run has ended or does not answer ({reason}); {advice}")
         else:
             raise
         _leave(1, at_once=True)

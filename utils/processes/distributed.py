@@ -1,4 +1,4 @@
-"""Processes and devices: one Accelerator that works everywhere, its tracker, and the collectives of the trainers.
+"""Processes and devices: one Accelerator that works everywhere, and the collectives of the trainers.
 
 Only the encoder goes through ``prepare``; the multiplier stays outside and averages its gradients here. Under DeepSpeed
 the parameters stay float32 and the encoder's own autocast does the mixed precision. Other ways silently train wrongly.
@@ -6,18 +6,12 @@ the parameters stay float32 and the encoder's own autocast does the mixed precis
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import re
-import secrets
-import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,8 +22,6 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     broadcast_object_list,
     gather_object,
-    is_tensorboard_available,
-    is_wandb_available,
     set_seed,
 )
 from torch import Tensor, nn
@@ -37,13 +29,10 @@ from torch import Tensor, nn
 from utils.errors import UserError
 from utils.processes.environment import NO_FP16, check_launch
 from utils.processes.launcher import meet
-from utils.redaction import printable
+from utils.processes.tracker import check_tracker, end_training, log_row, start_tracker  # noqa: F401, for the trainers
 
 WORKING = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.DEEPSPEED)
 MIXED_PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-logger = logging.getLogger(__name__)
 
 
 def start_accelerator(
@@ -140,109 +129,6 @@ def _configure_deepspeed(accelerator: Accelerator, batch_size: int, accumulation
     config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True  # in float32, as they are
 
 
-def check_tracker(report_to: str) -> None:
-    """Raises ``UserError`` for a tracker whose package or key is missing, before a model is loaded."""
-    missing = {
-        "tensorboard": None if is_tensorboard_available() else "tensorboardX",
-        "wandb": None if is_wandb_available() else "wandb",
-    }.get(report_to)
-    if missing:
-        raise UserError(f"--report_to {report_to}: needs the package {missing}; install it or use --report_to none")
-    if report_to != "wandb":
-        return
-    offline = os.environ.get("WANDB_MODE", "").lower() in ("offline", "disabled", "dryrun")
-    if offline or os.environ.get("WANDB_API_KEY") or sys.stdin.isatty():  # at a terminal wandb asks for it
-        return
-    try:
-        import wandb  # type: ignore[import-not-found]
-
-        key = wandb.api.api_key  # looks into its settings and ~/.netrc
-    except Exception:
-        return
-    if key is None:
-        raise UserError(f"--report_to wandb: {_WANDB_KEY}")
-
-
-_WANDB_KEY = "not logged in; wandb login once, or WANDB_API_KEY, or WANDB_MODE=offline, or --report_to none"
-# A thread of tensorboardX that has died takes nothing from its queue any more, and who puts there waits for ever.
-_WRITERS: list[threading.Thread] = []
-_MOST_QUEUED = 1000  # events, one for each value of a row
-
-
-def start_tracker(
-    accelerator: Accelerator, report_to: str, project: str, settings: dict[str, Any], output_dir: Path, first_step: int
-) -> None:
-    """Opens the tracker with the run's settings. accelerate takes numbers and texts only.
-
-    A resumed run goes on in its old place: wandb by the id in ``output_dir``/run.json, chosen at the first start;
-    tensorboard in its directory, without what came after ``first_step``, for it comes again. A tracker that does not
-    start is left out with a warning; ``UserError`` where a key is all that it lacks.
-    """
-    if report_to == "none":
-        return
-    config: dict[str, Any] | None = {name: printable(str(value)) for name, value in settings.items()}
-    options: dict[str, Any] = {}
-    if accelerator.is_main_process:  # the only one that opens a tracker
-        run_id, known = _run_id(output_dir / "run.json")
-        options = {"id": run_id, "resume": "allow"}
-        if report_to == "tensorboard":
-            options = {"purge_step": first_step + 1 if first_step else 0, "max_queue": _MOST_QUEUED}
-            config = None if known else config  # tensorboard would show the settings as one more run
-    try:
-        accelerator.init_trackers(project, config=config, init_kwargs={report_to: options})
-    except Exception as error:
-        said = f"{type(error).__name__} {error}"
-        if report_to == "wandb" and re.search(r"api.?key|log ?in|auth", said, re.IGNORECASE):
-            raise UserError(f"--report_to wandb: {_WANDB_KEY}") from None
-        _leave_out_tracker(accelerator, "did not start", error)
-    _WRITERS[:] = [thread for thread in threading.enumerate() if type(thread).__module__.startswith("tensorboardX")]
-
-
-def _run_id(file: Path) -> tuple[str, bool]:
-    """The id of the run, and whether it was known; a new one is written first."""
-    try:
-        return str(json.loads(file.read_text(encoding="utf-8"))["id"]), True
-    except (OSError, ValueError, KeyError, TypeError):
-        run_id, aside = secrets.token_hex(8), file.with_suffix(".json.tmp")
-    try:
-        aside.write_text(json.dumps({"id": run_id}), encoding="utf-8")
-        os.replace(aside, file)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written ({error.strerror}); mend that and start again") from None
-    return run_id, False
-
-
-def log_row(accelerator: Accelerator, row: dict[str, Any]) -> None:
-    """A row of metrics.jsonl for the tracker. One that cannot take it is left out from here on, with a warning."""
-    try:
-        if not all(thread.is_alive() for thread in _WRITERS):
-            raise OSError("its writing thread has ended")
-        accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
-    except Exception as error:
-        _leave_out_tracker(accelerator, f"could not take step {row['step']}", error)
-
-
-def _leave_out_tracker(accelerator: Accelerator, what: str, error: Exception) -> None:
-    """The run is worth more than its display: metrics.jsonl has every row."""
-    accelerator.trackers = []
-    _WRITERS.clear()
-    reason = printable(" ".join(f"{type(error).__name__}: {error}".split())[:200])
-    gone = "the run goes on without it, metrics.jsonl has every row"
-    logger.warning("--report_to: the tracker %s (%s); %s", what, reason, gone)
-
-
-def end_training(accelerator: Accelerator) -> None:
-    """Closes tracker and process group. A tracker that cannot write its last rows is a warning."""
-    try:
-        accelerator.end_training()
-    except Exception as error:
-        if not accelerator.trackers:
-            raise
-        _leave_out_tracker(accelerator, "could not write all of its rows", error)
-        accelerator.end_training()
-    _WRITERS.clear()
-
-
 def compute_dtype(accelerator: Accelerator) -> torch.dtype:
     """The precision of the transformer blocks, from the accelerate config's ``mixed_precision``."""
     precision = accelerator.mixed_precision
@@ -333,8 +219,8 @@ def gathered(module: nn.Module, enabled: bool = True) -> Iterator[None]:
 def shard_frozen(accelerator: Accelerator, module: nn.Module) -> nn.Module:
     """A frozen ``module`` sharded over the processes by ZeRO-3: an engine to call like it, by all equally often."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
-        config = "accelerate_configs/zero3.yaml"
-        raise UserError(f"--shard_reference true: needs DeepSpeed; use a config like {config}, or leave it out")
+        like = "accelerate_configs/zero3.yaml"
+        raise UserError(f"--shard_reference true: needs DeepSpeed; use a config like {like}, or leave it out")
     import deepspeed
 
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0}

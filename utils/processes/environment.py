@@ -55,16 +55,13 @@ _NO_LOADER = Rule(OFF, "the scripts deal out the data themselves, by --seed and 
 _NO_TF32 = "use --tf32 true, which leaves the patch embedding in float32"
 
 RULES: dict[str, Rule] = {
-    # Without effect, read only with what is refused, or looked at elsewhere here. A last underscore: all that begin so.
+    # Without effect, read only with what is refused, or looked at elsewhere here.
     **_all("""
         ACCELERATE_DEEPSPEED_CONFIG_FILE ACCELERATE_CONFIG_DS_FIELDS ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL
         ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_NVME_PATH ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH
-        ACCELERATE_DYNAMO_ ACCELERATE_DYNAMO_MODE ACCELERATE_FP8_ FSDP_ MEGATRON_LM_ PARALLELISM_CONFIG_
-        ACCELERATE_ALLOW_CP_STANDALONE ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE ACCELERATE_BYPASS_DEVICE_MAP
-        ACCELERATE_INIT_INCLUDE_BUFFERS ACCELERATE_LOG_LEVEL ACCELERATE_ENABLE_RICH ACCELERATE_IN_TPU_POD
-        ACCELERATE_NUM_PROCESSES ACCELERATE_DEBUG_RDV_FILE DEEPSPEED_USE_HPU PT_HPU_LAZY_MODE
-        PYTORCH_ENABLE_MPS_FALLBACK USE_TORCH_XLA OMP_NUM_THREADS NCCL_P2P_DISABLE NCCL_IB_DISABLE
-        RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT PMI_ MPI_ OMPI_COMM_WORLD_ MV2_COMM_WORLD_
+        ACCELERATE_DYNAMO_MODE ACCELERATE_ALLOW_CP_STANDALONE ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE
+        ACCELERATE_BYPASS_DEVICE_MAP ACCELERATE_INIT_INCLUDE_BUFFERS ACCELERATE_LOG_LEVEL ACCELERATE_ENABLE_RICH
+        ACCELERATE_IN_TPU_POD ACCELERATE_NUM_PROCESSES ACCELERATE_DEBUG_RDV_FILE
     """),
     # Obeyed.
     "ACCELERATE_MIXED_PRECISION": Rule(("no", "bf16", "fp16"), "write no, bf16 or fp16", "mixed_precision"),
@@ -104,6 +101,8 @@ RULES: dict[str, Rule] = {
     "ACCELERATE_USE_SEEDABLE_SAMPLER": _NO_LOADER,
     "ACCELERATE_STEP_SCHEDULER_WITH_OPTIMIZER": Rule(OFF, "the scripts set the learning rate, see --warmup_steps"),
 }
+# Beginnings of variables that accelerate reads only with what is refused.
+REFUSED_ELSEWHERE = ("ACCELERATE_DYNAMO_", "ACCELERATE_FP8_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")
 # With a DeepSpeed json, accelerate refuses these beside it.
 IN_THE_JSON = {
     *("gradient_accumulation_steps", "gradient_clipping", "mixed_precision", "zero_stage", "zero3_save_16bit_model"),
@@ -142,13 +141,6 @@ _EXAMPLES = "see accelerate_configs/deepspeed/"
 Expected = Mapping[str, float | None]  # what the flags say, by DeepSpeed's names; None where nothing is trained
 
 
-def classify(name: str) -> Rule | None:
-    """The rule of a variable: its own, or that of a beginning which ends in an underscore. None where there is none."""
-    parts = name.split("_")
-    beginnings = ["_".join(parts[:count]) + "_" for count in range(len(parts) - 1, 0, -1)]
-    return next((RULES[known] for known in (name, *beginnings) if known in RULES), None)
-
-
 def check_launch(
     *,
     per_device_batch_size: int | None = None,
@@ -166,14 +158,15 @@ def check_launch(
         "ACCELERATE_GRADIENT_CLIPPING": ("--max_grad_norm", max_grad_norm),
     }
     for name in sorted(os.environ):
-        rule, value = classify(name), os.environ[name].strip().lower()
+        rule, value = RULES.get(name), os.environ[name].strip().lower()
         if name in flags:
             _check_number(name, value, *flags[name])
-        elif rule is None and name.startswith("ACCELERATE_"):
+        elif rule:
+            if rule.allowed is not None and value not in rule.allowed:
+                raise UserError(f"{_said(name)}: {rule.instead}")
+        elif name.startswith("ACCELERATE_") and not name.startswith(REFUSED_ELSEWHERE):
             hint = did_you_mean(name, RULES)
             logger.warning("%s is no setting of accelerate that is known here%s; it is not obeyed", name, hint)
-        elif rule and rule.allowed is not None and value not in rule.allowed:
-            raise UserError(f"{_said(name)}: {rule.instead}")
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
         os.environ["ACCELERATE_MIXED_PRECISION"] = os.environ["ACCELERATE_MIXED_PRECISION"].strip().lower()
     _check_gpus()

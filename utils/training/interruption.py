@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 
 from utils.data.shards import WaitEnded
-from utils.processes.distributed import end_training
+from utils.processes.tracker import end_training
 
 REQUEUE = 85  # exit status of a run that was told to stop and can go on: start it again with the same command
 
