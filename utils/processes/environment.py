@@ -45,8 +45,7 @@ def _all(names: str, rule: Rule = ANYTHING) -> dict[str, Any]:
     return dict.fromkeys(names.split(), rule)
 
 
-YES_NO = (*TRUE, *FALSE)
-_YES_NO = "write true or false"
+_SWITCH = ((*TRUE, *FALSE), "write true or false")
 _DEVICE = (("none", "cpu"), "write none or cpu")
 _STAGE = (("1", "2", "3"), "write 1, 2 or 3; without sharding: accelerate_configs/ddp.yaml")
 NO_FP16 = "fp16 is not supported with DeepSpeed here; use bf16 or no in the accelerate config"
@@ -65,20 +64,20 @@ RULES: dict[str, Rule] = {
     """),
     # Obeyed.
     "ACCELERATE_MIXED_PRECISION": Rule(("no", "bf16", "fp16"), "write no, bf16 or fp16", "mixed_precision"),
-    "ACCELERATE_USE_CPU": Rule(YES_NO, _YES_NO, "use_cpu"),
-    "ACCELERATE_USE_DEEPSPEED": Rule(("true", "false"), _YES_NO, "distributed_type"),
+    "ACCELERATE_USE_CPU": Rule(*_SWITCH, "use_cpu"),
+    "ACCELERATE_USE_DEEPSPEED": Rule(("true", "false"), "write true or false", "distributed_type"),
     "ACCELERATE_DEEPSPEED_ZERO_STAGE": Rule(*_STAGE, "zero_stage"),
     "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": Rule(*_DEVICE, "offload_optimizer_device"),
     "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": Rule(*_DEVICE, "offload_param_device"),
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": Rule(None, "", "gradient_accumulation_steps"),  # as the flag says
     "ACCELERATE_GRADIENT_CLIPPING": Rule(None, "", "gradient_clipping"),  # as the flag says
-    "ACCELERATE_DEBUG_MODE": Rule(YES_NO, _YES_NO, "debug"),  # checks shapes in collectives
-    "ACCELERATE_CPU_AFFINITY": Rule(YES_NO, _YES_NO, "enable_cpu_affinity"),
+    "ACCELERATE_DEBUG_MODE": Rule(*_SWITCH, "debug"),  # checks shapes in collectives
+    "ACCELERATE_CPU_AFFINITY": Rule(*_SWITCH, "enable_cpu_affinity"),
     # Without effect, but accelerate fails at another text.
-    "ACCELERATE_DEEPSPEED_ZERO3_INIT": Rule(YES_NO, _YES_NO, "zero3_init_flag"),  # models are built whole
-    **_all("ACCELERATE_DYNAMO_USE_FULLGRAPH ACCELERATE_DYNAMO_USE_DYNAMIC", Rule(YES_NO, _YES_NO)),
-    "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": Rule(YES_NO, _YES_NO),
-    "FORK_LAUNCHED": Rule(YES_NO, "unset it"),
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": Rule(*_SWITCH, "zero3_init_flag"),  # models are built whole
+    **_all("ACCELERATE_DYNAMO_USE_FULLGRAPH ACCELERATE_DYNAMO_USE_DYNAMIC", Rule(*_SWITCH)),
+    "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": Rule(*_SWITCH),
+    "FORK_LAUNCHED": Rule((*TRUE, *FALSE), "unset it"),
     # Refused, unless they say that they are off.
     "ACCELERATE_DYNAMO_BACKEND": Rule(OFF, "compile with --compile true", "dynamo_config: dynamo_backend"),
     "ACCELERATE_FP8_BACKEND": Rule(("no",), "precision is no, bf16 or fp16", "fp8_config: backend"),
@@ -124,7 +123,7 @@ DEEPSPEED: dict[str, Any] = {
         "offload_optimizer": {"device": Rule(*_DEVICE), **_all("pin_memory buffer_count fast_init")},
         "offload_param": {"device": Rule(*_DEVICE), **_all("pin_memory buffer_count buffer_size max_in_cpu")},
     },
-    "bf16": {"enabled": Rule((*YES_NO, "auto"), _YES_NO)},
+    "bf16": {"enabled": Rule((*TRUE, *FALSE, "auto"), "write true or false")},
     "fp16": {"enabled": Rule((*FALSE, "auto"), NO_FP16)},
     "zero_force_ds_cpu_optimizer": Rule(FALSE, "the optimizer is --optimizer, also where its state is offloaded"),
     "communication_data_type": Rule(("fp32", "float32"), "gradients are averaged in float32"),
@@ -264,7 +263,7 @@ def _check_deepspeed(expected: Expected) -> None:
     fields = os.environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")
     if twice := ", ".join(field for field in fields if field in IN_THE_JSON):
         raise UserError(
-            f"{twice} in the accelerate config beside {where}, which alone is read; remove it from the config"
+            f"{twice} in the accelerate config beside {where}, which alone is read; take it out of the config"
         )
     check_deepspeed_json(read_text_file(path, where), where, expected)
 
