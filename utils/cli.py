@@ -48,8 +48,9 @@ SettingsT = TypeVar("SettingsT", bound="DataclassInstance")
 
 @dataclasses.dataclass
 class Flag:
-    """A settings field: what ``flag`` takes beside the default, kept as metadata, and what the type says."""
+    """A settings field: what ``flag`` takes, which is kept as the field's metadata, and what the field's type says."""
 
+    default: Any
     help: str  # with the unit
     group: str  # in --help
     choices: Sequence[str] | None = None
@@ -67,7 +68,7 @@ class Flag:
 
 def flag(default: Any, help: str, **rules: Any) -> Any:
     """A settings field. ``rules`` are those of ``Flag``; a list default is copied per instance."""
-    metadata = vars(Flag(help, **rules))
+    metadata = vars(Flag(default, help, **rules))
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -85,7 +86,7 @@ def parse_settings(
     flags = _flags(settings_class)
     given = _read_command_line(sys.argv[1:] if argv is None else argv, flags)
     if given is None:
-        print(_help(settings_class, flags, description or ""))
+        print(_help(flags, description or ""))
         sys.exit(0)
     written = {}
     if "config" in given:
@@ -133,7 +134,7 @@ def _read_command_line(argv: Sequence[str], flags: dict[str, Flag]) -> dict[str,
     A flag of many values may come again and adds to them. Of any other the last value counts, with a warning. argparse
     takes -5e-1 for a flag and drops the first of two lists.
     """
-    flags = {"config": Flag("", ""), **flags}
+    flags = {"config": Flag(None, "", ""), **flags}
     words, given = list(argv), {}  # type: list[str], dict[str, Any]
     while words:
         word = words.pop(0)
@@ -166,25 +167,23 @@ def _read_command_line(argv: Sequence[str], flags: dict[str, Flag]) -> dict[str,
     return given
 
 
-def _help(settings_class: type[DataclassInstance], flags: dict[str, Flag], description: str) -> str:
+def _help(flags: dict[str, Flag], description: str) -> str:
     """What ``--help`` prints: the description as it is, then the flags of each group in two columns."""
     rows = {"options": [("-h, --help", "show this help message and exit")]}
     rows["options"].append(("--config FILE", "YAML recipe with defaults for the flags below"))
-    for field in dataclasses.fields(settings_class):
-        flag = flags[field.name]
+    for name, flag in flags.items():
         values = "{" + ",".join(flag.choices) + "}" if flag.choices else flag.type.__name__.upper()
         if flag.many:
             values += " ..."
         elif flag.type is bool:
             values = f"[{values}]"
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         text = flag.help
         if flag.required:
             text += " (required)"
-        elif default not in (None, []):
-            typed = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+        elif flag.default not in (None, []):
+            typed = " ".join(map(str, flag.default)) if flag.many else str(flag.default)
             text += f" (default: {typed.lower() if flag.type is bool else typed})"
-        rows.setdefault(flag.group, []).append((f"--{field.name} {values}", text))
+        rows.setdefault(flag.group, []).append((f"--{name} {values}", text))
     column = min(36, 4 + max(len(words) for group in rows.values() for words, _ in group))
     width = max(min(110, shutil.get_terminal_size((110, 24)).columns), column + 11)
     lines = [f"usage: {Path(sys.argv[0]).name} [--config recipe.yaml] [--flag value ...]", "", description.strip()]
