@@ -92,8 +92,8 @@ def start_accelerator(
     if chosen not in WORKING or formed != launched or (deepspeed and chosen != DistributedType.DEEPSPEED):
         asked = f"{launched} processes{' with DeepSpeed' if deepspeed else ''} were started"
         raise UserError(
-            f"{asked}, but accelerate formed a group of {formed} of kind {chosen.value}, which would train wrongly; use "
-            "a config of accelerate_configs/ (cpu_2proc.yaml for CPUs; with torch_xla installed set USE_TORCH_XLA=0)"
+            f"{asked}, but accelerate formed a group of {formed} of kind {chosen.value}, which would train wrongly; "
+            "use a config of accelerate_configs/ (cpu_2proc.yaml for CPUs; with torch_xla set USE_TORCH_XLA=0)"
         )
     if chosen == DistributedType.DEEPSPEED:
         _configure_deepspeed(
