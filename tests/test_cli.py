@@ -211,7 +211,7 @@ def test_values_are_read_as_written(name, text, value, tmp_path):
     ("name", "text"),
     [
         *(("steps", text) for text in ("0x10", "0o10", "1_000", "\u0661", "1e3", "4.0", "1:30", " 4 ", "4\r", "true")),
-        *(("eps", text) for text in ("1_0", "\u0661", " 4 ", "0x10", "1:30", "1,5", "4 # four", "true")),
+        *(("eps", text) for text in ("1_0", "\u0661", "\u0131nf", " 4 ", "0x10", "1:30", "1,5", "4 # four", "true")),
         *(("compile", text) for text in ("y", "t", "2", "", " true", "truee")),
     ],
 )
@@ -269,6 +269,11 @@ def test_the_home_directory_is_meant_unless_something_is_called_so(tmp_path, mon
     assert parse("--model", "m", "--folder", "$HOME").folder == "$HOME"
     assert parse("--model", "m", "--folder", "~/{0..3}.tar").folder == "~/{0..3}.tar"
     assert parse("--model", "m", "--folder", "~/a/*.tar").folder == "/home/me/a/*.tar"
+
+
+def test_a_rule_that_does_not_exist_is_a_mistake_of_the_script():
+    with pytest.raises(TypeError, match="minimun"):
+        flag(1, "steps", group="a", minimun=0)
 
 
 PATHS = "output_dir cache_dir classnames linear_head model_name_or_path train_shards eval_shards resume_from_checkpoint data model"

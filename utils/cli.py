@@ -25,9 +25,9 @@ import sys
 import textwrap
 import threading
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import yaml
 
@@ -47,9 +47,10 @@ SettingsT = TypeVar("SettingsT", bound="DataclassInstance")
 
 
 @dataclasses.dataclass
-class Rules:
-    """What ``flag`` takes beside the default; it becomes the field's metadata."""
+class Flag:
+    """A settings field: what ``flag`` takes, which is kept as the field's metadata, and what the field's type says."""
 
+    default: Any
     help: str  # with the unit
     group: str  # in --help
     choices: Sequence[str] | None = None
@@ -60,11 +61,14 @@ class Rules:
     in_recipe: bool = True  # False: recipes come from others, the command line alone may say it
     required: bool = False
     waives_required: bool = False  # where it is true it asks for something other than a run
+    type: type = str  # of one value
+    many: bool = False
+    optional: bool = False  # may be None
 
 
 def flag(default: Any, help: str, **rules: Any) -> Any:
-    """A settings field. ``rules`` are those of ``Rules``; a list default is copied per instance."""
-    metadata = vars(Rules(help, **rules))
+    """A settings field. ``rules`` are those of ``Flag``; a list default is copied per instance."""
+    metadata = vars(Flag(default, help, **rules))
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -75,53 +79,44 @@ def required(help: str, *, group: str, many: bool = False, path: bool = False) -
     return flag([] if many else None, help, group=group, path=path, required=True)
 
 
-class Kind(NamedTuple):
-    """What a type hint says: ``list[float] | None`` is (float, True, True)."""
-
-    type: type
-    many: bool
-    optional: bool
-
-
 def parse_settings(
     settings_class: type[SettingsT], argv: Sequence[str] | None = None, *, description: str | None = None
 ) -> SettingsT:
     """Reads ``argv`` (default: the process's own) and the recipe it names. Raises ``UserError`` for any mistake."""
-    hints = typing.get_type_hints(settings_class)
-    rules = {field.name: field.metadata for field in dataclasses.fields(settings_class)}
-    kinds = {name: _kind(hints[name]) for name in rules}
-    given = _read_command_line(sys.argv[1:] if argv is None else argv, kinds)
+    flags = _flags(settings_class)
+    given = _read_command_line(sys.argv[1:] if argv is None else argv, flags)
     if given is None:
-        print(_help(settings_class, kinds, description or ""))
+        print(_help(flags, description or ""))
         sys.exit(0)
     written = {}
     if "config" in given:
         recipe = with_home(given.pop("config"), "--config")
-        written = {name: (value, f"{recipe}: {name}") for name, value in _read_recipe(recipe, rules).items()}
+        written = {name: (value, f"{recipe}: {name}") for name, value in _read_recipe(recipe, flags).items()}
     written |= {name: (value, f"--{name}") for name, value in given.items()}
-    settings = settings_class(
-        **{name: _convert(value, kinds[name], rules[name], where) for name, (value, where) in written.items()}
-    )
-    if not any(rules[name]["waives_required"] and getattr(settings, name) for name in rules):
-        for name in rules:
-            if rules[name]["required"] and getattr(settings, name) in (None, []):
-                raise UserError(f"--{name}: missing; {rules[name]['help']}")
+    settings = settings_class(**{name: _convert(value, flags[name], where) for name, (value, where) in written.items()})
+    if not any(flag.waives_required and getattr(settings, name) for name, flag in flags.items()):
+        for name, flag in flags.items():
+            if flag.required and getattr(settings, name) in (None, []):
+                raise UserError(f"--{name}: missing; {flag.help}")
     return settings
 
 
-def _kind(hint: Any) -> Kind:
-    arguments = typing.get_args(hint)
-    optional = type(None) in arguments
-    if optional:
-        hint = next(argument for argument in arguments if argument is not type(None))
-    many = typing.get_origin(hint) is list
-    return Kind(typing.get_args(hint)[0] if many else hint, many, optional)
+def _flags(settings_class: type[DataclassInstance]) -> dict[str, Flag]:
+    flags, hints = {}, typing.get_type_hints(settings_class)
+    for field in dataclasses.fields(settings_class):
+        hint, arguments = hints[field.name], typing.get_args(hints[field.name])
+        optional = type(None) in arguments
+        if optional:
+            hint = next(argument for argument in arguments if argument is not type(None))
+        many = typing.get_origin(hint) is list
+        of_type = {"type": typing.get_args(hint)[0] if many else hint, "many": many, "optional": optional}
+        flags[field.name] = Flag(**{**field.metadata, **of_type})
+    return flags
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name most like ``name``, or None where nothing is near."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return matches[0] if matches else None
+    return next(iter(difflib.get_close_matches(name, known, n=1)), None)
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
@@ -130,18 +125,16 @@ def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     return f", did you mean {prefix}{match}?" if match else ""
 
 
-# ------------------------------------------------------------------------------------------------------- command line
-
 _VALUE = re.compile(r"(?!-)|-(\Z|\d|\.|_|inf|nan)", re.IGNORECASE)  # -5e-1 and -.5 are numbers, no flags
 
 
-def _read_command_line(argv: Sequence[str], kinds: Mapping[str, Kind]) -> dict[str, Any] | None:
+def _read_command_line(argv: Sequence[str], flags: dict[str, Flag]) -> dict[str, Any] | None:
     """{flag: text, or list of texts where it takes many} as typed; None for ``--help``.
 
     A flag of many values may come again and adds to them. Of any other the last value counts, with a warning. argparse
     takes -5e-1 for a flag and drops the first of two lists.
     """
-    kinds = {"config": Kind(str, False, False), **kinds}
+    flags = {"config": Flag(None, "", ""), **flags}
     words, given = list(argv), {}  # type: list[str], dict[str, Any]
     while words:
         word = words.pop(0)
@@ -150,54 +143,48 @@ def _read_command_line(argv: Sequence[str], kinds: Mapping[str, Kind]) -> dict[s
             return None
         if not word.startswith("--") or not name:
             bare = word.lstrip("-")
-            if word.startswith("-") and bare.partition("=")[0] in kinds:
+            if word.startswith("-") and bare.partition("=")[0] in flags:
                 raise UserError(f"{_quoted(word)}: a flag has two dashes, did you mean --{bare}?")
-            raise UserError(
-                f"{_quoted(word)}: an argument without a flag; every value follows its flag, as in --eps 4 (one that "
-                "begins with a dash: --flag=-value)"
-            )
-        if name not in kinds:
-            raise UserError(f"--{name}: no such flag{did_you_mean(name, kinds, '--')}; --help lists all flags")
-        kind, many, _ = kinds[name]
+            raise UserError(f"{_quoted(word)}: an argument without a flag; write --flag value, or --flag=-value")
+        if name not in flags:
+            raise UserError(f"--{name}: no such flag{did_you_mean(name, flags, '--')}; --help lists all flags")
+        kind, many = flags[name].type, flags[name].many
         values = [value] if equals else []
         while words and not equals and (many or not values) and _VALUE.match(words[0]):
             values.append(words.pop(0))
         if not values and kind is bool:
             values = ["true"]
         if not values:
-            expected = EXPECTED[kind]
-            raise UserError(f"--{name}: expected {expected} after it (one that begins with a dash: --{name}=-value)")
+            dash = f"one that begins with a dash: --{name}=-value"
+            raise UserError(f"--{name}: expected {EXPECTED[kind]} after it ({dash})")
         if many:
             given.setdefault(name, []).extend(values)
             continue
         if given.get(name, values[0]) != values[0] and launched_rank() == 0:
-            both = (_quoted(given[name]), _quoted(values[0]))
-            logger.warning("--%s: given twice, %s and %s; the last one counts", name, *both)
+            both = f"{_quoted(given[name])} and {_quoted(values[0])}"
+            logger.warning("--%s: given twice, %s; the last one counts", name, both)
         given[name] = values[0]
     return given
 
 
-def _help(settings_class: type[DataclassInstance], kinds: Mapping[str, Kind], description: str) -> str:
+def _help(flags: dict[str, Flag], description: str) -> str:
     """What ``--help`` prints: the description as it is, then the flags of each group in two columns."""
     rows = {"options": [("-h, --help", "show this help message and exit")]}
     rows["options"].append(("--config FILE", "YAML recipe with defaults for the flags below"))
-    for field in dataclasses.fields(settings_class):
-        (kind, many, _), rules = kinds[field.name], field.metadata
-        values = "{" + ",".join(rules["choices"]) + "}" if rules["choices"] else kind.__name__.upper()
-        if many:
+    for name, flag in flags.items():
+        values = "{" + ",".join(flag.choices) + "}" if flag.choices else flag.type.__name__.upper()
+        if flag.many:
             values += " ..."
-        elif kind is bool:
+        elif flag.type is bool:
             values = f"[{values}]"
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        text = rules["help"]
-        if rules["required"]:
+        text = flag.help
+        if flag.required:
             text += " (required)"
-        elif default not in (None, []):
-            typed = " ".join(map(str, default)) if isinstance(default, list) else str(default)
-            text += f" (default: {typed.lower() if kind is bool else typed})"
-        rows.setdefault(rules["group"], []).append((f"--{field.name} {values}", text))
-    longest = max(len(words) for group in rows.values() for words, _ in group)
-    column = min(36, longest + 4)
+        elif flag.default not in (None, []):
+            typed = " ".join(map(str, flag.default)) if flag.many else str(flag.default)
+            text += f" (default: {typed.lower() if flag.type is bool else typed})"
+        rows.setdefault(flag.group, []).append((f"--{name} {values}", text))
+    column = min(36, 4 + max(len(words) for group in rows.values() for words, _ in group))
     width = max(min(110, shutil.get_terminal_size((110, 24)).columns), column + 11)
     lines = [f"usage: {Path(sys.argv[0]).name} [--config recipe.yaml] [--flag value ...]", "", description.strip()]
     for title, group in rows.items():
@@ -210,8 +197,6 @@ def _help(settings_class: type[DataclassInstance], kinds: Mapping[str, Kind], de
             lines += textwrap.wrap(text, width, initial_indent=start, subsequent_indent=" " * column)
     return "\n".join(lines)
 
-
-# ------------------------------------------------------------------------------------------------------------- recipe
 
 _OTHER_LINE_ENDS = re.compile("[\x85\u2028\u2029]")  # of YAML 1.1 and PyYAML; no editor shows them
 
@@ -230,17 +215,15 @@ class _RecipeLoader(yaml.SafeLoader):
         elif self.depth == 2 and isinstance(event, yaml.CollectionStartEvent):
             found = "nested"
         if found:
-            mark = event.start_mark
-            raise UserError(
-                f"{mark.name}: line {mark.line + 1}: {found}; expected 'flag: value' or 'flag: [value, ...]' lines"
-            )
+            where = f"{event.start_mark.name}: line {event.start_mark.line + 1}"
+            raise UserError(f"{where}: {found}; expected 'flag: value' or 'flag: [value, ...]' lines")
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
 
 
-def _read_recipe(path: str, known: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _read_recipe(path: str, flags: dict[str, Flag]) -> dict[str, Any]:
     """{setting: text, list of texts, None where it is empty or null, or {} where it is something nested}."""
     flag_text = f"--config {path}"
     try:
@@ -273,10 +256,10 @@ def _read_recipe(path: str, known: Mapping[str, Mapping[str, Any]]) -> dict[str,
     for key_node, value_node in root.value:
         line = key_node.start_mark.line + 1
         key = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a key that is no text"
-        if key not in known:
-            shown = key[:100]
-            raise UserError(f"{path}: {shown}: no such setting{did_you_mean(shown, known)}; --help lists all settings")
-        if not known[key]["in_recipe"]:
+        if key not in flags:
+            hint = did_you_mean(key[:100], flags)
+            raise UserError(f"{path}: {key[:100]}: no such setting{hint}; --help lists all settings")
+        if not flags[key].in_recipe:
             raise UserError(f"{path}: {key}: not in a recipe, which may come from others; say --{key} yourself")
         if key in lines:
             raise UserError(f"{path}: {key}: in line {lines[key]} and again in line {line}; keep one of them")
@@ -293,8 +276,6 @@ def _written(node: yaml.Node) -> Any:
     return None if node.tag == "tag:yaml.org,2002:null" else node.value
 
 
-# ------------------------------------------------------------------------------------------------------------- values
-
 TRUE = ("true", "yes", "on", "1")
 # Stricter than int() and float(), which also take "1_000", " 4 " and the digits of other scripts.
 _GRAMMAR = {
@@ -307,23 +288,23 @@ _GRAMMAR = {
 EXPECTED = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
-def _convert(value: Any, kind: Kind, rules: Mapping[str, Any], where: str) -> Any:
+def _convert(value: Any, flag: Flag, where: str) -> Any:
     """A text, a list of texts or None -> what the field's type says. An error line begins with ``where``."""
     items = value if isinstance(value, list) else [value]
     said_none = len(items) == 1 and isinstance(items[0], str) and items[0].lower() == "none"
-    if kind.optional and (value is None or said_none):
+    if flag.optional and (value is None or said_none):
         return None
-    expected = EXPECTED[kind.type]
-    if not kind.many and isinstance(value, (list, dict)):
+    expected = EXPECTED[flag.type]
+    if not flag.many and isinstance(value, (list, dict)):
         raise UserError(f"{where}: expected {expected}, found a {type(value).__name__}")
     if any(isinstance(item, (list, dict)) for item in items):
         raise UserError(f"{where}: expected a list of values ({expected} each), found something nested")
-    converted = [_convert_one(item, kind.type, rules, where) for item in items]
-    return converted if kind.many else converted[0]
+    converted = [_convert_one(item, flag, where) for item in items]
+    return converted if flag.many else converted[0]
 
 
-def _convert_one(value: str | None, kind: type, rules: Mapping[str, Any], where: str) -> Any:
-    expected, shown = EXPECTED[kind], f"{where}: {_quoted(value)}"
+def _convert_one(value: str | None, flag: Flag, where: str) -> Any:
+    kind, expected, shown = flag.type, EXPECTED[flag.type], f"{where}: {_quoted(value)}"
     if not value:
         raise UserError(f"{where}: empty; expected {expected}")
     if kind in _GRAMMAR and not _GRAMMAR[kind].fullmatch(value):
@@ -342,18 +323,17 @@ def _convert_one(value: str | None, kind: type, rules: Mapping[str, Any], where:
         converted = int(value)
     elif "\0" in value or not _encodable(value):
         raise UserError(f"{shown} holds a character that no file name or text can have")
-    if rules["path"]:
+    if flag.path:
         converted = with_home(value, where)
-    choices, minimum, above, maximum = (rules[name] for name in ("choices", "minimum", "above", "maximum"))
-    if choices and converted not in choices:
-        hint = did_you_mean(value, choices)
-        raise UserError(f"{where}: {_quoted(converted)} is not one of {', '.join(choices)}{hint}")
-    if minimum is not None and converted < minimum:
-        raise UserError(f"{where}: {converted} is too small; expected at least {minimum}")
-    if above is not None and converted <= above:
-        raise UserError(f"{where}: {converted} is too small; expected more than {above}")
-    if maximum is not None and converted > maximum:
-        raise UserError(f"{where}: {converted} is too large; expected at most {maximum}")
+    if flag.choices and converted not in flag.choices:
+        hint = did_you_mean(value, flag.choices)
+        raise UserError(f"{where}: {_quoted(converted)} is not one of {', '.join(flag.choices)}{hint}")
+    if flag.minimum is not None and converted < flag.minimum:
+        raise UserError(f"{where}: {converted} is too small; expected at least {flag.minimum}")
+    if flag.above is not None and converted <= flag.above:
+        raise UserError(f"{where}: {converted} is too small; expected more than {flag.above}")
+    if flag.maximum is not None and converted > flag.maximum:
+        raise UserError(f"{where}: {converted} is too large; expected at most {flag.maximum}")
     return converted
 
 
@@ -393,8 +373,6 @@ def _encodable(text: str) -> bool:
     return True
 
 
-# -------------------------------------------------------------------------------------------------- start and end
-
 # How gloo, NCCL and the rendezvous store say that a partner is gone.
 _PARTNER_LOST = re.compile(
     r"connection (was )?(closed|reset)|closed by peer|broken pipe|socket closed|timed out waiting|socket timeout|"
@@ -427,12 +405,11 @@ def run(main: Callable[[], Any]) -> None:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:160]
         if "DataLoader worker (pid" in str(error):
-            _say(f"error: a data worker has died ({reason}); if memory runs out, use fewer --num_workers; start again")
+            advice = "if memory runs out, use fewer --num_workers; start again"
+            _say(f"error: a data worker has died ({reason}); {advice}")
         elif "RANK" in os.environ and _PARTNER_LOST.search(str(error)):
-            _say(
-                f"rank {rank}: another process of the run has ended or does not answer ({reason}); its own message is "
-                "above or in the log of its node; go on with --resume_from_checkpoint latest"
-            )
+            advice = "see its message above or in its node's log; go on with --resume_from_checkpoint latest"
+            _say(f"rank {rank}: another process of the run has ended or does not answer ({reason}); {advice}")
         else:
             raise
         _leave(1, at_once=True)

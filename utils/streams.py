@@ -25,19 +25,13 @@ def outlive_streams() -> None:
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
-        encoding, lines = "utf-8", True
-        if stream is not None:
-            try:
-                if not isinstance(stream, io.TextIOWrapper) or stream.fileno() != number:
-                    continue
-            except (OSError, ValueError):
-                continue
+        if stream is None:
+            setattr(sys, name, _lasting_stream(number, "utf-8", True))
+        elif isinstance(stream, io.TextIOWrapper) and _number_of(stream) == number:
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
-            encoding, lines = stream.encoding, stream.line_buffering or stream.write_through
-        buffer = io.BufferedWriter(_Lasting(number))  # type: ignore[type-var]
-        lasting = io.TextIOWrapper(buffer, encoding=encoding, errors="backslashreplace", line_buffering=lines)
-        setattr(sys, name, lasting)
+            lines = stream.line_buffering or stream.write_through
+            setattr(sys, name, _lasting_stream(number, stream.encoding, lines))
 
 
 def _occupy(number: int) -> None:
@@ -51,6 +45,18 @@ def _occupy(number: int) -> None:
             os.set_inheritable(number, True)
         else:
             os.close(opened)
+
+
+def _number_of(stream: io.TextIOWrapper) -> int | None:
+    try:
+        return stream.fileno()
+    except (OSError, ValueError):
+        return None
+
+
+def _lasting_stream(number: int, encoding: str, line_buffering: bool) -> io.TextIOWrapper:
+    buffer = io.BufferedWriter(_Lasting(number))  # type: ignore[type-var]
+    return io.TextIOWrapper(buffer, encoding=encoding, errors="backslashreplace", line_buffering=line_buffering)
 
 
 class _Lasting(io.FileIO):

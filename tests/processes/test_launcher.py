@@ -18,10 +18,11 @@ import train_lore
 import train_po
 from tests.conftest import ROOT, accelerate_launch, flags, free_port, run_script
 from utils.errors import UserError
-from utils.processes import distributed, environment
-from utils.processes.distributed import check_tracker, end_training, log_row, start_accelerator, start_tracker
-from utils.processes.environment import check_deepspeed_json, check_launch, classify
+from utils.processes import distributed, environment, tracker
+from utils.processes.distributed import start_accelerator
+from utils.processes.environment import REFUSED_ELSEWHERE, RULES, check_deepspeed_json, check_launch
 from utils.processes.launcher import launched_processes, meet
+from utils.processes.tracker import check_tracker, end_training, log_row, start_tracker
 
 RUN = {"per_device_batch_size": 4, "gradient_accumulation_steps": 2, "max_grad_norm": 0.0}
 GROUP = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -143,6 +144,16 @@ def test_what_is_unknown_is_named(monkeypatch, caplog):
     assert "did you mean ACCELERATE_GRADIENT_ACCUMULATION_STEPS?" in caplog.text
 
 
+# launched_processes looks at these together.
+OF_THE_LAUNCHER = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+OF_MPI = ("PMI_", "MPI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")
+# For HPUs and Macs, speed, and XLA, on which a run is refused.
+HARMLESS = OF_THE_LAUNCHER | {
+    *("DEEPSPEED_USE_HPU", "PT_HPU_LAZY_MODE", "PYTORCH_ENABLE_MPS_FALLBACK", "USE_TORCH_XLA"),
+    *("OMP_NUM_THREADS", "NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"),
+}
+
+
 def test_every_variable_that_accelerate_reads_is_classified():
     """A new version of it may read more: each has to get its line in ``RULES``."""
     package = Path(accelerate.__file__).parent
@@ -162,7 +173,8 @@ def test_every_variable_that_accelerate_reads_is_classified():
             found.update(*(re.findall(r"[A-Z0-9_]{3,}", names) for names in read.findall(text)))
     examples = {"ACCELERATE_", "FOO", "FULL_STATE_DICT", "SHARDED_STATE_DICT", "FSDP_SHARDING_STRATEGY"}
     assert {"ACCELERATE_USE_FSDP", "WORLD_SIZE", "ACCELERATE_DYNAMO_BACKEND"} <= found
-    assert sorted(name for name in found - examples if classify(name) is None) == []
+    found -= examples | HARMLESS | set(RULES)
+    assert sorted(name for name in found if not name.startswith((*REFUSED_ELSEWHERE, *OF_MPI))) == []
 
 
 def test_all_scripts_refuse_before_they_look_at_paths(monkeypatch):
@@ -382,12 +394,12 @@ def test_a_port_in_use_is_named(monkeypatch):
 
 def test_wandb_without_a_key_is_one_line_before_training(monkeypatch):
     """unsloth#1914"""
-    monkeypatch.setattr(distributed, "is_wandb_available", lambda: False)
+    monkeypatch.setattr(tracker, "is_wandb_available", lambda: False)
     with pytest.raises(UserError, match=r"--report_to wandb: needs the package wandb"):
         check_tracker("wandb")
     fake = types.SimpleNamespace(api=types.SimpleNamespace(api_key=None))
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(distributed, "is_wandb_available", lambda: True)
+    monkeypatch.setattr(tracker, "is_wandb_available", lambda: True)
     with pytest.raises(UserError, match=r"--report_to wandb: not logged in; wandb login once, or WANDB_API_KEY"):
         start_accelerator(report_to="wandb")
     monkeypatch.setattr(fake.api, "api_key", "key")
@@ -447,7 +459,7 @@ def test_a_writer_that_has_died_is_not_waited_for(tmp_path, caplog, monkeypatch)
     """tensorboardX: its queue is emptied by a thread that ends at an error; then nothing would ever take a row."""
     accelerator = Failing("", None)
     start_tracker(accelerator, "tensorboard", "train_lore", {}, tmp_path, 0)
-    monkeypatch.setattr(distributed, "_WRITERS", [types.SimpleNamespace(is_alive=lambda: False)])
+    monkeypatch.setattr(tracker, "_WRITERS", [types.SimpleNamespace(is_alive=lambda: False)])
     log_row(accelerator, {"step": 1, "loss": 1.0})
     assert accelerator.logged == 0
     assert "its writing thread has ended" in caplog.text

@@ -1,24 +1,17 @@
-"""Processes and devices: one Accelerator made the way that works everywhere, and the collectives of the trainers.
+"""Processes and devices: one Accelerator that works everywhere, and the collectives of the trainers.
 
-What works, and what silently trains wrongly, was tried out: only the encoder goes through ``prepare``; the multiplier
-stays outside and averages its gradients here; under DeepSpeed the parameters stay float32 and the encoder's own
-autocast does the mixed precision.
+Only the encoder goes through ``prepare``; the multiplier stays outside and averages its gradients here. Under DeepSpeed
+the parameters stay float32 and the encoder's own autocast does the mixed precision. Other ways silently train wrongly.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import re
-import secrets
-import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,22 +22,17 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     broadcast_object_list,
     gather_object,
-    is_tensorboard_available,
-    is_wandb_available,
     set_seed,
 )
 from torch import Tensor, nn
 
 from utils.errors import UserError
-from utils.processes.environment import check_launch
+from utils.processes.environment import NO_FP16, check_launch
 from utils.processes.launcher import meet
-from utils.redaction import printable
+from utils.processes.tracker import check_tracker, end_training, log_row, start_tracker  # noqa: F401, for the trainers
 
 WORKING = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.DEEPSPEED)
 MIXED_PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-logger = logging.getLogger(__name__)
 
 
 def start_accelerator(
@@ -62,12 +50,9 @@ def start_accelerator(
     """The Accelerator for what ``accelerate launch``, ``torchrun`` or plain ``python`` set up; float32 stays float32.
 
     ``tf32``: products of float32 tensors keep 10 bits of mantissa on NVIDIA GPUs, at several times the speed.
-    ``days_of_patience``: how long a process waits for the others in a collective (default: torch's own 10 to 30 minutes).
-
-    Batch, accumulation and clipping are None where nothing is trained.
-
-    Raises ``UserError`` where the launcher's processes did not become processes of one group, and for settings that an
-    accelerate config or the environment cannot ask for here (utils/processes/launcher.py).
+    ``days_of_patience``: how long a process waits for the others in a collective (default: torch's 10 to 30 minutes).
+    Batch, accumulation and clipping are None where nothing is trained. Raises ``UserError`` where the processes are no
+    group, and for what an accelerate config or the environment cannot ask for here (utils/processes/environment.py).
     """
     launched = check_launch(  # once: accelerate changes some of its variables
         per_device_batch_size=per_device_batch_size,
@@ -103,22 +88,14 @@ def start_accelerator(
         )
     except (ValueError, ImportError, NotImplementedError) as error:  # how accelerate says that it cannot do what is set
         raise UserError(f"accelerate: {str(error)[:300]}; correct the accelerate config") from None
-    if accelerator.distributed_type not in WORKING:
+    chosen, formed = accelerator.distributed_type, accelerator.num_processes
+    if chosen not in WORKING or formed != launched or (deepspeed and chosen != DistributedType.DEEPSPEED):
+        asked = f"{launched} processes{' with DeepSpeed' if deepspeed else ''} were started"
         raise UserError(
-            f"accelerate chose {accelerator.distributed_type.value}; the scripts run on CPUs and CUDA GPUs, alone, under DDP or "
-            "DeepSpeed: use a config of accelerate_configs/ (torch_xla installed: USE_TORCH_XLA=0)"
+            f"{asked}, but accelerate formed a group of {formed} of kind {chosen.value}, which would train wrongly; "
+            "use a config of accelerate_configs/ (cpu_2proc.yaml for CPUs; with torch_xla set USE_TORCH_XLA=0)"
         )
-    if deepspeed and accelerator.distributed_type != DistributedType.DEEPSPEED:
-        raise UserError(
-            f"the accelerate config asks for DeepSpeed but accelerate chose {accelerator.distributed_type.value}; leave "
-            "use_cpu out of the config and ACCELERATE_USE_CPU out of the environment"
-        )
-    if accelerator.num_processes != launched:
-        raise UserError(
-            f"the launcher started {launched} processes but accelerate formed a group of "
-            f"{accelerator.num_processes}: each would train alone; use a config of accelerate_configs/ (cpu_2proc.yaml shows what CPU processes need)"
-        )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+    if chosen == DistributedType.DEEPSPEED:
         _configure_deepspeed(
             accelerator, per_device_batch_size or 1, gradient_accumulation_steps or 1, max_grad_norm or 0.0
         )
@@ -141,9 +118,7 @@ def _configure_deepspeed(accelerator: Accelerator, batch_size: int, accumulation
         if str(config.get(precision, {}).get("enabled")).lower() == "true":
             os.environ["ACCELERATE_MIXED_PRECISION"] = precision
     if compute_dtype(accelerator) == torch.float16:
-        raise UserError(
-            "mixed_precision: fp16 is not supported with DeepSpeed here; use bf16 or no in the accelerate config"
-        )
+        raise UserError(f"mixed_precision: {NO_FP16}")
     config["train_micro_batch_size_per_gpu"] = batch_size
     config["gradient_accumulation_steps"] = accumulation
     config["gradient_clipping"] = max_grad_norm
@@ -152,108 +127,6 @@ def _configure_deepspeed(accelerator: Accelerator, batch_size: int, accumulation
     config["fp16"] = {"enabled": False}
     config["zero_force_ds_cpu_optimizer"] = False  # accelerate would put its own in place of --optimizer
     config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True  # in float32, as they are
-
-
-def check_tracker(report_to: str) -> None:
-    """Raises ``UserError`` for a tracker whose package or key is missing: it would be known after the model is loaded only."""
-    if report_to == "tensorboard" and not is_tensorboard_available():
-        raise UserError("--report_to tensorboard: needs the package tensorboardX; install it or use --report_to none")
-    if report_to != "wandb":
-        return
-    if not is_wandb_available():
-        raise UserError("--report_to wandb: needs the package wandb; install it or use --report_to none")
-    offline = os.environ.get("WANDB_MODE", "").lower() in ("offline", "disabled", "dryrun")
-    if offline or os.environ.get("WANDB_API_KEY") or sys.stdin.isatty():  # at a terminal wandb asks for it
-        return
-    try:
-        import wandb  # type: ignore[import-not-found]
-
-        key = wandb.api.api_key  # looks into its settings and ~/.netrc
-    except Exception:
-        return
-    if key is None:
-        raise UserError(f"--report_to wandb: {_WANDB_KEY}")
-
-
-_WANDB_KEY = "not logged in; wandb login once, or WANDB_API_KEY, or WANDB_MODE=offline, or --report_to none"
-# A thread of tensorboardX that has died takes nothing from its queue any more, and who puts there waits for ever.
-_WRITERS: list[threading.Thread] = []
-_MOST_QUEUED = 1000  # events, one for each value of a row
-
-
-def start_tracker(
-    accelerator: Accelerator, report_to: str, project: str, settings: dict[str, Any], output_dir: Path, first_step: int
-) -> None:
-    """Opens the tracker with the run's settings. accelerate takes numbers and texts only.
-
-    A run that is resumed goes on in its old place: wandb by the id in ``output_dir``/run.json, chosen at the first start;
-    tensorboard in its directory, where everything after ``first_step`` is taken back, for it comes again. A tracker that
-    does not start is left out with a warning; ``UserError`` where a key is all that it lacks.
-    """
-    if report_to == "none":
-        return
-    config: dict[str, Any] | None = {name: printable(str(value)) for name, value in settings.items()}
-    options: dict[str, Any] = {}
-    if accelerator.is_main_process:  # the only one that opens a tracker
-        run_file = output_dir / "run.json"
-        try:
-            run = json.loads(run_file.read_text(encoding="utf-8"))
-            run_id, known = str(run["id"]), True
-        except (OSError, ValueError, KeyError, TypeError):
-            run_id, known = secrets.token_hex(8), False
-            aside = run_file.with_suffix(".json.tmp")
-            try:
-                aside.write_text(json.dumps({"id": run_id}), encoding="utf-8")
-                os.replace(aside, run_file)
-            except OSError as error:
-                raise UserError(
-                    f"{run_file}: cannot be written ({error.strerror}); mend that and start again"
-                ) from None
-        options = {"id": run_id, "resume": "allow"}
-        if report_to == "tensorboard":
-            options = {"purge_step": first_step + 1 if first_step else 0, "max_queue": _MOST_QUEUED}
-            config = None if known else config  # tensorboard would show the settings as one more run
-    try:
-        accelerator.init_trackers(project, config=config, init_kwargs={report_to: options})
-    except Exception as error:
-        if report_to == "wandb" and re.search(
-            r"api.?key|log ?in|auth", f"{type(error).__name__} {error}", re.IGNORECASE
-        ):
-            raise UserError(f"--report_to wandb: {_WANDB_KEY}") from None
-        _leave_out_tracker(accelerator, "did not start", error)
-    _WRITERS[:] = [thread for thread in threading.enumerate() if type(thread).__module__.startswith("tensorboardX")]
-
-
-def log_row(accelerator: Accelerator, row: dict[str, Any]) -> None:
-    """A row of metrics.jsonl for the tracker. One that cannot take it is left out from here on, with a warning."""
-    try:
-        if not all(thread.is_alive() for thread in _WRITERS):
-            raise OSError("its writing thread has ended")
-        accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
-    except Exception as error:
-        _leave_out_tracker(accelerator, f"could not take step {row['step']}", error)
-
-
-def _leave_out_tracker(accelerator: Accelerator, what: str, error: Exception) -> None:
-    """The run is worth more than its display: metrics.jsonl has every row."""
-    accelerator.trackers = []
-    _WRITERS.clear()
-    reason = printable(" ".join(f"{type(error).__name__}: {error}".split())[:200])
-    logger.warning(
-        "--report_to: the tracker %s (%s); the run goes on without it, metrics.jsonl has every row", what, reason
-    )
-
-
-def end_training(accelerator: Accelerator) -> None:
-    """Closes tracker and process group. What a tracker cannot write any more is said, the run is finished all the same."""
-    try:
-        accelerator.end_training()
-    except Exception as error:
-        if not accelerator.trackers:
-            raise
-        _leave_out_tracker(accelerator, "could not write all of its rows", error)
-        accelerator.end_training()
-    _WRITERS.clear()
 
 
 def compute_dtype(accelerator: Accelerator) -> torch.dtype:
@@ -285,31 +158,31 @@ def gather_objects(accelerator: Accelerator, item: Any) -> list[Any]:
     return gather_object([item]) if accelerator.num_processes > 1 else [item]
 
 
-def from_main_process(accelerator: Accelerator, make: Any) -> Any:
-    """``make()`` on the main process, its result (or its UserError) on every process."""
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = make()
-        except UserError as error:
-            outcome[1] = str(error)
+def _outcome(make: Callable[[], Any]) -> list[Any]:
+    """[what ``make`` returns, None] or [None, the line of its ``UserError``]."""
+    try:
+        return [make(), None]
+    except UserError as error:
+        return [None, str(error)]
+
+
+def from_main_process(accelerator: Accelerator, make: Callable[[], Any]) -> Any:
+    """``make()`` on the main process, its result (or its ``UserError``) on every process."""
+    outcome = _outcome(make) if accelerator.is_main_process else [None, None]
     if accelerator.num_processes > 1:
         broadcast_object_list(outcome, from_process=0)
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
-    return outcome[0]
+    made, line = outcome
+    if line is not None:
+        raise UserError(line)
+    return made
 
 
 def everywhere(accelerator: Accelerator, make: Callable[[], Any]) -> Any:
     """``make()`` on every process; the first process's ``UserError`` is raised by all, none is left waiting."""
-    made = line = None
-    try:
-        made = make()
-    except UserError as error:
-        line = str(error)
-    lines = [line for line in gather_objects(accelerator, line) if line is not None]
-    if lines:
-        raise UserError(lines[0])
+    made, line = _outcome(make)
+    for found in gather_objects(accelerator, line):
+        if found is not None:
+            raise UserError(found)
     return made
 
 
@@ -322,13 +195,11 @@ def on_every_node(accelerator: Accelerator, make: Callable[[], Any]) -> Any:
 def gathered(module: nn.Module, enabled: bool = True) -> Iterator[None]:
     """Under ZeRO-3 the parameters of ``module`` are whole inside, gathered once; elsewhere nothing happens.
 
-    Without it each forward and each backward gathers every layer again: for an attack of n steps 2 n times. It costs the
-    memory of the whole parameters. All processes have to enter and leave together; parameters are not to be changed inside.
+    Without it each forward and each backward gathers every layer again: 2 n times for an attack of n steps. It costs
+    the memory of the whole parameters. All processes enter and leave together; nobody changes parameters inside.
     """
-    sharded: list[Any] = (
-        [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")] if enabled else []
-    )
-    if not sharded:
+    sharded: list[Any] = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
+    if not enabled or not sharded:
         yield
         return
     import deepspeed
@@ -346,14 +217,10 @@ def gathered(module: nn.Module, enabled: bool = True) -> Iterator[None]:
 
 
 def shard_frozen(accelerator: Accelerator, module: nn.Module) -> nn.Module:
-    """``module``, whose parameters are not trained, sharded over the processes by ZeRO-3: an engine to call like it.
-
-    Raises ``UserError`` without DeepSpeed. All processes have to call the engine equally often.
-    """
+    """A frozen ``module`` sharded over the processes by ZeRO-3: an engine to call like it, by all equally often."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
-        raise UserError(
-            "--shard_reference true: needs DeepSpeed; use a config like accelerate_configs/zero3.yaml, or leave it out"
-        )
+        like = "accelerate_configs/zero3.yaml"
+        raise UserError(f"--shard_reference true: needs DeepSpeed; use a config like {like}, or leave it out")
     import deepspeed
 
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0}

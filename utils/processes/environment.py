@@ -12,7 +12,7 @@ import importlib.util
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -45,43 +45,39 @@ def _all(names: str, rule: Rule = ANYTHING) -> dict[str, Any]:
     return dict.fromkeys(names.split(), rule)
 
 
-YES_NO = (*TRUE, *FALSE)
-_YES_NO = "write true or false"
+_SWITCH = ((*TRUE, *FALSE), "write true or false")
 _DEVICE = (("none", "cpu"), "write none or cpu")
 _STAGE = (("1", "2", "3"), "write 1, 2 or 3; without sharding: accelerate_configs/ddp.yaml")
-_NO_FP16 = "fp16 is not supported with DeepSpeed here; use bf16 or no in the accelerate config"
+NO_FP16 = "fp16 is not supported with DeepSpeed here; use bf16 or no in the accelerate config"
 _NO_FSDP = "sharding is DeepSpeed's here: accelerate_configs/zero2.yaml or zero3.yaml"
 _NO_LOADER = Rule(OFF, "the scripts deal out the data themselves, by --seed and --global_batch_size")
 _NO_TF32 = "use --tf32 true, which leaves the patch embedding in float32"
 
 RULES: dict[str, Rule] = {
-    # Without effect, read only with what is refused, or looked at elsewhere here. A last underscore: all that begin so.
+    # Without effect, read only with what is refused, or looked at elsewhere here.
     **_all("""
         ACCELERATE_DEEPSPEED_CONFIG_FILE ACCELERATE_CONFIG_DS_FIELDS ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL
         ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_NVME_PATH ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH
-        ACCELERATE_DYNAMO_ ACCELERATE_DYNAMO_MODE ACCELERATE_FP8_ FSDP_ MEGATRON_LM_ PARALLELISM_CONFIG_
-        ACCELERATE_ALLOW_CP_STANDALONE ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE ACCELERATE_BYPASS_DEVICE_MAP
-        ACCELERATE_INIT_INCLUDE_BUFFERS ACCELERATE_LOG_LEVEL ACCELERATE_ENABLE_RICH ACCELERATE_IN_TPU_POD
-        ACCELERATE_NUM_PROCESSES ACCELERATE_DEBUG_RDV_FILE DEEPSPEED_USE_HPU PT_HPU_LAZY_MODE
-        PYTORCH_ENABLE_MPS_FALLBACK USE_TORCH_XLA OMP_NUM_THREADS NCCL_P2P_DISABLE NCCL_IB_DISABLE
-        RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT PMI_ MPI_ OMPI_COMM_WORLD_ MV2_COMM_WORLD_
+        ACCELERATE_DYNAMO_MODE ACCELERATE_ALLOW_CP_STANDALONE ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE
+        ACCELERATE_BYPASS_DEVICE_MAP ACCELERATE_INIT_INCLUDE_BUFFERS ACCELERATE_LOG_LEVEL ACCELERATE_ENABLE_RICH
+        ACCELERATE_IN_TPU_POD ACCELERATE_NUM_PROCESSES ACCELERATE_DEBUG_RDV_FILE
     """),
     # Obeyed.
     "ACCELERATE_MIXED_PRECISION": Rule(("no", "bf16", "fp16"), "write no, bf16 or fp16", "mixed_precision"),
-    "ACCELERATE_USE_CPU": Rule(YES_NO, _YES_NO, "use_cpu"),
-    "ACCELERATE_USE_DEEPSPEED": Rule(("true", "false"), _YES_NO, "distributed_type"),
+    "ACCELERATE_USE_CPU": Rule(*_SWITCH, "use_cpu"),
+    "ACCELERATE_USE_DEEPSPEED": Rule(("true", "false"), "write true or false", "distributed_type"),
     "ACCELERATE_DEEPSPEED_ZERO_STAGE": Rule(*_STAGE, "zero_stage"),
     "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": Rule(*_DEVICE, "offload_optimizer_device"),
     "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": Rule(*_DEVICE, "offload_param_device"),
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": Rule(None, "", "gradient_accumulation_steps"),  # as the flag says
     "ACCELERATE_GRADIENT_CLIPPING": Rule(None, "", "gradient_clipping"),  # as the flag says
-    "ACCELERATE_DEBUG_MODE": Rule(YES_NO, _YES_NO, "debug"),  # checks shapes in collectives
-    "ACCELERATE_CPU_AFFINITY": Rule(YES_NO, _YES_NO, "enable_cpu_affinity"),
+    "ACCELERATE_DEBUG_MODE": Rule(*_SWITCH, "debug"),  # checks shapes in collectives
+    "ACCELERATE_CPU_AFFINITY": Rule(*_SWITCH, "enable_cpu_affinity"),
     # Without effect, but accelerate fails at another text.
-    "ACCELERATE_DEEPSPEED_ZERO3_INIT": Rule(YES_NO, _YES_NO, "zero3_init_flag"),  # models are built whole
-    **_all("ACCELERATE_DYNAMO_USE_FULLGRAPH ACCELERATE_DYNAMO_USE_DYNAMIC", Rule(YES_NO, _YES_NO)),
-    "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": Rule(YES_NO, _YES_NO),
-    "FORK_LAUNCHED": Rule(YES_NO, "unset it"),
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": Rule(*_SWITCH, "zero3_init_flag"),  # models are built whole
+    **_all("ACCELERATE_DYNAMO_USE_FULLGRAPH ACCELERATE_DYNAMO_USE_DYNAMIC", Rule(*_SWITCH)),
+    "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": Rule(*_SWITCH),
+    "FORK_LAUNCHED": Rule((*TRUE, *FALSE), "unset it"),
     # Refused, unless they say that they are off.
     "ACCELERATE_DYNAMO_BACKEND": Rule(OFF, "compile with --compile true", "dynamo_config: dynamo_backend"),
     "ACCELERATE_FP8_BACKEND": Rule(("no",), "precision is no, bf16 or fp16", "fp8_config: backend"),
@@ -104,11 +100,13 @@ RULES: dict[str, Rule] = {
     "ACCELERATE_USE_SEEDABLE_SAMPLER": _NO_LOADER,
     "ACCELERATE_STEP_SCHEDULER_WITH_OPTIMIZER": Rule(OFF, "the scripts set the learning rate, see --warmup_steps"),
 }
+# Beginnings of variables that accelerate reads only with what is refused.
+REFUSED_ELSEWHERE = ("ACCELERATE_DYNAMO_", "ACCELERATE_FP8_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")
 # With a DeepSpeed json, accelerate refuses these beside it.
-IN_THE_JSON = (
-    "gradient_accumulation_steps gradient_clipping zero_stage offload_optimizer_device offload_param_device "
-    "offload_param_nvme_path offload_optimizer_nvme_path zero3_save_16bit_model mixed_precision"
-)
+IN_THE_JSON = {
+    *("gradient_accumulation_steps", "gradient_clipping", "mixed_precision", "zero_stage", "zero3_save_16bit_model"),
+    *("offload_optimizer_device", "offload_optimizer_nvme_path", "offload_param_device", "offload_param_nvme_path"),
+}
 # A DeepSpeed json. "auto" may stand where the scripts, or the precision of the accelerate config, fill it in.
 DEEPSPEED: dict[str, Any] = {
     **_all("steps_per_print wall_clock_breakdown dump_state memory_breakdown flops_profiler comms_logger tensorboard"),
@@ -125,8 +123,8 @@ DEEPSPEED: dict[str, Any] = {
         "offload_optimizer": {"device": Rule(*_DEVICE), **_all("pin_memory buffer_count fast_init")},
         "offload_param": {"device": Rule(*_DEVICE), **_all("pin_memory buffer_count buffer_size max_in_cpu")},
     },
-    "bf16": {"enabled": Rule((*YES_NO, "auto"), _YES_NO)},
-    "fp16": {"enabled": Rule((*FALSE, "auto"), _NO_FP16)},
+    "bf16": {"enabled": Rule((*TRUE, *FALSE, "auto"), "write true or false")},
+    "fp16": {"enabled": Rule((*FALSE, "auto"), NO_FP16)},
     "zero_force_ds_cpu_optimizer": Rule(FALSE, "the optimizer is --optimizer, also where its state is offloaded"),
     "communication_data_type": Rule(("fp32", "float32"), "gradients are averaged in float32"),
     "data_types": {"grad_accum_dtype": Rule(("fp32", "float32"), "gradients are kept in float32")},
@@ -138,15 +136,8 @@ DEEPSPEED: dict[str, Any] = {
     "checkpoint": Rule((), "checkpoints are the scripts' own, see --checkpoint_steps"),
 }
 AUTO = ("bf16.enabled", "fp16.enabled", "zero_optimization.stage3_gather_16bit_weights_on_model_save")
-# What the flags say of batches and clipping, by DeepSpeed's names; None where nothing is trained.
-Expected = Mapping[str, float | None]
-
-
-def classify(name: str) -> Rule | None:
-    """The rule of a variable: its own, or that of a beginning which ends in an underscore. None where there is none."""
-    parts = name.split("_")
-    beginnings = ["_".join(parts[:count]) + "_" for count in range(len(parts) - 1, 0, -1)]
-    return next((RULES[known] for known in (name, *beginnings) if known in RULES), None)
+_EXAMPLES = "see accelerate_configs/deepspeed/"
+Expected = Mapping[str, float | None]  # what the flags say, by DeepSpeed's names; None where nothing is trained
 
 
 def check_launch(
@@ -166,39 +157,38 @@ def check_launch(
         "ACCELERATE_GRADIENT_CLIPPING": ("--max_grad_norm", max_grad_norm),
     }
     for name in sorted(os.environ):
-        rule, value = classify(name), os.environ[name].strip().lower()
+        rule, value = RULES.get(name), os.environ[name].strip().lower()
         if name in flags:
             _check_number(name, value, *flags[name])
-        elif rule is None and name.startswith("ACCELERATE_"):
+        elif rule:
+            if rule.allowed is not None and value not in rule.allowed:
+                raise UserError(f"{_said(name)}: {rule.instead}")
+        elif name.startswith("ACCELERATE_") and not name.startswith(REFUSED_ELSEWHERE):
             hint = did_you_mean(name, RULES)
             logger.warning("%s is no setting of accelerate that is known here%s; it is not obeyed", name, hint)
-        elif rule and rule.allowed is not None and value not in rule.allowed:
-            raise UserError(f"{_said(name)}: {rule.instead}")
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
         os.environ["ACCELERATE_MIXED_PRECISION"] = os.environ["ACCELERATE_MIXED_PRECISION"].strip().lower()
     _check_gpus()
-    if _says("ACCELERATE_USE_DEEPSPEED"):
+    if _says("ACCELERATE_USE_DEEPSPEED", TRUE):
         total = processes * (per_device_batch_size or 0) * (gradient_accumulation_steps or 0)
-        _check_deepspeed(
-            {
-                "train_micro_batch_size_per_gpu": per_device_batch_size,
-                "gradient_accumulation_steps": gradient_accumulation_steps,
-                "gradient_clipping": max_grad_norm,
-                "train_batch_size": total or None,
-            }
-        )
+        expected = {
+            "train_micro_batch_size_per_gpu": per_device_batch_size,
+            "gradient_accumulation_steps": gradient_accumulation_steps,
+            "gradient_clipping": max_grad_norm,
+            "train_batch_size": total or None,
+        }
+        _check_deepspeed(expected)
     if compile:
         _check_compiler()
     return processes
 
 
-def _says(name: str, values: tuple[str, ...] = TRUE) -> bool:
+def _says(name: str, values: tuple[str, ...]) -> bool:
     return os.environ.get(name, "").strip().lower() in values
 
 
 def _said(name: str) -> str:
-    setting = RULES[name].setting
-    in_config = f"{setting} in the accelerate config, or " if setting else ""
+    in_config = f"{RULES[name].setting} in the accelerate config, or " if RULES[name].setting else ""
     return f"{name}={os.environ[name]} ({in_config}in the environment)"
 
 
@@ -210,23 +200,19 @@ def _check_number(name: str, value: str, flag: str, expected: float | None) -> N
         except ValueError:
             same = False
         if not same:
-            raise UserError(
-                f"{_said(name)}: the scripts do that themselves, and {flag} is {expected:g}; remove it there, and "
-                f"write {flag} {value} if that is meant"
-            )
+            meant = f"write {flag} {value} if that is meant"
+            raise UserError(f"{_said(name)}, but {flag} is {expected:g}; remove it there, and {meant}")
     del os.environ[name]  # accelerate would let it win, and reads no "auto" outside of DeepSpeed
 
 
 def _check_gpus() -> None:
-    if _says("ACCELERATE_USE_CPU"):
+    if _says("ACCELERATE_USE_CPU", TRUE):
         return
     if torch.cuda.is_available():
         rank, gpus = os.environ.get("LOCAL_RANK") or "0", torch.cuda.device_count()
         if 1 < gpus <= int(rank):
-            raise OwnError(
-                f"LOCAL_RANK={rank}, but {gpus} GPUs are visible; start as many processes as there are GPUs "
-                "(num_processes of the accelerate config, gpu_ids, CUDA_VISIBLE_DEVICES)"
-            )
+            where = "num_processes or gpu_ids of the accelerate config, CUDA_VISIBLE_DEVICES"
+            raise OwnError(f"LOCAL_RANK={rank}, but {gpus} GPUs are visible; start a process per GPU ({where})")
         return
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     hidden = visible is not None and visible.strip() in ("", "-1", "NoDevFiles")
@@ -234,8 +220,8 @@ def _check_gpus() -> None:
         return
     found = "hides every GPU and use_cpu of the accelerate config is false" if hidden else "and torch finds no such GPU"
     raise UserError(
-        f"CUDA_VISIBLE_DEVICES={visible!r} (gpu_ids in the accelerate config, or in the environment) {found}; correct "
-        "it, or use accelerate_configs/cpu.yaml (ACCELERATE_USE_CPU=true) to run on the CPU"
+        f"CUDA_VISIBLE_DEVICES={visible!r} (or gpu_ids in the accelerate config) {found}; correct it, or use "
+        "accelerate_configs/cpu.yaml (ACCELERATE_USE_CPU=true) to run on the CPU"
     )
 
 
@@ -243,90 +229,84 @@ def _check_compiler() -> None:
     """UserError where torch.compile would do nothing, or fail at the first batch."""
     for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"):
         if os.environ.get(name, "") not in ("", "0"):
-            raise UserError(
-                f"--compile true: {name}={os.environ[name]} switches it off; unset it, or leave --compile out"
-            )
+            raise UserError(f"--compile true: {name}={os.environ[name]} switches it off; unset one of the two")
     compilers = [os.environ.get("CXX") or "g++"]
-    if torch.cuda.is_available() and not _says("ACCELERATE_USE_CPU"):
+    if torch.cuda.is_available() and not _says("ACCELERATE_USE_CPU", TRUE):
         if importlib.util.find_spec("triton") is None:
             raise UserError("--compile true: needs the package triton on a GPU; install it, or leave --compile out")
         compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang", "cc"]
     if not any(map(shutil.which, compilers)):
-        missing = f"needs a compiler, no {' or '.join(compilers)} is found"
-        raise UserError(f"--compile true: {missing}; install g++, or leave --compile out")
+        missing = f"no {' or '.join(compilers)} is found"
+        raise UserError(f"--compile true: needs a compiler, {missing}; install g++, or leave --compile out")
 
 
 def _check_deepspeed(expected: Expected) -> None:
-    asked = "the accelerate config asks for DeepSpeed"
+    asked = "ACCELERATE_USE_DEEPSPEED=true (DeepSpeed in the accelerate config)"
     if not is_deepspeed_available():
-        raise UserError(f"{asked}, which is not installed; install it, or use accelerate_configs/ddp.yaml")
+        raise UserError(f"{asked}: it is not installed; install it, or use accelerate_configs/ddp.yaml")
     if "RANK" not in os.environ:
         raise UserError(f"{asked}: DeepSpeed needs a launcher; start with accelerate launch or torchrun")
-    if _says("ACCELERATE_USE_CPU"):
-        raise UserError(
-            f"{asked} and for the CPU, where accelerate leaves DeepSpeed out; leave use_cpu out of the config and "
-            "ACCELERATE_USE_CPU out of the environment"
-        )
+    if _says("ACCELERATE_USE_CPU", TRUE):
+        both = "leave use_cpu out of the config and ACCELERATE_USE_CPU out of the environment"
+        raise UserError(f"{asked}, but accelerate leaves it out where the CPU is asked for; {both}")
     if os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
-        raise UserError(f"mixed_precision: {_NO_FP16}")
+        raise UserError(f"mixed_precision: {NO_FP16}")
     if not torch.cuda.is_available():
         for tool, program in (("g++", os.environ.get("CXX", "g++")), ("ninja", "ninja")):
             if not shutil.which(program):
-                raise UserError(
-                    f"DeepSpeed on the CPU compiles its collectives: no {tool} is found; install it, or use "
-                    "accelerate_configs/cpu_2proc.yaml"
-                )
+                found = f"DeepSpeed on the CPU compiles its collectives: no {tool} is found"
+                raise UserError(f"{found}; install it, or use accelerate_configs/cpu_2proc.yaml")
     path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if path == "none":
         return
     where = f"{path} (deepspeed_config_file in the accelerate config)"
     fields = os.environ.get("ACCELERATE_CONFIG_DS_FIELDS", "").split(",")
-    if twice := ", ".join(field for field in fields if field in IN_THE_JSON.split()):
+    if twice := ", ".join(field for field in fields if field in IN_THE_JSON):
         raise UserError(
-            f"{twice} in the accelerate config beside {where}: accelerate takes them from the json alone; remove them "
-            "from the config"
+            f"{twice} in the accelerate config beside {where}, which alone is read; take it out of the config"
         )
     check_deepspeed_json(read_text_file(path, where), where, expected)
 
 
 def check_deepspeed_json(text: str, where: str, expected: Expected) -> None:
     """Raises ``UserError`` for a DeepSpeed config that is no JSON or asks for what these scripts would not do."""
-    examples = "see accelerate_configs/deepspeed/"
     try:
         config = parse_json(text)
     except ValueError as error:
-        raise UserError(f"{where}: not valid JSON ({error}); {examples}") from None
+        raise UserError(f"{where}: not valid JSON ({error}); {_EXAMPLES}") from None
     if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
-        raise UserError(f'{where}: expected an object with "zero_optimization" in it; {examples}')
+        raise UserError(f'{where}: expected an object with "zero_optimization" in it; {_EXAMPLES}')
     if "stage" not in config["zero_optimization"]:
         raise UserError(f"{where}: zero_optimization.stage: missing; write 1, 2 or 3")
-    _check_fields(config, DEEPSPEED, "", where, expected)
-    wants, precision = config.get("bf16", {}).get("enabled"), os.environ.get("ACCELERATE_MIXED_PRECISION")
-    if wants is False and precision == "bf16":
+    for name, problem in _wrong_fields(config, DEEPSPEED, "", expected):
+        raise UserError(f"{where}: {name}: {problem}")
+    if config.get("bf16", {}).get("enabled") is False and os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
         raise UserError(f"{where}: bf16.enabled is false, but mixed_precision is bf16; say the same in both")
 
 
-def _check_fields(section: dict[str, Any], rules: dict[str, Any], prefix: str, where: str, expected: Expected) -> None:
+def _wrong_fields(
+    section: dict[str, Any], rules: dict[str, Any], prefix: str, expected: Expected
+) -> Iterator[tuple[str, str]]:
+    """(field, what is wrong with it) of a section of the json."""
     for key, value in section.items():
         name, rule = prefix + key, rules.get(key)
-        off = str(value.get("enabled")).lower() in FALSE if isinstance(value, dict) else value is False or value is None
+        off = value is False or value is None
+        if isinstance(value, dict):
+            off = str(value.get("enabled")).lower() in FALSE
         if name in expected:
             if value not in ("auto", expected[name]) and expected[name] is not None:
                 flags = "--per_device_train_batch_size and --gradient_accumulation_steps"
                 flags = "--max_grad_norm" if name == "gradient_clipping" else flags
-                raise UserError(
-                    f'{where}: {name}: {value!r}, but {flags} give {expected[name]:g}; write "auto" in the json'
-                )
+                yield name, f'{value!r}, but {flags} give {expected[name]:g}; write "auto" in the json'
         elif value == "auto" and name not in AUTO:
-            instead = "write a value, as in accelerate_configs/deepspeed/"
-            raise UserError(f"{where}: {name}: 'auto' is not filled in here; {instead}")
+            yield name, f"'auto' is not filled in here; write a value, {_EXAMPLES}"
+        elif isinstance(rule, dict) and not isinstance(value, dict):
+            yield name, f"expected an object in braces; {_EXAMPLES}"
+        elif off:
+            continue
         elif isinstance(rule, dict):
-            if not isinstance(value, dict):
-                raise UserError(f"{where}: {name}: expected an object in braces; see accelerate_configs/deepspeed/")
-            if not off:
-                _check_fields(value, rule, f"{name}.", where, expected)
-        elif rule is None and not off:
-            hint = did_you_mean(key, rules, prefix)
-            raise UserError(f"{where}: {name}: not tried with these scripts; remove it{hint}")
-        elif rule and rule.allowed is not None and not off and str(value).lower() not in rule.allowed:
-            raise UserError(f"{where}: {name}: {rule.instead}")
+            yield from _wrong_fields(value, rule, f"{name}.", expected)
+        elif rule is None:
+            yield name, f"not tried with these scripts; remove it{did_you_mean(key, rules, prefix)}"
+        elif rule.allowed is not None and str(value).lower() not in rule.allowed:
+            yield name, rule.instead

@@ -17,7 +17,7 @@ from typing import NoReturn, TypeVar
 import torch
 from accelerate import Accelerator
 
-from utils.processes.distributed import end_training
+from utils.processes.tracker import end_training
 
 REQUEUE = 85  # exit status of a run that was told to stop and can go on: start it again with the same command
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # of schedulers; SIGHUP, of a terminal that is closed, means the same

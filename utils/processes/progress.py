@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 from utils.redaction import escaped, printable
@@ -18,11 +19,10 @@ T = TypeVar("T")
 
 
 class RunProgress:
-    """Progress over ``total`` units. ``update`` moves the bar and its fields, ``note`` prints a line that stays.
+    """Progress over ``total`` units, of which ``done`` are done. A ``transient`` bar vanishes at the end.
 
-    Without a terminal each ``update(..., report=True)`` is a plain line, and so is the first update after a silence of five
-    seconds, in a long run of a twentieth of the time so far. ``enabled`` is for the main process alone; a ``transient``
-    bar vanishes at the end.
+    Without a terminal each ``update(..., report=True)`` is a plain line, and so is the first update after a silence of
+    five seconds, in a long run of a twentieth of the time so far. ``enabled`` is for the main process alone.
     """
 
     def __init__(self, title: str, total: int, *, done: int = 0, enabled: bool = True, transient: bool = False) -> None:
@@ -37,7 +37,7 @@ class RunProgress:
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            _Fields(),
+            TextColumn("{task.fields[shown]}", markup=False, table_column=Column()),
             console=self.console,
             transient=transient,
         )
@@ -45,7 +45,7 @@ class RunProgress:
     def __enter__(self) -> RunProgress:
         if self.live:
             self.progress.start()
-            self.task = self.progress.add_task(self.title, total=self.total, completed=self.done, fields=self.fields)
+            self.task = self.progress.add_task(self.title, total=self.total, completed=self.done, shown="")
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -56,15 +56,13 @@ class RunProgress:
         """``fields`` are values by name, shown in this order; ``report`` prints a line where there is no live bar."""
         self.done, self.fields = done, self.fields if fields is None else fields
         if self.live:
-            self.progress.update(self.task, completed=done, fields=self.fields)
-        elif self.enabled and (report or self._silent_for_long()):
-            left = f"left {_duration(self._seconds_left())}" if self.first < done < self.total else ""
-            line = "  ".join(filter(None, [f"{self.title} {done}/{self.total}", _join(fields or {}), left]))
-            print(printable(line), file=sys.stderr, flush=True)
-            self.spoken = time.monotonic()
+            self.progress.update(self.task, completed=done, shown=_join(self.fields))
+        elif self.enabled and (report or self._silent()):
+            parts = [f"{self.title} {done}/{self.total}", _join(fields or {}), self._left()]
+            self._print("  ".join(filter(None, parts)))
 
     def within(self, what: str, batches: Iterable[T], total: int) -> Iterator[T]:
-        """Passes batches on, and shows how many were worked on, while the units of the run stand still."""
+        """Passes batches on and shows how many are done, while the units of the run stand still."""
         fields = self.fields
         for number, batch in enumerate(batches, 1):
             yield batch
@@ -73,20 +71,24 @@ class RunProgress:
 
     def note(self, line: str) -> None:
         """A line that stays on the screen and in the log."""
-        if self.enabled:
-            line = printable(line)
-            if self.live:
-                self.console.print(line, markup=False)
-            else:
-                print(line, file=sys.stderr, flush=True)
-                self.spoken = time.monotonic()
+        if self.live:
+            self.console.print(printable(line), markup=False)
+        elif self.enabled:
+            self._print(line)
 
-    def _silent_for_long(self) -> bool:
+    def _print(self, line: str) -> None:
+        print(printable(line), file=sys.stderr, flush=True)
+        self.spoken = time.monotonic()
+
+    def _silent(self) -> bool:
         now = time.monotonic()
         return now - self.spoken >= max(SILENCE, (now - self.started) / 20)
 
-    def _seconds_left(self) -> float:
-        return (time.monotonic() - self.started) / (self.done - self.first) * (self.total - self.done)
+    def _left(self) -> str:
+        if not self.first < self.done < self.total:
+            return ""
+        seconds = int((time.monotonic() - self.started) / (self.done - self.first) * (self.total - self.done))
+        return f"left {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
 class _TableConsole(Console):
@@ -104,20 +106,6 @@ def wide_console() -> Console:
     return console
 
 
-class _Fields(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(_join(task.fields.get("fields", {})))
-
-
 def _join(fields: dict[str, Any]) -> str:
-    return "  ".join(f"{name} {_number(value)}" for name, value in fields.items())
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
+    values = (f"{value:.4g}" if isinstance(value, float) else value for value in fields.values())
+    return "  ".join(f"{name} {value}" for name, value in zip(fields, values))

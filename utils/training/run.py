@@ -24,17 +24,15 @@ from utils.models.hub import fetch_model, on_this_node, refuse_mistyped_paths
 from utils.models.model_card import model_card, write_card
 from utils.processes.distributed import (
     compute_dtype,
-    end_training,
     everywhere,
     from_main_process,
     gather_objects,
-    log_row,
     start_accelerator,
-    start_tracker,
 )
 from utils.processes.interruption import GivenUp, StopRequest
 from utils.processes.launcher import launched_processes
 from utils.processes.progress import RunProgress
+from utils.processes.tracker import end_training, log_row, start_tracker
 from utils.redaction import shown_setting
 from utils.sets.labelled import LabelledSet, open_set, set_digest
 from utils.training.checkpoint import (

@@ -1,0 +1,122 @@
+"""The tracker of a run, tensorboard or wandb. The run is worth more than its display: metrics.jsonl has every row."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import secrets
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import is_tensorboard_available, is_wandb_available
+
+from utils.errors import UserError
+from utils.redaction import printable
+
+logger = logging.getLogger(__name__)
+
+_WANDB_KEY = "not logged in; wandb login once, or WANDB_API_KEY, or WANDB_MODE=offline, or --report_to none"
+# A thread of tensorboardX that has died takes nothing from its queue any more, and who puts there waits for ever.
+_WRITERS: list[threading.Thread] = []
+_MOST_QUEUED = 1000  # events, one for each value of a row
+
+
+def check_tracker(report_to: str) -> None:
+    """Raises ``UserError`` for a tracker whose package or key is missing, before a model is loaded."""
+    missing = {
+        "tensorboard": None if is_tensorboard_available() else "tensorboardX",
+        "wandb": None if is_wandb_available() else "wandb",
+    }.get(report_to)
+    if missing:
+        raise UserError(f"--report_to {report_to}: needs the package {missing}; install it or use --report_to none")
+    if report_to != "wandb":
+        return
+    offline = os.environ.get("WANDB_MODE", "").lower() in ("offline", "disabled", "dryrun")
+    if offline or os.environ.get("WANDB_API_KEY") or sys.stdin.isatty():  # at a terminal wandb asks for it
+        return
+    try:
+        import wandb  # type: ignore[import-not-found]
+
+        key = wandb.api.api_key  # looks into its settings and ~/.netrc
+    except Exception:
+        return
+    if key is None:
+        raise UserError(f"--report_to wandb: {_WANDB_KEY}")
+
+
+def start_tracker(
+    accelerator: Accelerator, report_to: str, project: str, settings: dict[str, Any], output_dir: Path, first_step: int
+) -> None:
+    """Opens the tracker with the run's settings. accelerate takes numbers and texts only.
+
+    A resumed run goes on in its old place: wandb by the id in ``output_dir``/run.json, chosen at the first start;
+    tensorboard in its directory, without what came after ``first_step``, for it comes again. A tracker that does not
+    start is left out with a warning; ``UserError`` where a key is all that it lacks.
+    """
+    if report_to == "none":
+        return
+    config: dict[str, Any] | None = {name: printable(str(value)) for name, value in settings.items()}
+    options: dict[str, Any] = {}
+    if accelerator.is_main_process:  # the only one that opens a tracker
+        run_id, known = _run_id(output_dir / "run.json")
+        options = {"id": run_id, "resume": "allow"}
+        if report_to == "tensorboard":
+            options = {"purge_step": first_step + 1 if first_step else 0, "max_queue": _MOST_QUEUED}
+            config = None if known else config  # tensorboard would show the settings as one more run
+    try:
+        accelerator.init_trackers(project, config=config, init_kwargs={report_to: options})
+    except Exception as error:
+        said = f"{type(error).__name__} {error}"
+        if report_to == "wandb" and re.search(r"api.?key|log ?in|auth", said, re.IGNORECASE):
+            raise UserError(f"--report_to wandb: {_WANDB_KEY}") from None
+        _leave_out_tracker(accelerator, "did not start", error)
+    _WRITERS[:] = [thread for thread in threading.enumerate() if type(thread).__module__.startswith("tensorboardX")]
+
+
+def _run_id(file: Path) -> tuple[str, bool]:
+    """The id of the run, and whether it was known; a new one is written first."""
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["id"]), True
+    except (OSError, ValueError, KeyError, TypeError):
+        run_id, aside = secrets.token_hex(8), file.with_suffix(".json.tmp")
+    try:
+        aside.write_text(json.dumps({"id": run_id}), encoding="utf-8")
+        os.replace(aside, file)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror}); mend that and start again") from None
+    return run_id, False
+
+
+def log_row(accelerator: Accelerator, row: dict[str, Any]) -> None:
+    """A row of metrics.jsonl for the tracker. One that cannot take it is left out from here on, with a warning."""
+    try:
+        if not all(thread.is_alive() for thread in _WRITERS):
+            raise OSError("its writing thread has ended")
+        accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+    except Exception as error:
+        _leave_out_tracker(accelerator, f"could not take step {row['step']}", error)
+
+
+def _leave_out_tracker(accelerator: Accelerator, what: str, error: Exception) -> None:
+    accelerator.trackers = []
+    _WRITERS.clear()
+    reason = printable(" ".join(f"{type(error).__name__}: {error}".split())[:200])
+    gone = "the run goes on without it, metrics.jsonl has every row"
+    logger.warning("--report_to: the tracker %s (%s); %s", what, reason, gone)
+
+
+def end_training(accelerator: Accelerator) -> None:
+    """Closes tracker and process group. A tracker that cannot write its last rows is a warning."""
+    try:
+        accelerator.end_training()
+    except Exception as error:
+        if not accelerator.trackers:
+            raise
+        _leave_out_tracker(accelerator, "could not write all of its rows", error)
+        accelerator.end_training()
+    _WRITERS.clear()
