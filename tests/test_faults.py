@@ -26,6 +26,7 @@ from transformers import CLIPConfig, CLIPModel
 import train_lore
 import train_po
 import utils.data.shards
+import utils.data.workers
 import utils.training.checkpoint
 import utils.training.interruption
 from tests.conftest import ROOT, free_port, run_script, two_processes
@@ -105,14 +106,14 @@ def test_data_workers_that_always_die_end_the_run(arguments, monkeypatch):
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(utils.data.shards.ShardDataset, "__getitem__", dies)
-    monkeypatch.setattr(utils.shards, "WORKER_DEATHS", 1)
+    monkeypatch.setattr(utils.data.shards, "WORKER_DEATHS", 1)
     with pytest.raises(UserError, match=r"--num_workers 1: data workers die again and again .*use fewer"):
         train_lore.main(arguments(num_workers=1))
 
 
 def test_a_killed_data_worker_of_an_evaluation_is_one_line(small_clip, digits, tmp_path):
     program = """
-import os, signal, evaluate, utils.shards
+import os, signal, evaluate, utils.data.shards
 from utils.cli import run
 utils.data.shards.ShardDataset.__getitem__ = lambda self, reference: os.kill(os.getpid(), signal.SIGKILL)
 run(evaluate.main)
@@ -158,7 +159,7 @@ def test_a_slow_shard_is_waited_for_with_a_word(arguments, digits, tmp_path, mon
     assert "waiting for data" not in caplog.text
     with ShardServer(digits / "train") as server:
         server.delay = 1.5
-        monkeypatch.setattr(utils.shards, "SLOW_BATCH", 0.5)
+        monkeypatch.setattr(utils.data.workers, "SLOW_BATCH", 0.5)
         (tmp_path / "far").mkdir()
         train_lore.main(
             arguments(output_dir=tmp_path / "slow", train_shards=f"{server.url}/000000.tar", cache_dir=tmp_path / "far")
@@ -204,7 +205,7 @@ def stuck_after(monkeypatch):
     yield arrange
     for worker in multiprocessing.active_children():
         worker.kill()
-    utils.data.shards._ABANDONED.clear()
+    utils.data.workers._ABANDONED.clear()
 
 
 def test_data_that_never_comes_ends_the_run_and_keeps_the_last_checkpoint(
@@ -212,7 +213,7 @@ def test_data_that_never_comes_ends_the_run_and_keeps_the_last_checkpoint(
 ):
     """riga/law#184: a worker that delivers nothing is named, with the shards that it reads."""
     stuck_after(16)
-    monkeypatch.setattr(utils.shards, "LONGEST_WAIT", 2.0)
+    monkeypatch.setattr(utils.data.workers, "LONGEST_WAIT", 2.0)
     expected = r"data worker 0 \(process \d+\) has delivered nothing for 2 s; its batch is read from .*\d\.tar"
     with pytest.raises(UserError, match=expected):
         train_lore.main(arguments(num_workers=1))
@@ -231,7 +232,7 @@ def test_a_signal_is_heard_while_the_run_waits_for_data(
         return [word for pair in zip(given[::2], given[1::2]) if pair[0] not in unknown for word in pair]
 
     trainer.main(words(output_dir=tmp_path / "whole"))
-    monkeypatch.setattr(utils.interruption, "GRACE", 0.2)
+    monkeypatch.setattr(utils.training.interruption, "GRACE", 0.2)
     mend = stuck_after(24)
     timed = threading.Timer(0, lambda: None)
 
@@ -266,7 +267,7 @@ def test_a_signal_to_a_data_worker_is_not_for_it(arguments, tmp_path, monkeypatc
             time.sleep(0.05)
         return real(self, reference)
 
-    monkeypatch.setattr(utils.interruption, "GRACE", 0.1)
+    monkeypatch.setattr(utils.training.interruption, "GRACE", 0.1)
     monkeypatch.setattr(utils.data.shards.ShardDataset, "__getitem__", read)
     train_lore.main(arguments(num_workers=1, max_steps=3, checkpoint_steps=0))
     assert (tmp_path / "run/model.safetensors").exists()
@@ -277,7 +278,7 @@ def test_a_signal_ends_a_run_that_does_not_come_to_its_first_step(arguments, mon
         os.kill(os.getpid(), signal.SIGHUP)
         time.sleep(60)
 
-    monkeypatch.setattr(utils.interruption, "GRACE", 0.2)
+    monkeypatch.setattr(utils.training.interruption, "GRACE", 0.2)
     monkeypatch.setattr(train_lore, "load_model", load)
     with pytest.raises(SystemExit) as stopped:
         train_lore.main(arguments())
@@ -301,7 +302,7 @@ def test_a_signal_ends_an_evaluation_whose_data_does_not_come(
         train_lore, "eval_loader", lambda *data, **more: (passes.append(1), eval_loader(*data, **more))[1]
     )
     monkeypatch.setattr(utils.data.shards.ShardDataset, "__getitem__", read)
-    monkeypatch.setattr(utils.interruption, "GRACE", 0.2)
+    monkeypatch.setattr(utils.training.interruption, "GRACE", 0.2)
     with pytest.raises(SystemExit) as stopped:
         train_lore.main(arguments(eval_shards=digits / "test", eval_steps=1, eval_num_samples=8, checkpoint_steps=0))
     assert stopped.value.code == REQUEUE
@@ -313,7 +314,7 @@ def test_a_signal_to_a_process_without_data_leads_all_out(arguments, tmp_path):
     """On one of two its data does not come; the other waits for it in a collective, where it hears nothing."""
     program = """
 import os, signal, sys, threading, time
-import utils.shards, train_lore
+import utils.data.shards, train_lore
 from utils.cli import run
 if os.environ["RANK"] == "1":
     real = utils.data.shards.ShardDataset.__getitem__
@@ -343,12 +344,12 @@ def test_a_long_temporary_folder_does_no_harm(arguments, tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     monkeypatch.setitem(multiprocessing.process.current_process()._config, "tempdir", None)
-    monkeypatch.setattr(utils.shards, "LONGEST_WAIT", 30.0)
+    monkeypatch.setattr(utils.data.workers, "LONGEST_WAIT", 30.0)
     train_lore.main(arguments(num_workers=1, max_steps=1))
     monkeypatch.setitem(multiprocessing.process.current_process()._config, "tempdir", None)
-    monkeypatch.setattr(utils.shards, "LONGEST_SOCKET", 32)
+    monkeypatch.setattr(utils.data.workers, "LONGEST_SOCKET", 32)
     with pytest.raises(UserError, match=r"TMPDIR .*: data workers need a folder for sockets.*--num_workers 0"):
-        utils.data.shards._short_socket_folder()
+        utils.data.workers._short_socket_folder()
 
 
 def test_a_pipe_is_no_shard(arguments, digits, tmp_path):
@@ -429,7 +430,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(arguments, tmp_path, monkeypatch)
     train_lore.main(arguments(output_dir=tmp_path / "whole"))
     real, calls = utils.training.checkpoint.save_file, []
     train_lore.main(arguments(output_dir=tmp_path / "counted", max_steps=2))
-    monkeypatch.setattr(utils.checkpoint, "save_file", lambda *words: (calls.append(1), real(*words)))
+    monkeypatch.setattr(utils.training.checkpoint, "save_file", lambda *words: (calls.append(1), real(*words)))
     train_lore.main(arguments(output_dir=tmp_path / "counted again", max_steps=2))
     files = len(calls)
     assert files >= 4
@@ -442,13 +443,13 @@ def test_a_full_disk_keeps_the_last_checkpoint(arguments, tmp_path, monkeypatch)
                 raise OSError(errno.ENOSPC, "No space left on device")
             real(tensors, path)
 
-        monkeypatch.setattr(utils.checkpoint, "save_file", save)
+        monkeypatch.setattr(utils.training.checkpoint, "save_file", save)
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         message = r"the checkpoint of step 4 cannot be written \(No space left on device\); the last one is .*step-2; make room"
         with pytest.raises(UserError, match=message):
             train_lore.main(arguments())
         assert checkpoints(tmp_path / "run") == ["step-2"]
-    monkeypatch.setattr(utils.checkpoint, "save_file", real)
+    monkeypatch.setattr(utils.training.checkpoint, "save_file", real)
     train_lore.main(arguments(resume_from_checkpoint="latest"))
     assert_equal(tmp_path / "whole", tmp_path / "run")
 

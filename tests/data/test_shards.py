@@ -937,8 +937,8 @@ def test_a_script_that_ends_with_its_loader_waits_for_no_worker(tmp_path):
     make_shards(tmp_path, [30])
     program = """
 import sys
-from utils.images import ImageTransform
-from utils.shards import ShardDataset, eval_loader, index_shards
+from utils.data.images import ImageTransform
+from utils.data.shards import ShardDataset, eval_loader, index_shards
 data = ShardDataset(index_shards([sys.argv[1]], cache_dir=sys.argv[2]), ImageTransform(8, (8, 8)), order="sequential")
 batches = iter(eval_loader(data, num_samples=30, batch_size=5, rank=0, world_size=1, num_workers=2))
 print(len(next(batches)["keys"]))
@@ -1138,9 +1138,9 @@ def test_shards_are_fetched_ahead_but_not_far(tmp_path, server, monkeypatch):
 HUB_SCRIPT = """
 import json, sys
 from utils.errors import UserError
-from utils.images import ImageTransform
-from utils.shard_sources import expand_shards, read_text
-from utils.shards import ShardDataset, index_shards
+from utils.data.images import ImageTransform
+from utils.data.sources import expand_shards, read_text
+from utils.data.shards import ShardDataset, index_shards
 found = {name: expand_shards([f"hf://datasets/org/name/{name}"]) for name in ("test", "test/*.tar", "test/{0..2}.tar")}
 index = index_shards(found["test/{0..2}.tar"], cache_dir=sys.argv[1])
 data = ShardDataset(index, ImageTransform(8, (8, 8)), order="sequential", with_labels=True)

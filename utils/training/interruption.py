@@ -17,7 +17,7 @@ from typing import NoReturn, TypeVar
 import torch
 from accelerate import Accelerator
 
-from utils.data.shards import WaitEnded
+from utils.data.workers import WaitEnded
 from utils.processes.distributed import end_training
 
 REQUEUE = 85  # exit status of a run that was told to stop and can go on: start it again with the same command
