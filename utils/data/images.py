@@ -11,7 +11,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -36,13 +36,10 @@ OWN_FORMATS = (*FORMATS, "TIFF", "AVIF")  # of the user's own pictures, which be
 
 # Where Pillow keeps an orientation. A TIFF has it among its own tags and is turned by Pillow.
 NOTES = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
-# EXIF's orientation -> what makes the picture upright.
-UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}  # fmt: skip
-TURNED = [UPRIGHT[orientation] for orientation in (5, 6, 7, 8)]  # height and width change places
+_T = Image.Transpose
+TURNED = (_T.TRANSPOSE, _T.ROTATE_270, _T.TRANSVERSE, _T.ROTATE_90)  # height and width change places
+# EXIF's orientation, 2 to 8 -> what makes the picture upright.
+UPRIGHT = dict(enumerate((_T.FLIP_LEFT_RIGHT, _T.ROTATE_180, _T.FLIP_TOP_BOTTOM, *TURNED), start=2))
 
 _BLOCK = bytes(512)
 _NOT_ZERO = re.compile(rb"[^\0]")
@@ -78,34 +75,34 @@ class ImageTransform:
         SigLIP 2's processor (NaFlex) fits an image of any proportions into so many patches. Here it is cropped to the
         square of as many, which for square images is the same.
         """
-        name = type(image_processor).__name__
+        fields = _Fields(image_processor)
         known = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
         for step in sorted(vars(image_processor)):
             if step.startswith("do_") and step not in known and getattr(image_processor, step):
-                raise UserError(f"{name}: {step} is not supported; expected resizing and centre cropping only")
-        resizes, crops = _switch(image_processor, "do_resize"), _switch(image_processor, "do_center_crop")
-        resample = _resample(image_processor) if resizes else int(Image.Resampling.BICUBIC)
+                raise fields.error(f"{step} is not supported; expected resizing and centre cropping only")
+        resizes, crops = fields.switch("do_resize"), fields.switch("do_center_crop")
+        resample = fields.filter("resample") if resizes else Image.Resampling.BICUBIC
         resize: int | tuple[int, int] | None = None
         crop: tuple[int, int] | None = None
-        if name.startswith("Siglip2ImageProcessor"):
+        if fields.name.startswith("Siglip2ImageProcessor"):
             if not resizes:
-                raise UserError(f"{name}: do_resize false is not supported; images have to be of one size")
-            resize = math.isqrt(_whole(image_processor, "max_num_patches")) * _whole(image_processor, "patch_size")
+                raise fields.error("do_resize false is not supported; images have to be of one size")
+            resize = math.isqrt(fields.whole("max_num_patches")) * fields.whole("patch_size")
             crop = (resize, resize)
         else:
             if crops:
-                crop = _sides(image_processor, "crop_size", ("height", "width"))
-            if resizes and name.startswith("ConvNextImageProcessor"):
-                resize, own_crop = _convnext_sizes(image_processor)
+                crop = fields.sides("crop_size", ("height", "width"))
+            if resizes and fields.name.startswith("ConvNextImageProcessor"):
+                resize, own_crop = _convnext_sizes(fields)
                 if own_crop and crop not in (None, own_crop):
-                    raise UserError(f"{name}: do_center_crop after the crop that crop_pct makes is not supported")
+                    raise fields.error("do_center_crop after the crop that crop_pct makes is not supported")
                 crop = crop or own_crop
             elif resizes:
-                resize = _sides(image_processor, "size", ("height", "width"), ("shortest_edge",))
+                resize = fields.sides("size", ("height", "width"), ("shortest_edge",))
         sides = [*(resize if isinstance(resize, tuple) else [resize]), *(crop or ())]
         if not all(side is None or 1 <= side <= MAX_OUTPUT_SIDE for side in sides):
-            raise UserError(f"{name}: size {resize} and crop {crop}; expected 1 to {MAX_OUTPUT_SIDE} pixels a side")
-        return cls(resize, crop, resample, draft)
+            raise fields.error(f"size {resize} and crop {crop}; expected 1 to {MAX_OUTPUT_SIDE} pixels a side")
+        return cls(resize, crop, int(resample), draft)
 
     @property
     def output_size(self) -> tuple[int, int] | None:
@@ -156,16 +153,14 @@ def pixel_normalisation(image_processor: Any) -> tuple[list[float], list[float]]
     (. - image_mean) / image_std. So mean = image_mean / (255 r) and std = image_std / (255 r), which for r = 1/255 are the
     file's own numbers. UserError for fields that are no numbers of this kind.
     """
+    fields = _Fields(image_processor)
     scale, mean, std = 255.0, [0.0] * 3, [1.0] * 3
-    if _switch(image_processor, "do_rescale"):
-        scale *= _field(
-            image_processor, "rescale_factor", "a number above 0, such as 1/255", lambda v: _is_number(v) and v > 0
-        )
-    if _switch(image_processor, "do_normalize"):
-        mean = _three_numbers(image_processor, "image_mean", "one number, or three", _is_number)
-        std = _three_numbers(
-            image_processor, "image_std", "one number other than 0, or three", lambda v: _is_number(v) and v != 0
-        )
+    if fields.switch("do_rescale"):
+        scale *= fields.value("rescale_factor", "a number above 0, such as 1/255", lambda v: _is_number(v) and v > 0)
+    if fields.switch("do_normalize"):
+        mean, std = fields.three_numbers("image_mean"), fields.three_numbers("image_std")
+        if 0 in std:
+            raise fields.error(f"image_std is {std}; expected numbers other than 0")
     return [value / scale for value in mean], [value / scale for value in std]
 
 
@@ -175,62 +170,64 @@ def normalisation_of_file(fields: dict[str, Any]) -> tuple[list[float], list[flo
     return pixel_normalisation(SimpleNamespace(**defaults | fields))
 
 
-def _field(image_processor: Any, name: str, expected: str, fits: Callable[[Any], bool]) -> Any:
-    value = getattr(image_processor, name, None)
-    if not fits(value):
-        raise UserError(f"{type(image_processor).__name__}: {name} is {value!r}; expected {expected}")
-    return value
+class _Fields:
+    """The fields of an image processor, checked: a value that transformers would read in its own way is an error."""
+
+    def __init__(self, image_processor: Any) -> None:
+        self.image_processor, self.name = image_processor, type(image_processor).__name__
+
+    def error(self, text: str) -> UserError:
+        return UserError(f"{self.name}: {text}")
+
+    def value(self, name: str, expected: str, fits: Callable[[Any], bool]) -> Any:
+        value = getattr(self.image_processor, name, None)
+        if not fits(value):
+            raise self.error(f"{name} is {value!r}; expected {expected}")
+        return value
+
+    def switch(self, name: str) -> bool:
+        """null is false; a text would be true whatever it says."""
+        return bool(self.value(name, "true or false", lambda v: v in (None, False, True)))
+
+    def whole(self, name: str) -> int:
+        return self.value(name, "a whole number above 0", lambda v: isinstance(v, int) and v > 0)
+
+    def filter(self, name: str) -> int:
+        """Pillow's; for a number that is none, such as 3.0, transformers takes bilinear."""
+
+        def fits(value: Any) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool) and value in [*Image.Resampling]
+
+        return self.value(name, "a filter of Pillow, 0 (nearest) to 5", fits)
+
+    def three_numbers(self, name: str) -> list[float]:
+        """One for each channel, or one for all."""
+        value = getattr(self.image_processor, name, None)
+        values: Sequence[Any] = value if isinstance(value, (list, tuple)) else [value] * 3
+        self.value(name, "one number, or three", lambda _: len(values) == 3 and all(map(_is_number, values)))
+        return [float(number) for number in values]
+
+    def sides(self, name: str, *kinds: tuple[str, ...]) -> Any:
+        """(height, width), or the shorter edge: the numbers under one of the ``kinds`` of keys."""
+        size = getattr(self.image_processor, name, None)
+        found = {key: value for key, value in dict(size or {}).items() if value is not None}
+        for keys in kinds:
+            if set(found) == set(keys) and all(isinstance(value, int) for value in found.values()):
+                return found[keys[0]] if len(keys) == 1 else tuple(found[key] for key in keys)
+        expected = ", or ".join(" and ".join(keys) for keys in reversed(kinds))
+        raise self.error(f"{name} {found or None} is not supported; expected {expected}")
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _switch(image_processor: Any, name: str) -> bool:
-    """A do_... field. null is false, as for transformers; a text would be true whatever it says."""
-    return bool(_field(image_processor, name, "true or false", lambda value: value in (None, False, True)))
-
-
-def _whole(image_processor: Any, name: str) -> int:
-    return _field(image_processor, name, "a whole number above 0", lambda v: isinstance(v, int) and v > 0)
-
-
-def _three_numbers(image_processor: Any, name: str, expected: str, fits: Callable[[Any], bool]) -> list[float]:
-    """One number for all channels, or one for each."""
-
-    def one_or_three(value: Any) -> bool:
-        return fits(value) or (isinstance(value, (list, tuple)) and len(value) == 3 and all(map(fits, value)))
-
-    value = _field(image_processor, name, expected, one_or_three)
-    return [float(number) for number in ([value] * 3 if _is_number(value) else value)]
-
-
-def _resample(image_processor: Any) -> int:
-    """Pillow's filter. transformers takes bilinear for a value that it does not know, such as 3.0, and null is an error."""
-
-    def fits(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value in list(Image.Resampling)
-
-    return int(_field(image_processor, "resample", "a filter of Pillow, 0 (nearest) to 5", fits))
-
-
-def _sides(image_processor: Any, name: str, *kinds: tuple[str, ...]) -> Any:
-    """What ``size`` or ``crop_size`` says in one of the ``kinds`` of keys: (height, width), or the shorter edge."""
-    size = getattr(image_processor, name, None)
-    found = {key: value for key, value in dict(size or {}).items() if value is not None}
-    for keys in kinds:
-        if set(found) == set(keys) and all(isinstance(value, int) for value in found.values()):
-            return found[keys[0]] if len(keys) == 1 else tuple(found[key] for key in keys)
-    expected = ", or ".join(" and ".join(keys) for keys in reversed(kinds))
-    raise UserError(f"{type(image_processor).__name__}: {name} {found or None} is not supported; expected {expected}")
-
-
-def _convnext_sizes(image_processor: Any) -> tuple[int | tuple[int, int], tuple[int, int] | None]:
+def _convnext_sizes(fields: _Fields) -> tuple[int | tuple[int, int], tuple[int, int] | None]:
     """ConvNeXt's resizing and crop: an edge below 384 is the crop_pct-th part of what is resized to, else proportions go."""
-    edge = _sides(image_processor, "size", ("shortest_edge",))
+    edge = fields.sides("size", ("shortest_edge",))
     if edge >= 384:
         return (edge, edge), None
-    share = _field(image_processor, "crop_pct", "a share of the image", lambda v: _is_number(v) and 0 < v <= 1)
+    share = fields.value("crop_pct", "a share of the image", lambda v: _is_number(v) and 0 < v <= 1)
     return int(edge / share), (edge, edge)
 
 

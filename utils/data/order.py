@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 
@@ -134,11 +135,7 @@ class EpochOrder(SequentialOrder):
         return self._starts[run] + first + int(order[offset])
 
 
-def _check_rank(rank: int, world_size: int) -> None:
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} of {world_size} processes")
-
-
+@dataclass(eq=False)
 class TrainBatchSampler(Sampler[list[tuple[int, int, int]]]):
     """The micro-batches of one rank from ``first_step`` up to ``num_steps``, over the ends of epochs.
 
@@ -147,44 +144,40 @@ class TrainBatchSampler(Sampler[list[tuple[int, int, int]]]):
     each step, the same number on every rank. ValueError where the sizes do not divide, or an epoch is smaller than a batch.
     """
 
-    def __init__(
-        self,
-        samples_per_epoch: int,
-        global_batch_size: int,
-        per_device_batch_size: int,
-        rank: int,
-        world_size: int,
-        first_step: int,
-        num_steps: int,
-    ) -> None:
-        _check_rank(rank, world_size)
-        stride = per_device_batch_size * world_size
-        if stride < 1 or global_batch_size < 1 or global_batch_size % stride:
-            raise ValueError(
-                f"a global batch of {global_batch_size} does not divide among {world_size} processes in micro-batches of "
-                f"{per_device_batch_size} samples"
-            )
-        if samples_per_epoch < global_batch_size:
-            raise ValueError(f"an epoch of {samples_per_epoch} samples is smaller than a batch of {global_batch_size}")
-        if not 0 <= first_step <= num_steps:
-            raise ValueError(f"cannot start at step {first_step} of {num_steps}")
-        self.batches_per_epoch = samples_per_epoch // global_batch_size
-        self.global_batch_size, self.rank, self.world_size = global_batch_size, rank, world_size
-        self.stride, self.micro_batches = stride, global_batch_size // stride
-        self.first_step, self.num_steps = first_step, num_steps
+    samples_per_epoch: int
+    global_batch_size: int
+    per_device_batch_size: int
+    rank: int
+    world_size: int
+    first_step: int
+    num_steps: int
+
+    def __post_init__(self) -> None:
+        _check_rank(self.rank, self.world_size)
+        batch = f"a batch of {self.global_batch_size}"
+        self.stride = self.per_device_batch_size * self.world_size
+        if self.stride < 1 or self.global_batch_size < 1 or self.global_batch_size % self.stride:
+            micro_batches = f"micro-batches of {self.per_device_batch_size} samples"
+            raise ValueError(f"{batch} does not divide among {self.world_size} processes in {micro_batches}")
+        if self.samples_per_epoch < self.global_batch_size:
+            raise ValueError(f"an epoch of {self.samples_per_epoch} samples is smaller than {batch}")
+        if not 0 <= self.first_step <= self.num_steps:
+            raise ValueError(f"cannot start at step {self.first_step} of {self.num_steps}")
+        self.micro_batches = self.global_batch_size // self.stride
 
     def __len__(self) -> int:
         return (self.num_steps - self.first_step) * self.micro_batches
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         for step in range(self.first_step, self.num_steps):
-            epoch, batch = divmod(step, self.batches_per_epoch)
+            epoch, batch = divmod(step, self.samples_per_epoch // self.global_batch_size)
             first_slot = batch * self.global_batch_size
             for start in range(self.rank, self.global_batch_size, self.stride):
                 positions = range(start, start + self.stride, self.world_size)
                 yield [(epoch, first_slot + position, position) for position in positions]
 
 
+@dataclass(eq=False)
 class EvalBatchSampler(Sampler[list[tuple[int, int, int]]]):
     """The batches of one rank for evaluation: samples rank, rank + world_size, ... as lists of (0, slot, slot).
 
@@ -192,17 +185,25 @@ class EvalBatchSampler(Sampler[list[tuple[int, int, int]]]):
     a rank that runs short ends with an empty list.
     """
 
-    def __init__(self, num_samples: int, batch_size: int, rank: int, world_size: int) -> None:
-        _check_rank(rank, world_size)
-        if batch_size < 1 or num_samples < 0:
-            raise ValueError(f"cannot cut {num_samples} samples into batches of {batch_size}")
-        self.slots = range(rank, num_samples, world_size)
-        self.batch_size = batch_size
-        self.num_batches = -(-num_samples // (batch_size * world_size))
+    num_samples: int
+    batch_size: int
+    rank: int
+    world_size: int
+
+    def __post_init__(self) -> None:
+        _check_rank(self.rank, self.world_size)
+        if self.batch_size < 1 or self.num_samples < 0:
+            raise ValueError(f"cannot cut {self.num_samples} samples into batches of {self.batch_size}")
 
     def __len__(self) -> int:
-        return self.num_batches
+        return -(-self.num_samples // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        for start in range(0, self.num_batches * self.batch_size, self.batch_size):
-            yield [(0, slot, slot) for slot in self.slots[start : start + self.batch_size]]
+        slots = range(self.rank, self.num_samples, self.world_size)
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            yield [(0, slot, slot) for slot in slots[start : start + self.batch_size]]
+
+
+def _check_rank(rank: int, world_size: int) -> None:
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} of {world_size} processes")

@@ -119,7 +119,8 @@ def index_shards(
                 if found.damage:
                     losses[number] = Skipped("damaged shard", shown, found.damage, found.lost)
                 if promise == 0 and size:
-                    notices.append(Skipped(*_outdated(shown, 0, size, "; they are read"), samples=0))
+                    detail = _unlike_promised(0, size, ", which are read")
+                    notices.append(Skipped("outdated sizes.json", shown, detail, samples=0))
                 if promise != 0 or size:  # without samples, as it was said
                     notices += _notices(found, url)
         except BadSample as bad:
@@ -163,10 +164,8 @@ def _notices(found: TarIndex, url: str) -> list[Skipped]:
     return [Skipped(kind, display_url(url), detail, samples) for kind, detail, samples in found.notes]
 
 
-def _outdated(where: str, promised: int, held: int, use: str = "") -> tuple[str, str, str]:
-    """Kind, place and detail of a record."""
-    detail = f"promises {promised} samples, the shard holds {held}{use}; delete or renew the file"
-    return "outdated sizes.json", where, detail
+def _unlike_promised(promised: int, held: int, use: str = "") -> str:
+    return f"promises {promised} samples, the shard holds {held}{use}; delete or renew the file"
 
 
 def _absent_shards(sizes_file: str | None, promised: dict[str, int], urls: Sequence[str]) -> list[Skipped]:
@@ -200,9 +199,8 @@ def keep_sizes(index: ShardIndex, sizes: Sequence[int]) -> None:
     )
     if not same:
         raise UserError(
-            f"--resume_from_checkpoint: the shards hold other samples than when the run was started ({index.num_samples} "
-            f"in {len(index.sizes)} shards, were {sum(sizes)} in {len(sizes)}), so that their order would change; give it "
-            "the same shards, or start a new run"
+            f"--resume_from_checkpoint: the shards hold other samples than when the run was started ({index.num_samples} in "
+            f"{len(index.sizes)} shards, were {sum(sizes)} in {len(sizes)}); give it the same shards, or start a new run"
         )
     index.sizes = list(sizes)
 
@@ -239,12 +237,10 @@ class Members(dict[str, bytes]):
     def lacking(self, *wanted: str) -> str:
         """The words for none of ``wanted`` being there, with what is there in its place."""
         has = ", ".join(f".{extension}" for extension in self.present) or "no other"
-        text = f"no {', '.join('.' + extension for extension in wanted)} member; the sample has {has}"
-        if longer := [name for name in self.present if name.endswith(tuple("." + extension for extension in wanted))]:
-            text += (
-                f" (names are cut at the first dot, so that .{longer[0]} is an extension: rename it to have one dot)"
-            )
-        return text
+        endings = tuple(f".{extension}" for extension in wanted)
+        longer = [name for name in self.present if name.endswith(endings)]
+        hint = " (names are cut at the first dot, so that .{} is an extension: rename it to have one dot)"
+        return f"no {', '.join(endings)} member; the sample has {has}" + (hint.format(longer[0]) if longer else "")
 
 
 class ShardReader:
@@ -268,7 +264,7 @@ class ShardReader:
         if sample >= len(index):
             if index.damage:
                 raise BadSample("damaged shard", where, index.damage)
-            raise BadSample(*_outdated(where, self.index.sizes[shard], len(index)))
+            raise BadSample("outdated sizes.json", where, _unlike_promised(self.index.sizes[shard], len(index)))
         places = index.members(sample)
         wanted = {name: place for name, place in places.items() if extensions is None or name in extensions}
         _check_sizes({name: size for name, (_, size) in wanted.items()}, f"{shown}#{index.keys[sample]}")
@@ -307,8 +303,8 @@ class ShardReader:
         shown, promised = display_url(url), self.index.sizes[shard]
         self.notices += _notices(found, url)
         if len(found) > promised:
-            outdated = _outdated(shown, promised, len(found), "; the rest is not used")
-            self.notices.append(Skipped(*outdated, samples=len(found) - promised))
+            detail = _unlike_promised(promised, len(found), "; the rest is not used")
+            self.notices.append(Skipped("outdated sizes.json", shown, detail, len(found) - promised))
         elif found.damage and len(found) == promised:  # else each sample that is lost says so
             self.notices.append(Skipped("damaged shard", shown, found.damage, samples=0))
         return self._open[shard]
@@ -331,7 +327,7 @@ def _pread(descriptor: int, size: int, offset: int) -> bytes:
 
 
 class SampleDataset(Dataset[dict[str, Any]]):
-    """Samples by (epoch, slot, position), for the batch samplers of ``utils/data/order.py``."""
+    """Samples by (epoch, slot, position), as the samplers of ``utils/data/order.py`` give them."""
 
     index: SampleIndex
 
@@ -380,7 +376,7 @@ class ShardDataset(SampleDataset):
         self.with_labels, self.num_classes = with_labels, num_classes
         self._extensions: tuple[str, ...] = (*IMAGE_EXTENSIONS, "cls") if with_labels else IMAGE_EXTENSIONS
         self._orders: dict[int, SequentialOrder] = {}
-        self._own: tuple[int, ShardReader, _Prefetcher] | None = None
+        self._own: tuple[int, ShardReader, _Prefetcher | None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_orders": {}, "_own": None}
@@ -422,9 +418,10 @@ class ShardDataset(SampleDataset):
         if epoch not in self._orders:
             if len(self._orders) == 2:
                 del self._orders[next(iter(self._orders))]
-            sizes = self.index.sizes
-            shuffled = self.order == "shuffled"
-            self._orders[epoch] = EpochOrder(sizes, self.seed, epoch) if shuffled else SequentialOrder(sizes)
+            if self.order == "shuffled":
+                self._orders[epoch] = EpochOrder(self.index.sizes, self.seed, epoch)
+            else:
+                self._orders[epoch] = SequentialOrder(self.index.sizes)
         return self._orders[epoch]
 
     def shards_of(self, references: Sequence[tuple[int, int, int]]) -> list[str]:
@@ -457,17 +454,17 @@ class ShardDataset(SampleDataset):
         return label
 
     def _reader_ahead_of(self, order: SequentialOrder, epoch: int, slot: int) -> ShardReader:
-        """This process's reader, once its prefetch thread knows which remote shards come next: this block's and the next's."""
+        """This process's reader; its thread fetches the remote shards of this block and the next meanwhile."""
         if self._own is None or self._own[0] != os.getpid():  # in a forked worker both belong to the parent
-            self._own = os.getpid(), ShardReader(self.index), _Prefetcher(self.index)
+            remote = any(map(is_remote, self.index.urls))
+            self._own = os.getpid(), ShardReader(self.index), _Prefetcher(self.index) if remote else None
         _, reader, prefetcher = self._own
-        if prefetcher.urls_remote:
-            block = order.block_of(slot)
-            if prefetcher.stage != (epoch, block):
-                ahead = order.shards_of_block(block + 1)
-                if not ahead and self.order == "shuffled":
-                    ahead = self.order_of(epoch + 1).shards_of_block(0)
-                prefetcher.want((epoch, block), [*order.shards_of_block(block), *ahead])
+        stage = epoch, order.block_of(slot)
+        if prefetcher is not None and prefetcher.stage != stage:
+            ahead = order.shards_of_block(stage[1] + 1)
+            if not ahead and self.order == "shuffled":
+                ahead = self.order_of(epoch + 1).shards_of_block(0)
+            prefetcher.want(stage, [*order.shards_of_block(stage[1]), *ahead])
         return reader
 
 
@@ -475,34 +472,31 @@ class _Prefetcher:
     """A thread that fetches remote shards before they are asked for. Every worker has one; locks keep them apart."""
 
     def __init__(self, index: ShardIndex) -> None:
-        self.urls_remote = any(map(is_remote, index.urls))
-        self.stage: tuple[int, int] | None = None  # epoch and block that are read
+        self.stage: tuple[int, int] | None = None  # epoch and block whose shards are wanted
         self._urls = index.urls
         self._cache = ShardCache(index.cache_dir, index.cache_limit_gb)
-        self._wanted: list[int] = []
-        self._failed: set[int] = set()
+        self._wanted: list[str] = []
+        self._failed: set[str] = set()
         self._wake = threading.Condition()
-        if self.urls_remote:
-            threading.Thread(target=self._work, name="shard prefetch", daemon=True).start()
+        threading.Thread(target=self._work, name="shard prefetch", daemon=True).start()
 
     def want(self, stage: tuple[int, int], shards: Sequence[int]) -> None:
         """Replaces the list of shards to fetch, in order."""
         with self._wake:
             self.stage = stage
-            self._wanted = [shard for shard in reversed(shards) if is_remote(self._urls[shard])]
+            self._wanted = [self._urls[shard] for shard in reversed(shards) if is_remote(self._urls[shard])]
             self._wake.notify()
 
     def _work(self) -> None:
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._wanted)
-                shard = self._wanted.pop()
-            if shard in self._failed:
-                continue
-            try:
-                self._cache.fetch_ahead(self._urls[shard])
-            except Exception:  # the reader meets the same error when it needs the shard, and reports it
-                self._failed.add(shard)
+                url = self._wanted.pop()
+            if url not in self._failed:
+                try:
+                    self._cache.fetch_ahead(url)
+                except Exception:  # the reader meets the same error when it needs the shard, and reports it
+                    self._failed.add(url)
 
 
 def collate(samples: Sequence[dict[str, Any]], *, image_size: tuple[int, int] | None = None) -> dict[str, Any]:

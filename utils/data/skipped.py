@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from typing import Any, Protocol
 
 from utils.errors import UserError
@@ -60,6 +60,7 @@ class SampleIndex(Protocol):
     def num_samples(self) -> int: ...
 
 
+@dataclass(eq=False)
 class SkipCounter:
     """Counts what was skipped, reports each kind once, and ends the run where too much is lost.
 
@@ -68,19 +69,17 @@ class SkipCounter:
     ``report`` takes one line, None: silence. ``num_samples``: how many of the index are read, where not all are.
     """
 
-    def __init__(
-        self,
-        index: SampleIndex,
-        max_bad_fraction: float,
-        report: Callable[[str], None] | None = logger.warning,
-        num_samples: int | None = None,
-    ) -> None:
-        self.index, self.max_bad_fraction, self.report, self.num_samples = index, max_bad_fraction, report, num_samples
-        self.seen = 0
+    index: SampleIndex
+    max_bad_fraction: float
+    report: Callable[[str], None] | None = logger.warning
+    num_samples: int | None = None
+    seen: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
         self._records: dict[tuple[str, str], Skipped] = {}
-        self._before = {(record.kind, record.where) for record in index.skipped}  # a shard is opened again later
+        self._before = {(record.kind, record.where) for record in self.index.skipped}  # a shard is opened again later
         self._reported: set[str] = set()
-        for record in index.skipped:
+        for record in self.index.skipped:
             self._report(record)
 
     def add(self, skipped: Sequence[Skipped]) -> None:
@@ -143,6 +142,5 @@ class SkipCounter:
     def _report(self, record: Skipped) -> None:
         if self.report is not None and record.kind not in self._reported:
             self._reported.add(record.kind)
-            self.report(
-                f"skipped: {record.kind}: {record.where}: {record.detail} (said once per kind, all are counted)"
-            )
+            what = f"{record.kind}: {record.where}: {record.detail}"
+            self.report(f"skipped: {what} (said once per kind, all are counted)")
