@@ -1,8 +1,8 @@
 """Image bytes to uint8 pixels: what a Hugging Face image processor does before it rescales and normalises.
 
-Plain Pillow: the same pixels, 1.2 (large photographs) to 2.4 times (small images) as fast. The models take ``pixel_values``
-in [0, 1] and normalise inside, so that attacks work on pixels. What leaves here is uint8, a quarter of the memory and of
-the copy to the GPU.
+Plain Pillow: the same pixels, 1.2 (large photographs) to 2.4 times (small images) as fast. The models take
+``pixel_values`` in [0, 1] and normalise inside, so that attacks work on pixels. Here they are uint8: a quarter of the
+memory and of the copy to the GPU.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from PIL import ExifTags, Image
 
 from utils.errors import UserError
 
-# What Pillow decodes without a warning: 341 MiB at four bytes a pixel. Libraries lift Pillow's own limit. Also the most that
-# resizing may make of an image: of 1 x 60,000 pixels it would make 3e9.
+# What Pillow decodes without a warning: 341 MiB at four bytes a pixel. Libraries lift Pillow's own limit. Also the most
+# that resizing may make of an image: of 1 x 60,000 pixels it would make 3e9.
 MAX_PIXELS = 89_478_485
 MAX_SIDE = 65_535  # pixels, JPEG's own; the filter of a longer side alone would take 32 bytes a pixel of it
 MAX_OUTPUT_SIDE = 4096  # models take 224 to 1024
@@ -150,8 +150,8 @@ def pixel_normalisation(image_processor: Any) -> tuple[list[float], list[float]]
     """mean and std, three numbers each, with which (x - mean) / std is what the processor makes of pixels x in [0, 1].
 
     The processor sees v = 255 x. With do_rescale it takes r v, r = rescale_factor, else v; with do_normalize then
-    (. - image_mean) / image_std. So mean = image_mean / (255 r) and std = image_std / (255 r), which for r = 1/255 are the
-    file's own numbers. UserError for fields that are no numbers of this kind.
+    (. - image_mean) / image_std. So mean = image_mean / (255 r) and std = image_std / (255 r), which for r = 1/255 are
+    the file's own numbers. UserError for fields that are no such numbers.
     """
     fields = _Fields(image_processor)
     scale, mean, std = 255.0, [0.0] * 3, [1.0] * 3
@@ -223,7 +223,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _convnext_sizes(fields: _Fields) -> tuple[int | tuple[int, int], tuple[int, int] | None]:
-    """ConvNeXt's resizing and crop: an edge below 384 is the crop_pct-th part of what is resized to, else proportions go."""
+    """ConvNeXt's resizing and crop: to edge / crop_pct, then to the edge; from 384 on to a square without a crop."""
     edge = fields.sides("size", ("shortest_edge",))
     if edge >= 384:
         return (edge, edge), None
@@ -234,8 +234,8 @@ def _convnext_sizes(fields: _Fields) -> tuple[int | tuple[int, int], tuple[int, 
 def decode(data: bytes, transform: ImageTransform, formats: tuple[str, ...] = FORMATS) -> torch.Tensor:
     """Encoded image -> uint8 tensor (3, H, W); ImageError for anything but a whole image within the limits above.
 
-    The header is checked before pixels are decoded. Of an animation the first frame counts. Pillow bounds texts and colour
-    profiles, which may be compressed too: 1 MiB each, 64 MiB in all.
+    The header is checked before pixels are decoded. Of an animation the first frame counts. Pillow bounds texts and
+    colour profiles, which may be compressed too: 1 MiB each, 64 MiB in all.
     """
     if len(data) > MAX_IMAGE_BYTES:
         raise ImageError(f"more than {MAX_IMAGE_BYTES >> 20} MiB")
@@ -278,7 +278,7 @@ def encode(pixels: torch.Tensor, like: bytes, format: str, **options: Any) -> by
 
 
 def as_shard_member(data: bytes) -> tuple[str, bytes]:
-    """Extension and bytes of an image for a shard: as it is, or as PNG of the same pixels. ImageError where that fails."""
+    """Extension and bytes of an image for a shard: as it is, or as PNG of its pixels. ImageError where that fails."""
     if extension := known_format(data):
         return extension, data
     return "png", encode(decode(data, ImageTransform(resize=None, crop=None), OWN_FORMATS), data, "PNG")
@@ -287,8 +287,8 @@ def as_shard_member(data: bytes) -> tuple[str, bytes]:
 def _find_hole(data: bytes) -> tuple[int, int] | None:
     """Where zeros that fill whole blocks begin and end: what a disk or a broken copy has lost.
 
-    Decoders of JPEG and WebP make pixels of them without a word. Other formats have checksums, or zeros for black. Files and
-    members of a tar begin with a block; zeros that belong to an image begin and end anywhere.
+    Decoders of JPEG and WebP make pixels of them without a word. Other formats have checksums, or zeros for black.
+    Files and members of a tar begin with a block; zeros that belong to an image begin and end anywhere.
     """
     if known_format(data) not in ("jpg", "webp"):
         return None

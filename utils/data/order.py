@@ -139,9 +139,9 @@ class EpochOrder(SequentialOrder):
 class TrainBatchSampler(Sampler[list[tuple[int, int, int]]]):
     """The micro-batches of one rank from ``first_step`` up to ``num_steps``, over the ends of epochs.
 
-    Yields lists of (epoch, slot, position), ``per_device_batch_size`` long. position = slot - bB is the place in the global
-    batch, which seeds what is random about a sample. The last partial batch of an epoch is dropped. ``micro_batches``: of
-    each step, the same number on every rank. ValueError where the sizes do not divide, or an epoch is smaller than a batch.
+    Yields lists of (epoch, slot, position), ``per_device_batch_size`` long. position = slot - bB is the place in the
+    global batch, which seeds what is random about a sample. The last partial batch of an epoch is dropped. Every rank
+    has ``micro_batches`` a step. ValueError where the sizes do not divide, or an epoch is smaller than a batch.
     """
 
     samples_per_epoch: int

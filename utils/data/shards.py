@@ -4,7 +4,7 @@
     dataset = ShardDataset(index, transform, order="shuffled", seed=0)
     batches = train_batches(dataset, ...)
 
-Samples are read by offset, in the order of ``utils/data/order.py``: only what a step needs, at the start as after a resume.
+Samples are read by offset, in the order of ``utils/data/order.py``: only what a step needs, also after a resume.
 What cannot be read becomes a ``Skipped`` record, which travels with the batch to a ``SkipCounter``.
 """
 
@@ -88,9 +88,9 @@ def index_shards(
 ) -> ShardIndex:
     """Counts the samples of every shard: from ``sizes.json`` beside it, else by a pass over its headers.
 
-    sizes.json is believed until the shard is opened, but for a 0: such a shard would never be. A missing or damaged shard
-    becomes a ``Skipped`` record with an estimate of the samples lost; what is odd in a whole one is a notice. A remote shard
-    without sizes.json is fetched. ``progress(done, total)`` is called after each shard. UserError where no sample is left.
+    sizes.json is believed until the shard is opened, but for a 0: such a shard would never be opened. A missing or
+    damaged shard becomes a ``Skipped`` record with an estimate of its lost samples, an odd one a notice. A remote shard
+    without sizes.json is fetched. ``progress(done, total)`` is called after each shard. UserError if no sample is left.
     """
     cache_dir = str(cache_dir or default_cache_dir())
     try:
@@ -141,8 +141,8 @@ def index_shards(
     if not sum(sizes):
         first = f"{skipped[0].where} ({skipped[0].detail})" if skipped else f"{display_url(urls[0])} is empty"
         raise UserError(
-            f"{flag}: no readable sample in {len(urls)} shard{'s' if len(urls) > 1 else ''}, first: {first}; expected .tar "
-            "files with <key>.jpg members"
+            f"{flag}: no readable sample in {len(urls)} shard{'s' if len(urls) > 1 else ''}, first: {first}; expected "
+            ".tar files with <key>.jpg members"
         )
     return ShardIndex(list(urls), sizes, skipped, cache_dir, cache_limit_gb)
 
@@ -199,8 +199,9 @@ def keep_sizes(index: ShardIndex, sizes: Sequence[int]) -> None:
     )
     if not same:
         raise UserError(
-            f"--resume_from_checkpoint: the shards hold other samples than when the run was started ({index.num_samples} in "
-            f"{len(index.sizes)} shards, were {sum(sizes)} in {len(sizes)}); give it the same shards, or start a new run"
+            "--resume_from_checkpoint: the shards hold other samples than when the run was started "
+            f"({index.num_samples} in {len(index.sizes)} shards, were {sum(sizes)} in {len(sizes)}); give it the same "
+            "shards, or start a new run"
         )
     index.sizes = list(sizes)
 
@@ -348,7 +349,7 @@ class SampleDataset(Dataset[dict[str, Any]]):
 
 
 class ShardDataset(SampleDataset):
-    """Samples of shards: dict(image: uint8 (3, H, W) or None, position: int, key: str, skipped: list[Skipped], label: int).
+    """Samples of shards: dict(image: uint8 (3, H, W) or None, label: int, position: int, key: str, skipped: list).
 
     order: "shuffled" for training: a sample that cannot be used is recorded and its slot filled by the next good one of
     its run. "sequential" for evaluation: it is recorded and its ``image`` is None.
@@ -522,8 +523,8 @@ def train_batches(
 ) -> Iterator[dict[str, Any]]:
     """The micro-batches of one rank from ``first_step`` on; ``share``: the other arguments of ``TrainBatchSampler``.
 
-    Data workers that are killed (memory ran out, somebody's signal) are replaced and the same batches go on: the order is
-    known, so that nothing is lost or read twice. ShardError where that helps no more.
+    Data workers that are killed (memory ran out, somebody's signal) are replaced and the same batches go on: the order
+    is known, so that nothing is lost or read twice. ShardError where that helps no more.
     """
     micro_batches = TrainBatchSampler(first_step=first_step, **share).micro_batches
     delivered, deaths = 0, 0
@@ -531,7 +532,7 @@ def train_batches(
         steps, done = divmod(delivered, micro_batches)
         sampler = TrainBatchSampler(first_step=first_step + steps, **share)
         batches = iter(PatientLoader(dataset, sampler, num_workers, pin_memory))
-        # torch would raise a worker's death wherever the main thread is; without its handler it shows at the next batch.
+        # torch would raise a worker's death wherever the main thread is. Without its handler the next batch shows it.
         if num_workers:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
@@ -546,8 +547,8 @@ def train_batches(
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             if deaths > WORKER_DEATHS:
                 raise ShardError(
-                    f"--num_workers {num_workers}: data workers die again and again ({reason}); if memory runs out, use "
-                    "fewer, then go on with --resume_from_checkpoint latest"
+                    f"--num_workers {num_workers}: data workers die again and again ({reason}); if memory runs out, "
+                    "use fewer, then go on with --resume_from_checkpoint latest"
                 ) from None
             logger.warning("a data worker has died (%s); new ones go on with the same batches", reason)
 

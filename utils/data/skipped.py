@@ -19,8 +19,8 @@ LONGEST_PLACE, LONGEST_DETAIL = 1000, 300  # characters
 class Skipped:
     """What was left out: ``where`` is a shard, or shard#sample; a notice costs 0 ``samples``.
 
-    The texts are fit to be shown and kept, whatever a shard holds: no token, control characters escaped, long ones cut. Nor
-    do they hold addresses of objects: two runs over the same data leave the same records.
+    The texts may be shown and kept, whatever a shard holds: no token, control characters escaped, long ones cut. They
+    hold no addresses of objects: two runs over the same data leave the same records.
     """
 
     kind: str  # such as "missing shard" or "bad label"
@@ -64,9 +64,9 @@ class SampleIndex(Protocol):
 class SkipCounter:
     """Counts what was skipped, reports each kind once, and ends the run where too much is lost.
 
-    Losses of the index weigh against all of its samples. Losses while reading weigh against the samples ``seen``, at least
-    the first 1000, so that one early loss does not end a run; a sample counts once, however often its turn comes.
-    ``report`` takes one line, None: silence. ``num_samples``: how many of the index are read, where not all are.
+    Losses of the index weigh against all of its samples. Losses while reading weigh against the samples ``seen``, at
+    least the first 1000: one early loss does not end a run. A sample counts once, however often its turn comes.
+    ``report`` takes one line; None for silence. ``num_samples``: how many of the index are read, where not all are.
     """
 
     index: SampleIndex

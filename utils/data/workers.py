@@ -95,9 +95,9 @@ class PatientLoader(DataLoader):
         shards = self.dataset.shards_of(next(itertools.islice(self.batch_sampler, place, None), []))
         names = ", ".join(shards[:3]) + (f" and {len(shards) - 3} more" if len(shards) > 3 else "")
         return (
-            f"{who} has delivered nothing for {LONGEST_WAIT:.0f} s; its batch is read from {names or 'the cache'}; check that "
-            "the disk, network or server of these files answers, or bring them near with --prefetch; then go on with "
-            "--resume_from_checkpoint latest"
+            f"{who} has delivered nothing for {LONGEST_WAIT:.0f} s; its batch is read from {names or 'the cache'}; "
+            "check that the disk, network or server of these files answers, or bring them near with --prefetch; then go "
+            "on with --resume_from_checkpoint latest"
         )
 
 
@@ -135,7 +135,7 @@ def waited_for(late: Callable[[], str], held: Any = None) -> Iterator[None]:
 
 
 def worker_died(error: Exception) -> bool:
-    """Whether a worker is gone, and not merely what it was doing failed: that comes as "Caught ... in DataLoader worker"."""
+    """Whether a worker is gone. Where only its work failed torch says "Caught ... in DataLoader worker"."""
     if "Caught " in str(error):
         return False
     # Its batches may be under way already, as handles that only the living worker could give out.
@@ -146,8 +146,8 @@ def worker_died(error: Exception) -> bool:
 
 
 def _short_socket_folder() -> None:
-    """A folder for the sockets by which workers hand over tensors. In one of a long path a send fails where nobody sees it,
-    and the run waits for ever.
+    """Workers hand over tensors by sockets in a temporary folder. If its path is long, a send fails where nobody sees
+    it, and the run waits for ever: here a folder of a short path is made.
     """
     config = multiprocessing.process.current_process()._config  # type: ignore[attr-defined]
     if config.get("tempdir") is not None:
@@ -161,8 +161,8 @@ def _short_socket_folder() -> None:
             config["tempdir"] = made
             return
     raise UserError(
-        f"TMPDIR {tempfile.gettempdir()}: data workers need a folder for sockets that can be written, with a path of at most "
-        f"{LONGEST_SOCKET - 32} bytes; set TMPDIR to one, or --num_workers 0"
+        f"TMPDIR {tempfile.gettempdir()}: data workers need a folder for sockets that can be written, with a path of "
+        f"at most {LONGEST_SOCKET - 32} bytes; set TMPDIR to one, or --num_workers 0"
     )
 
 

@@ -33,8 +33,8 @@ def measured_workers(
 ) -> tuple[int, str]:
     """Data workers for this process, and a line that says why: as many as an ideal device could use.
 
-    Samples of the first batch of ``order`` are timed. The device's rate is that of matrix products in ``dtype``, which no
-    training step reaches. Nothing random is drawn.
+    Samples of the first batch of ``order`` are timed. The device's rate is that of matrix products in ``dtype``, which
+    no training step reaches. Nothing random is drawn.
     """
     most = default_num_workers()
     seconds = seconds_per_sample(dataset, next(iter(order), []))
@@ -89,7 +89,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.05
 
 
 class TimedBatches:
-    """The batches of an iterator, and how long they were waited for by the host's clock: a GPU waits at most that long."""
+    """The batches of an iterator, and how long they were waited for by the host's clock. A GPU waits no longer."""
 
     def __init__(self, batches: Iterator[dict[str, Any]]) -> None:
         self.batches, self.seconds, self.intervals, self.advised = batches, 0.0, 0, False
@@ -116,6 +116,6 @@ class TimedBatches:
             return None
         self.advised = True
         return (
-            f"waiting for data takes {100 * fraction:.0f} % of the time: raise --num_workers (now {num_workers}), or use "
-            "--jpeg_draft true for large photographs, or local shards"
+            f"waiting for data takes {100 * fraction:.0f} % of the time: raise --num_workers (now {num_workers}), or "
+            "use --jpeg_draft true for large photographs, or local shards"
         )
