@@ -99,10 +99,10 @@ def index_shards(
         raise UserError(f"--cache_dir {cache_dir}: cannot be made ({error.strerror}); name a writable folder") from None
     cache = ShardCache(cache_dir, cache_limit_gb)
     refuse_lacking_shards(urls, cache, flag)
-    promises: dict[str | None, dict[str, int]] = {}
+    promises: dict[str | None, dict[str, int]] = {}  # of each sizes.json
     promised: list[int | None] = []
     sizes: list[int] = []
-    losses: dict[int, Skipped] = {}
+    losses: dict[int, Skipped] = {}  # by the shard's number
     notices: list[Skipped] = []
     for number, url in enumerate(urls):
         sizes_file, shown = sibling(url, "sizes.json"), display_url(url)
@@ -124,7 +124,7 @@ def index_shards(
                 if promise != 0 or size:  # without samples, as it was said
                     notices += _notices(found, url)
         except BadSample as bad:
-            losses[number] = dataclasses.replace(bad.skipped, samples=0)
+            losses[number] = bad.skipped
         promised.append(promise)
         sizes.append(size)
         if progress is not None:
@@ -194,10 +194,8 @@ def keep_sizes(index: ShardIndex, sizes: Sequence[int]) -> None:
     A shard that cannot be read any more keeps its place: its samples are skipped when their turn comes. One that could
     not be read at the first start stays out. UserError where the shards hold other samples than at the start.
     """
-    same = len(index.sizes) == len(sizes) and all(
-        now == then or not (now and then) for now, then in zip(index.sizes, sizes)
-    )
-    if not same:
+    changed = any(now and then and now != then for now, then in zip(index.sizes, sizes))
+    if changed or len(index.sizes) != len(sizes):
         raise UserError(
             "--resume_from_checkpoint: the shards hold other samples than when the run was started "
             f"({index.num_samples} in {len(index.sizes)} shards, were {sum(sizes)} in {len(sizes)}); give it the same "
@@ -444,14 +442,13 @@ class ShardDataset(SampleDataset):
     def _label(self, members: Members, where: str) -> int:
         if "cls" not in members:
             raise BadSample("missing label", where, members.lacking("cls"))
-        text = repr(members["cls"][:40])
         try:
             label = parse_label(members["cls"])
         except ValueError:
-            raise BadSample("bad label", where, f"{text} is no whole number") from None
-        classes = MAX_LABEL if self.num_classes is None else self.num_classes
-        if not 0 <= label < classes:
-            raise BadSample("bad label", where, f"{text} is no class; expected 0 ... {classes - 1}")
+            raise BadSample("bad label", where, f"{members['cls'][:40]!r} is no whole number") from None
+        num_classes = MAX_LABEL if self.num_classes is None else self.num_classes
+        if not 0 <= label < num_classes:
+            raise BadSample("bad label", where, f"{label} is no class; expected 0 ... {num_classes - 1}")
         return label
 
     def _reader_ahead_of(self, order: SequentialOrder, epoch: int, slot: int) -> ShardReader:
