@@ -446,9 +446,11 @@ class ShardDataset(SampleDataset):
             label = parse_label(members["cls"])
         except ValueError:
             raise BadSample("bad label", where, f"{members['cls'][:40]!r} is no whole number") from None
-        num_classes = MAX_LABEL if self.num_classes is None else self.num_classes
-        if not 0 <= label < num_classes:
-            raise BadSample("bad label", where, f"{label} is no class; expected 0 ... {num_classes - 1}")
+        if not 0 <= label < MAX_LABEL:
+            raise BadSample("bad label", where, f"{label} is no class")
+        if self.num_classes is not None and label >= self.num_classes:
+            classes = f"there are {self.num_classes} classes (0 ... {self.num_classes - 1})"
+            raise BadSample("bad label", where, f"class {label}, {classes}")
         return label
 
     def _reader_ahead_of(self, order: SequentialOrder, epoch: int, slot: int) -> ShardReader:
