@@ -130,6 +130,7 @@ def index_shards(
         if progress is not None:
             progress(number + 1, len(urls))
 
+    # A lost shard held as many samples as promised, else as many as whole ones usually do.
     whole = [size for number, size in enumerate(sizes) if size and number not in losses]
     usual = round(sum(whole) / len(whole)) if whole else 1
     skipped = []
