@@ -26,6 +26,7 @@ from transformers import CLIPConfig, CLIPModel
 import train_lore
 import train_po
 import utils.data.shards
+import utils.data.workers
 import utils.models.policy
 import utils.processes.interruption
 import utils.training.checkpoint
@@ -160,7 +161,7 @@ def test_a_slow_shard_is_waited_for_with_a_word(arguments, digits, tmp_path, mon
     assert "waiting for data" not in caplog.text
     with ShardServer(digits / "train") as server:
         server.delay = 1.5
-        monkeypatch.setattr(utils.data.shards, "SLOW_BATCH", 0.5)
+        monkeypatch.setattr(utils.data.workers, "SLOW_BATCH", 0.5)
         (tmp_path / "far").mkdir()
         train_lore.main(
             arguments(output_dir=tmp_path / "slow", train_shards=f"{server.url}/000000.tar", cache_dir=tmp_path / "far")
@@ -206,7 +207,7 @@ def stuck_after(monkeypatch):
     yield arrange
     for worker in multiprocessing.active_children():
         worker.kill()
-    utils.data.shards._ABANDONED.clear()
+    utils.data.workers._ABANDONED.clear()
 
 
 def test_data_that_never_comes_ends_the_run_and_keeps_the_last_checkpoint(
@@ -214,7 +215,7 @@ def test_data_that_never_comes_ends_the_run_and_keeps_the_last_checkpoint(
 ):
     """riga/law#184: a worker that delivers nothing is named, with the shards that it reads."""
     stuck_after(16)
-    monkeypatch.setattr(utils.data.shards, "LONGEST_WAIT", 2.0)
+    monkeypatch.setattr(utils.data.workers, "LONGEST_WAIT", 2.0)
     expected = r"data worker 0 \(process \d+\) has delivered nothing for 2 s; its batch is read from .*\d\.tar"
     with pytest.raises(UserError, match=expected):
         train_lore.main(arguments(num_workers=1))
@@ -345,12 +346,12 @@ def test_a_long_temporary_folder_does_no_harm(arguments, tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     monkeypatch.setitem(multiprocessing.process.current_process()._config, "tempdir", None)
-    monkeypatch.setattr(utils.data.shards, "LONGEST_WAIT", 30.0)
+    monkeypatch.setattr(utils.data.workers, "LONGEST_WAIT", 30.0)
     train_lore.main(arguments(num_workers=1, max_steps=1))
     monkeypatch.setitem(multiprocessing.process.current_process()._config, "tempdir", None)
-    monkeypatch.setattr(utils.data.shards, "LONGEST_SOCKET", 32)
+    monkeypatch.setattr(utils.data.workers, "LONGEST_SOCKET", 32)
     with pytest.raises(UserError, match=r"TMPDIR .*: data workers need a folder for sockets.*--num_workers 0"):
-        utils.data.shards._short_socket_folder()
+        utils.data.workers._short_socket_folder()
 
 
 def test_a_pipe_is_no_shard(arguments, digits, tmp_path):

@@ -311,7 +311,7 @@ def test_members_of_a_sample_are_measured_together(tmp_path):
     members = [(f"a.{extension}", each, each) for extension in ("jpg", "png", "webp", "jpeg", "gif")]
     path = sparse_shard(tmp_path / "0.tar", members, 5 * (each + 512) + 1024)
     reader = ShardReader(index_shards([path], cache_dir=tmp_path / "cache"))
-    with pytest.raises(BadSample, match=f"oversized member: .*{5 * each} bytes together"):
+    with pytest.raises(BadSample, match=f"oversized member: .*all members: {5 * each} bytes, at most"):
         reader.read(0, 0)
     assert len(reader.read(0, 0, ["gif"])[1]["gif"]) == each
     reader.close()

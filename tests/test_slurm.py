@@ -19,8 +19,8 @@ from slurm.rank import master, parse_command, task_cpus, tasks_per_node
 from tests.conftest import ROOT, accelerate_launch, flags, free_port, run_script
 from utils.cli import parse_settings
 from utils.errors import UserError
+from utils.processes import interruption
 from utils.processes.distributed import default_num_workers
-from utils.training import interruption
 
 SBATCH = sorted(path.name for path in (ROOT / "slurm").glob("*.sbatch"))
 TRAINING = [name for name in SBATCH if name.startswith("train")]

@@ -22,7 +22,8 @@ from utils.data import sources as shard_sources
 from utils.data.sources import expand_shards, read_text
 from utils.errors import UserError
 from utils.models.hub import model_files, model_folder
-from utils.processes.distributed import everywhere, start_tracker
+from utils.processes.distributed import everywhere
+from utils.processes.tracker import start_tracker
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"  # of whatever the server has
 WEIGHTS = f"/org/clip/resolve/{COMMIT}/model.safetensors"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, field
 from typing import Any, Protocol
 
 from utils.errors import UserError
@@ -17,15 +17,13 @@ LONGEST_PLACE, LONGEST_DETAIL = 1000, 300  # characters
 
 @dataclass(frozen=True)
 class Skipped:
-    """What was left out. kind: "missing shard", "damaged shard", "empty shard", "joined archives", "unread
-    member", "repeated member", "repeated key", "outdated sizes.json" (about whole shards), "undecodable image",
-    "oversized member", "missing image", "missing label", "bad label", "unreadable image", "missing pair", "bad pair", "chosen equals rejected", "chosen among
-    rejected" (a notice), "missing attribute", "bad attribute". where: the shard, or shard#sample; never holds a token.
+    """What was left out: ``where`` is a shard, or shard#sample; a notice costs 0 ``samples``.
 
-    Names and texts of a shard are shown to people: what they hold of control characters is escaped, what is long is cut.
-    Addresses of objects go: two runs over the same data leave the same records."""
+    The texts may be shown and kept, whatever a shard holds: no token, control characters escaped, long ones cut. They
+    hold no addresses of objects: two runs over the same data leave the same records.
+    """
 
-    kind: str
+    kind: str  # such as "missing shard" or "bad label"
     where: str
     detail: str
     samples: int = 1
@@ -54,34 +52,34 @@ def count_skipped(batches: Iterable[dict[str, Any]], skips: SkipCounter) -> Iter
 
 
 class SampleIndex(Protocol):
-    """How many samples a data set has, and what was found missing when they were counted."""
+    """How many samples a data set has, and what was missing when they were counted."""
 
-    num_samples: int
     skipped: list[Skipped]
 
+    @property
+    def num_samples(self) -> int: ...
 
+
+@dataclass(eq=False)
 class SkipCounter:
     """Counts what was skipped, reports each kind once, and ends the run where too much is lost.
 
-    Shards that were lost when the index was made weigh against all samples of the index; samples lost while reading
-    weigh against the samples ``seen`` (at least the first 1000, so that one early loss does not end a run). A sample
-    counts once, however often its turn comes. ``report`` takes one line (default: a logged warning; None: silence).
-    ``num_samples``: how many of the index are read in all, where that is not every one.
+    Losses of the index weigh against all of its samples. Losses while reading weigh against the samples ``seen``, at
+    least the first 1000: one early loss does not end a run. A sample counts once, however often its turn comes.
+    ``report`` takes one line; None for silence. ``num_samples``: how many of the index are read, where not all are.
     """
 
-    def __init__(
-        self,
-        index: SampleIndex,
-        max_bad_fraction: float,
-        report: Callable[[str], None] | None = logger.warning,
-        num_samples: int | None = None,
-    ) -> None:
-        self.index, self.max_bad_fraction, self.report, self.num_samples = index, max_bad_fraction, report, num_samples
-        self.seen = 0
+    index: SampleIndex
+    max_bad_fraction: float
+    report: Callable[[str], None] | None = logger.warning
+    num_samples: int | None = None
+    seen: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
         self._records: dict[tuple[str, str], Skipped] = {}
-        self._before = {(record.kind, record.where) for record in index.skipped}  # a shard is opened again later
+        self._before = {(record.kind, record.where) for record in self.index.skipped}  # a shard is opened again later
         self._reported: set[str] = set()
-        for record in index.skipped:
+        for record in self.index.skipped:
             self._report(record)
 
     def add(self, skipped: Sequence[Skipped]) -> None:
@@ -92,12 +90,7 @@ class SkipCounter:
 
     def state(self) -> dict[str, Any]:
         """Plain numbers and strings, for ``merge``, an all-gather or a checkpoint."""
-        return {
-            "seen": self.seen,
-            "records": [
-                [record.kind, record.where, record.detail, record.samples] for record in self._records.values()
-            ],
-        }
+        return {"seen": self.seen, "records": [list(astuple(record)) for record in self._records.values()]}
 
     def merge(self, states: Sequence[dict[str, Any]]) -> SkipCounter:
         """A counter for all ranks, from the ``state()`` of each (this one's too). This counter stays as it is."""
@@ -119,10 +112,9 @@ class SkipCounter:
     def summary(self) -> str:
         """One line per kind, empty where nothing was skipped."""
         lines = []
-        for kind, records in self._by_kind().items():
-            samples = sum(record.samples for record in records)
+        for kind, samples, records in self._by_kind():
             more = f" and {len(records) - 1} more" if len(records) > 1 else ""
-            count = f"{samples} samples" if samples else f"noted {len(records)} x"  # a notice costs no sample
+            count = f"{samples} samples" if samples else f"noted {len(records)} x"
             lines.append(f"{kind}: {count}, {records[0].where}{more} ({records[0].detail})")
         return "\n".join(lines)
 
@@ -131,24 +123,24 @@ class SkipCounter:
         if self.bad_fraction <= self.max_bad_fraction:
             return
         parts = []
-        for kind, records in self._by_kind().items():
+        for kind, samples, records in self._by_kind():
             first = "; ".join(f"{record.where} ({record.detail})" for record in records[:3])
             more = f"; and {len(records) - 3} more" if len(records) > 3 else ""
-            parts.append(f"{sum(record.samples for record in records)} samples for {kind}: {first}{more}")
+            parts.append(f"{samples} samples for {kind}: {first}{more}")
         raise UserError(
             f"--max_bad_fraction {self.max_bad_fraction:g}: {100 * self.bad_fraction:.2f} % of the samples could not "
             f"be used: {' | '.join(parts)}; mend the shards or raise the limit"
         )
 
-    def _by_kind(self) -> dict[str, list[Skipped]]:
-        kinds: dict[str, list[Skipped]] = {}
-        for record in [*self.index.skipped, *self._records.values()]:
-            kinds.setdefault(record.kind, []).append(record)
-        return kinds
+    def _by_kind(self) -> Iterator[tuple[str, int, list[Skipped]]]:
+        """Each kind, the samples it cost, and its records."""
+        everything = [*self.index.skipped, *self._records.values()]
+        for kind in dict.fromkeys(record.kind for record in everything):
+            records = [record for record in everything if record.kind == kind]
+            yield kind, sum(record.samples for record in records), records
 
     def _report(self, record: Skipped) -> None:
         if self.report is not None and record.kind not in self._reported:
             self._reported.add(record.kind)
-            self.report(
-                f"skipped: {record.kind}: {record.where}: {record.detail} (said once per kind, all are counted)"
-            )
+            what = f"{record.kind}: {record.where}: {record.detail}"
+            self.report(f"skipped: {what} (said once per kind, all are counted)")

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from utils.errors import UserError
 from utils.processes.environment import NO_FP16, check_launch
 from utils.processes.launcher import meet
-from utils.processes.tracker import check_tracker, end_training, log_row, start_tracker  # noqa: F401, for the trainers
+from utils.processes.tracker import check_tracker
 
 WORKING = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.DEEPSPEED)
 MIXED_PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

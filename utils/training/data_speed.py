@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
 
 import torch
 
-from utils.data.order import EpochOrder, TrainBatchSampler
-from utils.data.shards import ShardDataset, ShardReader, waited_for
+from utils.data.order import TrainBatchSampler
+from utils.data.shards import ShardDataset, ShardReader
 from utils.data.skipped import BadSample
 from utils.data.sources import is_remote
+from utils.data.workers import waited_for
 from utils.processes.distributed import default_num_workers
 
 SPARE = 1.25  # workers share memory, caches and disk; alone a sample is read faster than beside others
@@ -32,9 +33,8 @@ def measured_workers(
 ) -> tuple[int, str]:
     """Data workers for this process, and a line that says why: as many as an ideal device could use.
 
-    Samples of the first batch of ``order`` are timed, for about half a second. The device's rate is that of matrix products
-    in ``dtype``, which no training step reaches. The order of the data does not depend on the result, and nothing random
-    is drawn.
+    Samples of the first batch of ``order`` are timed. The device's rate is that of matrix products in ``dtype``, which
+    no training step reaches. Nothing random is drawn.
     """
     most = default_num_workers()
     seconds = seconds_per_sample(dataset, next(iter(order), []))
@@ -49,30 +49,24 @@ def measured_workers(
 def seconds_per_sample(
     dataset: ShardDataset, references: Sequence[tuple[int, int, int]], patience: float = SECONDS
 ) -> float | None:
-    """Mean wall time to read and decode one of ``references`` (epoch, slot, position) here, alone.
+    """Mean wall time to read and decode one of ``references`` (epoch, slot, position) here, alone, or None.
 
-    Of at most ``SAMPLES``, in about ``patience`` seconds. What cannot be read is left out, as are remote shards that are
-    not in the cache yet: they would have to come first. None where nothing is left.
+    What cannot be read is left out, as are remote shards that would have to come first.
     """
-    if not references:
-        return None
     urls, timed, started = dataset.index.urls, [], time.perf_counter()
-    order = EpochOrder(dataset.index.sizes, dataset.seed, references[0][0])
     # A reader of its own: no descriptor and no prefetch thread is there when the workers are forked.
     with closing(ShardReader(dataset.index)) as reader, waited_for(lambda: NOTHING_READ):
         for epoch, slot, _ in references[: SAMPLES + 1]:
             if time.perf_counter() - started > patience:
                 break
-            shard, sample = order.reference(slot)
+            shard, sample = dataset.order_of(epoch).reference(slot)
             if is_remote(urls[shard]) and not reader.cache.copy_of(urls[shard]).exists():
                 continue
-            try:
+            with suppress(BadSample):
                 reader.read(shard, sample, ())  # opens the shard, which costs once in thousands of samples
                 clock = time.perf_counter()
                 dataset.load(reader, shard, sample, epoch)
-            except BadSample:
-                continue
-            timed.append(time.perf_counter() - clock)
+                timed.append(time.perf_counter() - clock)
     timed = timed[1:] or timed  # the first one loads libraries
     return sum(timed) / len(timed) if timed else None
 
@@ -95,10 +89,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.05
 
 
 class TimedBatches:
-    """The batches of an iterator, and how long they were waited for, by the host's clock.
-
-    A GPU may still be busy with its queue meanwhile: it waits at most that long.
-    """
+    """The batches of an iterator, and how long they were waited for by the host's clock. A GPU waits no longer."""
 
     def __init__(self, batches: Iterator[dict[str, Any]]) -> None:
         self.batches, self.seconds, self.intervals, self.advised = batches, 0.0, 0, False
@@ -119,12 +110,12 @@ class TimedBatches:
         return min(1.0, waited / seconds)
 
     def advice(self, fraction: float, num_workers: int) -> str | None:
-        """What to do about a ``fraction`` that is worth it; once, and not in the first interval, when workers start."""
+        """What to do about a notable ``fraction``; once, and not in the first interval, when workers start."""
         self.intervals += 1
         if self.advised or self.intervals == 1 or fraction <= NOTABLE_WAIT:
             return None
         self.advised = True
         return (
-            f"waiting for data takes {100 * fraction:.0f} % of the time: raise --num_workers (now {num_workers}), or use "
-            "--jpeg_draft true for large photographs, or local shards"
+            f"waiting for data takes {100 * fraction:.0f} % of the time: raise --num_workers (now {num_workers}), or "
+            "use --jpeg_draft true for large photographs, or local shards"
         )
