@@ -312,17 +312,20 @@ def synchronise(device: str) -> None:
 
 
 def matmul_rate(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of a square product, the best of several."""
-    size = 8192 if torch.device(device).type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(10):
-        synchronise(device)
-        clock = time.perf_counter()
-        a @ b
-        synchronise(device)
-        best = min(best, time.perf_counter() - clock)
-    return 2 * size**3 / best
+    """FLOP/s of square products, the best of several: of larger ones as long as one takes less than a twentieth of a second."""
+    size, largest, best = 512, 8192 if torch.device(device).type == "cuda" else 2048, float("inf")
+    while True:
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        for _ in range(10):
+            synchronise(device)
+            clock = time.perf_counter()
+            a @ b
+            synchronise(device)
+            seconds = time.perf_counter() - clock
+            best = min(best, seconds / (2 * size**3))
+        if size == largest or seconds > 0.05:
+            return 1 / best
+        size *= 2
 
 
 def main() -> None:
