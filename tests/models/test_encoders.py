@@ -315,7 +315,7 @@ def test_the_own_head_of_a_model_classifies(tmp_path):
         inside = (x - encoder.image_mean) / encoder.image_std
         expected = load_plainly(tmp_path)(pixel_values=inside).logits
         torch.testing.assert_close(classifier(encoder(x)), expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(UserError, match=r"own head has 5 classes, the data set 3; give a head .* --linear_head"):
+    with pytest.raises(UserError, match=r"own head has 5 classes, the data set 3; give one with --linear_head"):
         set_classifier(model, processor, encoder, LabelledSet(None, list("abc"), []), torch.device("cpu"))
 
 

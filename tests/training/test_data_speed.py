@@ -7,6 +7,7 @@ import torch
 
 import train_lore
 import train_po
+import utils.training.run
 from tests.shard_maker import ShardServer, image_bytes, make_shards, write_shard
 from utils.data.images import ImageTransform
 from utils.data.order import TrainBatchSampler
@@ -144,13 +145,13 @@ TRAINERS = [
 
 @pytest.mark.parametrize(("trainer", "changes"), TRAINERS)
 def test_the_measured_number_is_used_and_written_down(arguments, tmp_path, monkeypatch, capfd, trainer, changes):
-    real_batches, used = trainer.train_batches, []
+    real_batches, used = utils.training.run.train_batches, []
 
     def without_workers(*words, num_workers, **more):
         used.append(num_workers)
         return real_batches(*words, num_workers=0, **more)
 
-    monkeypatch.setattr(trainer, "train_batches", without_workers)
+    monkeypatch.setattr(utils.training.run, "train_batches", without_workers)
     monkeypatch.setattr(data_speed, "default_num_workers", lambda: 6)
     monkeypatch.setattr(data_speed, "matmul_flops", lambda device, dtype: 1e30)
     trainer.main(arguments(**changes))
@@ -169,7 +170,7 @@ def test_the_measured_number_is_used_and_written_down(arguments, tmp_path, monke
 @pytest.mark.parametrize(("trainer", "changes"), TRAINERS)
 def test_a_slow_loader_shows_in_the_rows_and_in_one_line(arguments, tmp_path, monkeypatch, capfd, trainer, changes):
     trainer.main(arguments(num_workers=0, output_dir=tmp_path / "fast", **changes))
-    real_batches = trainer.train_batches
+    real_batches = utils.training.run.train_batches
     capfd.readouterr()
 
     def slow(*words, **more):
@@ -177,7 +178,7 @@ def test_a_slow_loader_shows_in_the_rows_and_in_one_line(arguments, tmp_path, mo
             time.sleep(0.5)
             yield batch
 
-    monkeypatch.setattr(trainer, "train_batches", slow)
+    monkeypatch.setattr(utils.training.run, "train_batches", slow)
     trainer.main(arguments(num_workers=0, **changes))
     fast, slow = (
         [row["data_wait_fraction"] for row in MetricsFile(tmp_path / name / "metrics.jsonl").read()]
