@@ -48,7 +48,6 @@ from utils.models.encoders import (
 from utils.models.zeroshot import predictions, set_classifier, to_pixel_values
 from utils.processes.distributed import (
     MIXED_PRECISIONS,
-    average_gradients,
     gathered,
     mean_over_processes,
     shard_frozen,
@@ -56,11 +55,12 @@ from utils.processes.distributed import (
 from utils.sets.labelled import LabelledSet
 from utils.training.memory import print_estimate
 from utils.training.metrics import forward_flops, lore_flops_per_image, violation_statistics
-from utils.training.optimization import accumulation_steps, make_optimizer
+from utils.training.optimization import ADAMW, accumulation_steps, make_optimizer
 from utils.training.prefetch import prefetch_training
 from utils.training.run import Run, Trained
-from utils.training.settings import RunSettings
+from utils.training.settings import RunSettings, data_flag, method_flag, optimisation_flag, output_flag
 
+attack_flag, memory_flag = partial(flag, group="attack"), partial(flag, group="memory")
 KEEP_BEST = ("eval_accuracy_clean", "eval_accuracy_pgd")
 
 
@@ -68,108 +68,90 @@ KEEP_BEST = ("eval_accuracy_clean", "eval_accuracy_pgd")
 class Settings(RunSettings):
     """Everything that a run can be told, beside what utils/training/settings.py has for both trainers."""
 
-    objective: str = flag(
+    objective: str = method_flag(
         "embedding",
         "what the attack maximises: squared embedding distance, or cross-entropy with the labels",
-        group="method",
         choices=tuple(OBJECTIVES),
     )
-    constraint: str = flag("embedding", "what holds clean images in place", group="method", choices=CONSTRAINTS)
-    multiplier: str = flag(
-        "network", "form of the Lagrange multiplier", group="method", choices=("network", "linear", "scalar")
-    )
-    margin: str = flag(
-        "relative",
-        "tolerance relative to ||z0||^2 (kl: to the entropy), or fixed",
-        group="method",
-        choices=("relative", "fixed"),
-    )
-    rho: float = flag(0.1, "tolerance: a clean embedding may move by this times the margin", group="method", minimum=0)
-    primal_steps: int = flag(5, "K, encoder updates per batch", group="method", minimum=1)
-    clean_weight: float = flag(
-        0.0, "fixed weight of the clean distance (naive regulariser, with --constraint none)", group="method", minimum=0
-    )
+    constraint: str = method_flag("embedding", "what holds clean images in place", choices=CONSTRAINTS)
+    multiplier: str = method_flag("network", "form of the Lagrange multiplier", choices=("network", "linear", "scalar"))
+    margin: str = method_flag("relative", "relative: to ||z0||^2 (kl: to the entropy)", choices=("relative", "fixed"))
+    rho: float = method_flag(0.1, "tolerance: a clean embedding may move by this times the margin", minimum=0)
+    primal_steps: int = method_flag(5, "K, encoder updates per batch", minimum=1)
+    clean_weight: float = method_flag(0.0, "with --constraint none: fixed weight of the clean distance", minimum=0)
 
-    eps: float = flag(4.0, "radius of the l_inf attack, in 1/255", group="attack", above=0, maximum=255)
-    attack_steps: int = flag(10, "PGD steps", group="attack", minimum=1)
-    attack_step_size: float | None = flag(None, "PGD step, in 1/255 (default: eps/4)", group="attack", above=0)
-    attack_momentum: float = flag(0.0, "of the gradient's sign (FARE's recipe: 0.9)", group="attack", minimum=0)
-    gather_for_attack: bool = flag(
-        True, "ZeRO-3: keep parameters whole during an attack, not gathered in every pass", group="attack"
-    )
+    eps: float = attack_flag(4.0, "radius of the l_inf attack, in 1/255", above=0, maximum=255)
+    attack_steps: int = attack_flag(10, "PGD steps", minimum=1)
+    attack_step_size: float | None = attack_flag(None, "PGD step, in 1/255 (default: eps/4)", above=0)
+    attack_momentum: float = attack_flag(0.0, "of the gradient's sign (FARE's recipe: 0.9)", minimum=0)
+    gather_for_attack: bool = attack_flag(True, "ZeRO-3: gather parameters once an attack, not in every pass")
 
-    linear_head: str | None = flag(
+    linear_head: str | None = data_flag(
         None,
-        "safetensors with weight (C, D), maybe bias (C,): tells classes apart for encoders without text (default: the model's own head)",
-        group="data",
+        "safetensors of weight (C, D), maybe bias (C,), for encoders without text (default: the model's own)",
         path=True,
     )
-    learning_rate: float = flag(1e-5, "of the encoder (AdamW), cosine to 0", group="optimisation", minimum=0)
-    weight_decay: float = flag(1e-4, "AdamW's, of the encoder", group="optimisation", minimum=0)
-    optimizer: str = flag(
-        "adamw",
-        "the 8-bit variants need bitsandbytes",
-        group="optimisation",
-        choices=("adamw", "adamw_8bit", "paged_adamw_8bit"),
-    )
-    keep_best: str | None = flag(
-        None, "the model with the highest value of this is kept in best/", group="output", choices=KEEP_BEST
-    )
+    learning_rate: float = optimisation_flag(1e-5, "of the encoder (AdamW), cosine to 0", minimum=0)
+    weight_decay: float = optimisation_flag(1e-4, "AdamW's, of the encoder", minimum=0)
+    optimizer: str = optimisation_flag("adamw", "8 bit needs bitsandbytes", choices=ADAMW)
+    keep_best: str | None = output_flag(None, "best/ keeps the model with the highest value of this", choices=KEEP_BEST)
 
-    estimate_memory: bool = flag(
-        False, "only print what a step needs on a device; needs no data", group="memory", waives_required=True
+    estimate_memory: bool = memory_flag(
+        False, "only print what a step needs on a device; needs no data", waives_required=True
     )
-    estimate_processes: int = flag(8, "processes of the run that is estimated", group="memory", minimum=1)
-    estimate_precision: str = flag(
-        "bf16", "mixed_precision of the run that is estimated", group="memory", choices=("bf16", "fp16", "no")
-    )
+    estimate_processes: int = memory_flag(8, "of the run that is estimated", minimum=1)
+    estimate_precision: str = memory_flag("bf16", "its mixed_precision", choices=("bf16", "fp16", "no"))
+
+    @property
+    def pgd(self) -> dict[str, Any]:
+        """How ``attack`` is made, in shares of the pixel range."""
+        return {
+            "eps": self.eps / 255,
+            "step_size": (self.attack_step_size or self.eps / 4) / 255,
+            "num_steps": self.attack_steps,
+            "momentum": self.attack_momentum,
+        }
 
 
 FREE_SETTINGS = ("gather_for_attack", "estimate_memory", "estimate_processes", "estimate_precision")
+SHOWN = {
+    "multiplier": "multiplier_mean",
+    "violation": "violation_ratio_mean",
+    "clean": "eval_accuracy_clean",
+    "pgd": "eval_accuracy_pgd",
+}  # on the line of progress: values of the row
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse_settings(Settings, argv, description=__doc__)
     check_settings(settings)
     problem = Problem(settings.objective, settings.constraint, settings.margin, settings.rho, settings.clean_weight)
-    train_options = settings.shard_options("train_shards", problem.needs_labels)
-    eval_options = settings.shard_options("eval_shards", True)
     if settings.estimate_memory:
         return estimate_memory(settings, problem)
+    sets = settings.shard_options("train_shards", problem.needs_labels), settings.shard_options("eval_shards", True)
     if settings.prefetch:
-        return prefetch_training(
-            settings.models,
-            [train_options, eval_options],
-            cache_dir=settings.cache_dir,
-            cache_limit_gb=settings.cache_limit_gb,
-        )
+        return prefetch_training(settings, sets)
     run = Run(settings, __file__, method=problem.name, updates=settings.primal_steps, free=FREE_SETTINGS)
     accelerator, device = run.accelerator, run.device
-    train_set, eval_set = run.open_sets(train_options, eval_options)
+    train_set, eval_set = run.open_sets(*sets)
 
     # The encoder phi and its frozen reference phi0: pixels in [0,1] to un-normalised embeddings.
     model, processor, encoder, reference = load_encoders(run, settings, problem)
-    flops = lore_flops_per_image(
-        forward_flops(reference),
-        settings.attack_steps,
-        settings.primal_steps,
-        problem.clean_in_primal,
-        problem.constrained,
-        problem.needs_reference,
-    )
+    forward, steps = forward_flops(reference), (settings.attack_steps, settings.primal_steps)
+    sees = problem.clean_in_primal, problem.constrained, problem.needs_reference
+    flops = lore_flops_per_image(forward, *steps, *sees)
     if settings.shard_reference:
         reference = shard_frozen(accelerator, reference)
     # What turns embeddings (B, D) into logits (B, C): texts of the classes, or a linear head, both frozen.
-    train_classifier, eval_classifier = (
-        set_classifier(model, processor, encoder, labelled, device, settings.linear_head) if labelled else None
-        for labelled in (train_set if problem.needs_labels else None, eval_set)
-    )
-    problem = dataclasses.replace(problem, classifier=train_classifier)
-    attack_update = ascend
+    classifier = partial(set_classifier, model, processor, encoder, device=device, linear_head=settings.linear_head)
+    if problem.needs_labels:
+        problem = dataclasses.replace(problem, classifier=classifier(train_set))
+    eval_classifier = classifier(eval_set) if eval_set else None
+    pgd = settings.pgd
     if settings.compile:
         encoder.compile(dynamic=False)
         reference.compile(dynamic=False)
-        attack_update = torch.compile(ascend, dynamic=False)
+        pgd["update"] = torch.compile(ascend, dynamic=False)
 
     # Only the encoder is prepared. The multiplier stays outside the engine; its own optimizer ascends.
     optimizer = make_optimizer(settings.optimizer, encoder, settings.learning_rate, settings.weight_decay)
@@ -183,18 +165,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     run.restore(trained)
 
     transform = image_transform(processor)
-    train_data = make_dataset(
-        train_set,
-        transform,
-        draft=settings.jpeg_draft,
-        labels=problem.needs_labels,
-        order="shuffled",
-        seed=settings.seed,
-    )
-    eval_data = make_dataset(eval_set, transform, order="sequential") if eval_set else None
+    drafted = dataclasses.replace(transform, draft=settings.jpeg_draft)
+    train_data = labelled_images(train_set, drafted, problem.needs_labels, order="shuffled", seed=settings.seed)
+    eval_data = labelled_images(eval_set, transform, order="sequential") if eval_set else None
     batches = run.train_batches(train_data, run.measure_workers(train_data, flops))
 
-    with run.begun():
+    with run.begun(SHOWN):
         if eval_set and not run.resumed:
             run.record(evaluate(run, settings, module, eval_classifier, eval_data, 0))
         for step in run.steps():
@@ -207,21 +183,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if problem.needs_labels:
                     batch.labels = loaded["labels"].to(device, non_blocking=True)
                 if problem.needs_reference or step.log:
-                    with torch.no_grad():
-                        batch.ref_image_embeds = reference(batch.pixel_values)
-                        batch.margin = problem.margin(batch.ref_image_embeds)
+                    problem.refer(reference, batch)
+                seeds = attack_seeds(settings.seed, step.index, loaded["positions"].tolist())
                 with gathered(module, settings.gather_for_attack):
-                    batch.delta = attack(
-                        module,
-                        problem,
-                        batch,
-                        attack_seeds(settings.seed, step.index, loaded["positions"].tolist()),
-                        eps=settings.eps / 255,
-                        step_size=(settings.attack_step_size or settings.eps / 4) / 255,
-                        num_steps=settings.attack_steps,
-                        momentum=settings.attack_momentum,
-                        update=attack_update,
-                    )
+                    batch.delta = attack(module, problem, batch, seeds, **pgd)
                 if step.log and not problem.clean_in_primal:
                     with torch.no_grad():
                         batch.image_embeds = module(batch.pixel_values)
@@ -244,23 +209,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             if problem.constrained:
                 for batch in micro_batches:
                     (problem.dual(module, batch, multiplier) / len(micro_batches)).backward()
-                average_gradients(accelerator, multiplier)
-                dual_optimizer.step()
-                dual_optimizer.zero_grad()
+                run.update_outside(multiplier, dual_optimizer)
 
-            if not run.trained(step):
-                continue
-            row: dict[str, Any] = {}
-            if step.log:
-                row = run.row(step, summary(run, measured, settings.rho))
-                row |= run.utilisation(row["images_per_second"])
-                run.advise(row["data_wait_fraction"])
-                run.show(row)
-            if step.evaluate:
-                row |= evaluate(run, settings, module, eval_classifier, eval_data, step.done)
-                run.shown |= {"clean": row.get("eval_accuracy_clean"), "pgd": row.get("eval_accuracy_pgd")}
-            run.record(row, step)
-            run.save(step, row, trained)
+            if run.trained(step):
+                row = run.row(step, summary(run, measured, settings.rho)) if step.log else {}
+                if step.evaluate:
+                    row |= evaluate(run, settings, module, eval_classifier, eval_data, step.done)
+                run.record(row, step)
+                run.save(step, row, trained)
         if run.stopped():
             run.leave(trained)
     run.finish(trained)
@@ -270,8 +226,8 @@ def check_settings(settings: Settings) -> None:
     """Refuses combinations that no method is made of."""
     if settings.clean_weight > 0 and settings.constraint != "none":
         raise UserError(
-            f"--clean_weight {settings.clean_weight} with --constraint {settings.constraint}: the naive regulariser stands "
-            "in for the constraint; add --constraint none or leave --clean_weight at 0"
+            f"--clean_weight {settings.clean_weight} with --constraint {settings.constraint}: the naive regulariser "
+            "stands in for the constraint; add --constraint none or leave --clean_weight at 0"
         )
     if settings.keep_best and not settings.eval_shards:
         raise UserError(
@@ -300,22 +256,17 @@ def refuse_without_classes(settings: Settings, folder: str) -> None:
         raise UserError(f"--linear_head {settings.linear_head}: no such file; expected safetensors with weight (C, D)")
     if settings.linear_head is None and not has_text(config) and not has_own_head(config):
         raise UserError(
-            f"--model_name_or_path {settings.model_name_or_path}: a {config.model_type} has no text tower and no head of its "
-            "own, which --eval_shards, tecoa and kl need to tell classes apart; give it one with --linear_head"
+            f"--model_name_or_path {settings.model_name_or_path}: a {config.model_type} has no text tower and no head "
+            "of its own, which --eval_shards, tecoa and kl need to tell classes apart; give it one with --linear_head"
         )
 
 
-def make_dataset(
-    labelled: LabelledSet, transform: ImageTransform, *, draft: bool = False, labels: bool = True, **options: Any
+def labelled_images(
+    labelled: LabelledSet, transform: ImageTransform, with_labels: bool = True, **options: Any
 ) -> ShardDataset:
     """The samples of a set; ``options``: order and seed."""
-    return ShardDataset(
-        labelled.index,
-        dataclasses.replace(transform, draft=draft),
-        with_labels=labels,
-        num_classes=len(labelled.classnames),
-        **options,
-    )
+    num_classes = len(labelled.classnames)
+    return ShardDataset(labelled.index, transform, with_labels=with_labels, num_classes=num_classes, **options)
 
 
 def summary(run: Run, measured: list[Tensor], rho: float) -> dict[str, float]:

@@ -1,13 +1,14 @@
-"""Preference optimisation of a CLIP: prefer the right text over a wrong one where an image tempts, and stay as before elsewhere.
+"""Preference optimisation of a CLIP: prefer the right text where an image tempts, and stay as before elsewhere.
 
   python train_po.py --model_name_or_path openai/clip-vit-base-patch32 --preference dpo \\
     --train_shards data/imagenet-100/train --output_dir runs/dpo
 
   accelerate launch --config_file accelerate_configs/ddp.yaml train_po.py --task pairs --trainable head \\
-    --model_name_or_path openai/clip-vit-large-patch14 --train_shards "data/vl-bias/train-{00..15}.tar" --output_dir runs/head
+    --model_name_or_path openai/clip-vit-large-patch14 --train_shards "data/vl-bias/train-{00..15}.tar" \\
+    --output_dir runs/head
 
-The first writes wrong class names on labelled images (typographic attacks) and teaches the image tower not to follow them.
-The second takes pairs of texts from .json members and trains a head, whose strength t can be set after training.
+The first writes wrong class names on labelled images (typographic attacks) and teaches the image tower to look past
+them. The second takes pairs of texts from .json members and trains a head, whose strength t can be set after training.
 --config recipes/<name>.yaml sets all of an experiment of the paper.
 With --constraint embedding --rho 0.1 LORE's constraint holds every clean embedding near the reference's meanwhile.
 Precision (bf16, fp16, no) and sharding live in the accelerate config.
@@ -57,7 +58,6 @@ from utils.models.features import features
 from utils.models.policy import TRAINABLE, Policy, TextTable, Views, judge, unit_images
 from utils.models.tokens import refuse_equal_texts
 from utils.processes.distributed import (
-    average_gradients,
     gather_objects,
     mean_over_processes,
     on_every_node,
@@ -68,10 +68,10 @@ from utils.sets.labelled import LabelledSet
 from utils.sets.pairs import PairDataset, PreferenceDataset, TypographicDataset, pair_shards
 from utils.sets.typographic import KINDS, PLACES, font_files, merge_names, word_style
 from utils.training.metrics import forward_flops, preference_flops_per_sample, violation_statistics
-from utils.training.optimization import BetaAverage, make_optimizer
+from utils.training.optimization import ADAMW, BetaAverage, make_optimizer
 from utils.training.prefetch import prefetch_training
-from utils.training.run import Run, Trained
-from utils.training.settings import RunSettings
+from utils.training.run import Run, Step, Trained
+from utils.training.settings import RunSettings, data_flag, method_flag, optimisation_flag, output_flag
 
 EVAL_KEYS = {
     "clean": "eval_accuracy_clean",
@@ -80,8 +80,18 @@ EVAL_KEYS = {
     "pair": "eval_pair_accuracy",
     "kl": "eval_kl",
 }
+SHOWN = {
+    "margin": "margin_mean",
+    "pairs right": "pair_accuracy",
+    "kl": "kl",
+    "multiplier": "multiplier_mean",
+    "violation": "violation_ratio_mean",
+    **{f"eval {name}": key for name, key in EVAL_KEYS.items()},
+}  # on the line of progress: values of the row
+SETS = ("train_shards", "eval_shards")
 KEEP_BEST = ("eval_accuracy_clean", "eval_accuracy_attacked", "eval_pair_accuracy")
 DEFAULT_LEARNING_RATE = {"head": 1e-3, "image": 2e-5, "all": 2e-5}
+words_flag = partial(flag, group="words")
 FONTS = ["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"]
 
 
@@ -89,78 +99,46 @@ FONTS = ["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"]
 class Settings(RunSettings):
     """Everything that a run can be told, beside what utils/training/settings.py has for both trainers."""
 
-    preference: str = flag(
-        "dpo", "the loss; ce is the baseline, cross-entropy of the attacked image", group="method", choices=PREFERENCES
+    preference: str = method_flag("dpo", "the loss; ce: cross-entropy of the attacked image", choices=PREFERENCES)
+    trainable: str = method_flag("image", "head: a matrix on both embeddings; all: both towers", choices=TRAINABLE)
+    beta: float | None = method_flag(None, "strength of the preference (default: dpo 1, ipo 0.1, kto 1.5)", above=0)
+    label_smoothing: float = method_flag(
+        0.0, "dpo: share of pairs that may be the wrong way round, below 0.5", minimum=0
     )
-    trainable: str = flag(
-        "image",
-        "what is trained: a square matrix on both embeddings, the image tower, or both towers",
-        group="method",
-        choices=TRAINABLE,
-    )
-    beta: float | None = flag(
-        None, "strength of the preference (default: dpo 1, ipo 0.1, kto 1.5)", group="method", above=0
-    )
-    label_smoothing: float = flag(
-        0.0, "dpo: how many pairs are taken to be the wrong way round, below 0.5", group="method", minimum=0
-    )
-    reg_weight: float = flag(1.0, "weight of KL(reference || policy) on clean images", group="method", minimum=0)
-    orthogonality_weight: float = flag(0.0, "--trainable head: weight of ||W^T W - I||_F^2", group="method", minimum=0)
-    constraint: str = flag(
-        "none", "what holds clean images in place besides the KL", group="method", choices=("none", "embedding")
-    )
-    multiplier: str = flag(
-        "network", "form of the Lagrange multiplier", group="method", choices=("network", "linear", "scalar")
-    )
-    margin: str = flag(
-        "relative", "tolerance relative to ||z0||^2, or fixed", group="method", choices=("relative", "fixed")
-    )
-    rho: float = flag(0.1, "tolerance: a clean embedding may move by this times the margin", group="method", minimum=0)
-    export_t: float = flag(
-        1.0,
-        "--trainable head: strength t at which the head is folded into the saved model",
-        group="method",
-        minimum=-10,
-        maximum=10,
-    )
+    reg_weight: float = method_flag(1.0, "weight of KL(reference || policy) on clean images", minimum=0)
+    orthogonality_weight: float = method_flag(0.0, "--trainable head: weight of ||W^T W - I||_F^2", minimum=0)
+    constraint: str = method_flag("none", "holds clean images in place beside the KL", choices=("none", "embedding"))
+    multiplier: str = method_flag("network", "form of the Lagrange multiplier", choices=("network", "linear", "scalar"))
+    margin: str = method_flag("relative", "tolerance relative to ||z0||^2, or fixed", choices=("relative", "fixed"))
+    rho: float = method_flag(0.1, "tolerance: a clean embedding may move by this times the margin", minimum=0)
+    export_t: float = method_flag(1.0, "a head: strength t that the saved model has", minimum=-10, maximum=10)
 
-    task: str = flag(
+    task: str = data_flag(
         "typographic",
-        "write wrong class names on labelled images, or read chosen and rejected texts from .json members",
-        group="data",
+        "write wrong class names on labelled images, or read pairs of texts from .json members",
         choices=("typographic", "pairs"),
     )
-    cache_features: bool = flag(
-        True, "--trainable head: embed every image once and keep that; false draws new words every epoch", group="data"
-    )
-    attacks_per_image: int = flag(1, "copies of each image, each with another wrong word", group="words", minimum=1)
-    fonts: list[str] = flag(FONTS, "fonts of matplotlib, Aileron, or .ttf files", group="words", path=True)
-    word_size_min: float = flag(20.0, "smallest letters, in pixels at an image side of 224", group="words", above=0)
-    word_size_max: float = flag(40.0, "largest letters, in the same unit", group="words", above=0)
-    word_kind: str = flag(
-        "outlined", "coloured letters with an outline, or black on a white label", group="words", choices=KINDS
-    )
-    word_place: str = flag("anywhere", "which half of the image words are written in", group="words", choices=PLACES)
+    cache_features: bool = data_flag(True, "a head: embed every image once; false draws new words every epoch")
+    attacks_per_image: int = words_flag(1, "copies of each image, each with another wrong word", minimum=1)
+    fonts: list[str] = words_flag(FONTS, "fonts of matplotlib, Aileron, or .ttf files", path=True)
+    word_size_min: float = words_flag(20.0, "smallest letters, in pixels at an image side of 224", above=0)
+    word_size_max: float = words_flag(40.0, "largest letters, in the same unit", above=0)
+    word_kind: str = words_flag("outlined", "coloured letters with an outline, or a white label", choices=KINDS)
+    word_place: str = words_flag("anywhere", "which half of the image words are written in", choices=PLACES)
 
-    optimizer: str = flag(
-        "adamax",
-        "the 8-bit variants need bitsandbytes",
-        group="optimisation",
-        choices=("adamax", "adamw", "adamw_8bit", "paged_adamw_8bit"),
+    optimizer: str = optimisation_flag("adamax", "8 bit needs bitsandbytes", choices=("adamax", *ADAMW))
+    learning_rate: float | None = optimisation_flag(None, "cosine to 0 (default: 2e-5, for a head 1e-3)", minimum=0)
+    epochs: int = optimisation_flag(3, "passes over the training set", minimum=1)
+    weight_average: str = optimisation_flag(
+        "none", "save the weights averaged by Beta(0.7, 0.7)", choices=("none", "beta")
     )
-    learning_rate: float | None = flag(
-        None, "cosine to 0 (default: 2e-5, for a head 1e-3)", group="optimisation", minimum=0
-    )
-    epochs: int = flag(3, "passes over the training set", group="optimisation", minimum=1)
-    weight_average: str = flag(
-        "none",
-        "save and evaluate the run's weights averaged with Beta(0.7, 0.7)",
-        group="optimisation",
-        choices=("none", "beta"),
-    )
-    keep_best: str | None = flag(
-        None, "the model with the highest value of this is kept in best/", group="output", choices=KEEP_BEST
-    )
+    keep_best: str | None = output_flag(None, "best/ keeps the model with the highest value of this", choices=KEEP_BEST)
+
+    def __post_init__(self) -> None:
+        if self.beta is None:
+            self.beta = DEFAULT_BETA[self.preference]
+        if self.learning_rate is None:
+            self.learning_rate = DEFAULT_LEARNING_RATE[self.trainable]
 
     @property
     def head(self) -> bool:
@@ -170,10 +148,6 @@ class Settings(RunSettings):
 def main(argv: Sequence[str] | None = None) -> None:
     settings = parse_settings(Settings, argv, description=__doc__)
     check_settings(settings)
-    if settings.beta is None:
-        settings.beta = DEFAULT_BETA[settings.preference]
-    if settings.learning_rate is None:
-        settings.learning_rate = DEFAULT_LEARNING_RATE[settings.trainable]
     problem = PreferenceProblem(
         settings.preference,
         settings.beta,
@@ -182,13 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         Problem(constraint=settings.constraint, margin_kind=settings.margin, rho=settings.rho),
     )
     if settings.prefetch:
-        return prefetch_training(
-            settings.models,
-            [shard_options(settings, "train_shards"), shard_options(settings, "eval_shards")],
-            cache_dir=settings.cache_dir,
-            cache_limit_gb=settings.cache_limit_gb,
-            supported=CONTRASTIVE_MODEL_TYPES,
-        )
+        return prefetch_training(settings, [shard_options(settings, name) for name in SETS], CONTRASTIVE_MODEL_TYPES)
     run = Run(settings, __file__, method=method_name(settings), free=["export_t"], supported=CONTRASTIVE_MODEL_TYPES)
     accelerator, device = run.accelerator, run.device
     train_set, eval_set = open_sets(run, settings)
@@ -196,9 +164,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The policy, and its frozen reference: pictures and texts to embeddings.
     clip, processor, encoder, views = load_views(run, settings)
     pictures = 1 + settings.attacks_per_image if settings.task == "typographic" else 1
-    flops = preference_flops_per_sample(
-        forward_flops(views.reference), pictures, settings.head, dual=problem.constrained
-    )
+    forward = forward_flops(views.reference)
+    flops = preference_flops_per_sample(forward, pictures, settings.head, dual=problem.constrained)
     if settings.shard_reference:
         views.reference = shard_frozen(accelerator, views.reference)
     policy = Policy(
@@ -212,50 +179,46 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # Only the policy is prepared. The multiplier stays outside the engine; its own optimizer ascends.
     optimizer = make_optimizer(settings.optimizer, policy, settings.learning_rate, settings.weight_decay)
-    optimizers, others, multiplier = {}, {}, None
+    multiplier = dual_optimizer = None
     if problem.constrained:
         multiplier = Multiplier(settings.multiplier, encoder.embed_dim).to(device)
         dual_optimizer = make_dual_optimizer(multiplier, settings.dual_learning_rate)
-        optimizers, others = (
-            {"dual_learning_rate": dual_optimizer},
-            {"multiplier": multiplier, "dual_optimizer": dual_optimizer},
-        )
     policy.train()
     policy, optimizer = run.prepare(policy, optimizer)
     module = accelerator.unwrap_model(policy)  # evaluations and the dual step go past the engine
     average = BetaAverage(module, run.total_steps) if settings.weight_average == "beta" else None
-    if average:
-        others = {"average": average} | others
+    others = {"average": average, "multiplier": multiplier, "dual_optimizer": dual_optimizer}
     write_model = partial(write_trained, run, settings, policy, average, clip, processor)
     trained = Trained(policy, optimizer, write_model, others)
     run.restore(trained)
 
     transform = image_transform(processor)
-    train_transform = dataclasses.replace(transform, draft=settings.jpeg_draft)
-    datasets = {"train": make_dataset(settings, train_set, train_transform, order="shuffled")}
+    drafted = dataclasses.replace(transform, draft=settings.jpeg_draft)
+    datasets = {"train": make_dataset(settings, train_set, drafted, order="shuffled")}
     if eval_set:
         datasets["eval"] = make_dataset(settings, eval_set, transform, order="sequential")
-    num_workers, kept = run.measure_workers(datasets["train"], flops), settings.head and settings.cache_features
-    if kept:
+    num_workers: int | None = run.measure_workers(datasets["train"], flops)
+    if settings.head and settings.cache_features:
+        num_workers = None  # the embeddings lie in memory
         keep_features(run, settings, datasets, encoder, views.reference)
-    batches = run.train_batches(datasets["train"], 0 if kept else num_workers)
+    batches = run.train_batches(datasets["train"], num_workers)
 
-    with run.begun("samples"):
+    with run.begun(SHOWN, "samples"):
         if eval_set and not run.resumed:
             run.record(evaluate(run, datasets["eval"], views, module, average, 0))
         for step in run.steps():
-            run.set_learning_rates(step, learning_rate=optimizer, **optimizers)
+            run.set_learning_rates(step, learning_rate=optimizer, dual_learning_rate=dual_optimizer)
 
-            # 1. One update on the mean over the rows of the global batch. A trained text tower sees the templates in turn.
+            # 1. One update on the mean over the rows of the global batch. Trained texts see the templates in turn.
             micro_batches = run.take(batches)
             if run.gave_up():
                 break
             rows = [(len(loaded["chosen"]), len(loaded["reg_chosen"])) for loaded in micro_batches]
             totals = accelerator.reduce(torch.tensor(rows, dtype=torch.float32, device=device).sum(dim=0))
+            template = step.index % len(views.text_table.templates)
             clean_rows, measured = [], []
             for loaded in micro_batches:
                 with accelerator.accumulate(policy):
-                    template = step.index % len(views.text_table.templates)
                     batch = views.batch(loaded, template)
                     embeds = views.by_policy(policy, batch.inputs, loaded["texts"], template)
                     logits = views.logits(embeds, loaded)
@@ -267,10 +230,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                         loss = loss + settings.orthogonality_weight * orthogonality_penalty(head_weight(module))
                     terms = torch.stack([loss, *primal.terms]).detach()
                     run.update(loss, terms, policy, optimizer, measure=step.log)
+                clean_rows.append(primal.clean)
                 if step.log:
                     measured.append((problem.measure(primal, batch, logits), primal.measured, baseline))
-                if problem.constrained:
-                    clean_rows.append(primal.clean)
 
             # 2. One dual update on the mean over the clean rows, at the violation of the updated policy.
             if problem.constrained:
@@ -278,30 +240,16 @@ def main(argv: Sequence[str] | None = None) -> None:
                     # Gradients become their mean over the processes, and this the mean over the clean rows of all.
                     dual = problem.held.dual(module.embed_images, clean, multiplier, totals[1].clamp_min(1))
                     (dual * run.world_size).backward()
-                average_gradients(accelerator, multiplier)
-                dual_optimizer.step()
-                dual_optimizer.zero_grad()
+                run.update_outside(multiplier, dual_optimizer)
             if average:
                 average.update(module, step.done)
 
-            if not run.trained(step):
-                continue
-            row: dict[str, Any] = {}
-            if step.log:
-                if run.logged_step == run.first_step:
-                    note_idle_terms(settings, totals.tolist(), run.progress)
-                row = run.row(step, summary(run, settings, measured, totals))
-                if settings.head:
-                    with torch.no_grad():
-                        row["orthogonality"] = orthogonality_penalty(head_weight(module)).item()
-                if not kept:
-                    run.advise(row["data_wait_fraction"])
-                run.show(row, margin="margin_mean", **{"pairs right": "pair_accuracy"}, kl="kl")
-            if step.evaluate:
-                row |= evaluate(run, datasets["eval"], views, module, average, step.done)
-                run.shown |= {f"eval {name}": row[key] for name, key in EVAL_KEYS.items() if key in row}
-            run.record(row, step)
-            run.save(step, row, trained)
+            if run.trained(step):
+                row = logged_row(run, settings, module, step, measured, totals) if step.log else {}
+                if step.evaluate:
+                    row |= evaluate(run, datasets["eval"], views, module, average, step.done)
+                run.record(row, step)
+                run.save(step, row, trained)
         if run.stopped():
             run.leave(trained)
     warning = warn_of_condition(head_weight(module).detach()) if settings.head else None
@@ -338,13 +286,13 @@ def check_settings(settings: Settings) -> None:
         for name, idle in (("orthogonality_weight", 0.0), ("export_t", 1.0)):
             if getattr(settings, name) != idle:
                 raise UserError(
-                    f"--{name} {getattr(settings, name):g} with --trainable {settings.trainable}: it belongs to a head; "
-                    "add --trainable head or leave it out"
+                    f"--{name} {getattr(settings, name):g} with --trainable {settings.trainable}: it belongs to a "
+                    "head; add --trainable head or leave it out"
                 )
     elif settings.reference_model_name_or_path is not None:
         raise UserError(
-            f"--reference_model_name_or_path {settings.reference_model_name_or_path} with --trainable head: the reference "
-            "of a head is the model it is trained on; leave it out"
+            f"--reference_model_name_or_path {settings.reference_model_name_or_path} with --trainable head: the "
+            "reference of a head is the model it is trained on; leave it out"
         )
     if settings.keep_best and not settings.eval_shards:
         raise UserError(f"--keep_best {settings.keep_best}: nothing is evaluated; name shards with --eval_shards")
@@ -355,8 +303,8 @@ def refuse_head_without_projections(settings: Settings, folder: str) -> None:
     config = check_model(folder, "--model_name_or_path", CONTRASTIVE_MODEL_TYPES)
     if settings.trainable == "head" and config.model_type.startswith("siglip"):
         raise UserError(
-            f"--trainable head with --model_name_or_path {settings.model_name_or_path}: a {config.model_type} ends in no linear "
-            "projection into which a head could be folded; use --trainable image or all, or a CLIP"
+            f"--trainable head with --model_name_or_path {settings.model_name_or_path}: a {config.model_type} ends "
+            "in no linear projection into which a head could be folded; use --trainable image or all, or a CLIP"
         )
 
 
@@ -387,7 +335,7 @@ def open_sets(run: Run, settings: Settings) -> tuple[LabelledSet, LabelledSet | 
     if settings.task == "pairs":  # folders of pictures become shards in the cache of every node
         pictures = [*settings.train_shards, *settings.eval_shards]
         on_every_node(run.accelerator, lambda: pair_shards(pictures, settings.cache_dir))
-    options = [run.on_main(lambda name=name: shard_options(settings, name)) for name in ("train_shards", "eval_shards")]
+    options = [run.on_main(lambda name=name: shard_options(settings, name)) for name in SETS]
     # Checkpoints from before there was a constraint have no multiplier to go on with.
     return run.open_sets(*options, earlier={"constraint": "none"})
 
@@ -488,8 +436,21 @@ def head_weight(policy: Policy) -> Tensor:
     return policy.head(identity).T
 
 
+def logged_row(
+    run: Run, settings: Settings, policy: Policy, step: Step, measured: list[Any], totals: Tensor
+) -> dict[str, Any]:
+    """The row of a step, of the policy before its update. Synchronises."""
+    if run.logged_step == run.first_step:
+        note_idle_terms(settings, totals.tolist(), run.progress)
+    row = run.row(step, summary(run, settings, measured, totals))
+    if settings.head:
+        with torch.no_grad():
+            row["orthogonality"] = orthogonality_penalty(head_weight(policy)).item()
+    return row
+
+
 def summary(run: Run, settings: Settings, measured: list[Any], totals: Tensor) -> dict[str, float]:
-    """Statistics over the global batch, of the policy before its update. Synchronises."""
+    """Statistics over the global batch."""
     sums, clean_rows, baselines = zip(*measured)
     num_pairs, num_reg = totals.clamp_min(1).unbind()
     means = run.accelerator.reduce(torch.stack(sums).sum(dim=0))

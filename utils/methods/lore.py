@@ -130,6 +130,12 @@ class Problem:
             return entropy_margin(self.classifier(ref_image_embeds), self.margin_kind)
         return embedding_margin(ref_image_embeds, self.margin_kind)
 
+    @torch.no_grad()
+    def refer(self, reference: Encoder, batch: MicroBatch) -> None:
+        """Fills in the reference's embeddings of the clean images, and their margin."""
+        batch.ref_image_embeds = reference(batch.pixel_values)
+        batch.margin = self.margin(batch.ref_image_embeds)
+
     def primal(self, encoder: Encoder, batch: MicroBatch, multiplier: Any = None) -> Primal:
         """What one update of the encoder descends on: mean[objective + lambda * violation], lambda a constant."""
         adversarial = batch.pixel_values + batch.delta

@@ -16,9 +16,11 @@ from torch.optim import Optimizer
 
 from utils.errors import UserError
 
+ADAMW = ("adamw", "adamw_8bit", "paged_adamw_8bit")
+
 
 def make_optimizer(name: str, module: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
-    """Over all parameters: ``adamw``, ``adamax``, or AdamW with 8-bit states, ``adamw_8bit`` and ``paged_adamw_8bit``."""
+    """Over all parameters: ``adamax``, ``adamw``, or AdamW with 8-bit states."""
     if name == "adamw":  # fused: one pass over the weights, no temporaries of their size
         return torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True)
     if name == "adamax":

@@ -31,6 +31,7 @@ from utils.models.encoders import MODEL_TYPES, check_model
 from utils.models.hub import model_folder
 from utils.processes.progress import RunProgress
 from utils.sets.labelled import find_classes, open_set
+from utils.training.settings import RunSettings
 
 DOWNLOADS = 4  # shards at a time
 QUESTIONS = 8  # sizes asked for at a time
@@ -41,22 +42,17 @@ Models = Sequence[tuple[str, str, Sequence[str]]]  # flag, name or path, support
 
 
 def prefetch_training(
-    models: Sequence[tuple[str, str | None]],
-    sets: Sequence[dict[str, Any]],
-    *,
-    cache_dir: str | None,
-    cache_limit_gb: float | None,
-    supported: Sequence[str] = MODEL_TYPES,
+    settings: RunSettings, sets: Sequence[dict[str, Any]], supported: Sequence[str] = MODEL_TYPES
 ) -> None:
     """Brings models, listings, texts and shards of a training run, and says where they are. Raises ``UserError``.
 
-    models: (flag, name or path or None), of the types ``supported``. sets: the arguments of ``open_set``. Mistakes are
-    found before anything large is downloaded. Under a launcher the first process works alone, the others leave.
+    ``sets``: the arguments of ``open_set``; ``supported``: model types. Mistakes are found before anything large is
+    downloaded. Under a launcher the first process works alone, the others leave.
     """
     if launched_rank() > 0:
         return
     sets = [options for options in sets if options["patterns"]]
-    named = [(flag, name, supported) for flag, name in models if name is not None]
+    named = [(flag, name, supported) for flag, name in settings.models if name is not None]
     for flag, name, kinds in named:
         check_model(name, flag, kinds)
     urls: list[str] = []
@@ -64,10 +60,10 @@ def prefetch_training(
         where = {name: options[name] for name in ("flag", "allow_pipe_urls", "cache_dir")}
         found = expand_shards(options["patterns"], **where)
         if options["with_classes"]:
-            find_classes(found, options["classnames"], options["flag"], cache_dir)
+            find_classes(found, options["classnames"], options["flag"], settings.cache_dir)
         urls += found
-    folder = Path(cache_dir or default_cache_dir())
-    cache = ShardCache(folder, cache_limit_gb)
+    folder = Path(settings.cache_dir or default_cache_dir())
+    cache = ShardCache(folder, settings.cache_limit_gb)
     lacking = shards_to_fetch(urls, cache)
     lines = prefetch_models(named)
     fetch_shards(lacking, cache)

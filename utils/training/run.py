@@ -23,6 +23,7 @@ from utils.models.encoders import MODEL_TYPES, check_reference_dtype, has_text
 from utils.models.hub import fetch_model, on_this_node, refuse_mistyped_paths
 from utils.models.model_card import model_card, write_card
 from utils.processes.distributed import (
+    average_gradients,
     compute_dtype,
     everywhere,
     from_main_process,
@@ -90,10 +91,10 @@ class Trained:
     model: nn.Module  # prepared
     optimizer: Any  # prepared
     write_model: Callable[[Path], None]
-    others: dict[str, Any]  # by name: multiplier, dual_optimizer, average; whatever has a state_dict
+    others: dict[str, Any]  # by name: multiplier, dual_optimizer, average; whatever has a state_dict, or None
 
     def extra_state(self) -> dict[str, Any]:
-        states = {name: other.state_dict() for name, other in self.others.items()}
+        states = {name: other.state_dict() for name, other in self.others.items() if other is not None}
         return {name: state["state"] if "param_groups" in state else state for name, state in states.items()}
 
 
@@ -221,6 +222,8 @@ class Run:
         if self.resumed:
             extra = load_checkpoint(self.accelerator, trained.model, trained.optimizer, self.checkpoint, self.resumed)
             for name, other in trained.others.items():
+                if other is None:
+                    continue
                 if isinstance(other, torch.optim.Optimizer):
                     load_optimizer_state(other, extra.get(name, {}))
                 else:
@@ -251,18 +254,21 @@ class Run:
             self.known_settings["num_workers"] = self.num_workers
         return self.num_workers
 
-    def train_batches(self, dataset: Any, num_workers: int) -> TimedBatches:
-        """The batches of all steps to come, for ``take``."""
-        pinned = self.device.type == "cuda"
-        batches = train_batches(dataset, **self._share(), num_workers=num_workers, pin_memory=pinned)
+    def train_batches(self, dataset: Any, num_workers: int | None) -> TimedBatches:
+        """The batches of all steps to come, for ``take``. No number of workers: the data lies in memory."""
+        pinned, self.reading = self.device.type == "cuda", num_workers is not None
+        batches = train_batches(dataset, **self._share(), num_workers=num_workers or 0, pin_memory=pinned)
         self.batches = TimedBatches(count_skipped(batches, self.skips))
         return self.batches
 
     # ------------------------------------------------------------------------------------------------------------- steps
 
     @contextlib.contextmanager
-    def begun(self, what: str = "images") -> Iterator[None]:
-        """Opens the run's files and its line of progress, inside of which all steps are made."""
+    def begun(self, shown: dict[str, str], what: str = "images") -> Iterator[None]:
+        """Opens the run's files and its line of progress, inside of which all steps are made.
+
+        ``shown``: {word: key} of what the line shows of the rows, beside speed and loss.
+        """
         self.metrics_file = MetricsFile(self.output_dir / "metrics.jsonl")
         self.on_main(lambda: self.metrics_file.cut_back(self.first_step if self.resumed else -1))
         start_tracker(
@@ -284,6 +290,7 @@ class Run:
         )
         if self.data_note:
             self.progress.note(self.data_note)
+        self.words = {"img/s": "images_per_second", "loss": "loss"} | shown
         self.shown: dict[str, Any] = {}
         self.logged_step, self.seconds = self.first_step, 0.0
         with self.progress:
@@ -318,13 +325,12 @@ class Run:
 
     def set_learning_rates(self, step: Step, **optimizers: Any) -> None:
         """By the name of its setting, the learning rate of every optimizer."""
-        self.rates = {
-            name: cosine_learning_rate(
-                step.index, getattr(self.settings, name), self.total_steps, self.settings.warmup_steps
-            )
-            for name in optimizers
-        }
+        self.rates = {}
         for name, optimizer in optimizers.items():
+            if optimizer is None:
+                continue
+            peak, warmup = getattr(self.settings, name), self.settings.warmup_steps
+            self.rates[name] = cosine_learning_rate(step.index, peak, self.total_steps, warmup)
             set_learning_rate(optimizer, self.rates[name])
 
     def take(self, batches: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -349,6 +355,12 @@ class Run:
             norm = self.accelerator.clip_grad_norm_(model.parameters(), clip or math.inf)
             if measure:
                 self.grad_norm = norm
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def update_outside(self, module: nn.Module, optimizer: Any) -> None:
+        """The step of a module that is not prepared, on its gradients' mean over the processes."""
+        average_gradients(self.accelerator, module)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -394,29 +406,16 @@ class Run:
             "data_wait_fraction": max(gather_objects(self.accelerator, self.batches.wait_fraction(self.seconds))),
             "peak_memory_gib": peak_memory_gib(self.device),
         }
+        if peak := peak_flops(self.device):  # the share of it that the method's FLOPs are, where it is known
+            flops_per_second = images_per_second * self.flops_per_sample
+            row["model_flops_utilisation"] = flops_per_second / (peak * self.world_size)
+        if self.reading and (advice := self.batches.advice(row["data_wait_fraction"], self.num_workers)):
+            self.progress.note(advice)
         self.seconds, self.logged_step = 0.0, step.done
-        self.shown |= {"img/s": images_per_second, "loss": row["loss"]}
         return row
 
-    def utilisation(self, images_per_second: float) -> dict[str, float]:
-        """The share of the devices' peak that the method's FLOPs are, where the peak is known."""
-        peak = peak_flops(self.device)
-        if not peak:
-            return {}
-        return {"model_flops_utilisation": images_per_second * self.flops_per_sample / (peak * self.world_size)}
-
-    def show(self, row: dict[str, Any], **names: str) -> None:
-        """Puts values of a row on the line of progress, by the words that stand there."""
-        names |= {"multiplier": "multiplier_mean", "violation": "violation_ratio_mean"}
-        self.shown |= {word: row[name] for word, name in names.items() if name in row}
-
-    def advise(self, fraction: float) -> None:
-        """Says what to do where the data does not keep up."""
-        if advice := self.batches.advice(fraction, self.num_workers):
-            self.progress.note(advice)
-
     def record(self, row: dict[str, Any], step: Step | None = None) -> None:
-        """Writes a row to metrics.jsonl and to the tracker; without a step that before the first one."""
+        """Shows a row, writes it to metrics.jsonl and to the tracker; without a step that before the first one."""
         done = step.done if step else 0
         if row:
             row = {"step": done, "samples": done * self.global_batch_size, **row}
@@ -424,6 +423,7 @@ class Run:
                 self.metrics_file.write(row)
             log_row(self.accelerator, row)
         if step:
+            self.shown |= {word: row[key] for word, key in self.words.items() if key in row}
             self.progress.update(done, self.shown, report=step.log)
 
     @contextlib.contextmanager

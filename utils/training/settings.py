@@ -1,127 +1,89 @@
-"""Settings that both trainers have, in the same words; each adds those of its method."""
+"""Settings that both trainers have; each adds those of its method."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from utils.cli import flag, required
+
+model_flag, data_flag = partial(flag, group="model"), partial(flag, group="data")
+optimisation_flag, output_flag = partial(flag, group="optimisation"), partial(flag, group="output")
+method_flag = partial(flag, group="method")
 
 
 @dataclass
 class RunSettings:
     """Model, data, optimisation and output of a run."""
 
-    model_name_or_path: str = required("Hugging Face id or local directory", group="model", path=True)
-    reference_model_name_or_path: str | None = flag(
-        None, "frozen reference, to go on from a fine-tuned model (default: the start model)", group="model", path=True
+    model_name_or_path: str = required("Hugging Face id or local directory", path=True, group="model")
+    reference_model_name_or_path: str | None = model_flag(
+        None, "frozen reference (default: the start model)", path=True
     )
-    gradient_checkpointing: bool = flag(
-        False, "recompute activations in the backward passes: less memory, more time", group="model"
-    )
-    shard_reference: bool = flag(
-        False,
-        "DeepSpeed: shard the frozen reference over the processes too, for encoders too large to copy",
-        group="model",
-    )
-    reference_dtype: str = flag(
+    gradient_checkpointing: bool = model_flag(False, "recompute activations: less memory, more time")
+    shard_reference: bool = model_flag(False, "DeepSpeed: shard the frozen reference over the processes too")
+    reference_dtype: str = model_flag(
         "float32",
-        "weights of the reference's blocks; bfloat16 halves them, needs mixed_precision bf16, changes no embedding",
-        group="model",
+        "weights of the reference's blocks; bfloat16 halves them, needs mixed_precision bf16",
         choices=("float32", "bfloat16"),
     )
-    compile: bool = flag(
-        False, "torch.compile the encoders (and the attack): a minute or two at the start, then faster", group="model"
-    )
-    tf32: bool = flag(
-        False,
-        "NVIDIA GPUs: float32 products in TF32, but for the patch embedding; for mixed_precision no",
-        group="model",
-    )
+    compile: bool = model_flag(False, "torch.compile: a minute or two at the start, then faster")
+    tf32: bool = model_flag(False, "NVIDIA GPUs: float32 products in TF32, for mixed_precision no")
 
     train_shards: list[str] = required(
-        "brace-expanded paths, globs, directories, hf:// or https:// URLs of .tar shards",
+        ".tar shards: brace-expanded paths, globs, directories, hf:// or https:// URLs",
         group="data",
         path=True,
         many=True,
     )
-    eval_shards: list[str] = flag([], "shards for the periodic evaluation (default: none)", group="data", path=True)
-    eval_num_samples: int = flag(1000, "the first N samples of the evaluation shards", group="data", minimum=1)
-    classnames: str | None = flag(
+    eval_shards: list[str] = data_flag([], "shards for the periodic evaluation (default: none)", path=True)
+    eval_num_samples: int = data_flag(1000, "the first N samples of the evaluation shards", minimum=1)
+    classnames: str | None = data_flag(
         None,
         "file with one class name per line (default: classnames.txt beside the shards or one folder up)",
-        group="data",
         path=True,
     )
-    num_workers: int | None = flag(None, "data workers per process (default: measured)", group="data", minimum=0)
-    jpeg_draft: bool = flag(
-        False,
-        "decode large training JPEGs at reduced size: faster from 896 pixels a side on, other pixels",
-        group="data",
+    num_workers: int | None = data_flag(None, "data workers per process (default: measured)", minimum=0)
+    jpeg_draft: bool = data_flag(False, "decode large training JPEGs at reduced size: faster from 896 pixels a side")
+    cache_dir: str | None = data_flag(
+        None, "where shards behind URLs, indexes and embeddings are kept (default: the system's cache)", path=True
     )
-    cache_dir: str | None = flag(
-        None,
-        "where shards behind URLs, indexes and embeddings are kept (default: the system's cache)",
-        group="data",
-        path=True,
+    cache_limit_gb: float | None = data_flag(
+        None, "most that shards behind URLs may take there, in 10^9 bytes (default: no limit)", above=0
     )
-    cache_limit_gb: float | None = flag(
-        None, "most that shards behind URLs may take there, in 10^9 bytes (default: no limit)", group="data", above=0
+    max_bad_fraction: float = data_flag(0.01, "share of unreadable samples that ends the run", minimum=0, maximum=1)
+    allow_pipe_urls: bool = data_flag(
+        False, "allow pipe: URLs, which execute shell commands; not in a recipe", in_recipe=False
     )
-    max_bad_fraction: float = flag(
-        0.01,
-        "the run stops where more than this share of the samples is unreadable",
-        group="data",
-        minimum=0,
-        maximum=1,
-    )
-    allow_pipe_urls: bool = flag(
-        False, "allow pipe: URLs, which execute shell commands; not in a recipe", group="data", in_recipe=False
-    )
-    prefetch: bool = flag(
-        False,
-        "bring all that the run needs into the caches and stop: for nodes without internet, see docs/offline.md",
-        group="data",
-    )
+    prefetch: bool = data_flag(False, "fill the caches for nodes without internet, then stop (docs/offline.md)")
 
-    learning_rate: float | None = flag(None, "cosine to 0", group="optimisation", minimum=0)
-    dual_learning_rate: float = flag(5e-4, "of the multiplier (AdamW), same schedule", group="optimisation", minimum=0)
-    weight_decay: float = flag(0.0, "of the optimizer, on all that is trained", group="optimisation", minimum=0)
-    warmup_steps: int = flag(0, "steps of linear warm-up", group="optimisation", minimum=0)
-    max_grad_norm: float = flag(0.0, "gradient clipping, 0 for none", group="optimisation", minimum=0)
-    per_device_train_batch_size: int = flag(128, "samples per process and micro-batch", group="optimisation", minimum=1)
-    gradient_accumulation_steps: int | None = flag(
-        None, "micro-batches per step (default: 1, or what --global_batch_size needs)", group="optimisation", minimum=1
+    learning_rate: float | None = optimisation_flag(None, "cosine to 0", minimum=0)
+    dual_learning_rate: float = optimisation_flag(5e-4, "of the multiplier (AdamW), same schedule", minimum=0)
+    weight_decay: float = optimisation_flag(0.0, "of the optimizer, on all that is trained", minimum=0)
+    warmup_steps: int = optimisation_flag(0, "steps of linear warm-up", minimum=0)
+    max_grad_norm: float = optimisation_flag(0.0, "gradient clipping, 0 for none", minimum=0)
+    per_device_train_batch_size: int = optimisation_flag(128, "samples per process and micro-batch", minimum=1)
+    gradient_accumulation_steps: int | None = optimisation_flag(None, "micro-batches per step (default: 1)", minimum=1)
+    global_batch_size: int | None = optimisation_flag(
+        None, "samples per step over all processes and micro-batches (default: what the other two give)", minimum=1
     )
-    global_batch_size: int | None = flag(
-        None,
-        "samples per step over all processes and micro-batches (default: what the other two give)",
-        group="optimisation",
-        minimum=1,
-    )
-    epochs: int = flag(2, "passes over the training set", group="optimisation", minimum=1)
-    train_num_samples: int | None = flag(None, "samples per epoch (default: all)", group="optimisation", minimum=1)
-    max_steps: int | None = flag(None, "steps in all, in place of --epochs", group="optimisation", minimum=1)
-    seed: int = flag(0, "of every random draw", group="optimisation", minimum=0, maximum=2**32 - 1)
+    epochs: int = optimisation_flag(2, "passes over the training set", minimum=1)
+    train_num_samples: int | None = optimisation_flag(None, "samples per epoch (default: all)", minimum=1)
+    max_steps: int | None = optimisation_flag(None, "steps in all, in place of --epochs", minimum=1)
+    seed: int = optimisation_flag(0, "of every random draw", minimum=0, maximum=2**32 - 1)
 
-    output_dir: str = required(
-        "directory of the run: the trained model, metrics.jsonl, checkpoints/", group="output", path=True
+    output_dir: str = required("folder of the model, metrics.jsonl and checkpoints/", path=True, group="output")
+    eval_steps: int = output_flag(500, "steps between evaluations; one more at step 0 and at the end", minimum=1)
+    logging_steps: int = output_flag(10, "steps between log rows", minimum=1)
+    checkpoint_steps: int = output_flag(500, "steps between checkpoints, 0 for none", minimum=0)
+    checkpoints_total_limit: int = output_flag(3, "checkpoints kept, 0 for all", minimum=0)
+    resume_from_checkpoint: str | None = output_flag(
+        None, "a checkpoint directory, or latest (starts anew where there is none yet)", path=True
     )
-    eval_steps: int = flag(
-        500, "steps between evaluations; one more at step 0 and at the end", group="output", minimum=1
-    )
-    logging_steps: int = flag(10, "steps between log rows", group="output", minimum=1)
-    checkpoint_steps: int = flag(500, "steps between checkpoints, 0 for none", group="output", minimum=0)
-    checkpoints_total_limit: int = flag(3, "checkpoints kept, 0 for all", group="output", minimum=0)
-    resume_from_checkpoint: str | None = flag(
-        None, "a checkpoint directory, or latest (starts anew where there is none yet)", group="output", path=True
-    )
-    keep_best: str | None = flag(None, "the model with the highest value of this is kept in best/", group="output")
-    report_to: str = flag(
-        "tensorboard",
-        "tracker; metrics.jsonl is always written",
-        group="output",
-        choices=("tensorboard", "wandb", "none"),
+    keep_best: str | None = output_flag(None, "the model with the highest value of this is kept in best/")
+    report_to: str = output_flag(
+        "tensorboard", "tracker; metrics.jsonl is always written", choices=("tensorboard", "wandb", "none")
     )
 
     @property
