@@ -72,8 +72,9 @@ def _parsed(script: Path) -> ast.Module:
 
 def _in_markdown(page: Path) -> Iterator[Command]:
     text = page.read_text(encoding="utf-8")
-    code = re.findall(r"^```(?:bash|sh)?\n(.*?)^```|^( {4}.*)$", text, flags=re.DOTALL | re.MULTILINE)
-    yield from _in_lines(page, "\n".join(fenced or indented for fenced, indented in code))
+    code = re.findall(r"^```(\w*)\n(.*?)^```$|^( {4}[^\n]*)$", text, flags=re.DOTALL | re.MULTILINE)
+    shell = [fenced or indented for language, fenced, indented in code if language in ("", "bash", "sh")]
+    yield from _in_lines(page, "\n".join(shell))
 
 
 def _in_lines(path: Path, text: str) -> Iterator[Command]:
