@@ -1,4 +1,4 @@
-"""Pictures for reports: curves over t, rows of images, and the panels of report.html.
+"""Pictures for reports: the panels of report.html, and rows of images.
 
 All can be read in black and white: besides its colour a model has a line style and a marker, a bar has a hatch.
 """
@@ -6,13 +6,12 @@ All can be read in black and white: besides its colour a model has a line style 
 from __future__ import annotations
 
 import io
-import itertools
 import re
 import textwrap
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from xml.etree import ElementTree
 
 import matplotlib
@@ -63,38 +62,16 @@ STYLE: dict[RcKeyType, Any] = {
 
 MOST_LETTERS = 100  # of a line of text in a picture; a longer one would leave no room for the picture
 LABEL_LETTERS = 24  # in a line of a label beside a row of pictures
-T_AXIS = "t, strength of the head"
-PLAIN: dict[RcKeyType, Any] = {"text.parse_math": False, "text.usetex": False}  # also outside of report.html
-
 Point = tuple[float, float, float | None, float | None]  # x, value, and the ends of its interval where it has one
 
 
-@matplotlib.rc_context(PLAIN)
-def draw_t_sweep(
-    path: Path, title: str, panels: Mapping[str, Mapping[str, Mapping[float, float]]], neutral: float | None
-) -> None:
-    """A picture with a panel for each {title: {name: {t: value}}}; see ``_t_marks``."""
-    figure = Figure(figsize=(6.2 * len(panels), 5), layout="constrained")
-    marks = _t_marks(neutral)
-    for axis, (panel, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        for (name, points), (line, marker) in zip(curves.items(), itertools.cycle(LINES)):
-            ts, values = zip(*sorted(points.items()))
-            style = {"color": "black", "marker": marker, "markersize": 4, "markevery": max(1, len(ts) // 18)}
-            axis.plot(ts, values, line, label=name, **style)
-        for t in marks:
-            axis.axvline(t, color="grey", linewidth=0.8, linestyle=":" if t in (0, 1) else "-")
-        above = axis.secondary_xaxis("top")
-        above.set_xticks(list(marks), list(marks.values()), fontsize=8)
-        axis.set(xlabel=T_AXIS, ylabel=panel)
-        axis.grid(alpha=0.3)
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False, fontsize=8)
-    figure.suptitle(title, fontsize=11)
-    save_figure(figure, path, dpi=120)
+class Sweep(NamedTuple):
+    """Curves over the strength t of a head, {place of a line style: {t: value}}, with their names, and t* if known."""
 
-
-def _t_marks(neutral: float | None) -> dict[float, str]:
-    """Names of marked strengths of a head: 0, 1 and t*, if known."""
-    return {0.0: "original", 1.0: "trained"} | ({} if neutral is None else {neutral: f"t* = {neutral:g}"})
+    ylabel: str
+    curves: Mapping[int, Mapping[float, float]]
+    names: dict[int, str]
+    neutral: float | None
 
 
 def save_figure(figure: Figure, file: Any, **options: Any) -> None:
@@ -112,7 +89,7 @@ def drawable(text: str) -> str:
     return "\n".join(line if len(line) <= MOST_LETTERS else f"{line[: MOST_LETTERS - 1]}…" for line in lines)
 
 
-@matplotlib.rc_context(PLAIN)
+@matplotlib.rc_context({"text.parse_math": False, "text.usetex": False})
 def draw_grid(path: Path, rows: Sequence[tuple[str, Sequence[tuple[Tensor, str]]]], title: str = "") -> None:
     """Rows of pictures: [(label of the row, [(uint8 (3, H, W), caption), ...]), ...]. Pixels are shown as they are."""
     columns = max(len(pictures) for _, pictures in rows)
@@ -280,30 +257,40 @@ def training_curves(curves: Mapping[int, Sequence[tuple[float, float]]], ylabel:
 
 
 @matplotlib.rc_context(STYLE)
-def t_sweep_panel(curves: Mapping[int, Mapping[float, float]], ylabel: str, neutral: float | None) -> Figure:
-    """Curves over the strength of a head, {place of the curve: {t: value}}; see ``_t_marks``."""
-    figure, axis = _panel(T_AXIS, ylabel)
-    for place, points in curves.items():
-        ts, values = zip(*sorted(points.items()))
-        axis.plot(ts, values, **line_style(place), markevery=max(1, len(ts) // 12), markersize=3.5)
-    bottom, top = axis.get_ylim()
-    axis.set_ylim(bottom, top + 0.15 * (top - bottom))
-    axis.set_yticks([tick for tick in MaxNLocator(6).tick_values(bottom, top) if bottom <= tick <= top])
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
-    for t, name in _t_marks(neutral).items():
-        star = t not in (0, 1)
-        axis.axvline(t, color="#888888", linewidth=0.8, linestyle="-" if star else ":", zorder=1)
-        # t* often lies close to 0: its name hangs lower.
-        below: dict[str, Any] = {"xytext": (2, -11 if star else -1), "textcoords": "offset points", "va": "top"}
-        axis.annotate(name, (t, 1), xycoords=("data", "axes fraction"), **below, fontsize=7, color="#555555", bbox=box)
+def t_sweep(sweeps: Mapping[str, Sweep], title: str = "") -> Figure:
+    """Curves over the strength of a head, {title: panel}; with a ``title`` of all, titles and legends are drawn too."""
+    figure = Figure(figsize=(PANEL_SIZE[0] * len(sweeps), PANEL_SIZE[1] + 2 * bool(title)), layout="constrained")
+    for axis, (name, sweep) in zip(figure.subplots(1, len(sweeps), squeeze=False)[0], sweeps.items()):
+        axis.set(xlabel="t, strength of the head", ylabel=sweep.ylabel)
+        for place, points in sweep.curves.items():
+            ts, values = zip(*sorted(points.items()))
+            marks = {"markevery": max(1, len(ts) // 12), "markersize": 3.5}
+            axis.plot(ts, values, label=sweep.names[place], **line_style(place), **marks)
+        bottom, top = axis.get_ylim()
+        axis.set_ylim(bottom, top + 0.15 * (top - bottom))
+        axis.set_yticks([tick for tick in MaxNLocator(6).tick_values(bottom, top) if bottom <= tick <= top])
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
+        star = {} if sweep.neutral is None else {sweep.neutral: f"t* = {sweep.neutral:g}"}
+        for t, mark in ({0.0: "original", 1.0: "trained"} | star).items():
+            own = t not in (0, 1)
+            axis.axvline(t, color="#888888", linewidth=0.8, linestyle="-" if own else ":", zorder=1)
+            # t* often lies close to 0: its name hangs lower.
+            below: dict[str, Any] = {"xytext": (2, -11 if own else -1), "textcoords": "offset points", "va": "top"}
+            axis.annotate(
+                mark, (t, 1), xycoords=("data", "axes fraction"), **below, fontsize=7, color="#555555", bbox=box
+            )
+        if title:
+            axis.set_title(name)
+            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)
+    figure.suptitle(title)
     return figure
 
 
 def inline_svg(figure: Figure, name: str, title: str) -> str:
-    """A figure as an <svg> element of a page that holds many.
+    """A figure as an <svg> element of a page that holds many; it says ``title`` (none: decoration).
 
-    It says ``title`` (none: decoration). Its ids begin with ``name``. The same figure gives the same characters. Styles, metadata and namespaces would act on the whole page or point out of
-    it: they are left out, as are ids that nothing refers to.
+    Its ids begin with ``name``; the same figure gives the same characters. Styles, metadata and namespaces would act on the
+    whole page or point out of it: they are left out, as are ids that nothing refers to.
     """
     file = io.StringIO()
     with matplotlib.rc_context(STYLE):
