@@ -10,7 +10,7 @@ import base64
 import csv
 import io
 import itertools
-from collections import ChainMap, Counter, defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -149,7 +149,7 @@ def page_content(results: Results, found: Sequence[Result], undrawn: list[str]) 
         drawn = attempt(f"{name} in report.html", partial(section, shown, name), undrawn)
         if drawn is None or drawn["groups"]:  # one that failed keeps its place: tables stand there too
             sections.append({"id": name, "title": title, "legend": [], "groups": []} | (drawn or {}))
-    keys = attempt("the legend", lambda: legend("model", dict(enumerate(shown.labels))), undrawn)
+    keys = attempt("the legend", lambda: legend("model", enumerate(shown.labels)), undrawn)
     pictures = attempt("pictures", lambda: picture_groups(shown), undrawn)
     strips = attempt("strips of pictures", lambda: picture_strips(shown), undrawn)
     revisions = {r["model"]: r["settings"].get("model_revision") for r in found}
@@ -238,10 +238,6 @@ def variants(results: Sequence[Result]) -> list[str]:
     ]
 
 
-def labels_of(results: Iterable[Result]) -> list[str]:
-    return list(dict.fromkeys(r["label"] for r in sorted(results, key=lambda r: r["place"])))
-
-
 def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
@@ -258,7 +254,9 @@ def joined(*parts: str) -> str:
 
 
 def table(sets: Iterable[str], columns: Sequence[str], cells: Cells) -> Table | None:
-    """Rows stand in the order of their first cell; None without any."""
+    """Rows stand in the order of their first cell, columns without one are left out; None without any."""
+    filled = {column for _, _, column in cells}
+    columns = [column for column in columns if column in filled]
     groups = []
     for name in sets:
         rows = dict.fromkeys(row for of_set, row, _ in cells if of_set == name)
@@ -372,7 +370,7 @@ def other_figures(shown: Shown) -> Table | None:
         small = "" if r["ci95"] is None else "[{:.4g}, {:.4g}]".format(*r["ci95"])
         value = "undefined" if r["value"] is None else f"{r['value']:.4g}"
         cells[r["set"], joined(figure_name(r), r["variant"]), r["label"]] = [{"value": value, "small": small}]
-    return table(shown.sets.values(), labels_of(others), cells)
+    return table(shown.sets.values(), shown.labels, cells)
 
 
 def test_table(shown: Shown) -> Table | None:
@@ -409,7 +407,7 @@ def corruption_table(shown: Shown) -> Table | None:
         values[r["set"], title, r["label"]].append(r["value"])
     means = {place: mean(of_cell) for place, of_cell in values.items()}
     cells: Cells = {place: [{"value": percent(mean), "shade": f"{mean:.2f}"}] for place, mean in means.items()}
-    return table(shown.sets.values(), labels_of(corrupted), cells)
+    return table(shown.sets.values(), shown.labels, cells)
 
 
 def strength_table(shown: Shown, place: int) -> Table | None:
@@ -439,7 +437,7 @@ def section(shown: Shown, name: str) -> dict[str, Any]:
         groups[panel.group].append(panel)
     if groups and not of_heads and all(len(of_group) == 1 for of_group in groups.values()):
         groups = {"": [p._replace(title=joined(p.group, p.title)) for (p,) in groups.values()]}
-    drawn = []
+    drawn, keys = [], list[tuple[int, str]]()
     for n, (group, of_group) in enumerate(groups.items()):
         svgs = []
         for m, panel in enumerate(of_group):
@@ -449,20 +447,18 @@ def section(shown: Shown, name: str) -> dict[str, Any]:
             svgs.append(
                 {"title": panel.title, "svg": Markup(figures.inline_svg(panel.figure, f"{name}-{n}-{m}", what))}
             )
-        own = legend(f"{name}-{n}", all_keys(of_group)) if of_heads else []
-        drawn.append({"title": group, "legend": own, "panels": svgs})
-    keys = all_keys(panel for of_group in groups.values() for panel in of_group)
+        own = [item for panel in of_group for item in panel.keys.items()]
+        keys += own
+        drawn.append({"title": group, "legend": legend(f"{name}-{n}", own) if of_heads else [], "panels": svgs})
     return {"legend": [] if of_heads else legend(name, keys, bar=name == "corruptions"), "groups": drawn}
 
 
-def all_keys(panels: Iterable[Panel]) -> dict[int, str]:
-    return dict(sorted(ChainMap(*(panel.keys for panel in panels)).items()))
-
-
-def legend(name: str, keys: Mapping[int, str], bar: bool = False) -> list[dict[str, Any]]:
+def legend(name: str, keys: Iterable[tuple[int, str]], bar: bool = False) -> list[dict[str, Any]]:
     """Samples of lines or bars with what is drawn in them."""
-    samples = {place: figures.inline_svg(figures.key_figure(place, bar), f"{name}-{place}-key", "") for place in keys}
-    return [{"key": Markup(samples[place]), "label": label} for place, label in keys.items()]
+    return [
+        {"key": Markup(figures.inline_svg(figures.key_figure(place, bar), f"{name}-{place}-key", "")), "label": label}
+        for place, label in sorted(set(keys))
+    ]
 
 
 def by_panel(results: Iterable[Result]) -> dict[tuple[str, str], dict[int, list[Result]]]:

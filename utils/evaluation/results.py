@@ -15,7 +15,7 @@ import math
 import os
 import re
 import types
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -246,18 +246,13 @@ class Results:
             self.warn(result, text)
         threads = torch.get_num_threads()
         device = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
-        if torch.cuda.is_available():
-            device = torch.cuda.get_device_name()
-        self.environment = versions() | {"device": device}
-        self.written = datetime.now(UTC).isoformat(timespec="seconds")
-        report = {
-            "schema_version": SCHEMA_VERSION,
-            "written": self.written,
-            "environment": self.environment,
-            "results": self.results,
-            "comparisons": self.compared,
-            "warnings": self.warnings,
+        self.environment = versions() | {
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else device
         }
+        self.written = datetime.now(UTC).isoformat(timespec="seconds")
+        report: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "written": self.written}
+        report |= {"environment": self.environment, "results": self.results}
+        report |= {"comparisons": self.compared, "warnings": self.warnings}
         replace_file(self.path, json.dumps(report, indent=1, allow_nan=False).encode())
 
     def write_records(self, cell: Cell, rows: Sequence[Row]) -> None:
@@ -273,14 +268,12 @@ class Results:
         text = path.read_text(encoding="utf-8", errors="replace")
         for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
             try:
-                row = parse_json(line)
-                _check_types("a record", row, {"position": int})
-                _check_types("a record", row, {name: RECORD[name] for name in RECORD.keys() & row.keys()})
+                rows.append(parse_json(line))
+                _check_types("a record", rows[-1], {"position": int})
+                _check_types("a record", rows[-1], {name: RECORD[name] for name in RECORD.keys() & rows[-1].keys()})
             except ValueError as error:
-                raise UserError(
-                    f"{path}: line {number} is not a record ({error}); measure again in another directory"
-                ) from None
-            rows.append(row)
+                what = f"line {number} is not a record ({error})"
+                raise UserError(f"{path}: {what}; measure again in another directory") from None
         return rows
 
     def records_path(self, cell: Cell) -> Path:
@@ -323,28 +316,23 @@ class Results:
         ``compared`` becomes a list of dicts with the keys of ``COMPARISON``: ``only_first`` images are right for the first
         model alone. Corruptions are left out: 75 tests of one question would prove nothing.
         """
-        groups: dict[str, list[Cell]] = {}
+        groups: dict[str, list[Cell]] = defaultdict(list)
         for result in self.current():
             if result["measure"] == "accuracy" and result["corruption"] is None and "t" not in result["settings"]:
-                question = _without(result, "model", "model_revision", "classifier_revision")
-                groups.setdefault(question, []).append(result)
+                groups[_without(result, "model", "model_revision", "classifier_revision")].append(result)
         self.compared = []
         for group in groups.values():
             if len(group) < 2:
                 continue  # records are read where they are needed alone
-            correct = [
-                {row["position"]: row["correct"] for row in self.records(result) if "correct" in row}
-                for result in group
-            ]
+            records = [self.records(result) for result in group]
+            correct = [{row["position"]: row["correct"] for row in rows if "correct" in row} for rows in records]
             for (first, a), (second, b) in itertools.combinations(zip(group, correct), 2):
-                common = sorted(a.keys() & b.keys())
-                if not common:
-                    continue
-                only_first, only_second, p_value = mcnemar([a[i] for i in common], [b[i] for i in common])
-                test: dict[str, Any] = {"models": [first["model"], second["model"]]}
-                test |= {name: first[name] for name in ("dataset", "attack", "eps", "sigma")} | {"n": len(common)}
-                test |= {"only_first": only_first, "only_second": only_second, "p_value": p_value}
-                self.compared.append(test | {"records": [cell_name(first), cell_name(second)]})
+                if common := sorted(a.keys() & b.keys()):
+                    only_first, only_second, p_value = mcnemar([a[i] for i in common], [b[i] for i in common])
+                    test: dict[str, Any] = {"models": [first["model"], second["model"]]}
+                    test |= {name: first[name] for name in ("dataset", "attack", "eps", "sigma")} | {"n": len(common)}
+                    test |= {"only_first": only_first, "only_second": only_second, "p_value": p_value}
+                    self.compared.append(test | {"records": [cell_name(first), cell_name(second)]})
 
 
 def read_alike(result: Cell) -> str:
@@ -359,11 +347,11 @@ def sanity_warnings(results: Sequence[Cell]) -> Iterator[tuple[Cell, str]]:
     Croce and Hein 2020, arXiv 2003.01690; Carlini et al. 2019, arXiv 1902.06705. measures.py notices what shows in a single
     pass: random outputs, zero gradients.
     """
-    groups: dict[str, dict[str, list[Cell]]] = {}
+    groups: dict[str, dict[str, list[Cell]]] = defaultdict(lambda: defaultdict(list))
     for result in results:
         l_inf = result["attack"] == "clean" or result["eps"] is not None
         if result["measure"] == "accuracy" and l_inf and "t" not in result["settings"]:
-            groups.setdefault(read_alike(result), {}).setdefault(result["attack"], []).append(result)
+            groups[read_alike(result)][result["attack"]].append(result)
 
     def eps(result: Cell) -> float:
         return result["eps"] or 0.0
@@ -377,22 +365,19 @@ def sanity_warnings(results: Sequence[Cell]) -> Iterator[tuple[Cell, str]]:
             for weaker, stronger in itertools.combinations([*clean, *sorted(attacked, key=eps)], 2):
                 # A larger ball holds the smaller one, so a good attack can only do better in it.
                 if eps(weaker) < eps(stronger) and weaker["value"] < stronger["value"]:
-                    rises = (
-                        f"from {share(weaker)} at eps {eps(weaker):g}/255 to {share(stronger)} at eps {eps(stronger):g}"
-                    )
+                    before, after = (f"{share(r)} at eps {eps(r):g}/255" for r in (weaker, stronger))
                     fails = "the attack fails at the larger radius; more steps may help"
-                    yield stronger, f"accuracy rises {rises}/255: {fails}"
-        pairs = itertools.product(group.get("apgd", []), group.get("pgd", []) + group.get("square", []))
-        for apgd, other in ((apgd, other) for apgd, other in pairs if apgd["eps"] == other["eps"]):
+                    yield stronger, f"accuracy rises from {before} to {after}: {fails}"
+        for apgd, other in itertools.product(group["apgd"], group["pgd"] + group["square"]):
+            if apgd["eps"] != other["eps"]:
+                continue
             if other["attack"] == "pgd" and other["value"] < apgd["value"]:
-                steps = f"PGD with {other['settings'].get('attack_steps', 'unknown')} steps only {share(other)}"
-                yield apgd, f"APGD leaves {share(apgd)}, {steps}: APGD was too weak here"
+                steps = other["settings"].get("attack_steps", "unknown")
+                weak = f"PGD with {steps} steps only {share(other)}: APGD was too weak here"
+                yield apgd, f"APGD leaves {share(apgd)}, {weak}"
             if other["attack"] == "square" and other["value"] < apgd["value"] - BLACK_BOX_TOLERANCE:
-                yield (
-                    apgd,
-                    f"the black-box Square attack leaves {share(other)}, APGD {share(apgd)}: gradients mislead, the true "
-                    "robust accuracy is lower than either",
-                )
+                doubt = "gradients mislead, the true robust accuracy is lower than either"
+                yield apgd, f"the black-box Square attack leaves {share(other)}, APGD {share(apgd)}: {doubt}"
 
 
 def model_revision(name_or_path: str, cache_dir: str | None = None) -> str:
@@ -403,17 +388,12 @@ def model_revision(name_or_path: str, cache_dir: str | None = None) -> str:
         for parts in folder.glob("*.index.json"):  # may name weights in folders below
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
                 names |= set(map(str, parse_json(parts.read_bytes())["weight_map"].values()))
+        loaded = [name for name in sorted(names.difference(OWN_FILES)) if (folder / name).is_file()]
         try:
-            digests = [
-                f"{name!r} {files_digest([folder / name], cache_dir)}"
-                for name in sorted(names.difference(OWN_FILES))
-                if (folder / name).is_file()
-            ]
+            return text_digest([f"{name!r} {files_digest([folder / name], cache_dir)}" for name in loaded])
         except OSError as error:
-            raise UserError(
-                f"{error.filename}: cannot be read ({error.strerror}); check the files of the model {name_or_path}"
-            ) from None
-        return text_digest(digests)
+            problem = f"cannot be read ({error.strerror}); check the files of the model {name_or_path}"
+            raise UserError(f"{error.filename}: {problem}") from None
     from transformers import AutoConfig
 
     return str(getattr(AutoConfig.from_pretrained(name_or_path, trust_remote_code=False), "_commit_hash", None))
@@ -499,18 +479,17 @@ def refuse_unwritable(output_dir: str) -> None:
     folder = Path(output_dir)
     try:
         (folder / "pictures" / ("x" * LONGEST_FILE_NAME)).absolute().lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
     except OSError as error:
-        if not isinstance(error, FileNotFoundError | NotADirectoryError):
-            raise UserError(
-                f"--output_dir {output_dir[:100]}: files in it cannot be named ({error.strerror}); give a shorter path"
-            ) from None
+        problem = f"files in it cannot be named ({error.strerror}); give a shorter path"
+        raise UserError(f"--output_dir {output_dir[:100]}: {problem}") from None
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    folders = {there, *(path for name in ("records", "pictures", "probes") if (path := folder / name).exists())}
-    for path in sorted(folders):
-        if not path.is_dir():
+    for path in (there, *(folder / name for name in ("records", "pictures", "probes"))):
+        if path.exists() and not path.is_dir():
             where = "" if path == folder else f"{path} "
             raise UserError(f"--output_dir {output_dir}: {where}is a file; give a directory")
-        if not os.access(path, os.W_OK | os.X_OK):
+        if path.exists() and not os.access(path, os.W_OK | os.X_OK):
             raise UserError(f"--output_dir {output_dir}: {path} cannot be written; name a directory that can")
     for name in ("results.json", "report.html", "benchmark.csv"):
         if (folder / name).is_dir():
