@@ -19,6 +19,7 @@ from utils.evaluation.figures import (
     LINES,
     bar_style,
     clean_robust_front,
+    figure_of,
     inline_svg,
     line_style,
     pareto_front,
@@ -212,7 +213,8 @@ def test_names_stay_text(full: Path) -> None:
     assert f"zero gradients {ATTACK}" in shown
     assert f"→ {ATTACK}" in re.sub(r"\s+", " ", shown)  # the class in a caption
     assert "lore$4$" in "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))  # no mathematics
-    figure = clean_robust_front({0: (ATTACK, (0, 0.5, 0.4, 0.6), (0, 0.5, None, None))}, ATTACK)
+    points = {0: (ATTACK, (0, 0.5, 0.4, 0.6), (0, 0.5, None, None))}
+    figure = figure_of({"": lambda axis: clean_robust_front(axis, points, ATTACK)})
     assert html.escape(ATTACK) in inline_svg(figure, "a", ATTACK)
     assert ATTACK not in inline_svg(figure, "a", ATTACK)
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
 from PIL import Image
 from rich.table import Table as TerminalTable
 from torch import Tensor
@@ -79,7 +79,7 @@ class Panel(NamedTuple):
 
     group: str
     title: str
-    figure: Figure
+    draw: Callable[[Axes], None]
     keys: dict[int, str]
 
 
@@ -110,8 +110,12 @@ class Shown:
         """Of one attack, or of all."""
         return [r for r in self.plain if r["measure"] == "accuracy" and attack in ("", r["attack"])]
 
-    def panel(self, group: str, title: str, figure: Figure, places: Iterable[int]) -> Panel:
-        return Panel(group, title, figure, {place: self.labels[place] for place in places})
+    def panel(
+        self, group: str, title: str, of_models: Mapping[int, Any], draw: Callable[..., None], **more: Any
+    ) -> Panel:
+        """Drawn by ``draw(axis, of_models, **more)``; ``of_models`` by their places."""
+        keys = {place: self.labels[place] for place in of_models}
+        return Panel(group, title, lambda axis: draw(axis, of_models, **more), keys)
 
 
 def write_report(output_dir: str | Path, undrawn: Sequence[str] = ()) -> Path:
@@ -141,9 +145,7 @@ def write_report(output_dir: str | Path, undrawn: Sequence[str] = ()) -> Path:
 def page_content(results: Results, found: Sequence[Result], undrawn: list[str]) -> dict[str, Any]:
     """Everything that the template shows. ``found``: the current results with their ``record_figures``."""
     shown = Shown(results, found)
-    for place, label in enumerate(shown.labels):
-        path = results.output_dir / f"head_t_{file_name(label)}.png"
-        attempt(path.name, partial(draw_strengths, shown, place, path), undrawn)
+    attempt("head_t_*.png", partial(draw_heads, shown), undrawn)
     sections = []
     for name, (title, _) in SECTIONS.items():
         drawn = attempt(f"{name} in report.html", partial(section, shown, name), undrawn)
@@ -444,9 +446,8 @@ def section(shown: Shown, name: str) -> dict[str, Any]:
             of = f"The head of {group}" if of_heads else about
             subject = panel.title if of_heads or panel.group in panel.title else joined(panel.group, panel.title)
             what = f"{of}: {subject}. Drawn: {joined(*panel.keys.values())}"
-            svgs.append(
-                {"title": panel.title, "svg": Markup(figures.inline_svg(panel.figure, f"{name}-{n}-{m}", what))}
-            )
+            svg = figures.inline_svg(figures.figure_of({"": panel.draw}), f"{name}-{n}-{m}", what)
+            svgs.append({"title": panel.title, "svg": Markup(svg)})
         own = [item for panel in of_group for item in panel.keys.items()]
         keys += own
         drawn.append({"title": group, "legend": legend(f"{name}-{n}", own) if of_heads else [], "panels": svgs})
@@ -483,7 +484,7 @@ def strength_panels(shown: Shown, attack: str, unit: str) -> Iterator[Panel]:
             curves[place] = [point(clean, 0)] if clean else []
             curves[place] += [point(r, r[unit]) for r in of_model]
         title = variant if unit == "sigma" else joined(attack, variant)
-        yield shown.panel(name, title, figures.accuracy_curves(curves, f"{unit}, 1/255"), curves)
+        yield shown.panel(name, title, curves, figures.accuracy_curves, xlabel=f"{unit}, 1/255")
 
 
 def front_panels(shown: Shown) -> Iterator[Panel]:
@@ -503,7 +504,7 @@ def front_panels(shown: Shown) -> Iterator[Panel]:
             if attack in (strongest, "typographic"):
                 points = {place: (beside[place], point(r["clean"], 0), point(r, 0)) for place, r in of_models.items()}
                 title = joined(heading(next(iter(of_models.values()))), variant)
-                yield shown.panel(name, title, figures.clean_robust_front(points, f"{attack} accuracy, %"), points)
+                yield shown.panel(name, title, points, figures.clean_robust_front, ylabel=f"{attack} accuracy, %")
 
 
 def point_names(labels: Sequence[str], length: int = 22) -> list[str]:
@@ -527,7 +528,7 @@ def corruption_panels(shown: Shown) -> Iterator[Panel]:
             for r in of_model:
                 values[r["severity"]].append(r["value"])
             bars[place] = {severity: mean(of_severity) for severity, of_severity in values.items()}
-        yield shown.panel(name, variant, figures.severity_bars(bars), bars)
+        yield shown.panel(name, variant, bars, figures.severity_bars)
 
 
 def distribution_panels(shown: Shown, measure: str, column: str, xlabel: str, title: str = "") -> Iterator[Panel]:
@@ -545,7 +546,7 @@ def distribution_panels(shown: Shown, measure: str, column: str, xlabel: str, ti
             if found and (same is None or max(abs(x - same) for x in found) > 1e-5):
                 values[place] = found
         if values:
-            yield shown.panel(name, joined(title, variant), figures.distributions(values, xlabel), values)
+            yield shown.panel(name, joined(title, variant), values, figures.distributions, xlabel=xlabel)
 
 
 def fidelity_panels(shown: Shown) -> Iterator[Panel]:
@@ -565,7 +566,7 @@ def training_panels(shown: Shown) -> Iterator[Panel]:
             if points and (column != "multiplier_mean" or any(value for _, value in points)):  # FARE has none
                 curves[place] = thinned(points)
         if curves:
-            yield shown.panel("", title, figures.training_curves(curves, ylabel, share), curves)
+            yield shown.panel("", title, curves, figures.training_curves, ylabel=ylabel, share=share)
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -582,34 +583,31 @@ def strengths(shown: Shown, place: int) -> tuple[list[Result], float | None]:
     return [r for r in of_model if "t" in r["settings"]], neutral[-1] if neutral else None
 
 
-def sweeps(shown: Shown, place: int) -> dict[str, figures.Sweep]:
-    """{title: curves} of a head: per set shares of images, in %, and other figures."""
-    swept, neutral = strengths(shown, place)
-    swept = [r for r in swept if r["value"] is not None]
-    names = list(dict.fromkeys(map(figure_name, swept)))
-    panels: dict[tuple[str, bool], dict[int, dict[float, float]]] = {}
-    for r in swept:
-        share = r["measure"] in SHARES
-        curve = panels.setdefault((r["set"], share), {}).setdefault(names.index(figure_name(r)), {})
-        curve[r["settings"]["t"]] = r["value"] * (100 if share else 1)
-    return {
-        joined(of_set, "shares" if share else "fairness"): figures.Sweep(
-            "share, %" if share else "fairness", curves, {curve: names[curve] for curve in curves}, neutral
-        )
-        for (of_set, share), curves in panels.items()
-    }
-
-
 def head_panels(shown: Shown) -> Iterator[Panel]:
+    """A group per head: for every set its shares of images, in %, and its other figures, over t."""
     for place, model in enumerate(shown.labels):
-        for title, sweep in sweeps(shown, place).items():
-            yield Panel(model, title, figures.t_sweep({title: sweep}), sweep.names)
+        swept, neutral = strengths(shown, place)
+        swept = [r for r in swept if r["value"] is not None]
+        names = dict(enumerate(dict.fromkeys(map(figure_name, swept))))
+        places = {name: of_curve for of_curve, name in names.items()}
+        panels: dict[tuple[str, bool], dict[int, dict[float, float]]] = {}
+        for r in swept:
+            share = r["measure"] in SHARES
+            curves = panels.setdefault((r["set"], share), defaultdict(dict))
+            curves[places[figure_name(r)]][r["settings"]["t"]] = r["value"] * (100 if share else 1)
+        for (of_set, share), curves in panels.items():
+            ylabel = "share, %" if share else "fairness"
+            draw = partial(figures.t_sweep, curves=curves, names=names, ylabel=ylabel, neutral=neutral)
+            title = joined(of_set, "shares" if share else "fairness")
+            yield Panel(model, title, draw, {of_curve: names[of_curve] for of_curve in curves})
 
 
-def draw_strengths(shown: Shown, place: int, path: Path) -> None:
-    """The panels of a head in one picture, if there are any."""
-    if found := sweeps(shown, place):
-        figure = figures.t_sweep(found, f"What the strength of the head changes: {shown.labels[place]}")
+def draw_heads(shown: Shown) -> None:
+    """head_t_<model>.png, the panels of every head in one picture."""
+    for model, panels in itertools.groupby(head_panels(shown), key=lambda panel: panel.group):
+        path = shown.results.output_dir / f"head_t_{file_name(model)}.png"
+        draws = {panel.title: panel.draw for panel in panels}
+        figure = figures.figure_of(draws, f"What the strength of the head changes: {model}")
         figures.save_figure(figure, path, dpi=120)
 
 
