@@ -102,14 +102,14 @@ def wanted_jobs(
         return common | where | {"settings": reading | own | depends_on}
 
     jobs: list[Job] = []
+    attacks = [name for name in ATTACKS if name in settings.attack] if "accuracy" in settings.measure else []
     if data.published is not None:
-        for name, digest in content.items() if "accuracy" in settings.measure else ():
+        for name, digest in content.items() if attacks else ():
             corruption, severity = name.split()
             where = {"corruption": corruption, "severity": int(severity)}
             corrupted = cell("accuracy", "corruptions", files="published", shards={name: digest}, **where)
             jobs.append(Job(measure_accuracy, [corrupted]))
         return jobs
-    attacks = [name for name in ATTACKS if name in settings.attack and "accuracy" in settings.measure]
     for name in attacks:
         attack = ATTACKS[name]
         if name == "typographic":
@@ -124,19 +124,20 @@ def wanted_jobs(
     if data.labelled:
         reference = settings.reference_model_name_or_path
         compared = {"reference": reference, "reference_revision": revisions.get(reference or "")}
-        descriptions = {"descriptions": text_digest(interpretability_templates())}
-        by_measure = {
-            "interpretability": Job(measure_interpretability, [cell("interpretability", **descriptions)]),
-            "fidelity": Job(measure_fidelity, [cell(figure, **compared) for figure in FIDELITY]),
-            "retention": Job(measure_retention, [cell("retention", **compared)]),
-            "fairness": Job(measure_fairness, [cell(figure, top_k=settings.top_k) for figure in FAIRNESS]),
-        }
-        jobs += [job for measure, job in by_measure.items() if measure in settings.measure]
+        described = {"descriptions": text_digest(interpretability_templates())}
+        for measure, find, figures, own in (
+            ("interpretability", measure_interpretability, ("interpretability",), described),
+            ("fidelity", measure_fidelity, FIDELITY, compared),
+            ("retention", measure_retention, ("retention",), compared),
+            ("fairness", measure_fairness, FAIRNESS, {"top_k": settings.top_k}),
+        ):
+            if measure in settings.measure:
+                jobs.append(Job(find, [cell(figure, **own) for figure in figures]))
     if "head_t" in settings.measure and "attack" not in data.splits:  # t* needs validation pairs of its own
-        figures = ["accuracy", "follows_word"] if data.labelled else ["pair_accuracy"]
+        of_texts = ("accuracy", "follows_word") if data.labelled else ("pair_accuracy",)
         own = words if data.labelled else {"val_split": settings.val_split}
         swept = [cell("accuracy", t=t) for t in settings.t]
-        swept += [cell(figure, "typographic", t=t, **own) for figure in figures for t in settings.t]
+        swept += [cell(figure, "typographic", t=t, **own) for figure in of_texts for t in settings.t]
         if not data.labelled:
             chosen = {"task_tolerance": settings.task_tolerance, "candidates": settings.t}
             swept.append(cell("neutral_t", "typographic", **chosen, **own))
@@ -228,15 +229,14 @@ def measure_retention(trial: Trial, cells: Sequence[Cell]) -> list[Finding]:
 
 def comparable_reference(trial: Trial, cell: Cell) -> Model:
     """The reference. ``UserError`` where it sees other pixels or, for fidelity, embeds into other dimensions."""
-    model, reference, fidelity = trial.model, trial.reference, cell["measure"] == "fidelity"
+    model, reference = trial.model, trial.reference
     assert reference is not None
+    own_dim, other_dim = model.encoder.embed_dim, reference.encoder.embed_dim
     if model.transform != reference.transform:
         own, other = model.transform.output_size, reference.transform.output_size
         differ = f"sees images of {own} px, {reference.name} of {other} px, or resized in another way"
-    elif fidelity and model.encoder.embed_dim != reference.encoder.embed_dim:
-        differ = (
-            f"embeds into {model.encoder.embed_dim} dimensions, {reference.name} into {reference.encoder.embed_dim}"
-        )
+    elif cell["measure"] == "fidelity" and own_dim != other_dim:
+        differ = f"embeds into {own_dim} dimensions, {reference.name} into {other_dim}"
     else:
         return reference
     raise UserError(f"--measure {cell['measure']}: {model.name} {differ}; name the model that it was fine-tuned from")
