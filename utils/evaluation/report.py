@@ -61,7 +61,7 @@ ON_IMAGES = ("accuracy", "follows_word")  # measures with a column in the table 
 SHARES = (*ON_IMAGES, "pair_accuracy", "worst_group_accuracy", "group_gap")  # drawn in %
 # Measures with an entry of their own under "How it was measured"; all others are fairness.
 EXPLAINED = (*ON_IMAGES, "pair_accuracy", "retention", "neutral_t", "interpretability", "fidelity")
-MANY_COLUMNS = 6  # more than that are lines of the terminal's table
+MANY_COLUMNS = 7  # more than that are lines of the terminal's table
 PICTURES = 4  # examples of every model and attack
 PICTURE_SIDE = 128  # larger pictures are reduced: a page, not an archive
 CURVE_POINTS = 400  # of a training curve; longer ones are averaged in pieces
