@@ -275,7 +275,9 @@ def turned(content: Table) -> Table:
     for group in content["groups"]:
         rows |= dict.fromkeys(row["name"] for row in group["rows"])
         for place, column in enumerate(content["columns"]):
-            cells |= {(group["name"], column, row["name"]): row["cells"][place] for row in group["rows"]}
+            for row in group["rows"]:
+                if cell := row["cells"][place]:
+                    cells[group["name"], column, row["name"]] = cell
     return table([group["name"] for group in content["groups"]], list(rows), cells) or content
 
 
