@@ -13,44 +13,27 @@ finished are not measured again. `accelerate launch` shares the images among pro
 from __future__ import annotations
 
 import importlib.util
-import itertools
-import json
 import logging
 import os
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
 from accelerate import Accelerator
-from rich.table import Table
 
 from utils.cli import flag, launched_rank, parse_settings, required, run
-from utils.data.digests import KIND, files_digest, shards_digest, side_by_side, text_digest
-from utils.data.shards import ShardDataset, ShardReader
+from utils.data.digests import shards_digest, side_by_side
+from utils.data.shards import ShardReader
 from utils.data.skipped import BadSample
 from utils.data.sources import default_cache_dir, hub_set, known_path
 from utils.errors import UserError
 from utils.evaluation.attacks import ATTACKS
-from utils.evaluation.measures import FAIRNESS, FIDELITY, by_classifier, measure, retrieved, train_features
-from utils.evaluation.results import (
-    Cell,
-    Results,
-    attempt,
-    cell_name,
-    column_name,
-    figure_name,
-    file_name,
-    model_revision,
-    refuse_unwritable,
-)
-from utils.evaluation.trial import EvalSet, Finding, Model, Trial
-from utils.methods.head import HEAD_FILE, load_head
-from utils.models import classifiers
+from utils.evaluation.measures import draw_retrieved, find_revisions, measure, wanted_jobs
+from utils.evaluation.results import Cell, Results, file_name, refuse_unwritable, short_names
+from utils.evaluation.trial import EvalSet, Model, Trial
+from utils.methods.head import load_head
 from utils.models.encoders import (
     CONTRASTIVE_MODEL_TYPES,
     MODEL_TYPES,
@@ -62,14 +45,10 @@ from utils.models.encoders import (
     make_encoder,
 )
 from utils.models.hub import fetch_model, folder_on_every_node, on_this_node
-from utils.models.zeroshot import NonFiniteError, ensemble
 from utils.processes.distributed import everywhere, from_main_process, on_every_node, start_accelerator
-from utils.processes.progress import wide_console
-from utils.redaction import shown_setting
 from utils.sets.corruptions import CORRUPTIONS, KNOWN, SEVERITIES, PublishedCorruptions, find_published
 from utils.sets.labelled import (
     imagenet_prompts,
-    interpretability_templates,
     open_set,
     read_classnames,
     read_templates,
@@ -77,22 +56,18 @@ from utils.sets.labelled import (
     warn_of_twins,
 )
 from utils.sets.pairs import pack_pair_folder
-from utils.sets.typographic import KINDS, PLACES, font_files, word_style
+from utils.sets.typographic import KINDS, PLACES, word_style
 from utils.training.checkpoint import take_output_dir
 from utils.training.prefetch import prefetch_models, say_where
 
 MEASURES = ("accuracy", "interpretability", "fidelity", "retention", "fairness", "head_t")
 CLASSIFIERS = ("zero_shot", "linear_head", "linear_probe", "knn")
 LEARNT = ("linear_probe", "knn")  # from --train_split
-ACCURACIES = ("accuracy", "follows the word", "chosen text over rejected", "worst-group accuracy")
 FONTS = ["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"]
 DEFAULT_TS = [round(-0.5 + 0.025 * step, 3) for step in range(71)]  # -0.5 ... 1.25
-MANY_ATTACKS = 6  # more than that are lines of the table, not columns
 DAYS_OF_PATIENCE = 7  # a process whose images are all robust may finish long after the others
 
 logger = logging.getLogger(__name__)
-
-Jobs = dict[tuple[str, str], list[list[Cell]]]  # of a model on a set
 
 
 @dataclass
@@ -168,15 +143,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise nothing_to_measure(settings, name, data)
     from_main_process(accelerator, lambda: take_output_dir(settings.output_dir))
     results = from_main_process(accelerator, lambda: Results(settings.output_dir))
-    for line in results.ask(all_cells(jobs)):
+    asked = [cell for of_set in jobs.values() for job in of_set for cell in job.cells]
+    for line in results.ask(asked):
         if accelerator.is_main_process:
             logger.warning(line)
 
     # 2. Model by model and set by set, what is not known yet; results.json is written after every job.
-    reference, undrawn = None, list[str]()
+    reference = None
     for name in settings.model:
         missing = {
-            set_name: [job for job in jobs[name, set_name] if any(results.find(cell) is None for cell in job)]
+            set_name: [job for job in jobs[name, set_name] if any(results.find(cell) is None for cell in job.cells)]
             for set_name in sets
         }
         if not any(missing.values()):
@@ -187,32 +163,40 @@ def main(argv: Sequence[str] | None = None) -> None:
         for set_name, set_jobs in missing.items():
             trial = Trial(settings, accelerator, model, sets[set_name], reference)
             for job in set_jobs:
-                try:
-                    if trial.classifier is None and by_classifier(trial, job):
-                        trial.classifier = make_classifier(trial, job[0])
-                    findings = measure(trial, job)
-                except NonFiniteError as error:
-                    raise NonFiniteError(f"--model {name}, --data {set_name}: {error}") from None
-                for finding in findings:
+                for finding in measure(trial, job):
                     if results.find(finding.cell) is None:  # a job may have been measured in part, at other t
                         results.add(finding.cell, finding.value, finding.interval, finding.n)
                     if accelerator.is_main_process:
-                        keep(results, finding, undrawn)
+                        results.keep(finding)
                 if accelerator.is_main_process:
                     results.write()
 
-    # 3. What they say together: comparisons, report, tables, pictures.
+    # 3. What they say together: comparisons, pictures, report, tables.
     if accelerator.is_main_process:
         results.compare()
         results.write()
-        finish(settings, sets, jobs, results, undrawn)
-    if settings.query:
-        draw_retrieved(settings, accelerator, sets, results, undrawn)
+    try:
+        for set_name, data in sets.items():
+            if settings.query and data.labelled and data.published is None:
+                models = (load(name, accelerator, "--model") for name in settings.model)
+                trials = (Trial(settings, accelerator, model, data) for model in models)
+                path = results.output_dir / f"retrieval_{file_name(short_names(sets)[set_name])}.png"
+                draw_retrieved(trials, set_name, path, results)
+    finally:  # figures are shown whatever becomes of pictures
         if accelerator.is_main_process:
-            write_page(settings, undrawn)  # again, with these pictures in it
-    if accelerator.is_main_process:
-        print(f"{Path(settings.output_dir) / 'report.html'} written")
+            show(settings, results, asked)
     accelerator.end_training()
+
+
+def show(settings: Settings, results: Results, asked: Sequence[Cell]) -> None:
+    """The report, then the tables, whatever becomes of it."""
+    from utils.evaluation.report import print_tables, write_report
+
+    try:
+        written = write_report(settings.output_dir, results.undrawn)
+    finally:
+        print_tables(results, asked)
+    print(f"{written} written")
 
 
 # Settings and models, before anything is read
@@ -437,17 +421,6 @@ def open_published(settings: Settings, name: str, folder: Path, published: Publi
 # What is asked for
 
 
-def find_revisions(settings: Settings) -> dict[str, str]:
-    """Digests of the models and the reference by their names, of the linear head and the fonts by their flags."""
-    names = dict.fromkeys([*settings.model, settings.reference_model_name_or_path])
-    found = {name: model_revision(name, settings.cache_dir) for name in names if name is not None}
-    if settings.linear_head is not None:
-        found["--linear_head"] = files_digest([settings.linear_head], settings.cache_dir)[:16]
-    if "typographic" in settings.attack or "head_t" in settings.measure:
-        found["--fonts"] = files_digest(font_files(settings.fonts), settings.cache_dir)[:16]
-    return found
-
-
 def contents(settings: Settings, accelerator: Accelerator, data: EvalSet) -> dict[str, str]:
     """Digests of what is read of a set: by split, or by corruption and severity. Call on all processes."""
     published, found = data.published, dict[str, str]()
@@ -468,84 +441,6 @@ def contents(settings: Settings, accelerator: Accelerator, data: EvalSet) -> dic
     return found
 
 
-def wanted_jobs(
-    settings: Settings, revisions: dict[str, str], content: dict[str, str], model: str, dataset: str, data: EvalSet
-) -> list[list[Cell]]:
-    """The figures asked for, those that come from one pass together. Two equal cells are the same measurement."""
-    reading: dict[str, Any] = {
-        "split": settings.split if data.labelled or "attack" not in data.splits else None,
-        "num_samples": settings.num_samples,
-        "model_revision": revisions[model],
-        "digests": KIND,
-        "shards": content,
-    }
-    classes: dict[str, Any] = {}
-    words: dict[str, Any] = {}
-    if data.labelled:
-        classes = {"prompts": text_digest([*data.classnames, "", *data.templates]), "classifier": settings.classifier}
-        learnt_from = data.splits.get(settings.train_split)
-        if learnt_from is not None and learnt_from.classnames != data.classnames:  # their labels are read by them
-            classes["train_prompts"] = text_digest(learnt_from.classnames)
-        classes |= {name: shown_setting(getattr(settings, name)) for name in ("classnames", "linear_head")}
-        if settings.linear_head is not None:
-            classes["classifier_revision"] = revisions["--linear_head"]
-        style = json.loads(json.dumps(asdict(word_style(settings))))  # lists, as results.json gives them back
-        words = {"words": style, "font_files": revisions.get("--fonts")}
-
-    def cell(measure: str, attack: str = "clean", **depends_on: Any) -> Cell:
-        where = {name: depends_on.pop(name, None) for name in ("eps", "corruption", "severity", "sigma")}
-        common = {"model": model, "dataset": dataset, "seed": settings.seed, "measure": measure, "attack": attack}
-        own = {} if measure in FIDELITY else classes
-        return common | where | {"settings": reading | own | depends_on}
-
-    jobs: list[list[Cell]] = []
-    if data.published is not None:
-        for name, digest in content.items() if "accuracy" in settings.measure else ():
-            corruption, severity = name.split()
-            where = {"corruption": corruption, "severity": int(severity)}
-            jobs.append([cell("accuracy", "corruptions", files="published", shards={name: digest}, **where)])
-        return jobs
-    for name in ATTACKS if "accuracy" in settings.measure else ():
-        attack = ATTACKS[name]
-        if name not in settings.attack:
-            continue
-        if name == "typographic":
-            jobs.append([cell(figure, name, **words) for figure in ("accuracy", "follows_word")])
-        elif data.labelled:
-            gradients = {"loss": "cross-entropy", "attack_dtype": settings.attack_dtype}
-            common = gradients if attack.follows_gradients else {}
-            jobs += [[cell("accuracy", name, **common, **own)] for own in attack.cells(settings, len(data.classnames))]
-        elif name == "clean" and ("attack" not in data.splits or "clean" in data.splits):
-            jobs.append([cell("accuracy")])
-    if data.labelled:
-        reference = settings.reference_model_name_or_path
-        compared = {"reference": reference, "reference_revision": revisions.get(reference or "")}
-        descriptions = {"descriptions": text_digest(interpretability_templates())}
-        by_measure = {
-            "interpretability": [cell("interpretability", **descriptions)],
-            "fidelity": [cell(figure, **compared) for figure in FIDELITY],
-            "retention": [cell("retention", **compared)],
-            "fairness": [cell(figure, top_k=settings.top_k) for figure in FAIRNESS],
-        }
-        jobs += [job for measure, job in by_measure.items() if measure in settings.measure]
-    if "head_t" in settings.measure and "attack" not in data.splits:  # t* needs validation pairs of its own
-        figures = ["accuracy", "follows_word"] if data.labelled else ["pair_accuracy"]
-        own = words if data.labelled else {"val_split": settings.val_split}
-        job = [cell("accuracy", t=t) for t in settings.t]
-        job += [cell(figure, "typographic", t=t, **own) for figure in figures for t in settings.t]
-        if not data.labelled:
-            chosen = {"task_tolerance": settings.task_tolerance, "candidates": settings.t}
-            job.append(cell("neutral_t", "typographic", **chosen, **own))
-        jobs.append(job)
-        if "fairness" in settings.measure and data.labelled:
-            jobs.append([cell(figure, top_k=settings.top_k, t=t) for t in settings.t for figure in FAIRNESS])
-    return jobs
-
-
-def all_cells(jobs: Jobs) -> list[Cell]:
-    return [cell for of_set in jobs.values() for job in of_set for cell in job]
-
-
 def nothing_to_measure(settings: Settings, name: str, data: EvalSet) -> UserError:
     if data.published is not None:
         return UserError(
@@ -556,207 +451,6 @@ def nothing_to_measure(settings: Settings, name: str, data: EvalSet) -> UserErro
         f"--data {name}: preference pairs, for which nothing that was asked for is defined; expected --attack clean "
         f"or typographic, or, for pairs in {settings.split}/ and {settings.val_split}/, --measure head_t"
     )
-
-
-def make_classifier(trial: Trial, cell: Cell) -> Callable[[torch.Tensor], torch.Tensor]:
-    """image_embeds (B, D) -> logits (B, C): by class texts, by a file, or learnt from the set's training images."""
-    settings, model, data, accelerator = trial.settings, trial.model, trial.data, trial.accelerator
-    num_classes, embed_dim = len(data.classnames), model.encoder.embed_dim
-    if settings.classifier == "zero_shot":
-        class_embeds = ensemble(model.texts(data.templates)(data.classnames))
-        return classifiers.LinearClassifier(class_embeds, scale=model.logit_scale, normalise=True)
-    if settings.classifier == "knn":
-        return classifiers.KnnClassifier(*train_features(trial, cell), num_classes).to(model.device)
-    if settings.classifier == "linear_head" and settings.linear_head is None:
-        return classifiers.own_linear_head(model.with_head, num_classes).to(model.device)
-    if settings.classifier == "linear_head":
-        return classifiers.read_linear_head(settings.linear_head, embed_dim, num_classes).to(model.device)
-    # A probe is kept, so that it need not be learnt again and can be given as a --linear_head.
-    only = {"model": model.name, "dataset": cell["dataset"], "measure": "probe", "attack": settings.train_split}
-    fixed = ("digests", "model_revision", "prompts", "train_prompts")
-    learnt = {name: cell["settings"][name] for name in fixed if name in cell["settings"]}
-    learnt["shards"] = cell["settings"]["shards"][settings.train_split]
-    learnt = dict.fromkeys(cell) | only | {"settings": learnt}
-    path = Path(settings.output_dir) / "probes" / f"{cell_name(learnt)}.safetensors"
-    if not from_main_process(accelerator, path.exists):
-        features, labels = train_features(trial, cell)
-        if accelerator.is_main_process:
-            classifiers.save_linear_head(path, classifiers.fit_linear_probe(features, labels, num_classes))
-        accelerator.wait_for_everyone()
-    return classifiers.read_linear_head(path, embed_dim, num_classes, "--output_dir: the probe").to(model.device)
-
-
-# What is kept and shown
-
-
-def keep(results: Results, finding: Finding, undrawn: list[str]) -> None:
-    """What lies beside a figure: records first, so that a figure in results.json always has them."""
-    for text in finding.warnings:
-        results.warn(finding.cell, text)
-    if finding.rows:
-        results.write_records(finding.cell, finding.rows)
-    if finding.pictures:
-        pictures = finding.pictures
-        clean = torch.stack([torch.from_numpy(picture.clean) for picture in pictures])
-        attacked = torch.stack([torch.from_numpy(picture.attacked) for picture in pictures])
-        captions = [picture.caption for picture in pictures]
-        attempt("pictures", lambda: results.write_pictures(finding.cell, clean, attacked, captions), undrawn)
-
-
-def finish(settings: Settings, sets: Iterable[str], jobs: Jobs, results: Results, undrawn: list[str]) -> None:
-    """The report first, then the tables, whatever becomes of it, then pictures that nothing depends on."""
-    before = len(undrawn)
-    try:
-        write_page(settings, undrawn)
-    finally:
-        print_tables(settings, sets, jobs, results)
-    if "head_t" in settings.measure:
-        print_strengths(settings, jobs, results, undrawn)
-    if len(undrawn) > before:
-        write_page(settings, undrawn)
-
-
-def write_page(settings: Settings, undrawn: list[str]) -> None:
-    """report.html, which names what of its own and of ``undrawn`` could not be drawn."""
-    from utils.evaluation.report import write_report
-
-    write_report(settings.output_dir, undrawn)
-
-
-def new_table(title: str, texts: Iterable[str], numbers: Iterable[str]) -> Table:
-    table = Table(title=title)
-    for name in texts:
-        table.add_column(name, overflow="fold")
-    for name in numbers:
-        table.add_column(name, overflow="fold", justify="right")
-    return table
-
-
-def print_tables(settings: Settings, sets: Iterable[str], jobs: Jobs, results: Results) -> None:
-    """Accuracies, one row per model and set; then every other figure in a line."""
-    plain = [cell for cell in all_cells(jobs) if "t" not in cell["settings"]]
-    in_columns = [cell for cell in plain if cell["measure"] in ("accuracy", "follows_word")]
-    if in_columns:
-        print_accuracies(settings, sets, in_columns, results)
-    others = [cell for cell in plain if cell not in in_columns]
-    if others:
-        table = new_table("Other figures", ("model", "data", "figure"), ["value"])
-        for cell in others:
-            result = results.find(cell)
-            interval = "" if result["ci95"] is None else " [{:.4f}, {:.4f}]".format(*result["ci95"])
-            value = "undefined" if result["value"] is None else f"{result['value']:.4f}{interval}"
-            table.add_row(cell["model"], cell["dataset"], figure_name(cell), value)
-        wide_console().print(table)
-
-
-def print_accuracies(settings: Settings, sets: Iterable[str], cells: Sequence[Cell], results: Results) -> None:
-    """A row per model and set; with many attacks a row per set and attack, so that no figure is broken.
-
-    Corruptions are one figure, their mean over kinds and severities: 75 are for report.html.
-    """
-    found: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
-    for cell in cells:
-        attack = column_name(cell) if cell["corruption"] is None else "corruptions, mean"
-        found[cell["model"], cell["dataset"], attack].append(results.find(cell))
-    attacks = list(dict.fromkeys(attack for _, _, attack in found))
-    by_model = len(attacks) <= max(MANY_ATTACKS, len(settings.model))
-    texts, columns = (("model", "data"), attacks) if by_model else (("data", "attack"), settings.model)
-    table = new_table("Accuracy in %, with Wilson 95 % intervals", texts, ["n", *columns])
-    for row in itertools.product(settings.model, sets) if by_model else itertools.product(sets, attacks):
-        shown = [found[(*row, column) if by_model else (column, *row)] for column in columns]
-        if any(shown):
-            n = next(of_column[0]["n"] for of_column in shown if of_column)
-            table.add_row(*row, str(n), *map(percent, shown))
-    wide_console().print(table)
-
-
-def percent(found: Sequence[dict[str, Any]]) -> str:
-    """One figure with its interval, or the mean of several, which has none."""
-    if not found:
-        return ""
-    if len(found) > 1:
-        return f"{100 * sum(result['value'] for result in found) / len(found):.1f}"
-    return "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in (found[0]["value"], *found[0]["ci95"])))
-
-
-def print_strengths(settings: Settings, jobs: Jobs, results: Results, undrawn: list[str]) -> None:
-    """What every head does at t = 0, t* (where pairs gave one) and t = 1; the curve over all t goes into a picture."""
-    from utils.evaluation.report import short_names
-
-    short = short_names(settings.model)
-    for model in settings.model:
-        found = [results.find(cell) for cell in all_cells(jobs) if cell["model"] == model]
-        neutral = next((result["value"] for result in found if result["measure"] == "neutral_t"), None)
-        curves: dict[str, dict[float, float]] = defaultdict(dict)
-        for result in found:
-            if "t" in result["settings"] and result["value"] is not None:
-                title = f"{figure_name(result)}, {Path(result['dataset']).name}"
-                curves[title][result["settings"]["t"]] = result["value"]
-        if not curves:
-            continue
-        marks = {0.0: "t = 0"} | ({} if neutral is None else {neutral: f"t* = {neutral:g}"}) | {1.0: "t = 1"}
-        table = new_table(f"The head of {model}", ["figure"], marks.values())
-        for title, points in curves.items():
-            table.add_row(title, *(f"{points[t]:.3f}" if t in points else "undefined" for t in marks))
-        wide_console().print(table)
-        name = short[model] if Path(model).name else Path(model).resolve().name
-        path = Path(settings.output_dir) / f"head_t_{file_name(name)}.png"
-        attempt(path.name, partial(draw_strengths, path, name, curves, neutral), undrawn)
-
-
-def draw_strengths(path: Path, name: str, curves: dict[str, dict[float, float]], neutral: float | None) -> None:
-    """Accuracies in one panel, what else was measured over t in another."""
-    from utils.evaluation.figures import draw_t_sweep
-
-    panels: dict[str, dict[str, dict[float, float]]] = {"share": {}, "fairness": {}}
-    for title, points in curves.items():
-        panels["share" if title.split(",")[0] in ACCURACIES else "fairness"][title] = points
-    panels = {panel: shown for panel, shown in panels.items() if shown}
-    draw_t_sweep(path, f"What the strength of the head changes: {name}", panels, neutral)
-    print(f"{path} written")
-
-
-def draw_retrieved(
-    settings: Settings, accelerator: Accelerator, sets: dict[str, EvalSet], results: Results, undrawn: list[str]
-) -> None:
-    """The best images of every --query by every model; with a head at t = 0, at its t* if known, and at t = 1."""
-    from utils.evaluation.report import short_names
-
-    short = short_names(sets)
-    for set_name, data in sets.items():
-        if not data.labelled or data.published is not None:
-            continue
-        rows: list[tuple[str, str, list[int]]] = []
-        for name in settings.model:
-            trial = Trial(settings, accelerator, load(name, accelerator, "--model"), data)
-            head = load_head(name) if (Path(name) / HEAD_FILE).exists() else None
-            known = [r["value"] for r in results.results if (r["model"], r["measure"]) == (name, "neutral_t")][-1:]
-            strengths = [None] if head is None else sorted({0.0, 1.0, *known})
-            cell = {"model": name, "dataset": set_name, "measure": "retrieval", "attack": "clean"}
-            cell |= dict.fromkeys(("eps", "corruption", "severity", "sigma"))
-            for t, lines in retrieved(trial, cell, head, strengths).items():
-                label = Path(name).name + ("" if t is None else f"\nt{'*' if t in known else ''} = {t:g}")
-                rows += [(query, label, line) for query, line in zip(settings.query, lines)]
-        if accelerator.is_main_process:
-            path = Path(settings.output_dir) / f"retrieval_{file_name(short[set_name])}.png"
-            attempt(path.name, partial(draw_rows, trial, rows, path), undrawn)
-
-
-def draw_rows(trial: Trial, rows: list[tuple[str, str, list[int]]], path: Path) -> None:
-    """(query, label of the row, positions of its images) as a picture."""
-    from utils.evaluation.figures import draw_grid
-
-    settings, transform = trial.settings, trial.model.transform
-    dataset = ShardDataset(trial.data.splits[settings.split].index, transform, order="sequential")
-    rows = sorted(rows, key=lambda row: settings.query.index(row[0]))  # query by query, models in their order
-    draw_grid(
-        path,
-        [
-            (label, [(dataset[0, i, i]["image"], "" if place else query) for place, i in enumerate(line)])
-            for query, label, line in rows
-        ],
-    )
-    print(f"{path} written")
 
 
 if __name__ == "__main__":

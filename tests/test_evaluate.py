@@ -21,6 +21,7 @@ from tests.shard_maker import image_bytes, make_shards, relabelled, rewrite, wri
 from tests.small_models import save_scaled, save_small_clip
 from utils.errors import UserError
 from utils.evaluation import figures
+from utils.evaluation.measures import FIDELITY
 from utils.evaluation.results import Results
 
 
@@ -97,10 +98,10 @@ def test_many_attacks_are_lines_of_the_table_so_that_no_figure_is_broken(argumen
     evaluate.main(arguments(attack=["clean", "gaussian_noise"], sigma=[4, 8, 12, 16, 24, 32, 64], num_samples=8))
     printed = capsys.readouterr().out
     for cell in results(tmp_path / "eval"):
-        title = "clean" if cell["sigma"] is None else f"gaussian_noise {cell['sigma']:g}/255"
+        title = "clean" if cell["sigma"] is None else f"gaussian noise {cell['sigma']:g}/255"
         (line,) = [line for line in printed.splitlines() if f" {title} " in line]
         low, high = cell["ci95"]
-        assert f" 8 │ {100 * cell['value']:.1f} [{100 * low:.1f}, {100 * high:.1f}] " in re.sub(" +", " ", line)
+        assert f" {100 * cell['value']:.1f} [{100 * low:.1f}, {100 * high:.1f}] " in re.sub(" +", " ", line)
 
 
 def test_finished_cells_are_not_measured_again(arguments, tmp_path, monkeypatch):
@@ -109,7 +110,7 @@ def test_finished_cells_are_not_measured_again(arguments, tmp_path, monkeypatch)
     measured = []
     real = evaluate.measure
     monkeypatch.setattr(
-        evaluate, "measure", lambda *arguments: measured.extend(c["eps"] for c in arguments[-1]) or real(*arguments)
+        evaluate, "measure", lambda trial, job: measured.extend(cell["eps"] for cell in job.cells) or real(trial, job)
     )
     evaluate.main(arguments(eps=[4, 8]))
     assert measured == [8]
@@ -258,9 +259,10 @@ def test_the_dial_from_the_original_to_the_trained_head(
     assert accuracies[1.0] > accuracies[0.5] > accuracies[0.0]
     assert accuracies[1.0] > 0.95  # what was trained
     dial = drawn[swept / "head_t_head.png"]
-    curves = {line.get_label(): line.get_xydata() for axis in dial.axes for line in axis.lines}
-    assert dict(curves["chosen text over rejected, pairs"].tolist()) == accuracies
-    assert f"demographic parity difference, {attribute_digits.name}" in curves
+    curves = {axis.get_title(): {line.get_label(): line.get_xydata() for line in axis.lines} for axis in dial.axes}
+    shares = dict(curves["pairs, shares"]["chosen text over rejected"].tolist())
+    assert {t: share / 100 for t, share in shares.items()} == pytest.approx(accuracies)
+    assert "demographic parity difference" in curves[f"{attribute_digits.name}, fairness"]
     grid = drawn[swept / f"retrieval_{attribute_digits.name}.png"]
     assert all(axis.images for axis in grid.axes)  # a row for each strength
     star = next(cell["value"] for cell in results(swept) if cell["measure"] == "neutral_t")
@@ -349,13 +351,13 @@ def tiny(small_clip, tmp_path, monkeypatch):
     for name in ("model", "reference"):
         shutil.copytree(small_clip, tmp_path / name)
     shutil.copy(matplotlib.get_data_path() + "/fonts/ttf/DejaVuSans.ttf", tmp_path / "words.ttf")
-    monkeypatch.setattr(evaluate, "write_page", lambda *arguments: None)
+    monkeypatch.setattr("utils.evaluation.report.write_report", lambda *arguments: None)
     measured = []
     real = evaluate.measure
     monkeypatch.setattr(
         evaluate,
         "measure",
-        lambda *arguments: measured.extend(cell["attack"] for cell in arguments[-1][:1]) or real(*arguments),
+        lambda trial, job: measured.append(job.cells[0]["attack"]) or real(trial, job),
     )
 
     def call(**changes):
@@ -415,7 +417,7 @@ def test_figures_follow_what_they_were_computed_from(tiny, tmp_path, caplog):
             assert results(tmp_path / "out")[before]["value"] == 1.0 != value_then
     # The last of each is what the report shows; the others stay in the file.
     current = Results(tmp_path / "out").current()
-    assert [cell["measure"] for cell in current] == ["accuracy", "accuracy", "follows_word", *evaluate.FIDELITY]
+    assert [cell["measure"] for cell in current] == ["accuracy", "accuracy", "follows_word", *FIDELITY]
     assert len(results(tmp_path / "out")) > 3 * len(current)
 
 
@@ -531,7 +533,8 @@ def test_a_picture_that_fails_is_named_and_the_run_ends_with_its_figures(
     real = Results.write
     monkeypatch.setattr(Results, "write", lambda self: order.append("results") or real(self))
     monkeypatch.setattr(
-        evaluate, "print_tables", lambda *arguments: order.append((tmp_path / "eval/report.html").exists())
+        "utils.evaluation.report.print_tables",
+        lambda *arguments: order.append((tmp_path / "eval/report.html").exists()),
     )
     for name in ("inline_svg", "draw_grid"):
         monkeypatch.setattr(figures, name, lambda *arguments, **more: 1 / 0)

@@ -19,7 +19,7 @@ from utils.evaluation.figures import (
     LINES,
     bar_style,
     clean_robust_front,
-    draw_t_sweep,
+    figure_of,
     inline_svg,
     line_style,
     pareto_front,
@@ -34,8 +34,7 @@ from utils.evaluation.report import (
     variants,
     write_report,
 )
-from utils.evaluation.results import Results, cell_name, column_name
-from utils.training.metrics import wilson_interval
+from utils.evaluation.results import Results, cell_name, column_name, wilson_interval
 
 ATTACK = "<script>alert(1)</script>"
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -214,7 +213,8 @@ def test_names_stay_text(full: Path) -> None:
     assert f"zero gradients {ATTACK}" in shown
     assert f"→ {ATTACK}" in re.sub(r"\s+", " ", shown)  # the class in a caption
     assert "lore$4$" in "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))  # no mathematics
-    figure = clean_robust_front({0: (ATTACK, (0, 0.5, 0.4, 0.6), (0, 0.5, None, None))}, ATTACK)
+    points = {0: (ATTACK, (0, 0.5, 0.4, 0.6), (0, 0.5, None, None))}
+    figure = figure_of({"": lambda axis: clean_robust_front(axis, points, ATTACK)})
     assert html.escape(ATTACK) in inline_svg(figure, "a", ATTACK)
     assert ATTACK not in inline_svg(figure, "a", ATTACK)
 
@@ -451,15 +451,21 @@ def test_models_are_told_apart_without_colour() -> None:
     assert len({(style["linestyle"], style["marker"]) for style in styles}) == len(LINES)
 
 
-def test_a_sweep_is_still_drawn_into_a_file(tmp_path: Path, monkeypatch) -> None:
-    drawn, save = [], figures.save_figure
+def test_the_curves_of_a_head_are_drawn_into_a_file_too(tmp_path: Path, monkeypatch) -> None:
+    drawn, save = {}, figures.save_figure
     monkeypatch.setattr(
-        figures, "save_figure", lambda figure, *more, **options: drawn.append(figure) or save(figure, *more, **options)
+        figures, "save_figure", lambda figure, file, **more: drawn.update({file: figure}) or save(figure, file, **more)
     )
-    draw_t_sweep(tmp_path / "t.png", "head", {"share": {"a": {1.0: 0.4, 0.0: 0.1}}}, 0.5)
-    assert Image.open(tmp_path / "t.png").size == (744, 600)
-    axis = drawn[0].axes[0]
-    assert axis.lines[0].get_xydata().tolist() == [[0.0, 0.1], [1.0, 0.4]]
-    assert [line.get_xdata()[0] for line in axis.lines[1:]] == [0.0, 1.0, 0.5]
-    texts = {text.get_text() for text in drawn[0].findobj(Text)}
-    assert {"head", "share", "a", "original", "trained", "t* = 0.5"} <= texts
+    results = Results(tmp_path)
+    add_sweep(results, "runs/head", "data/pairs")
+    results.write()
+    write_report(tmp_path)
+    path = tmp_path / "head_t_head.png"
+    assert min(Image.open(path).size) > 300
+    (axis,) = drawn[path].axes
+    curves = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
+    assert curves["chosen text over rejected"] == [[-0.5, 37.5], [0.0, 50.0], [0.5, 62.5], [1.0, 75.0]]
+    assert [line.get_xdata()[0] for line in axis.lines[2:]] == [0.0, 1.0, 0.5]
+    texts = {text.get_text() for text in drawn[path].findobj(Text)}
+    assert {"pairs, shares", "share, %", "original", "trained", "t* = 0.5"} <= texts
+    assert "What the strength of the head changes: head" in texts

@@ -14,11 +14,12 @@ from utils.evaluation.results import (
     cell_name,
     column_name,
     file_name,
+    mcnemar,
     model_revision,
     refuse_unwritable,
     sanity_warnings,
+    wilson_interval,
 )
-from utils.training.metrics import mcnemar
 
 
 def cell(model="runs/a", attack="clean", eps=None, **more):
@@ -49,6 +50,17 @@ def test_mcnemar_is_the_exact_binomial_test():
     assert mcnemar(first, first) == (0, 0, 1.0)
     with pytest.raises(ValueError, match="shorter"):
         mcnemar(first, second[:-1])
+
+
+def test_wilson_interval_agrees_with_its_formula_and_stays_in_range():
+    low, high = wilson_interval(37, 50)
+    z, n, p = 1.959964, 50, 0.74
+    centre, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    assert (low, high) == pytest.approx(
+        ((centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)), rel=1e-5
+    )
+    assert wilson_interval(0, 5)[0] == 0
+    assert wilson_interval(5, 5)[1] == 1
 
 
 def test_models_are_compared_on_the_images_that_both_saw(tmp_path):

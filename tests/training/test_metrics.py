@@ -11,7 +11,6 @@ from utils.training.metrics import (
     peak_flops,
     peak_memory_gib,
     violation_statistics,
-    wilson_interval,
 )
 
 
@@ -27,17 +26,6 @@ def test_violation_statistics_describe_the_batch():
             "violated_fraction": 0.5,
         }
     )
-
-
-def test_wilson_interval_agrees_with_its_formula_and_stays_in_range():
-    low, high = wilson_interval(37, 50)
-    z, n, p = 1.959964, 50, 0.74
-    centre, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    assert (low, high) == pytest.approx(
-        ((centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)), rel=1e-5
-    )
-    assert wilson_interval(0, 5)[0] == 0
-    assert wilson_interval(5, 5)[1] == 1
 
 
 def test_a_lore_step_costs_52_forwards_and_fare_24():

@@ -85,9 +85,6 @@ class Runs:
             *(zeros, zeros, halved, torch.zeros_like(labels), torch.full_like(zeros, 2 * eps)),
         )
 
-    def tensors(self) -> list[Tensor]:
-        return [getattr(self, field.name) for field in fields(self)]
-
     def observe(self, loss: Tensor, gradient: Tensor) -> None:
         """Takes in what the forward at ``adversarial`` found: losses (B,) and their gradients (B, 3, H, W)."""
         first = self.step == 0
@@ -188,14 +185,13 @@ class Point:
         """Outlasted the first two runs, so that nearly surely every run is needed: the next may begin beside others."""
         return 1 < len(self.spent) < len(self.targets) and not {0, 1} & self.open and self.broken_by is None
 
-    def begin_run(self) -> tuple[Point, int]:
-        run = len(self.spent)
-        self.open.add(run)
+    def begin_run(self) -> Owner:
+        self.open.add(len(self.spent))
         self.spent.append(0)
-        return self, run
+        return self, len(self.spent) - 1
 
 
-Owners = list[tuple[Point, int]]  # point and run of every row
+Owner = tuple[Point, int]  # point and run of a row
 
 
 def make_points(
@@ -243,7 +239,7 @@ def run_apgd(
     points = iter(points)
     under_attack: list[Point] = []
     runs: Runs | None = None
-    owners: Owners = []
+    owners: list[Owner] = []
     free: list[int] = []  # rows whose run is over
     periods = check_periods(num_steps)
     while True:
@@ -278,58 +274,49 @@ def run_apgd(
         for row in free:
             point, run = owners[row]
             point.open.discard(run)
-        decided = [point for point in under_attack if point.decided]
+        yield from [point for point in under_attack if point.decided]
         under_attack = [point for point in under_attack if not point.decided]
-        yield from decided
         periods = periods.to(runs.labels.device)
         runs.advance(eps, periods)
 
 
-def _next_runs(points: Iterator[Point], under_attack: list[Point], places: int) -> Owners:
+def _next_runs(points: Iterator[Point], under_attack: list[Point], places: int) -> list[Owner]:
     """The runs that fill free places: of points between two runs, of new points, then of points further runs ahead."""
     waiting = [point for point in under_attack if not point.open][:places]
     new = list(itertools.islice(points, places - len(waiting)))
     under_attack += new
     entering = [point.begin_run() for point in (*waiting, *new)]
-    while len(entering) < places:
-        ahead = [point for point in under_attack if point.may_run_ahead]
-        if not ahead:
-            break
+    while len(entering) < places and (ahead := [point for point in under_attack if point.may_run_ahead]):
         entering += [point.begin_run() for point in ahead[: places - len(entering)]]
     return entering
 
 
 def _exchange(
-    runs: Runs | None, owners: Owners, free: Sequence[int], entering: Owners, eps: float, seed: int
-) -> tuple[Runs | None, Owners]:
+    runs: Runs | None, owners: list[Owner], free: Sequence[int], entering: list[Owner], eps: float, seed: int
+) -> tuple[Runs | None, list[Owner]]:
     """Puts ``entering`` in the ``free`` rows, then behind the others; takes out rows that stay free. None: no row."""
     if not (free or entering):
         return runs, owners
-    everyone, rows = owners + entering, list(range(len(owners)))
-    new = iter(range(len(owners), len(everyone)))
-    for row in free:
-        rows[row] = next(new, -1)
-    rows = [row for row in (*rows, *new) if row >= 0]
+    everyone = owners + entering
+    new = range(len(owners), len(everyone))
+    taken = dict(zip(free, new))
+    rows = [taken.get(row, row) for row in range(len(owners)) if row in taken or row not in free]
+    rows += new[len(taken) :]
     if not rows:
         return None, []
-    parts = [part for part in (runs, _begin_runs(entering, eps, seed)) if part is not None]
-    columns = [torch.cat(column) for column in zip(*(part.tensors() for part in parts))]
+    parts = [] if runs is None else [runs]
+    if entering:
+        pixel_values = torch.stack([point.pixel_values for point, _ in entering])
+        labels = torch.tensor([point.label for point, _ in entering], device=pixel_values.device)
+        targets = torch.tensor([point.targets[run] for point, run in entering], device=pixel_values.device)
+        seeds = [seed_from("apgd", seed, point.position, run) for point, run in entering]
+        parts.append(Runs.begin(pixel_values, labels, targets, sphere_start(pixel_values, eps, seeds), eps))
+    columns = [torch.cat([getattr(part, column.name) for part in parts]) for column in fields(Runs)]
     index = torch.tensor(rows, device=columns[0].device)
     return Runs(*(column[index] for column in columns)), [everyone[row] for row in rows]
 
 
-def _begin_runs(entering: Owners, eps: float, seed: int) -> Runs | None:
-    if not entering:
-        return None
-    pixel_values = torch.stack([point.pixel_values for point, _ in entering])
-    device = pixel_values.device
-    labels = torch.tensor([point.label for point, _ in entering], device=device)
-    targets = torch.tensor([point.targets[run] for point, run in entering], device=device)
-    seeds = [seed_from("apgd", seed, point.position, run) for point, run in entering]
-    return Runs.begin(pixel_values, labels, targets, sphere_start(pixel_values, eps, seeds), eps)
-
-
-def _judged(judge: Logits, runs: Runs, predicted: Tensor, ended: Tensor, owners: Owners) -> Tensor:
+def _judged(judge: Logits, runs: Runs, predicted: Tensor, ended: Tensor, owners: list[Owner]) -> Tensor:
     """``predicted`` by the judge, who is asked where the attack claims to have won, and of the best try of a run."""
     found = runs.labels.clone()
 

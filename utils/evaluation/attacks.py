@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +16,15 @@ from torch import Tensor
 
 from utils.errors import UserError
 from utils.evaluation.apgd import Point, make_points, run_apgd
-from utils.evaluation.results import Cell, Row
+from utils.evaluation.results import Cell, Finding, Picture, Row, cell_name
 from utils.evaluation.square import square
-from utils.evaluation.trial import Batches, Finding, Picture, Trial, share
+from utils.evaluation.trial import Batches, Trial, share
 from utils.methods.attacks import Logits, attack_seeds, frozen, gaussian_noise
-from utils.models.zeroshot import Classified, classified, pgd_images, to_pixel_values
-from utils.processes.distributed import gather_objects
+from utils.models import classifiers
+from utils.models.zeroshot import Classified, classified, ensemble, pgd_images, to_pixel_values
+from utils.processes.distributed import from_main_process, gather_objects
 from utils.sets.corruptions import require_package
+from utils.sets.labelled import same_classes
 
 PICTURES = 6  # kept of every attack
 
@@ -35,9 +38,7 @@ class Attack:
     cells: Callable[[Any, int], Iterable[dict[str, Any]]] = lambda settings, num_classes: [{}]
     # (settings, cell, logits_fn, pixel_values, labels, positions) -> attacked pixel_values, all (B, 3, H, W) in [0,1].
     perturb: Callable[..., Tensor] | None = None
-    follows_gradients: bool = (
-        False  # logits_fn is the model in --attack_dtype; answers are judged in float32 all the same
-    )
+    follows_gradients: bool = False  # logits_fn is then the model in --attack_dtype; answers are judged in float32
     any_answer: bool = False  # pictures are the first images, at every strength the same, and not those that it turned
     at_once: int = 1  # batches that it works on together
     package: str | None = None
@@ -123,25 +124,26 @@ ATTACKS = {
 }
 
 
+@dataclass
 class Verdicts:
     """What one process finds in a pass: a record of every image, the first pictures, warnings."""
 
-    def __init__(self, trial: Trial, cell: Cell, batches: Batches, logits_fn: Logits) -> None:
-        self.trial, self.cell, self.batches, self.logits_fn = trial, cell, batches, logits_fn
-        self.rows: list[Row] = []
-        self.pictures: list[Picture] = []
-        self.warnings: list[str] = []
-        self.flat = 0  # images without a gradient where a targeted attack starts
+    trial: Trial
+    cell: Cell
+    batches: Batches
+    logits_fn: Logits
+    rows: list[Row] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    flat: int = 0  # images without a gradient where a targeted attack starts
 
     def classified(self, perturb: Callable[..., Tensor] | None = None) -> Iterator[Classified]:
         """The batches that hold images, by ``utils.models.zeroshot.classified``."""
-        first = True
-        for found in classified(self.logits_fn, self.batches, device=self.trial.model.device, perturb=perturb):
-            if len(found.labels):
-                if first:
-                    self.warnings += random_outputs(self.logits_fn, found.pixel_values)
-                first = False
-                yield found
+        batches = classified(self.logits_fn, self.batches, device=self.trial.model.device, perturb=perturb)
+        for number, found in enumerate(batch for batch in batches if len(batch.labels)):
+            if number == 0:
+                self.warnings += random_outputs(self.logits_fn, found.pixel_values)
+            yield found
 
     def add(self, position: int, key: str, label: int, predicted: int, **more: Any) -> None:
         correct = predicted == label
@@ -157,11 +159,11 @@ class Verdicts:
         self.pictures.append(Picture(position, clean.cpu().numpy(), attacked.cpu().numpy(), caption))
 
 
-def measure_accuracy(trial: Trial, cell: Cell) -> Finding:
+def measure_accuracy(trial: Trial, cells: Sequence[Cell]) -> list[Finding]:
     """Whether each image of a labelled set is classified rightly under the cell's attack, judged in float32."""
-    settings, model, attack = trial.settings, trial.model, ATTACKS[cell["attack"]]
-    dataset, streams = trial.labelled_images(cell["corruption"], cell["severity"]), cell["attack"] == "apgd"
-    classifier: Any = trial.classifier
+    settings, model, (cell,) = trial.settings, trial.model, cells
+    attack = ATTACKS[cell["attack"]]
+    classifier = trial.classifier = trial.classifier or make_classifier(trial, cell)
     in_attack_dtype = copy.copy(model.encoder)  # the same modules
     in_attack_dtype.compute_dtype = getattr(torch, settings.attack_dtype)
 
@@ -172,6 +174,8 @@ def measure_accuracy(trial: Trial, cell: Cell) -> Finding:
     def attacked_fn(pixel_values: Tensor) -> Tensor:
         return classifier(in_attack_dtype(pixel_values))
 
+    streams = cell["attack"] == "apgd"
+    dataset = trial.labelled_images(cell["corruption"], cell["severity"])
     with frozen(model.encoder), trial.read(dataset, cell, at_once=attack.at_once, by_hand=streams) as batches:
         verdicts = Verdicts(trial, cell, batches, logits_fn)
         if streams:
@@ -180,8 +184,8 @@ def measure_accuracy(trial: Trial, cell: Cell) -> Finding:
             batch_verdicts(verdicts, attack, attacked_fn if attack.follows_gradients else logits_fn)
     found = gather_objects(trial.accelerator, (verdicts.rows, verdicts.pictures, verdicts.flat))
     all_rows, all_pictures, flat = zip(*found)
-    rows = sorted((row for part in all_rows for row in part), key=lambda row: row["position"])
-    pictures = first_pictures(picture for part in all_pictures for picture in part)
+    rows = sorted(itertools.chain(*all_rows), key=lambda row: row["position"])
+    pictures = first_pictures(itertools.chain(*all_pictures))
     if cell["corruption"] is not None:
         pictures = beside_clean(trial, logits_fn, pictures)
     if sum(flat):
@@ -190,7 +194,52 @@ def measure_accuracy(trial: Trial, cell: Cell) -> Finding:
             "may hide its gradients (rounding, saturation), and gradient-based attacks then overstate its accuracy"
         )
     correct = [row["correct"] for row in rows]
-    return share(cell, correct, rows=rows, pictures=pictures, warnings=verdicts.warnings)
+    return [share(cell, correct, rows=rows, pictures=pictures, warnings=verdicts.warnings)]
+
+
+def make_classifier(trial: Trial, cell: Cell) -> Callable[[Tensor], Tensor]:
+    """image_embeds (B, D) -> logits (B, C): by class texts, by a file, or learnt from the set's training images."""
+    settings, model, data = trial.settings, trial.model, trial.data
+    num_classes, embed_dim = len(data.classnames), model.encoder.embed_dim
+    if settings.classifier == "zero_shot":
+        class_embeds = ensemble(model.texts(data.templates)(data.classnames))
+        return classifiers.LinearClassifier(class_embeds, scale=model.logit_scale, normalise=True)
+    if settings.classifier == "knn":
+        return classifiers.KnnClassifier(*train_features(trial, cell), num_classes).to(model.device)
+    path, flag = settings.linear_head, "--linear_head"
+    if settings.classifier == "linear_head" and path is None:
+        return classifiers.own_linear_head(model.with_head, num_classes).to(model.device)
+    if settings.classifier == "linear_probe":
+        path, flag = learnt_probe(trial, cell), "--output_dir: the probe"
+    return classifiers.read_linear_head(path, embed_dim, num_classes, flag).to(model.device)
+
+
+def learnt_probe(trial: Trial, cell: Cell) -> Path:
+    """The probe of --train_split, kept so that it need not be learnt again and can be given as a --linear_head."""
+    split, settings = trial.settings.train_split, cell["settings"]
+    fixed = ("digests", "model_revision", "prompts", "train_prompts")
+    learnt = {name: settings[name] for name in fixed if name in settings} | {"shards": settings["shards"][split]}
+    only = {"model": trial.model.name, "dataset": cell["dataset"], "measure": "probe", "attack": split}
+    probe = dict.fromkeys(cell) | only | {"settings": learnt}
+    path = Path(trial.settings.output_dir) / "probes" / f"{cell_name(probe)}.safetensors"
+    if not from_main_process(trial.accelerator, path.exists):
+        features, labels = train_features(trial, cell)
+        if trial.accelerator.is_main_process:
+            head = classifiers.fit_linear_probe(features, labels, len(trial.data.classnames))
+            classifiers.save_linear_head(path, head)
+        trial.accelerator.wait_for_everyone()
+    return path
+
+
+def train_features(trial: Trial, cell: Cell) -> tuple[Tensor, Tensor]:
+    """image_embeds (N, D) float32 and labels (N,) of the whole --train_split, on the CPU; its classes found by name."""
+    split = trial.settings.train_split
+    names = trial.data.splits[split].classnames
+    dataset = trial.images(split, with_labels=True, num_classes=len(names))
+    cell = cell | {"measure": "features", "attack": split}
+    _, features, columns = trial.embedded(dataset, cell, "labels", num_samples=len(dataset))
+    labels, places = torch.from_numpy(columns["labels"]), same_classes(names, trial.data.classnames)
+    return features, labels if places is None else torch.tensor(places)[labels]
 
 
 def batch_verdicts(verdicts: Verdicts, attack: Attack, perturbed_fn: Logits) -> None:
@@ -232,14 +281,11 @@ def apgd_verdicts(verdicts: Verdicts, attacked_fn: Logits) -> None:
     def points() -> Iterator[Point]:
         for found in verdicts.classified():
             predicted = found.logits.argmax(dim=1)
+            keys.update(zip(found.positions, found.keys))
+            for position, label, guess in zip(found.positions, found.labels.tolist(), predicted.tolist()):
+                if guess != label:
+                    verdicts.add(position, keys.pop(position), label, guess, broken_by="clean", forwards=1)
             right = (predicted == found.labels).nonzero()[:, 0]
-            for position, key, label, guess in zip(
-                found.positions, found.keys, found.labels.tolist(), predicted.tolist()
-            ):
-                if guess == label:
-                    keys[position] = key
-                else:
-                    verdicts.add(position, key, label, guess, broken_by="clean", forwards=1)
             positions = [found.positions[row] for row in right.tolist()]
             tensors = (found.pixel_values[right], found.labels[right], found.logits[right])
             for point in make_points(positions, *tensors, settings.apgd_targets):
@@ -263,15 +309,13 @@ def apgd_verdicts(verdicts: Verdicts, attacked_fn: Logits) -> None:
         judge=None if settings.attack_dtype == "float32" else verdicts.logits_fn,
     ):
         del under_attack[point.position]
-        broken_by = None
-        if point.broken_by is not None:
-            broken_by = f"target {point.broken_by}" if point.broken_by else "cross-entropy"
-            shown = verdicts.pictures
-            early = len(shown) < PICTURES or point.position < shown[-1].position  # copies to the host are few
-            if early and point.adversarial is not None:
-                images = point.pixel_values, point.adversarial
-                verdicts.show(point.position, *images, point.label, point.label, point.predicted)
-                verdicts.pictures = first_pictures(shown)
+        broken_by = {None: None, 0: "cross-entropy"}.get(point.broken_by, f"target {point.broken_by}")
+        shown = verdicts.pictures
+        early = len(shown) < PICTURES or point.position < shown[-1].position  # copies to the host are few
+        if broken_by is not None and early and point.adversarial is not None:
+            images = point.pixel_values, point.adversarial
+            verdicts.show(point.position, *images, point.label, point.label, point.predicted)
+            verdicts.pictures = first_pictures(shown)
         verdicts.flat += point.zero_gradient
         answer = point.position, keys.pop(point.position), point.label, point.predicted
         verdicts.add(*answer, broken_by=broken_by, forwards=point.forwards + 1)

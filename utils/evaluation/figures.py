@@ -1,16 +1,16 @@
-"""Pictures for reports: curves over t, rows of images, and the panels of report.html.
+"""Pictures for reports: the panels of report.html, and rows of images.
 
-All can be read in black and white: besides its colour a model has a line style and a marker, a bar has a hatch.
+A panel is drawn by a function that takes its axes; ``figure_of`` makes the figure. All can be read in black and white:
+besides its colour a model, by its ``place``, has a line style and a marker, a bar has a hatch.
 """
 
 from __future__ import annotations
 
 import io
-import itertools
 import re
 import textwrap
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
@@ -63,38 +63,20 @@ STYLE: dict[RcKeyType, Any] = {
 
 MOST_LETTERS = 100  # of a line of text in a picture; a longer one would leave no room for the picture
 LABEL_LETTERS = 24  # in a line of a label beside a row of pictures
-T_AXIS = "t, strength of the head"
-PLAIN: dict[RcKeyType, Any] = {"text.parse_math": False, "text.usetex": False}  # also outside of report.html
-
 Point = tuple[float, float, float | None, float | None]  # x, value, and the ends of its interval where it has one
 
 
-@matplotlib.rc_context(PLAIN)
-def draw_t_sweep(
-    path: Path, title: str, panels: Mapping[str, Mapping[str, Mapping[float, float]]], neutral: float | None
-) -> None:
-    """A picture with a panel for each {title: {name: {t: value}}}; see ``_t_marks``."""
-    figure = Figure(figsize=(6.2 * len(panels), 5), layout="constrained")
-    marks = _t_marks(neutral)
-    for axis, (panel, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        for (name, points), (line, marker) in zip(curves.items(), itertools.cycle(LINES)):
-            ts, values = zip(*sorted(points.items()))
-            style = {"color": "black", "marker": marker, "markersize": 4, "markevery": max(1, len(ts) // 18)}
-            axis.plot(ts, values, line, label=name, **style)
-        for t in marks:
-            axis.axvline(t, color="grey", linewidth=0.8, linestyle=":" if t in (0, 1) else "-")
-        above = axis.secondary_xaxis("top")
-        above.set_xticks(list(marks), list(marks.values()), fontsize=8)
-        axis.set(xlabel=T_AXIS, ylabel=panel)
-        axis.grid(alpha=0.3)
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False, fontsize=8)
-    figure.suptitle(title, fontsize=11)
-    save_figure(figure, path, dpi=120)
-
-
-def _t_marks(neutral: float | None) -> dict[float, str]:
-    """Names of marked strengths of a head: 0, 1 and t*, if known."""
-    return {0.0: "original", 1.0: "trained"} | ({} if neutral is None else {neutral: f"t* = {neutral:g}"})
+@matplotlib.rc_context(STYLE)
+def figure_of(panels: Mapping[str, Callable[[Axes], None]], title: str = "") -> Figure:
+    """{title: what draws it} side by side; with a ``title`` of all, their own titles and legends are drawn too."""
+    figure = Figure(figsize=(PANEL_SIZE[0] * len(panels), PANEL_SIZE[1] + 2 * bool(title)), layout="constrained")
+    for axis, (name, draw) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        draw(axis)
+        if title:
+            axis.set_title(name)
+            axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)
+    figure.suptitle(title)
+    return figure
 
 
 def save_figure(figure: Figure, file: Any, **options: Any) -> None:
@@ -112,7 +94,7 @@ def drawable(text: str) -> str:
     return "\n".join(line if len(line) <= MOST_LETTERS else f"{line[: MOST_LETTERS - 1]}…" for line in lines)
 
 
-@matplotlib.rc_context(PLAIN)
+@matplotlib.rc_context({"text.parse_math": False, "text.usetex": False})
 def draw_grid(path: Path, rows: Sequence[tuple[str, Sequence[tuple[Tensor, str]]]], title: str = "") -> None:
     """Rows of pictures: [(label of the row, [(uint8 (3, H, W), caption), ...]), ...]. Pixels are shown as they are."""
     columns = max(len(pictures) for _, pictures in rows)
@@ -161,10 +143,9 @@ def key_figure(place: int, bar: bool = False) -> Figure:
     return figure
 
 
-@matplotlib.rc_context(STYLE)
-def accuracy_curves(curves: Mapping[int, Sequence[Point]], xlabel: str) -> Figure:
+def accuracy_curves(axis: Axes, curves: Mapping[int, Sequence[Point]], xlabel: str) -> None:
     """Accuracies (fractions) over a strength, with bands: {place of the model: its points}."""
-    figure, axis = _panel(xlabel, "accuracy, %")
+    axis.set(xlabel=xlabel, ylabel="accuracy, %")
     for place, points in curves.items():
         xs, values, lows, highs = zip(*sorted(points))
         style = line_style(place)
@@ -178,7 +159,6 @@ def accuracy_curves(curves: Mapping[int, Sequence[Point]], xlabel: str) -> Figur
     axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
     axis.yaxis.set_major_locator(_ticks())
     axis.set_ylim(0, _top(value for points in curves.values() for point in points for value in point[1:]))
-    return figure
 
 
 def _ticks() -> MaxNLocator:
@@ -191,13 +171,12 @@ def _top(fractions: Iterable[float | None]) -> float:
     return next(top for top in (10, 20, 40, 60, 80, 100, highest) if highest <= top)
 
 
-@matplotlib.rc_context(STYLE)
-def clean_robust_front(points: Mapping[int, tuple[str, Point, Point]], ylabel: str) -> Figure:
+def clean_robust_front(axis: Axes, points: Mapping[int, tuple[str, Point, Point]], ylabel: str) -> None:
     """Models as points, {place: (label, clean, robust)}, and the step line along those that no other one beats in both.
 
     Of the two ``Point`` only value and interval count.
     """
-    figure, axis = _panel("clean accuracy, %", ylabel)
+    axis.set(xlabel="clean accuracy, %", ylabel=ylabel)
     for place, (_, clean, robust) in points.items():
         (x, *across), (y, *along), style = _percent(clean[1:]), _percent(robust[1:]), line_style(place)
         cross = {"color": style["color"], "linewidth": 0.8, "alpha": 0.55}
@@ -215,8 +194,7 @@ def clean_robust_front(points: Mapping[int, tuple[str, Point, Point]], ylabel: s
     left, low = axis.get_xlim()[0], axis.get_ylim()[0]
     steps = [left, *xs, xs[-1]], [ys[0], *ys, low]
     axis.plot(*steps, drawstyle="steps-pre", color="#777777", linewidth=1.1, zorder=1)
-    _label_points(figure, axis, [(label, 100 * clean[1], 100 * robust[1]) for label, clean, robust in points.values()])
-    return figure
+    _label_points(axis, [(label, 100 * clean[1], 100 * robust[1]) for label, clean, robust in points.values()])
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -228,10 +206,9 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
     return front[::-1]
 
 
-@matplotlib.rc_context(STYLE)
-def severity_bars(bars: Mapping[int, Mapping[float, float]]) -> Figure:
+def severity_bars(axis: Axes, bars: Mapping[int, Mapping[float, float]]) -> None:
     """Mean accuracy (a fraction) by severity, model beside model: {place: {severity: value}}; severity 0 is clean."""
-    figure, axis = _panel("severity", "accuracy, %")
+    axis.set(xlabel="severity", ylabel="accuracy, %")
     severities = sorted({severity for values in bars.values() for severity in values})
     width = 0.8 / len(bars)
     for n, (place, values) in enumerate(bars.items()):
@@ -241,13 +218,11 @@ def severity_bars(bars: Mapping[int, Mapping[float, float]]) -> Figure:
     axis.yaxis.set_major_locator(_ticks())
     axis.set_ylim(0, _top(value for values in bars.values() for value in values.values()))
     axis.grid(False, axis="x")
-    return figure
 
 
-@matplotlib.rc_context(STYLE)
-def distributions(values: Mapping[int, Sequence[float]], xlabel: str) -> Figure:
+def distributions(axis: Axes, values: Mapping[int, Sequence[float]], xlabel: str) -> None:
     """How a figure is distributed over the images, model over model: outlines of histograms with common bins."""
-    figure, axis = _panel(xlabel, "share of images, %")
+    axis.set(xlabel=xlabel, ylabel="share of images, %")
     every = np.concatenate([np.asarray(of_model, dtype=float) for of_model in values.values()])
     low, high = float(every.min()), float(every.max())
     edges = np.linspace(low, high if high > low else low + 1, 31)
@@ -260,13 +235,11 @@ def distributions(values: Mapping[int, Sequence[float]], xlabel: str) -> Figure:
         top = int(shares.argmax())
         axis.plot((edges[top] + edges[top + 1]) / 2, shares[top], **line_style(place) | {"linestyle": "none"})
     axis.set_ylim(bottom=0)
-    return figure
 
 
-@matplotlib.rc_context(STYLE)
-def training_curves(curves: Mapping[int, Sequence[tuple[float, float]]], ylabel: str, share: bool) -> Figure:
+def training_curves(axis: Axes, curves: Mapping[int, Sequence[tuple[float, float]]], ylabel: str, share: bool) -> None:
     """What a run logged over its steps: {place: [(step, value), ...]}; a ``share`` is drawn in % from 0 to 100."""
-    figure, axis = _panel("step", ylabel + (", %" if share else ""))
+    axis.set(xlabel="step", ylabel=ylabel + (", %" if share else ""))
     for place, points in curves.items():
         steps, values = zip(*points)
         marks = max(1, len(points) // 8)
@@ -276,34 +249,40 @@ def training_curves(curves: Mapping[int, Sequence[tuple[float, float]]], ylabel:
     else:
         axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
     axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    return figure
 
 
-@matplotlib.rc_context(STYLE)
-def t_sweep_panel(curves: Mapping[int, Mapping[float, float]], ylabel: str, neutral: float | None) -> Figure:
-    """Curves over the strength of a head, {place of the curve: {t: value}}; see ``_t_marks``."""
-    figure, axis = _panel(T_AXIS, ylabel)
+def t_sweep(
+    axis: Axes,
+    curves: Mapping[int, Mapping[float, float]],
+    names: Mapping[int, str],
+    ylabel: str,
+    neutral: float | None,
+) -> None:
+    """Curves over the strength of a head, {place of the curve: {t: value}}, with marks at 0, 1 and t* if known."""
+    axis.set(xlabel="t, strength of the head", ylabel=ylabel)
     for place, points in curves.items():
         ts, values = zip(*sorted(points.items()))
-        axis.plot(ts, values, **line_style(place), markevery=max(1, len(ts) // 12), markersize=3.5)
+        marks: dict[str, Any] = {"markevery": max(1, len(ts) // 12), "markersize": 3.5}
+        axis.plot(ts, values, label=names[place], **line_style(place), **marks)
     bottom, top = axis.get_ylim()
     axis.set_ylim(bottom, top + 0.15 * (top - bottom))
     axis.set_yticks([tick for tick in MaxNLocator(6).tick_values(bottom, top) if bottom <= tick <= top])
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
-    for t, name in _t_marks(neutral).items():
-        star = t not in (0, 1)
-        axis.axvline(t, color="#888888", linewidth=0.8, linestyle="-" if star else ":", zorder=1)
+    star = {} if neutral is None else {neutral: f"t* = {neutral:g}"}
+    for t, mark in ({0.0: "original", 1.0: "trained"} | star).items():
+        own = t not in (0, 1)
+        axis.axvline(t, color="#888888", linewidth=0.8, linestyle="-" if own else ":", zorder=1)
         # t* often lies close to 0: its name hangs lower.
-        below: dict[str, Any] = {"xytext": (2, -11 if star else -1), "textcoords": "offset points", "va": "top"}
-        axis.annotate(name, (t, 1), xycoords=("data", "axes fraction"), **below, fontsize=7, color="#555555", bbox=box)
-    return figure
+        below: dict[str, Any] = {"xytext": (2, -11 if own else -1), "textcoords": "offset points", "va": "top"}
+        below |= {"fontsize": 7, "color": "#555555", "bbox": box}
+        axis.annotate(mark, (t, 1), xycoords=("data", "axes fraction"), **below)
 
 
 def inline_svg(figure: Figure, name: str, title: str) -> str:
-    """A figure as an <svg> element of a page that holds many.
+    """A figure as an <svg> element of a page that holds many; it says ``title`` (none: decoration).
 
-    It says ``title`` (none: decoration). Its ids begin with ``name``. The same figure gives the same characters. Styles, metadata and namespaces would act on the whole page or point out of
-    it: they are left out, as are ids that nothing refers to.
+    Its ids begin with ``name``; the same figure gives the same characters. Styles, metadata and namespaces would act on the
+    whole page or point out of it: they are left out, as are ids that nothing refers to.
     """
     file = io.StringIO()
     with matplotlib.rc_context(STYLE):
@@ -340,19 +319,14 @@ def inline_svg(figure: Figure, name: str, title: str) -> str:
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def _panel(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=PANEL_SIZE, layout="constrained")
-    axis = figure.subplots()
-    axis.set(xlabel=xlabel, ylabel=ylabel)
-    return figure, axis
-
-
 def _percent(values: Iterable[float | None]) -> list[float]:
     return [np.nan if value is None else 100 * value for value in values]
 
 
-def _label_points(figure: Figure, axis: Axes, points: Sequence[tuple[str, float, float]]) -> None:
+def _label_points(axis: Axes, points: Sequence[tuple[str, float, float]]) -> None:
     """A name beside every point, where it covers the fewest of the other names and points and stays inside."""
+    figure = axis.get_figure(root=True)
+    assert figure is not None
     figure.draw_without_rendering()  # positions are final from here on: names do not take part in the layout
     renderer = FigureCanvasAgg(figure).get_renderer()
     frame = axis.get_window_extent(renderer)

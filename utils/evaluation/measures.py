@@ -1,31 +1,35 @@
-"""What is measured of a model on a set, beside accuracy under attacks: texts, embeddings, the head, fairness."""
+"""What is asked for, as jobs, and what is measured beside accuracy under attacks: texts, embeddings, the head, fairness."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.data.shards import ShardDataset
+from utils.data.digests import KIND, files_digest, text_digest
+from utils.data.shards import SampleDataset
 from utils.errors import UserError
-from utils.evaluation.attacks import PICTURES, first_pictures, measure_accuracy
+from utils.evaluation.attacks import ATTACKS, PICTURES, first_pictures, measure_accuracy
 from utils.evaluation.fairness import fairness_figures
-from utils.evaluation.results import Cell
-from utils.evaluation.trial import Finding, Model, Picture, Rows, Trial, mean_of, nothing_read, share, values
-from utils.methods.head import head_powers, load_head, neutral_t, unfolded
+from utils.evaluation.results import Cell, Finding, Picture, Results, attempt, mean_interval, model_revision
+from utils.evaluation.trial import EvalSet, Model, Rows, Trial, mean_of, nothing_read, share, values
+from utils.methods.head import HEAD_FILE, head_powers, load_head, neutral_t, unfolded
 from utils.models.policy import TextTable, judge
-from utils.models.zeroshot import prompt_embeddings
+from utils.models.zeroshot import NonFiniteError, prompt_embeddings
 from utils.processes.distributed import gather_objects
-from utils.sets.labelled import AttributeDataset, interpretability_templates, same_classes, twins
+from utils.redaction import shown_setting
+from utils.sets.labelled import AttributeDataset, interpretability_templates, twins
 from utils.sets.pairs import PairDataset, PreferenceDataset, TypographicDataset
-from utils.sets.typographic import word_style
-from utils.training.metrics import mean_interval
+from utils.sets.typographic import font_files, word_style
 
 # Figures that one pass gives together.
 FAIRNESS = (
@@ -38,29 +42,110 @@ RETRIEVED = 10  # images of every query
 logger = logging.getLogger(__name__)
 
 
-def by_classifier(trial: Trial, job: Sequence[Cell]) -> bool:
-    """Accuracy of a labelled set by its classes, not by texts of each image's own."""
-    cell = job[0]
-    by_texts = cell["attack"] == "typographic" or "t" in cell["settings"]
-    return trial.data.labelled and cell["measure"] == "accuracy" and not by_texts
+class Job(NamedTuple):
+    """Cells that one pass over a set, or one look at its embeddings, gives together, and what measures them."""
+
+    find: Callable[[Trial, Sequence[Cell]], list[Finding]]
+    cells: list[Cell]
 
 
-def measure(trial: Trial, job: Sequence[Cell]) -> list[Finding]:
-    """The figures of one job: cells that one pass, or one look at the embeddings, gives together."""
-    first = job[0]
-    if first["measure"] in FAIRNESS:
-        return measure_fairness(trial, job)
-    if any("t" in cell["settings"] for cell in job):
-        return measure_head(trial, job)
-    if first["measure"] in FIDELITY:
-        return measure_fidelity(trial, job)
-    if first["measure"] == "retention":
-        return [measure_retention(trial, first)]
-    if first["measure"] == "interpretability":
-        return [measure_interpretability(trial, first)]
-    if by_classifier(trial, job):
-        return [measure_accuracy(trial, first)]
-    return measure_pairs(trial, job)
+def measure(trial: Trial, job: Job) -> list[Finding]:
+    """Raises ``NonFiniteError`` with the names of model and set."""
+    try:
+        return job.find(trial, job.cells)
+    except NonFiniteError as error:
+        raise NonFiniteError(f"--model {trial.model.name}, --data {job.cells[0]['dataset']}: {error}") from None
+
+
+# What is asked for
+
+
+def find_revisions(settings: Any) -> dict[str, str]:
+    """Digests of the models and the reference by their names, of the linear head and the fonts by their flags."""
+    names = dict.fromkeys([*settings.model, settings.reference_model_name_or_path])
+    found = {name: model_revision(name, settings.cache_dir) for name in names if name is not None}
+    if settings.linear_head is not None:
+        found["--linear_head"] = files_digest([settings.linear_head], settings.cache_dir)[:16]
+    if "typographic" in settings.attack or "head_t" in settings.measure:
+        found["--fonts"] = files_digest(font_files(settings.fonts), settings.cache_dir)[:16]
+    return found
+
+
+def wanted_jobs(
+    settings: Any, revisions: dict[str, str], content: dict[str, str], model: str, dataset: str, data: EvalSet
+) -> list[Job]:
+    """The figures asked for. Two equal cells are the same measurement."""
+    reading: dict[str, Any] = {
+        "split": settings.split if data.labelled or "attack" not in data.splits else None,
+        "num_samples": settings.num_samples,
+        "model_revision": revisions[model],
+        "digests": KIND,
+        "shards": content,
+    }
+    classes: dict[str, Any] = {}
+    words: dict[str, Any] = {}
+    if data.labelled:
+        classes = {"prompts": text_digest([*data.classnames, "", *data.templates]), "classifier": settings.classifier}
+        learnt_from = data.splits.get(settings.train_split)
+        if learnt_from is not None and learnt_from.classnames != data.classnames:  # their labels are read by them
+            classes["train_prompts"] = text_digest(learnt_from.classnames)
+        classes |= {name: shown_setting(getattr(settings, name)) for name in ("classnames", "linear_head")}
+        if settings.linear_head is not None:
+            classes["classifier_revision"] = revisions["--linear_head"]
+        style = json.loads(json.dumps(asdict(word_style(settings))))  # lists, as results.json gives them back
+        words = {"words": style, "font_files": revisions.get("--fonts")}
+
+    def cell(measure: str, attack: str = "clean", **depends_on: Any) -> Cell:
+        where = {name: depends_on.pop(name, None) for name in ("eps", "corruption", "severity", "sigma")}
+        common = {"model": model, "dataset": dataset, "seed": settings.seed, "measure": measure, "attack": attack}
+        own = {} if measure in FIDELITY else classes
+        return common | where | {"settings": reading | own | depends_on}
+
+    jobs: list[Job] = []
+    attacks = [name for name in ATTACKS if name in settings.attack] if "accuracy" in settings.measure else []
+    if data.published is not None:
+        for name, digest in content.items() if attacks else ():
+            corruption, severity = name.split()
+            where = {"corruption": corruption, "severity": int(severity)}
+            corrupted = cell("accuracy", "corruptions", files="published", shards={name: digest}, **where)
+            jobs.append(Job(measure_accuracy, [corrupted]))
+        return jobs
+    for name in attacks:
+        attack = ATTACKS[name]
+        if name == "typographic":
+            jobs.append(Job(measure_pairs, [cell(figure, name, **words) for figure in ("accuracy", "follows_word")]))
+        elif data.labelled:
+            gradients = {"loss": "cross-entropy", "attack_dtype": settings.attack_dtype}
+            common = gradients if attack.follows_gradients else {}
+            strengths = attack.cells(settings, len(data.classnames))
+            jobs += [Job(measure_accuracy, [cell("accuracy", name, **common, **own)]) for own in strengths]
+        elif name == "clean" and ("attack" not in data.splits or "clean" in data.splits):
+            jobs.append(Job(measure_pairs, [cell("accuracy")]))
+    if data.labelled:
+        reference = settings.reference_model_name_or_path
+        compared = {"reference": reference, "reference_revision": revisions.get(reference or "")}
+        described = {"descriptions": text_digest(interpretability_templates())}
+        for measure, find, figures, own in (
+            ("interpretability", measure_interpretability, ("interpretability",), described),
+            ("fidelity", measure_fidelity, FIDELITY, compared),
+            ("retention", measure_retention, ("retention",), compared),
+            ("fairness", measure_fairness, FAIRNESS, {"top_k": settings.top_k}),
+        ):
+            if measure in settings.measure:
+                jobs.append(Job(find, [cell(figure, **own) for figure in figures]))
+    if "head_t" in settings.measure and "attack" not in data.splits:  # t* needs validation pairs of its own
+        of_texts = ("accuracy", "follows_word") if data.labelled else ("pair_accuracy",)
+        own = words if data.labelled else {"val_split": settings.val_split}
+        swept = [cell("accuracy", t=t) for t in settings.t]
+        swept += [cell(figure, "typographic", t=t, **own) for figure in of_texts for t in settings.t]
+        if not data.labelled:
+            chosen = {"task_tolerance": settings.task_tolerance, "candidates": settings.t}
+            swept.append(cell("neutral_t", "typographic", **chosen, **own))
+        jobs.append(Job(measure_head, swept))
+        if "fairness" in settings.measure and data.labelled:
+            swept = [cell(figure, top_k=settings.top_k, t=t) for t in settings.t for figure in FAIRNESS]
+            jobs.append(Job(measure_fairness, swept))
+    return jobs
 
 
 # Texts: words on images, preference pairs, retention
@@ -102,17 +187,17 @@ def judged(
         return trial.merge(judge(map(watch, batches), embed, ref_embed, model.logit_scale))
 
 
-def measure_pairs(trial: Trial, job: Sequence[Cell]) -> list[Finding]:
+def measure_pairs(trial: Trial, cells: Sequence[Cell]) -> list[Finding]:
     """Accuracy on attacked images and how often the rejected text wins, or accuracy on a pair set's clean images."""
 
     def found(cell: Cell, rows: Rows, **kept: Any) -> Finding:
         records = [{"position": position, "correct": value} for position, value in rows]
         return share(cell, values(rows), rows=records, **kept)
 
-    if job[0]["attack"] != "typographic":
+    if cells[0]["attack"] != "typographic":
         # The clean half of a pair set is judged by the same texts; in a single split, the rows of the regulariser are.
-        rows = judged(trial, preference_dataset(trial, split="clean"), job[0])
-        return [found(job[0], rows["chosen" if "clean" in trial.data.splits else "clean"])]
+        rows = judged(trial, preference_dataset(trial, split="clean"), cells[0])
+        return [found(cells[0], rows["chosen" if "clean" in trial.data.splits else "clean"])]
     pictures: list[Picture] = []
 
     def watch(batch: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +209,7 @@ def measure_pairs(trial: Trial, job: Sequence[Cell]) -> list[Finding]:
                 pictures.append(Picture(position, images[clean[position]] / 255, images[len(clean) + i] / 255, caption))
         return batch
 
-    rows = judged(trial, preference_dataset(trial, split="attack"), job[0], watch=watch)
+    rows = judged(trial, preference_dataset(trial, split="attack"), cells[0], watch=watch)
     right, follows = dict(rows["chosen"]), dict(rows["rejected"])
     pictures = first_pictures(picture for part in gather_objects(trial.accelerator, pictures) for picture in part)
     for position, _, _, caption in pictures:
@@ -132,26 +217,26 @@ def measure_pairs(trial: Trial, job: Sequence[Cell]) -> list[Finding]:
             caption["predicted"] = caption["label"]
         elif not follows[position]:
             caption["predicted"] = "another class"
-    return [found(job[0], rows["chosen"], pictures=pictures), found(job[1], rows["rejected"])]
+    return [found(cells[0], rows["chosen"], pictures=pictures), found(cells[1], rows["rejected"])]
 
 
-def measure_retention(trial: Trial, cell: Cell) -> Finding:
+def measure_retention(trial: Trial, cells: Sequence[Cell]) -> list[Finding]:
     """Mean KL(pi_ref || pi) over the classes, on clean images."""
-    reference = comparable_reference(trial, cell)
-    return mean_of(cell, judged(trial, preference_dataset(trial, attacks=0), cell, reference=reference)["kl"])
+    reference = comparable_reference(trial, cells[0])
+    rows = judged(trial, preference_dataset(trial, attacks=0), cells[0], reference=reference)["kl"]
+    return [mean_of(cells[0], rows)]
 
 
 def comparable_reference(trial: Trial, cell: Cell) -> Model:
     """The reference. ``UserError`` where it sees other pixels or, for fidelity, embeds into other dimensions."""
-    model, reference, fidelity = trial.model, trial.reference, cell["measure"] == "fidelity"
+    model, reference = trial.model, trial.reference
     assert reference is not None
+    own_dim, other_dim = model.encoder.embed_dim, reference.encoder.embed_dim
     if model.transform != reference.transform:
         own, other = model.transform.output_size, reference.transform.output_size
         differ = f"sees images of {own} px, {reference.name} of {other} px, or resized in another way"
-    elif fidelity and model.encoder.embed_dim != reference.encoder.embed_dim:
-        differ = (
-            f"embeds into {model.encoder.embed_dim} dimensions, {reference.name} into {reference.encoder.embed_dim}"
-        )
+    elif cell["measure"] == "fidelity" and own_dim != other_dim:
+        differ = f"embeds into {own_dim} dimensions, {reference.name} into {other_dim}"
     else:
         return reference
     raise UserError(f"--measure {cell['measure']}: {model.name} {differ}; name the model that it was fine-tuned from")
@@ -169,7 +254,7 @@ def embedded_rows(trial: Trial, cell: Cell, values: Callable[[dict[str, Any], Te
     return trial.merge({"rows": rows})["rows"]
 
 
-def measure_interpretability(trial: Trial, cell: Cell) -> Finding:
+def measure_interpretability(trial: Trial, cells: Sequence[Cell]) -> list[Finding]:
     """Cosine of an image to 150 descriptions of its true class, mean over them and then over images."""
     model, templates = trial.model, interpretability_templates()
     prompts = prompt_embeddings(model.clip, model.processor, trial.data.classnames, templates, model.device)
@@ -179,21 +264,21 @@ def measure_interpretability(trial: Trial, cell: Cell) -> Finding:
         of_class = described[batch["labels"].to(model.device)]
         return (F.normalize(embeds, dim=-1) * of_class).sum(dim=-1).tolist()
 
-    return mean_of(cell, embedded_rows(trial, cell, cosines))
+    return [mean_of(cells[0], embedded_rows(trial, cells[0], cosines))]
 
 
-def measure_fidelity(trial: Trial, job: Sequence[Cell]) -> list[Finding]:
+def measure_fidelity(trial: Trial, cells: Sequence[Cell]) -> list[Finding]:
     """||phi(x) - phi0(x)||^2 / ||phi0(x)||^2, its mean and quantiles, and the cosine between the two."""
-    reference = comparable_reference(trial, job[0])
+    reference = comparable_reference(trial, cells[0])
 
     def distance_and_cosine(batch: dict[str, Any], embeds: Tensor) -> Iterable[tuple[float, float]]:
         ref = reference.embed_images(batch)
         distance = (embeds - ref).square().sum(dim=-1) / ref.square().sum(dim=-1).clamp_min(1e-12)
         return zip(distance.tolist(), F.cosine_similarity(embeds, ref, dim=-1).tolist())
 
-    rows = embedded_rows(trial, job[0], distance_and_cosine)
+    rows = embedded_rows(trial, cells[0], distance_and_cosine)
     if not rows:
-        raise nothing_read(job[0])
+        raise nothing_read(cells[0])
     distances, cosines = torch.tensor(values(rows), dtype=torch.float64).T
     kept = [{"position": position, "value": value, "cosine": cosine} for position, (value, cosine) in rows]
     figures = {
@@ -205,35 +290,21 @@ def measure_fidelity(trial: Trial, job: Sequence[Cell]) -> list[Finding]:
     }
     return [
         Finding(cell, *figures[cell["measure"]], len(rows), kept if cell["measure"] == "fidelity" else ())
-        for cell in job
+        for cell in cells
     ]
-
-
-def train_features(trial: Trial, cell: Cell) -> tuple[Tensor, Tensor]:
-    """image_embeds (N, D) float32 and labels (N,) of the whole --train_split, on the CPU; its classes found by name."""
-    split = trial.settings.train_split
-    labelled = trial.data.splits[split]
-    num_classes = len(labelled.classnames)
-    dataset = ShardDataset(
-        labelled.index, trial.model.transform, order="sequential", with_labels=True, num_classes=num_classes
-    )
-    cell = cell | {"measure": "features", "attack": split}
-    _, features, columns = trial.embedded(dataset, cell, "labels", num_samples=len(dataset))
-    labels, places = torch.from_numpy(columns["labels"]), same_classes(labelled.classnames, trial.data.classnames)
-    return features, labels if places is None else torch.tensor(places)[labels]
 
 
 # The head, fairness, retrieval
 
 
-def measure_head(trial: Trial, job: Sequence[Cell]) -> list[Finding]:
+def measure_head(trial: Trial, cells: Sequence[Cell]) -> list[Finding]:
     """Accuracies over the strength of the model's head, images embedded once; t* comes from validation pairs."""
     settings, model, data = trial.settings, trial.model, trial.data
     head = load_head(model.name)
     weights = dict(zip(settings.t, head_powers(head["weight"].to(model.device), settings.t)))
 
     def sweep(dataset: PreferenceDataset) -> dict[float, dict[str, Rows]]:
-        with trial.read(dataset, job[0]) as batches:
+        with trial.read(dataset, cells[0]) as batches:
             embedded = [batch | {"images": model.embed_images(batch)} for batch in batches]
         return {
             t: trial.merge(judge(embedded, partial(model.embed, table, weight), None, model.logit_scale))
@@ -252,7 +323,7 @@ def measure_head(trial: Trial, job: Sequence[Cell]) -> list[Finding]:
             neutral = neutral_t(settings.t, pair, task, settings.task_tolerance)
     names = {"accuracy": "chosen", "follows_word": "rejected", "pair_accuracy": "pair"}
     findings = []
-    for cell in job:
+    for cell in cells:
         if cell["measure"] == "neutral_t":
             findings.append(Finding(cell, neutral, None, len(val[0.0]["pair"])))
         else:
@@ -282,15 +353,15 @@ def cosines_by_strength(
         yield t, text_embeds @ unit.T
 
 
-def measure_fairness(trial: Trial, job: Sequence[Cell]) -> list[Finding]:
+def measure_fairness(trial: Trial, cells: Sequence[Cell]) -> list[Finding]:
     """Of retrieval by the class prompts and of classification, between attributes; over t where the job asks."""
-    settings, model, name = trial.settings, trial.model, job[0]["dataset"]
+    settings, model, name = trial.settings, trial.model, cells[0]["dataset"]
     labelled = trial.data.splits[settings.split]
     dataset = AttributeDataset(labelled.index, model.transform, num_classes=len(labelled.classnames))
-    strengths = list(dict.fromkeys(cell["settings"].get("t") for cell in job))
+    strengths = list(dict.fromkeys(cell["settings"].get("t") for cell in cells))
     head = load_head(model.name) if strengths != [None] else None
     with without_head(model, head):
-        _, images, columns = trial.embedded(dataset, job[0], "labels", "attributes")
+        _, images, columns = trial.embedded(dataset, cells[0], "labels", "attributes")
         labels, attributes = torch.from_numpy(columns["labels"]), columns["attributes"].tolist()
         names = sorted(set(attributes))
         if trial.accelerator.is_main_process and (groups_of_one := twins(names)):
@@ -307,20 +378,41 @@ def measure_fairness(trial: Trial, job: Sequence[Cell]) -> list[Finding]:
             t: fairness_figures(cosines.cpu(), labels, groups, settings.top_k)
             for t, cosines in cosines_by_strength(model, table, head, strengths, images, labelled.classnames)
         }
-    return [Finding(cell, figures[cell["settings"].get("t")][cell["measure"]], None, len(images)) for cell in job]
+    return [Finding(cell, figures[cell["settings"].get("t")][cell["measure"]], None, len(images)) for cell in cells]
 
 
-def retrieved(
-    trial: Trial, cell: Cell, head: dict[str, Tensor] | None, strengths: Sequence[float | None]
-) -> dict[float | None, list[list[int]]]:
-    """t -> positions of the best ``RETRIEVED`` images of every --query; t is None for a model without a head."""
-    settings, model = trial.settings, trial.model
-    dataset = ShardDataset(trial.data.splits[settings.split].index, model.transform, order="sequential")
-    with without_head(model, head):
-        positions, images, _ = trial.embedded(dataset, cell)
-        table = model.texts(["{c}"], per_prompt=True)
-        found = {}
-        for t, cosines in cosines_by_strength(model, table, head, strengths, images, settings.query):
-            best = cosines.argsort(dim=1, descending=True, stable=True)[:, :RETRIEVED]
-            found[t] = [[positions[i] for i in line] for line in best.tolist()]
-        return found
+def draw_retrieved(trials: Iterable[Trial], set_name: str, path: Path, results: Results) -> None:
+    """The best images of every --query by every model on one set, as a picture; with a head at t = 0, t* and t = 1.
+
+    Call on all processes. The trials are of one set; t* where it is known.
+    """
+    rows: list[tuple[str, str, list[int]]] = []  # query, label, positions
+    for trial in trials:
+        settings, model = trial.settings, trial.model
+        head = load_head(model.name) if (Path(model.name) / HEAD_FILE).exists() else None
+        known = [r["value"] for r in results.results if (r["model"], r["measure"]) == (model.name, "neutral_t")][-1:]
+        strengths = [None] if head is None else sorted({0.0, 1.0, *known})
+        dataset = trial.images(settings.split)
+        cell: Cell = dict.fromkeys(("eps", "corruption", "severity", "sigma"))
+        cell |= {"model": model.name, "dataset": set_name, "measure": "retrieval", "attack": "clean"}
+        with without_head(model, head):
+            positions, images, _ = trial.embedded(dataset, cell)
+            table = model.texts(["{c}"], per_prompt=True)
+            for t, cosines in cosines_by_strength(model, table, head, strengths, images, settings.query):
+                label = Path(model.name).name + ("" if t is None else f"\nt{'*' if t in known else ''} = {t:g}")
+                best = cosines.argsort(dim=1, descending=True, stable=True)[:, :RETRIEVED].tolist()
+                rows += [(query, label, [positions[i] for i in line]) for query, line in zip(settings.query, best)]
+    if trial.accelerator.is_main_process:
+        rows.sort(key=lambda row: settings.query.index(row[0]))  # query by query, models in their order
+        attempt(path.name, partial(draw_rows, path, dataset, rows), results.undrawn)
+
+
+def draw_rows(path: Path, dataset: SampleDataset, rows: Sequence[tuple[str, str, list[int]]]) -> None:
+    """(query, label of the row, positions of its images) as a picture."""
+    from utils.evaluation.figures import draw_grid  # matplotlib, only where something is drawn
+
+    shown = []
+    for query, label, line in rows:
+        images = [dataset[0, position, position]["image"] for position in line]
+        shown.append((label, list(zip(images, [query, *[""] * len(images)]))))
+    draw_grid(path, shown)

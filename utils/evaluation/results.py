@@ -11,15 +11,17 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import types
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -30,7 +32,6 @@ from utils.data.sources import one_line
 from utils.errors import UserError
 from utils.models.model_card import versions
 from utils.text_files import parse_json
-from utils.training.metrics import mcnemar
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,27 @@ Cell = dict[str, Any]
 Row = dict[str, Any]  # of a sample: position, and what was found; accuracies have label, predicted, correct
 
 
+class Picture(NamedTuple):
+    """A sample whose prediction an attack changed; pixels (3, H, W) in [0,1] as NumPy arrays, which travel."""
+
+    position: int
+    clean: np.ndarray
+    attacked: np.ndarray
+    caption: dict[str, str]
+
+
+class Finding(NamedTuple):
+    """A measured cell with what is kept beside its value."""
+
+    cell: Cell
+    value: float | None
+    interval: Sequence[float] | None
+    n: int
+    rows: Sequence[Row] = ()
+    pictures: Sequence[Picture] = ()
+    warnings: Sequence[str] = ()
+
+
 class Results:
     """results.json of a directory with its records and pictures, read at the start and written after every cell."""
 
@@ -109,6 +131,7 @@ class Results:
         self.compared: list[dict[str, Any]] = []  # by ``compare``
         self.environment: dict[str, str] = {}
         self.written = ""
+        self.undrawn: list[str] = []  # by ``attempt``
         if not self.path.exists():
             return
         try:
@@ -131,8 +154,14 @@ class Results:
         """ValueError, KeyError or TypeError where tables and figures could not be made of what was read."""
         _check_types("environment", self.environment, dict.fromkeys(self.environment, str))
         _check_types("written", {"written": self.written}, {"written": str})
+        for what, found, kinds in (
+            ("a result", self.results, RESULT),
+            ("a warning", self.warnings, WARNING),
+            ("a comparison", self.compared, COMPARISON),
+        ):
+            for entry in found:
+                _check_types(what, entry, kinds)
         for result in self.results:
-            _check_types("a result", result, RESULT)
             if result["measure"] != "accuracy":
                 figure_name(result)  # KeyError for one that is not known
             if result["ci95"] is not None:
@@ -146,11 +175,8 @@ class Results:
                     raise ValueError(f"a result of {result['attack'][:100]} without {name}")
             if "t" in result["settings"]:
                 _check_types("settings", result["settings"], {"t": NUMBER})
-        for warning in self.warnings:
-            _check_types("a warning", warning, WARNING)
         known = {result["model"] for result in self.results}
         for test in self.compared:
-            _check_types("a comparison", test, COMPARISON)
             if len(test["models"]) != 2 or not known.issuperset(test["models"]):
                 raise ValueError(f"a comparison of {str(test['models'])[:100]}, which have no results")
 
@@ -183,8 +209,7 @@ class Results:
         for cell in cells:
             if self.find(cell) is not None:
                 continue
-            old = known.get(_question(cell, False))
-            if old is not None:
+            if old := known.get(_question(cell, False)):
                 changed = [name for name in CONTENT if old["settings"].get(name) != cell["settings"].get(name)]
                 reasons.update(f"{CONTENT[name].format(**cell)}: has changed" for name in changed)
             elif _question(cell, True) in known:
@@ -194,6 +219,17 @@ class Results:
             f"{reason}; {count} figure{'s' if count > 1 else ''} measured again, the old ones stay in results.json"
             for reason, count in reasons.items()
         ]
+
+    def keep(self, finding: Finding) -> None:
+        """What lies beside a figure: written first, so that a figure in results.json always has its records."""
+        for text in finding.warnings:
+            self.warn(finding.cell, text)
+        if finding.rows:
+            self.write_records(finding.cell, finding.rows)
+        if finding.pictures:
+            _, clean, attacked, captions = zip(*finding.pictures)
+            before, after = (torch.from_numpy(np.stack(images)) for images in (clean, attacked))
+            attempt("pictures", lambda: self.write_pictures(finding.cell, before, after, captions), self.undrawn)
 
     def warn(self, cell: Cell, text: str) -> None:
         """Keeps what makes a figure doubtful, and says it; once."""
@@ -210,18 +246,13 @@ class Results:
             self.warn(result, text)
         threads = torch.get_num_threads()
         device = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
-        if torch.cuda.is_available():
-            device = torch.cuda.get_device_name()
-        self.environment = versions() | {"device": device}
-        self.written = datetime.now(UTC).isoformat(timespec="seconds")
-        report = {
-            "schema_version": SCHEMA_VERSION,
-            "written": self.written,
-            "environment": self.environment,
-            "results": self.results,
-            "comparisons": self.compared,
-            "warnings": self.warnings,
+        self.environment = versions() | {
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else device
         }
+        self.written = datetime.now(UTC).isoformat(timespec="seconds")
+        report: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "written": self.written}
+        report |= {"environment": self.environment, "results": self.results}
+        report |= {"comparisons": self.compared, "warnings": self.warnings}
         replace_file(self.path, json.dumps(report, indent=1, allow_nan=False).encode())
 
     def write_records(self, cell: Cell, rows: Sequence[Row]) -> None:
@@ -237,14 +268,12 @@ class Results:
         text = path.read_text(encoding="utf-8", errors="replace")
         for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
             try:
-                row = parse_json(line)
-                _check_types("a record", row, {"position": int})
-                _check_types("a record", row, {name: RECORD[name] for name in RECORD.keys() & row.keys()})
+                rows.append(parse_json(line))
+                _check_types("a record", rows[-1], {"position": int})
+                _check_types("a record", rows[-1], {name: RECORD[name] for name in RECORD.keys() & rows[-1].keys()})
             except ValueError as error:
-                raise UserError(
-                    f"{path}: line {number} is not a record ({error}); measure again in another directory"
-                ) from None
-            rows.append(row)
+                what = f"line {number} is not a record ({error})"
+                raise UserError(f"{path}: {what}; measure again in another directory") from None
         return rows
 
     def records_path(self, cell: Cell) -> Path:
@@ -287,27 +316,23 @@ class Results:
         ``compared`` becomes a list of dicts with the keys of ``COMPARISON``: ``only_first`` images are right for the first
         model alone. Corruptions are left out: 75 tests of one question would prove nothing.
         """
-        groups: dict[str, list[Cell]] = {}
+        groups: dict[str, list[Cell]] = defaultdict(list)
         for result in self.current():
             if result["measure"] == "accuracy" and result["corruption"] is None and "t" not in result["settings"]:
-                groups.setdefault(_without_model(result), []).append(result)
+                groups[_without(result, "model", "model_revision", "classifier_revision")].append(result)
         self.compared = []
         for group in groups.values():
             if len(group) < 2:
                 continue  # records are read where they are needed alone
-            correct = [
-                {row["position"]: row["correct"] for row in self.records(result) if "correct" in row}
-                for result in group
-            ]
+            records = [self.records(result) for result in group]
+            correct = [{row["position"]: row["correct"] for row in rows if "correct" in row} for rows in records]
             for (first, a), (second, b) in itertools.combinations(zip(group, correct), 2):
-                common = sorted(a.keys() & b.keys())
-                if not common:
-                    continue
-                only_first, only_second, p_value = mcnemar([a[i] for i in common], [b[i] for i in common])
-                test: dict[str, Any] = {"models": [first["model"], second["model"]]}
-                test |= {name: first[name] for name in ("dataset", "attack", "eps", "sigma")} | {"n": len(common)}
-                test |= {"only_first": only_first, "only_second": only_second, "p_value": p_value}
-                self.compared.append(test | {"records": [cell_name(first), cell_name(second)]})
+                if common := sorted(a.keys() & b.keys()):
+                    only_first, only_second, p_value = mcnemar([a[i] for i in common], [b[i] for i in common])
+                    test: dict[str, Any] = {"models": [first["model"], second["model"]]}
+                    test |= {name: first[name] for name in ("dataset", "attack", "eps", "sigma")} | {"n": len(common)}
+                    test |= {"only_first": only_first, "only_second": only_second, "p_value": p_value}
+                    self.compared.append(test | {"records": [cell_name(first), cell_name(second)]})
 
 
 def read_alike(result: Cell) -> str:
@@ -322,11 +347,11 @@ def sanity_warnings(results: Sequence[Cell]) -> Iterator[tuple[Cell, str]]:
     Croce and Hein 2020, arXiv 2003.01690; Carlini et al. 2019, arXiv 1902.06705. measures.py notices what shows in a single
     pass: random outputs, zero gradients.
     """
-    groups: dict[str, dict[str, list[Cell]]] = {}
+    groups: dict[str, dict[str, list[Cell]]] = defaultdict(lambda: defaultdict(list))
     for result in results:
         l_inf = result["attack"] == "clean" or result["eps"] is not None
         if result["measure"] == "accuracy" and l_inf and "t" not in result["settings"]:
-            groups.setdefault(read_alike(result), {}).setdefault(result["attack"], []).append(result)
+            groups[read_alike(result)][result["attack"]].append(result)
 
     def eps(result: Cell) -> float:
         return result["eps"] or 0.0
@@ -340,26 +365,19 @@ def sanity_warnings(results: Sequence[Cell]) -> Iterator[tuple[Cell, str]]:
             for weaker, stronger in itertools.combinations([*clean, *sorted(attacked, key=eps)], 2):
                 # A larger ball holds the smaller one, so a good attack can only do better in it.
                 if eps(weaker) < eps(stronger) and weaker["value"] < stronger["value"]:
-                    rises = f"accuracy rises from {share(weaker)} at eps {eps(weaker):g}/255 to {share(stronger)}"
-                    yield (
-                        stronger,
-                        f"{rises} at eps {eps(stronger):g}/255: the attack fails at the larger radius; more steps may help",
-                    )
-        for apgd in group.get("apgd", []):
-            at_eps = [r for name in ("pgd", "square") for r in group.get(name, []) if r["eps"] == apgd["eps"]]
-            for other in at_eps:
+                    before, after = (f"{share(r)} at eps {eps(r):g}/255" for r in (weaker, stronger))
+                    fails = "the attack fails at the larger radius; more steps may help"
+                    yield stronger, f"accuracy rises from {before} to {after}: {fails}"
+        for apgd, other in itertools.product(group["apgd"], group["pgd"] + group["square"]):
+            if apgd["eps"] != other["eps"]:
+                continue
+            if other["attack"] == "pgd" and other["value"] < apgd["value"]:
                 steps = other["settings"].get("attack_steps", "unknown")
-                if other["attack"] == "pgd" and other["value"] < apgd["value"]:
-                    yield (
-                        apgd,
-                        f"APGD leaves {share(apgd)}, PGD with {steps} steps only {share(other)}: APGD was too weak here",
-                    )
-                if other["attack"] == "square" and other["value"] < apgd["value"] - BLACK_BOX_TOLERANCE:
-                    yield (
-                        apgd,
-                        f"the black-box Square attack leaves {share(other)}, APGD {share(apgd)}: gradients mislead, the true "
-                        "robust accuracy is lower than either",
-                    )
+                weak = f"PGD with {steps} steps only {share(other)}: APGD was too weak here"
+                yield apgd, f"APGD leaves {share(apgd)}, {weak}"
+            if other["attack"] == "square" and other["value"] < apgd["value"] - BLACK_BOX_TOLERANCE:
+                doubt = "gradients mislead, the true robust accuracy is lower than either"
+                yield apgd, f"the black-box Square attack leaves {share(other)}, APGD {share(apgd)}: {doubt}"
 
 
 def model_revision(name_or_path: str, cache_dir: str | None = None) -> str:
@@ -370,17 +388,12 @@ def model_revision(name_or_path: str, cache_dir: str | None = None) -> str:
         for parts in folder.glob("*.index.json"):  # may name weights in folders below
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
                 names |= set(map(str, parse_json(parts.read_bytes())["weight_map"].values()))
+        loaded = [name for name in sorted(names.difference(OWN_FILES)) if (folder / name).is_file()]
         try:
-            digests = [
-                f"{name!r} {files_digest([folder / name], cache_dir)}"
-                for name in sorted(names.difference(OWN_FILES))
-                if (folder / name).is_file()
-            ]
+            return text_digest([f"{name!r} {files_digest([folder / name], cache_dir)}" for name in loaded])
         except OSError as error:
-            raise UserError(
-                f"{error.filename}: cannot be read ({error.strerror}); check the files of the model {name_or_path}"
-            ) from None
-        return text_digest(digests)
+            problem = f"cannot be read ({error.strerror}); check the files of the model {name_or_path}"
+            raise UserError(f"{error.filename}: {problem}") from None
     from transformers import AutoConfig
 
     return str(getattr(AutoConfig.from_pretrained(name_or_path, trust_remote_code=False), "_commit_hash", None))
@@ -429,18 +442,16 @@ def _sources(result: dict[str, Any]) -> dict[str, str]:
     return {json.dumps(source): json.dumps(content) for source, content in found.items()}
 
 
-def _question(cell: Cell, earlier: bool) -> str:
+def _question(cell: Cell, earlier: bool) -> tuple[bool, str]:
     """A cell without what was read: two equal ones ask the same. ``earlier``: as cells of earlier versions ask."""
-    left_out = (*CONTENT, *(NAMED_LATER if earlier else ()))
-    settings = {name: value for name, value in cell["settings"].items() if name not in left_out}
-    return json.dumps([earlier, {name: cell[name] for name in CELL} | {"settings": settings}], sort_keys=True)
+    return earlier, _without(cell, *CONTENT, *(NAMED_LATER if earlier else ()))
 
 
-def _without_model(result: dict[str, Any]) -> str:
-    own = ("model_revision", "classifier_revision")
-    settings = {name: value for name, value in result["settings"].items() if name not in own}
-    cell = {name: result[name] for name in CELL if name != "model"} | {"settings": settings}
-    return json.dumps(cell, sort_keys=True)
+def _without(cell: Cell, *names: str) -> str:
+    """A cell without these keys and settings, as a text."""
+    settings = {name: value for name, value in cell["settings"].items() if name not in names}
+    left = {name: cell[name] for name in CELL if name not in names}
+    return json.dumps(left | {"settings": settings}, sort_keys=True)
 
 
 def file_name(text: str) -> str:
@@ -451,23 +462,34 @@ def file_name(text: str) -> str:
     return plain if slashless == short else f"{short}_{text_digest([text])}"
 
 
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """{name: the last parts of its path that tell it from all others}, in the order of first appearance."""
+    parts = {name: [part for part in name.split("/") if part] or [name] for name in dict.fromkeys(names)}
+    short = {}
+    for name, own in parts.items():
+        others = [other for of_name, other in parts.items() if of_name != name]
+        ends = (own[-length:] for length in range(1, len(own) + 1))
+        end = next((end for end in ends if all(other[-len(end) :] != end for other in others)), None)
+        short[name] = "/".join(end) if end else name
+    return short
+
+
 def refuse_unwritable(output_dir: str) -> None:
     """UserError where what an evaluation leaves could not be written at its end. Makes nothing."""
     folder = Path(output_dir)
     try:
         (folder / "pictures" / ("x" * LONGEST_FILE_NAME)).absolute().lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
     except OSError as error:
-        if not isinstance(error, FileNotFoundError | NotADirectoryError):
-            raise UserError(
-                f"--output_dir {output_dir[:100]}: files in it cannot be named ({error.strerror}); give a shorter path"
-            ) from None
+        problem = f"files in it cannot be named ({error.strerror}); give a shorter path"
+        raise UserError(f"--output_dir {output_dir[:100]}: {problem}") from None
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    folders = {there, *(path for name in ("records", "pictures", "probes") if (path := folder / name).exists())}
-    for path in sorted(folders):
-        if not path.is_dir():
+    for path in (there, *(folder / name for name in ("records", "pictures", "probes"))):
+        if path.exists() and not path.is_dir():
             where = "" if path == folder else f"{path} "
             raise UserError(f"--output_dir {output_dir}: {where}is a file; give a directory")
-        if not os.access(path, os.W_OK | os.X_OK):
+        if path.exists() and not os.access(path, os.W_OK | os.X_OK):
             raise UserError(f"--output_dir {output_dir}: {path} cannot be written; name a directory that can")
     for name in ("results.json", "report.html", "benchmark.csv"):
         if (folder / name).is_dir():
@@ -515,3 +537,32 @@ def figure_name(cell: Cell) -> str:
     if cell["measure"] == "accuracy":
         return f"accuracy, {cell['attack']}"
     return FIGURE_NAMES[cell["measure"]].replace("@k", f"@{cell['settings'].get('top_k')}")
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """Wilson 95 % interval of a share, both ends in [0,1]."""
+    from scipy.stats import binomtest  # a second to import
+
+    interval = binomtest(successes, trials).proportion_ci(confidence_level=0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of a mean by the normal approximation, mean -+ 1.96 standard errors."""
+    mean = math.fsum(values) / len(values)
+    variance = math.fsum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
+    half = 1.96 * math.sqrt(variance / len(values))
+    return mean - half, mean + half
+
+
+def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int, float]:
+    """McNemar's exact test of two models on the same images: (right for the first alone, for the second alone, p).
+
+    p is two-sided under b ~ Binomial(b + c, 1/2), 1 where the two never differ. Source: McNemar 1947.
+    """
+    from scipy.stats import binomtest
+
+    only_first = sum(a and not b for a, b in zip(first, second, strict=True))
+    only_second = sum(b and not a for a, b in zip(first, second, strict=True))
+    differing = only_first + only_second
+    return only_first, only_second, float(binomtest(only_first, differing, 0.5).pvalue) if differing else 1.0

@@ -25,14 +25,9 @@ def square(
     """Random search on squares by the logits alone. -> images (B, 3, H, W), those classified rightly attacked.
 
     The search is ``pyautoattack``'s. Its random numbers are drawn here, so that no attack depends on the images beside:
-    stripes of the start from (seed, position), squares from ``seed``, the same for every image.
-
-    Args:
-        pixel_values: (B, 3, H, W) float32 in [0,1]. labels: (B,) int64.
-        positions: of the images in their set. eps: radius, as a share of the pixel range.
-        num_queries: forwards for an image that holds out. batch_size: forwards at a time.
-
-    Raises ``ImportError`` without the package. Source: Andriushchenko et al. 2020 (arXiv 1912.00049).
+    stripes of the start from (seed, position), squares from ``seed``, the same for every image. pixel_values
+    (B, 3, H, W) float32 in [0,1], labels (B,) int64, positions of the images in their set; eps as a share of the pixel
+    range; num_queries: forwards for an image that holds out. Source: Andriushchenko et al. 2020 (arXiv 1912.00049).
     """
     from pyautoattack.square import SquareAttack
 

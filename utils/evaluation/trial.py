@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from utils.data.images import ImageTransform
 from utils.data.shards import SampleDataset, ShardDataset, eval_loader
 from utils.data.skipped import SkipCounter, count_skipped
 from utils.errors import UserError
-from utils.evaluation.results import Cell, Row
+from utils.evaluation.results import Cell, Finding, mean_interval, wilson_interval
 from utils.models.encoders import ImageEncoder, logit_scale
 from utils.models.policy import TextTable, row_names
 from utils.models.zeroshot import ensemble, refuse_non_finite_rows, to_pixel_values
@@ -34,7 +34,6 @@ from utils.processes.distributed import default_num_workers, gather_objects
 from utils.processes.progress import RunProgress
 from utils.sets.corruptions import CorruptedDataset, PublishedCorruptions
 from utils.sets.labelled import LabelledSet
-from utils.training.metrics import mean_interval, wilson_interval
 
 logger = logging.getLogger(__name__)
 
@@ -102,27 +101,6 @@ class Model:
         return image_embeds
 
 
-class Picture(NamedTuple):
-    """A sample whose prediction an attack changed; pixels (3, H, W) in [0,1] as NumPy arrays, which travel."""
-
-    position: int
-    clean: np.ndarray
-    attacked: np.ndarray
-    caption: dict[str, str]
-
-
-class Finding(NamedTuple):
-    """A measured cell with what is kept beside its value."""
-
-    cell: Cell
-    value: float | None
-    interval: Sequence[float] | None
-    n: int
-    rows: Sequence[Row] = ()
-    pictures: Sequence[Picture] = ()
-    warnings: Sequence[str] = ()
-
-
 @cache
 def say_once(line: str) -> None:
     """Many passes read the same set: what was left out of it is said in the first one alone."""
@@ -138,21 +116,19 @@ class Batches:
     progress: RunProgress
     world_size: int
     by_hand: bool
-    seen: int = 0
     judged: int = 0
     right: int = 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in count_skipped(self.loader, self.skips):
-            self.seen += len(batch["keys"])
             yield batch
             if not self.by_hand:
-                self.show(self.seen)
+                self.show(self.skips.seen)
 
     def show(self, done: float) -> None:
         """Moves the bar to ``done`` samples of this process. The accuracy shown can only fall during an attack."""
         progress, done = self.progress, min(self.progress.total, int(done * self.world_size))
-        fields = {"accuracy": 1 - (self.judged - self.right) / self.seen} if self.judged else {}
+        fields = {"accuracy": 1 - (self.judged - self.right) / self.skips.seen} if self.judged else {}
         due = time.monotonic() - progress.spoken > SECONDS_BETWEEN_LINES
         progress.update(done, fields, report=due and done < progress.total)
 
@@ -205,16 +181,20 @@ class Trial:
             fields = {"accuracy": sum(right) / sum(judged)} if sum(judged) else {}
             progress.update(num_samples, fields, report=True)
 
+    def images(self, split: str, **options: Any) -> ShardDataset:
+        """A split's images in order as the encoder sees them, without labels or words."""
+        return ShardDataset(self.data.splits[split].index, self.model.transform, order="sequential", **options)
+
     def labelled_images(self, corruption: Any = None, severity: Any = None) -> SampleDataset:
         """The images of a labelled set as the encoder sees them, corrupted where a corruption is given."""
-        transform = self.model.transform
-        if self.data.published is not None:
-            return self.data.published.dataset(transform, corruption, severity)
-        index, num_classes = self.data.splits[self.settings.split].index, len(self.data.classnames)
+        data, settings, transform = self.data, self.settings, self.model.transform
+        if data.published is not None:
+            return data.published.dataset(transform, corruption, severity)
+        num_classes = len(data.classnames)
         if corruption is None:
-            return ShardDataset(index, transform, order="sequential", with_labels=True, num_classes=num_classes)
-        options = {"severity": severity, "seed": self.settings.seed, "num_classes": num_classes}
-        return CorruptedDataset(index, transform, corruption=corruption, **options)
+            return self.images(settings.split, with_labels=True, num_classes=num_classes)
+        options = {"severity": severity, "seed": settings.seed, "num_classes": num_classes}
+        return CorruptedDataset(data.splits[settings.split].index, transform, corruption=corruption, **options)
 
     def merge(self, own: Mapping[str, Rows]) -> dict[str, Rows]:
         """The rows of all processes in the set's order; empty for a name that nobody has."""

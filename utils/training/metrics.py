@@ -1,13 +1,11 @@
-"""What runs report: statistics of a batch, intervals of an accuracy, FLOPs, and the metrics.jsonl file."""
+"""What runs report: statistics of a batch, FLOPs, and the metrics.jsonl file."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import resource
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,35 +30,6 @@ def violation_statistics(distance: Tensor, margin: Tensor, rho: float) -> dict[s
     values = torch.stack([ratio.mean(), quantiles[0], quantiles[1], ratio.max(), violated]).tolist()
     names = [f"violation_ratio_{name}" for name in ("mean", "median", "p95", "max")]
     return dict(zip([*names, "violated_fraction"], values))
-
-
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """Wilson 95 % interval of a share, both ends in [0,1]."""
-    from scipy.stats import binomtest  # a second to import, which training need not wait for
-
-    interval = binomtest(successes, trials).proportion_ci(confidence_level=0.95, method="wilson")
-    return float(interval.low), float(interval.high)
-
-
-def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int, float]:
-    """McNemar's exact test of two models on the same images: (right for the first alone, for the second alone, p).
-
-    p is two-sided under b ~ Binomial(b + c, 1/2), 1 where the two never differ. Source: McNemar 1947.
-    """
-    from scipy.stats import binomtest
-
-    only_first = sum(a and not b for a, b in zip(first, second, strict=True))
-    only_second = sum(b and not a for a, b in zip(first, second, strict=True))
-    differing = only_first + only_second
-    return only_first, only_second, float(binomtest(only_first, differing, 0.5).pvalue) if differing else 1.0
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of a mean by the normal approximation, mean -+ 1.96 standard errors."""
-    mean = math.fsum(values) / len(values)
-    variance = math.fsum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
-    half = 1.96 * math.sqrt(variance / len(values))
-    return mean - half, mean + half
 
 
 def forward_flops(encoder: ImageEncoder) -> int:
