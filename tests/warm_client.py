@@ -12,18 +12,9 @@ import sys
 
 # Variables that launchers set, and that nothing reads before a script runs.
 RUNTIME = (
-    "ACCELERATE_",
-    "COVERAGE_",
-    "GROUP_",
-    "LOCAL_",
-    "MASTER_",
-    "PYTEST_",
-    "RANK",
-    "ROLE_",
-    "TORCHELASTIC_",
-    "WORLD_SIZE",
-)
-RUNTIME += ("KMP_", "MIXED_PRECISION", "OMPI_", "TORCH_NCCL_", "_")
+    "_", "ACCELERATE_", "COVERAGE_", "GROUP_", "KMP_", "LOCAL_", "MASTER_", "MIXED_PRECISION", "OMPI_", "PYTEST_",
+    "PYTORCH_NVML_", "RANK", "ROLE_", "TORCHELASTIC_", "TORCH_NCCL_", "WORLD_SIZE",
+)  # fmt: skip
 
 
 def at_import(environment: dict[str, str]) -> dict[str, str]:
