@@ -101,6 +101,7 @@ def serve(folder: str) -> None:
     script = os.fork()
     if script:
         attend(connection, script)
+    os.setpgid(0, 0)  # with its data workers
     connection.close()
     with os.fdopen(descriptors[3]) as file:
         file.seek(0)
@@ -122,7 +123,7 @@ def attend(connection: socket.socket, script: int) -> NoReturn:
         with contextlib.suppress(OSError):  # it has ended, or the caller has
             while number := connection.recv(1):
                 os.kill(script, number[0])
-            os.kill(script, signal.SIGKILL)
+            os.killpg(script, signal.SIGKILL)
 
     threading.Thread(target=listen, daemon=True).start()
     _, status = os.waitpid(script, 0)
