@@ -48,7 +48,7 @@ demo-preferences: $(VENV)/.installed
 results-quick: $(VENV)/.installed
 	$(BIN)/python benchmarks/results_quick.py --output_dir runs/results-quick
 
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 test: $(VENV)/.installed
 	$(PYTEST) -m "not slow" $(PYTEST_FLAGS)
