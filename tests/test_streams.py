@@ -36,7 +36,7 @@ def test_what_is_printed_ends_no_process(tmp_path: Path) -> None:
         command = f'set -o pipefail; "$0" -c "$1" {saved} {redirection}'
         running.append((redirection, saved, shell(command, SPEAKS, PYTHONIOENCODING="ascii")))
     for redirection, saved, process in running:
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, (redirection, errors)
         assert saved.read_text() == "saved", redirection
         if redirection == ">/dev/full":
@@ -54,7 +54,7 @@ utils.streams.READER_PATIENCE = 0.2
 utils.streams.outlive_streams()
 print("x" * 1_000_000, flush=True)
 """
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=20)
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=120)
 
 
 def shell(command: str, program: str, **env: str) -> subprocess.Popen:
