@@ -18,7 +18,10 @@ RUNTIME = (
 
 
 def at_import(environment: dict[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if not name.startswith(RUNTIME)}
+    """What packages may read; without the working directory in PYTHONPATH, where accelerate puts it for DeepSpeed."""
+    found = {name: value for name, value in environment.items() if not name.startswith(RUNTIME)}
+    folders = environment.get("PYTHONPATH", "").split(os.pathsep)
+    return found | {"PYTHONPATH": os.pathsep.join(folder for folder in folders if folder not in ("", os.getcwd()))}
 
 
 def main() -> None:
