@@ -13,7 +13,7 @@ import sys
 # Variables that launchers set, and that nothing reads before a script runs.
 RUNTIME = (
     "_", "ACCELERATE_", "COVERAGE_", "GROUP_", "KMP_", "LOCAL_", "MASTER_", "MIXED_PRECISION", "OMPI_", "PYTEST_",
-    "PYTORCH_NVML_", "RANK", "ROLE_", "TORCHELASTIC_", "TORCH_NCCL_", "WORLD_SIZE",
+    "PYTORCH_NVML_", "RANK", "ROLE_", "TORCHELASTIC_", "TORCHINDUCTOR_", "TORCH_NCCL_", "WORLD_SIZE",
 )  # fmt: skip
 
 

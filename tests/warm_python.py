@@ -15,16 +15,19 @@ import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
+BEFORE_TESTS = dict(os.environ)
 SCRIPTS = ("train_lore", "train_po", "evaluate")
 # What launchers, examples and a writer of logs import besides.
 PACKAGES = (
@@ -46,7 +49,7 @@ def warm_python() -> str:
     client = (ROOT / "tests/warm_client.py").read_text(encoding="utf-8")
     executable.write_text(f"#!{sys.executable} -SE\n{client}", encoding="utf-8")
     executable.chmod(0o755)
-    environment = script_environment()
+    environment = script_environment(BEFORE_TESTS)
     plain = {name: value for name, value in environment.items() if not name.startswith("COVERAGE_")}
     note = {"python": sys.executable, "environment": at_import(environment)}
     (folder / "server.json").write_text(json.dumps(note), encoding="utf-8")
@@ -55,19 +58,16 @@ def warm_python() -> str:
     assert server.stdout.readline() == b"ready\n"
 
     def end() -> None:
-        server.terminate()
+        server.stdin.close()
         server.wait()
-        for path in folder.iterdir():
-            path.unlink()
-        folder.rmdir()
 
     atexit.register(end)
     return str(executable)
 
 
-def script_environment() -> dict[str, str]:
+def script_environment(around: Mapping[str, str] = os.environ) -> dict[str, str]:
     """What a test's script sees: no launcher around the tests, one thread."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    inherited = {name: value for name, value in around.items() if not name.startswith("ACCELERATE_")}
     return inherited | {"OMP_NUM_THREADS": "1"}
 
 
@@ -89,7 +89,8 @@ def serve(folder: str) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that attend
     while True:
         ready, _, _ = select.select([listener, 0], [], [])
-        if listener not in ready:  # the session has ended
+        if listener not in ready:  # the session has ended, in whatever way
+            shutil.rmtree(folder)
             os._exit(0)
         connection, _ = listener.accept()
         if not os.fork():
@@ -134,7 +135,7 @@ def attend(connection: socket.socket, script: int) -> NoReturn:
 
 def become() -> None:
     """Runs the script or module that sys.argv names, as `python` does."""
-    if "COVERAGE_PROCESS_CONFIG" in os.environ:
+    if any(name.startswith("COVERAGE_PROCESS_") for name in os.environ):
         import coverage
 
         coverage.process_startup()
