@@ -87,6 +87,8 @@ def serve(folder: str) -> None:
     listener.listen()
     os.write(1, b"ready\n")
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that attend
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # sent to all: who attends still has a script to kill
+        signal.signal(number, signal.SIG_IGN)
     while True:
         ready, _, _ = select.select([listener, 0], [], [])
         if listener not in ready:  # the session has ended, in whatever way
@@ -103,6 +105,9 @@ def serve(folder: str) -> None:
     if script:
         attend(connection, script)
     os.setpgid(0, 0)  # with its data workers
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     connection.close()
     with os.fdopen(descriptors[3]) as file:
         file.seek(0)
