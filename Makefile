@@ -1,9 +1,10 @@
 # make demo      everything once, on a CPU, without downloads: LORE beside FARE, then preference optimisation
 # make results-quick   every table and figure of docs/results.md in small: digits, one seed, no download
-# make test      the test suite; make test-slow adds what takes minutes
+# make test      the test suite, in JOBS=2 processes of one thread; make test-slow runs what takes minutes
 # make lint      ruff and mypy, as continuous integration runs it
 
 PYTHON ?= python3
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
@@ -47,11 +48,13 @@ demo-preferences: $(VENV)/.installed
 results-quick: $(VENV)/.installed
 	$(BIN)/python benchmarks/results_quick.py --output_dir runs/results-quick
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_FLAGS)
+	$(PYTEST) -m "not slow" $(PYTEST_FLAGS)
 
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -16,22 +16,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.comparison import FARE, START, Flags, LoreSettings, evaluate, lore_runs
-from benchmarks.evidence import (
-    CONFIRMED,
-    NOT_CONFIRMED,
-    Claim,
-    Numbers,
-    Table,
-    difference,
-    error_bars,
-    new_figure,
-    number,
-    share,
-    show,
-    verdict,
-    write_numbers,
-)
+from benchmarks import evidence
+from benchmarks.comparison import FARE, START, Flags, StepSettings, evaluate, lore_runs
+from benchmarks.evidence import CONFIRMED, NOT_CONFIRMED, Claim, Numbers, Table, difference, verdict
 from utils.cli import flag, parse_settings, run
 from utils.evaluation.figures import line_style
 from utils.training.metrics import MetricsFile
@@ -47,15 +34,13 @@ TECOA = "TeCoA, K = {}"
 
 
 @dataclass
-class Settings(LoreSettings):
+class Settings(StepSettings):
     # fmt: off
-    eps: float = flag(4.0, "radius of the training attack, in 1/255", group="training", above=0, maximum=255)
     rho: float = flag(0.02, "tolerance of the embedding constraint", group="training", minimum=0)
     supervised_rho: float = flag(0.1, "tolerance of TeCoA's constraints: of ||z0||^2, of the entropy", group="training", minimum=0)
     fixed_rhos: list[float] = flag([3.2, 6.3, 12.7], "squared distances allowed under a fixed margin", group="training", minimum=0)
     primal_steps: list[int] = flag([1, 2, 3, 5, 7, 10], "K; 5 is everywhere else", group="training", minimum=1)
     attack_steps: list[int] = flag([1, 2, 5, 10, 20], "PGD steps; 10 is everywhere else", group="training", minimum=1)
-    steps: int = flag(60, "training steps", group="training", minimum=1)
     eval_eps: float = flag(4.0, "radius of APGD, in 1/255", group="evaluation", above=0, maximum=255)
     # fmt: on
 
@@ -81,8 +66,8 @@ def main() -> None:
     for (title, label), folders in runs.items():
         last = [MetricsFile(folder / "metrics.jsonl").read()[-1].get("multiplier_mean", 0.0) for folder in folders]
         found[title][label] = read(list(map(str, folders)), last if any(last) else [])
-    numbers = write_numbers(settings, [*models, Path(settings.output_dir) / "eval-ablations"], found)
-    show(tables(numbers))
+    numbers = evidence.write_numbers(settings, [*models, Path(settings.output_dir) / "eval-ablations"], found)
+    evidence.show(tables(numbers))
 
 
 def make_rows(settings: Settings) -> dict[str, dict[str, Flags]]:
@@ -117,7 +102,13 @@ def tables(numbers: Numbers) -> list[Table]:
         for label, of in (found[START] | found[title]).items():
             multiplier = f"{statistics.mean(of['multiplier']):.2g}" if of["multiplier"] else "-"
             rows.append(
-                [label, share(of["clean"], n), share(of["robust"], n), number(of["distance"], 1, 100), multiplier]
+                [
+                    label,
+                    evidence.share(of["clean"], n),
+                    evidence.share(of["robust"], n),
+                    evidence.number(of["distance"], 1, 100),
+                    multiplier,
+                ]
             )
         made.append((title[0].upper() + title[1:], rows))
     return made
@@ -126,7 +117,7 @@ def tables(numbers: Numbers) -> list[Table]:
 def draw(numbers: Numbers) -> Figure:
     found = numbers["results"]
     titles = [title for title in found if title != START]
-    figure, axes = new_figure(3, 2)
+    figure, axes = evidence.new_figure(3, 2)
     for axis in axes[len(titles) :]:
         axis.set_axis_off()
     for axis, title in zip(axes, titles):
@@ -134,7 +125,7 @@ def draw(numbers: Numbers) -> Figure:
             x, y = ([100 * statistics.mean(of[key])] for key in ("clean", "robust"))
             style = line_style(place)
             axis.errorbar(
-                x, y, xerr=error_bars([of["clean"]]), yerr=error_bars([of["robust"]]), linestyle="none",
+                x, y, xerr=evidence.error_bars([of["clean"]]), yerr=evidence.error_bars([of["robust"]]), linestyle="none",
                 color=style["color"], marker=style["marker"], capsize=2, elinewidth=0.8, label=label,
                 markerfacecolor="white" if place % 2 else style["color"],
             )  # fmt: skip

@@ -20,20 +20,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import evaluate as side_by_side
-from benchmarks.comparison import FARE, START, Flags, LoreSettings, evaluate, lore_runs
-from benchmarks.evidence import (
-    CONFIRMED,
-    NOT_CONFIRMED,
-    Claim,
-    Numbers,
-    Table,
-    difference,
-    legend_below,
-    new_figure,
-    share,
-    show,
-    write_numbers,
-)
+from benchmarks import evidence
+from benchmarks.comparison import FARE, START, Flags, StepSettings, evaluate, lore_runs
+from benchmarks.evidence import CONFIRMED, NOT_CONFIRMED, Claim, Numbers, Table, difference
 from utils.cli import flag, parse_settings, run
 from utils.evaluation.figures import COLORS, HATCHES
 from utils.evaluation.results import Results
@@ -46,11 +35,10 @@ COLUMNS = {"clean": "clean", "pgd": "PGD", "apgd": "APGD", "square": "Square"}
 
 
 @dataclass
-class Settings(LoreSettings):
+class Settings(StepSettings):
     # fmt: off
     eps: float = flag(4.0, "radius of the training attack and of the evaluation, in 1/255", group="training", above=0, maximum=255)
     rho: float = flag(0.1, "LORE's tolerance", group="training", minimum=0)
-    steps: int = flag(60, "training steps", group="training", minimum=1)
     primal_steps: int = flag(5, "K, updates per batch", group="training", minimum=1)
     square_queries: int = flag(5000, "forwards for an image that holds out", group="evaluation", minimum=1)
     apgd_steps: int = flag(100, "steps of each run of APGD", group="evaluation", minimum=1)
@@ -84,9 +72,9 @@ def main() -> None:
             f"{eps:g}": attack_strength(settings, names[0], eps) for eps in settings.strength_eps
         }
     evaluations = [folder, Path(settings.output_dir) / "eval-attack-check-bfloat16"]
-    numbers = write_numbers(settings, [*models, *evaluations], found)
+    numbers = evidence.write_numbers(settings, [*models, *evaluations], found)
     print(f"the authors' code and the strength of attacks: {(time.monotonic() - started) / 60:.1f} minutes more")
-    show(tables(numbers))
+    evidence.show(tables(numbers))
 
 
 def make_variants(settings: Settings) -> dict[str, Flags]:
@@ -145,10 +133,12 @@ def tables(numbers: Numbers) -> list[Table]:
     for label, of in found.items():
         count = n * len(of["apgd"])
         rows.append([
-            label, *(share(of[attack], n) for attack in COLUMNS), f"{of['broken_by_square_alone']} of {count}",
-            share(of["apgd_bfloat16"], n),
+            label, *(evidence.share(of[attack], n) for attack in COLUMNS), f"{of['broken_by_square_alone']} of {count}",
+            evidence.share(of["apgd_bfloat16"], n),
         ])  # fmt: skip
-        theirs.append([label, share(of["apgd"][:1], n), share([of["reference"]], n), f"{of['differ']} of {n}"])
+        theirs.append(
+            [label, evidence.share(of["apgd"][:1], n), evidence.share([of["reference"]], n), f"{of['differ']} of {n}"]
+        )
         strengths.append([label, *(f"{100 * value:.1f} %" for value in of["strength"].values())])
     return [
         (f"Accuracy in % on {n} test images, eps {settings['eps']:g}/255", rows),
@@ -159,7 +149,7 @@ def tables(numbers: Numbers) -> list[Table]:
 
 def draw(numbers: Numbers) -> Figure:
     found, n = numbers["results"], numbers["settings"]["num_samples"]
-    figure, (bars,) = new_figure(1, height=3.2)
+    figure, (bars,) = evidence.new_figure(1, height=3.2)
     figure.set_size_inches(6.4, 3.4)
     columns = [*COLUMNS, "apgd_bfloat16"]
     width = 0.8 / len(columns)
@@ -171,7 +161,7 @@ def draw(numbers: Numbers) -> Figure:
                  edgecolor=COLORS[place], hatch=HATCHES[place], label=COLUMNS.get(column, "APGD in bfloat16"))  # fmt: skip
     bars.set(ylabel="accuracy, %")
     bars.set_xticks(range(len(found)), list(found), fontsize=7)
-    legend_below(figure, bars, len(columns))
+    evidence.legend_below(figure, bars, len(columns))
     return figure
 
 

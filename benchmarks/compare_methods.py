@@ -24,7 +24,7 @@ from benchmarks.comparison import (
     FARE,
     START,
     Flags,
-    LoreSettings,
+    StepSettings,
     evaluate,
     lore_runs,
     markdown,
@@ -38,11 +38,9 @@ LINES = [(":", "o"), ("--", "s"), ("-", "^"), ("-.", "v"), ("-", "D")]  # of the
 
 
 @dataclass
-class Settings(LoreSettings):
+class Settings(StepSettings):
     # fmt: off
-    eps: float = flag(4.0, "radius of the training attack, in 1/255", group="training", above=0, maximum=255)
     rho: list[float] = flag([0.1], "LORE's tolerance; several are several methods", group="training", minimum=0)
-    steps: int = flag(60, "training steps", group="training", minimum=1)
     curve_steps: int = flag(10, "steps between evaluations during training", group="evaluation", minimum=1)
     curve_num_samples: int = flag(200, "test images of those", group="evaluation", minimum=1)
     eval_eps: list[float] = flag([2.0, 4.0], "radii of the final PGD evaluation, in 1/255", group="evaluation", above=0, maximum=255)

@@ -19,45 +19,41 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.comparison import claim_directory, in_parallel, launcher, markdown, percent, print_table
-from utils.cli import flag, parse_settings, required, run
+from benchmarks.comparison import (
+    START,
+    WordSettings,
+    claim_directory,
+    in_parallel,
+    launcher,
+    markdown,
+    percent,
+    print_table,
+)
+from utils.cli import flag, parse_settings, run
 from utils.errors import UserError
 from utils.methods.preferences import DEFAULT_BETA, PREFERENCES
-from utils.sets.typographic import KINDS, PLACES
+from utils.sets.typographic import PLACES
 
-START = "start model"
 FIGURES = [("accuracy", "clean"), ("accuracy", "typographic"), ("follows_word", "typographic"), ("retention", "clean")]
 HEADINGS = ["original", "typographic", "follows the word", "KL to the start, nats"]
 
 
 @dataclass
-class Settings:
+class Settings(WordSettings):
     # fmt: off
-    model: str = required("the model that every run starts from; one that can read", group="what", path=True)
-    data: str = required("labelled set whose train/ is trained on", group="what", path=True)
     eval_data: list[str] = flag([], "labelled sets whose test/ is evaluated on (default: --data)", group="what", path=True)
     preferences: list[str] = flag(["ce", "dpo", "ipo", "kto"], "methods", group="what", choices=PREFERENCES)
-    seeds: list[int] = flag([0], "one run of each method per seed", group="what", minimum=0)
-    output_dir: str = required("runs, evaluation and table.md go here", group="what", path=True)
-
-    steps: int = flag(150, "training steps", group="training", minimum=1)
     batch_size: int = flag(64, "images per step, each clean and attacked", group="training", minimum=1)
+    steps: int = flag(150, "training steps", group="training", minimum=1)
     learning_rate: float = flag(3e-4, "the same for every method", group="training", minimum=0)
     beta: list[float] = flag([], "one for each of --preferences (default: dpo 1, ipo 0.1, kto 1.5); ce has none, write 1", group="training", above=0)
     reg_weight: float = flag(1.0, "weight of the KL on clean images, the same for every method but ipo", group="training", minimum=0)
     ipo_reg_weight: float = flag(10.0, "ipo's, whose loss grows with 1/beta^2: 25 at the start with beta 0.1", group="training", minimum=0)
-    fonts: list[str] = flag(["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"], "of the words trained on", group="training", path=True)
-    word_size_min: float = flag(40.0, "letters, in pixels at an image side of 224", group="training", above=0)
     word_size_max: float = flag(50.0, "in the same unit", group="training", above=0)
-    word_place: str = flag("bottom", "of the words trained on", group="training", choices=PLACES)
-    word_kind: str = flag("label", "of all words", group="training", choices=KINDS)
 
-    eval_fonts: list[str] = flag(["Aileron", "cmr10", "cmtt10"], "of the words evaluated on", group="evaluation", path=True)
     eval_word_size_min: float = flag(50.0, "letters, in pixels at an image side of 224", group="evaluation", above=0)
     eval_word_size_max: float = flag(60.0, "in the same unit", group="evaluation", above=0)
     eval_word_place: str = flag("top", "of the words evaluated on", group="evaluation", choices=PLACES)
-    num_samples: int | None = flag(None, "test images per set (default: all)", group="evaluation", minimum=1)
-    jobs: int = flag(1, "runs at a time, one thread each where more than one; then processes of the evaluation", group="run", minimum=1)
     # fmt: on
 
 

@@ -23,6 +23,7 @@ from utils.data.digests import files_digest, text_digest
 from utils.errors import UserError
 from utils.evaluation.results import Results, model_revision
 from utils.processes.progress import wide_console
+from utils.sets.typographic import KINDS, PLACES
 
 ROOT = Path(__file__).resolve().parents[1]
 FARE = {"constraint": "none"}
@@ -33,24 +34,65 @@ Flags = Mapping[str, Any]  # of a script, without the dashes
 
 
 @dataclass
-class LoreSettings:
-    """Flags of every comparison that is made of runs of train_lore.py."""
+class Settings:
+    """Flags of every comparison of training runs."""
 
     # fmt: off
     model: str = required("the model that every run starts from", group="what", path=True)
-    data: str = required("labelled set with train/ and test/", group="what", path=True)
+    data: str = required("labelled set: train/ is trained on, test/ is evaluated on", group="what", path=True)
     seeds: list[int] = flag([0], "one run of each variant per seed", group="what", minimum=0)
-    output_dir: str = required("runs and evaluations go here; scripts that train alike can share it", group="what", path=True)
+    output_dir: str = required("runs, evaluations and tables go here", group="what", path=True)
+    batch_size: int = flag(64, "images per step", group="training", minimum=1)
+    jobs: int = flag(1, "runs at a time, one thread each where more than one; then processes of the evaluation", group="run", minimum=1)
+    # fmt: on
+
+
+@dataclass
+class NumbersSettings:
+    """Flags of a script whose numbers benchmarks/results.py shows."""
+
+    # fmt: off
     numbers_dir: str | None = flag(None, "what was found goes here, for benchmarks/results.py (default: --output_dir)", group="what", path=True)
     numbers_name: str | None = flag(None, "as NAME.json (default: the script's)", group="what")
-    batch_size: int = flag(64, "images per step", group="training", minimum=1)
+    # fmt: on
+
+
+@dataclass
+class LoreSettings(NumbersSettings, Settings):
+    """Flags of every comparison of runs of train_lore.py; scripts that train alike can share an --output_dir."""
+
+    # fmt: off
     learning_rate: float = flag(3e-4, "of the encoder, the same for every variant", group="training", minimum=0)
     num_samples: int = flag(500, "test images of the evaluation", group="evaluation", minimum=1)
-    jobs: int = flag(1, "runs at a time, one thread each where more than one; then processes of the evaluation", group="run", minimum=1)
     # fmt: on
 
     def __post_init__(self) -> None:
         self.model, self.data = as_in_results(self.model), as_in_results(self.data)
+
+
+@dataclass
+class StepSettings(LoreSettings):
+    """Flags where all runs train at one radius, in as many steps."""
+
+    # fmt: off
+    eps: float = flag(4.0, "radius of the training attack, in 1/255", group="training", above=0, maximum=255)
+    steps: int = flag(60, "training steps", group="training", minimum=1)
+    # fmt: on
+
+
+@dataclass
+class WordSettings(Settings):
+    """Flags where words are written on images: those trained on, and others that are evaluated on."""
+
+    # fmt: off
+    fonts: list[str] = flag(["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"], "of the words trained on", group="training", path=True)
+    word_size_min: float = flag(40.0, "letters, in pixels at an image side of 224", group="training", above=0)
+    word_size_max: float = flag(60.0, "in the same unit", group="training", above=0)
+    word_place: str = flag("bottom", "of the words trained on", group="training", choices=PLACES)
+    word_kind: str = flag("label", "of all words", group="training", choices=KINDS)
+    eval_fonts: list[str] = flag(["Aileron", "cmr10", "cmtt10"], "of the words evaluated on", group="evaluation", path=True)
+    num_samples: int | None = flag(None, "test images per set (default: all)", group="evaluation", minimum=1)
+    # fmt: on
 
 
 def claim_directory(output_dir: Path, kept: dict[str, Any]) -> None:

@@ -19,23 +19,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks import evidence
 from benchmarks.comparison import FARE, Flags, LoreSettings, lore_runs
-from benchmarks.evidence import (
-    Claim,
-    Numbers,
-    Table,
-    at_all,
-    difference,
-    draw_spread,
-    legend_below,
-    new_figure,
-    number,
-    plain_log,
-    share,
-    show,
-    verdict,
-    write_numbers,
-)
+from benchmarks.evidence import Claim, Numbers, Table, difference, verdict
 from utils.cli import flag, parse_settings, run
 from utils.training.metrics import MetricsFile
 
@@ -65,8 +51,8 @@ def main() -> None:
         histories = [MetricsFile(folder / "metrics.jsonl").read() for folder in folders]
         found[f"{eps:g}"][name] = read_curves(histories, methods[name]["primal_steps"], settings.primal_steps)
     folders = [folder for per_seed in runs.values() for folder in per_seed]
-    numbers = write_numbers(settings, folders, found)
-    show(tables(numbers))
+    numbers = evidence.write_numbers(settings, folders, found)
+    evidence.show(tables(numbers))
 
 
 def make_methods(settings: Settings) -> dict[str, Flags]:
@@ -109,10 +95,10 @@ def tables(numbers: Numbers) -> list[Table]:
         for name, curves in methods.items():
             lowest = [min(curve) for curve in curves["clean"]]
             where = [curves["updates"][curve.index(low)] for curve, low in zip(curves["clean"], lowest)]
-            last = [share([curve[-1] for curve in curves[key]], n) for key in ("clean", "robust")]
-            stability.append([f"{eps}/255", name, share(lowest, n), " / ".join(map(str, where)), *last])
-            ends = [[number([curve[-1] for curve in curves[f"ratio_{q}"]], 3)] for q in QUANTILES]
-            violated = number([curve[-1] for curve in curves["violated"]], 0, 100) + " %"
+            last = [evidence.share([curve[-1] for curve in curves[key]], n) for key in ("clean", "robust")]
+            stability.append([f"{eps}/255", name, evidence.share(lowest, n), " / ".join(map(str, where)), *last])
+            ends = [[evidence.number([curve[-1] for curve in curves[f"ratio_{q}"]], 3)] for q in QUANTILES]
+            violated = evidence.number([curve[-1] for curve in curves["violated"]], 0, 100) + " %"
             path = "-"
             if name == LORE:
                 means = [statistics.mean(values) for values in zip(*curves["multiplier"])]
@@ -126,31 +112,33 @@ def tables(numbers: Numbers) -> list[Table]:
 
 def draw(numbers: Numbers) -> Figure:
     found, rho = numbers["results"], numbers["settings"]["rho"]
-    figure, axes = new_figure(len(found), 3, height=2.6)
+    figure, axes = evidence.new_figure(len(found), 3, height=2.6)
     clean, multiplier, distance = (axes[i * len(found) : (i + 1) * len(found)] for i in range(3))
     draw_clean(clean, numbers)
     for column, methods in enumerate(found.values()):
         for name, curves in methods.items():
             if name == LORE:
-                draw_spread(multiplier[column], curves["logged_updates"], curves["multiplier"], place(name), name)
+                evidence.draw_spread(
+                    multiplier[column], curves["logged_updates"], curves["multiplier"], place(name), name
+                )
             moved = [curve[1:] for curve in curves["ratio_p95"]]  # nothing has moved before the first update
-            draw_spread(distance[column], curves["logged_updates"][1:], moved, place(name), name)
+            evidence.draw_spread(distance[column], curves["logged_updates"][1:], moved, place(name), name)
         multiplier[column].set(ylabel="LORE's mean multiplier" if column == 0 else None)
         distance[column].set(xlabel="updates", ylabel="clean distance / margin, 95th percentile" if column == 0 else None)  # fmt: skip
-        plain_log(distance[column], "y")
+        evidence.plain_log(distance[column], "y")
         distance[column].axhline(rho, color="black", linewidth=0.8, linestyle=(0, (1, 1)))
         distance[column].annotate("rho", (0, rho), xytext=(2, 3), textcoords="offset points", fontsize=7)
-    legend_below(figure, clean[0], 3)
+    evidence.legend_below(figure, clean[0], 3)
     return figure
 
 
 def draw_clean_accuracy(numbers: Numbers) -> Figure:
     """The uppermost row alone: the picture of the README."""
-    figure, axes = new_figure(len(numbers["results"]), height=2.6)
+    figure, axes = evidence.new_figure(len(numbers["results"]), height=2.6)
     draw_clean(axes, numbers)
     for axis in axes:
         axis.set(xlabel="updates")
-    legend_below(figure, axes[0], 3)
+    evidence.legend_below(figure, axes[0], 3)
     return figure
 
 
@@ -159,7 +147,7 @@ def draw_clean(axes: Sequence[Axes], numbers: Numbers) -> None:
     for column, (axis, (eps, methods)) in enumerate(zip(axes, numbers["results"].items())):
         for name, curves in methods.items():
             percent = [[100 * value for value in curve] for curve in curves["clean"]]
-            draw_spread(axis, curves["updates"], percent, place(name), name)
+            evidence.draw_spread(axis, curves["updates"], percent, place(name), name)
         axis.set(title=f"eps {eps}/255", ylabel="clean accuracy, %" if column == 0 else None)
     limits = [axis.get_ylim() for axis in axes]
     for axis in axes:
@@ -196,7 +184,7 @@ def claims(numbers: Numbers) -> list[Claim]:
     found.append(
         Claim(
             "LORE", f"the multiplier is high at first and relaxes within {updates} updates",
-            "; ".join(_multiplier_path(eps, methods[LORE]) for eps, methods in numbers["results"].items()), at_all(relaxes, shares, "at eps"),
+            "; ".join(_multiplier_path(eps, methods[LORE]) for eps, methods in numbers["results"].items()), evidence.at_all(relaxes, shares, "at eps"),
         )
     )  # fmt: skip
     said = "; ".join(
@@ -205,7 +193,10 @@ def claims(numbers: Numbers) -> list[Claim]:
     text = f"Fig. 6, 7: within {updates} updates LORE's clean distances settle below rho = {rho:g}, FARE's do not"
     found.append(
         Claim(
-            "LORE", text, f"images above rho in the last tenth of the steps, {said}", at_all(settles, shares, "at eps")
+            "LORE",
+            text,
+            f"images above rho in the last tenth of the steps, {said}",
+            evidence.at_all(settles, shares, "at eps"),
         )
     )
     return found

@@ -20,25 +20,19 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks import compare_preferences
+from benchmarks import compare_preferences, evidence
 from benchmarks.compare_preferences import FIGURES, HEADINGS, evaluation_command, read_figures, train_command
-from benchmarks.comparison import COMMANDS, START, as_in_results, claim_directory, in_parallel, launcher, words
-from benchmarks.evidence import (
-    CONFIRMED,
-    NOT_CONFIRMED,
-    Claim,
-    Numbers,
-    Table,
-    at_all,
-    difference,
-    draw_spread,
-    new_figure,
-    number,
-    share,
-    show,
-    verdict,
-    write_numbers,
+from benchmarks.comparison import (
+    COMMANDS,
+    START,
+    NumbersSettings,
+    as_in_results,
+    claim_directory,
+    in_parallel,
+    launcher,
+    words,
 )
+from benchmarks.evidence import CONFIRMED, NOT_CONFIRMED, Claim, Numbers, Table, difference, verdict
 from utils.cli import flag, parse_settings, run
 from utils.evaluation.figures import line_style
 
@@ -46,10 +40,8 @@ KEYS = ["original", "typographic", "follows", "kl"]
 
 
 @dataclass
-class Settings(compare_preferences.Settings):
+class Settings(NumbersSettings, compare_preferences.Settings):
     # fmt: off
-    numbers_dir: str | None = flag(None, "what was found goes here, for benchmarks/results.py (default: --output_dir)", group="what", path=True)
-    numbers_name: str | None = flag(None, "as NAME.json (default: the script's)", group="what")
     pairs: str | None = flag(None, "preference pairs with train/, val/ and test/, for the head (default: no head)", group="what", path=True)
     beta_factors: list[float] = flag([0.1, 0.3, 3.0], "multiples of beta", group="curves", above=0)
     reg_factors: list[float] = flag([0.0, 0.3, 3.0], "multiples of the weight of the KL", group="curves", minimum=0)
@@ -103,7 +95,7 @@ def main() -> None:
     if settings.pairs is not None:
         heads, found["head"] = measure_head(settings)
         folders += [*heads, output_dir / "eval-head"]
-    show(tables(write_numbers(settings, folders, found)))
+    evidence.show(tables(evidence.write_numbers(settings, folders, found)))
 
 
 def make_variants(settings: Settings) -> list[tuple[str, float, float]]:
@@ -190,15 +182,15 @@ def tables(numbers: Numbers) -> list[Table]:
         at = {"t = 0": 0.0, f"t* = {stars}": None, "t = 1": 1.0}
         rows = [["", *at]]
         for text, key in [("the other text over the right one", "flipped"), ("right on the set", "right")]:
-            rows.append([text, *(number(_at(head, key, t), 1, 100) for t in at.values())])
+            rows.append([text, *(evidence.number(_at(head, key, t), 1, 100) for t in at.values())])
         made.append(("A concept over t, in %", rows))
     return made
 
 
 def _cells(of: dict[str, list[float]], settings: dict) -> list[str]:
     n = settings["num_samples"]
-    shares = [share(of[key], n) if n else number(of[key], 1, 100) for key in KEYS[:3]]
-    return [*shares, number(of["kl"], 3)]
+    shares = [evidence.share(of[key], n) if n else evidence.number(of[key], 1, 100) for key in KEYS[:3]]
+    return [*shares, evidence.number(of["kl"], 3)]
 
 
 def _at(head: dict, key: str, t: float | None) -> list[float]:
@@ -210,7 +202,7 @@ def _at(head: dict, key: str, t: float | None) -> list[float]:
 def draw(numbers: Numbers) -> Figure:
     settings, found = numbers["settings"], numbers["results"]
     of = next(iter(found["methods"].values()))
-    figure, axes = new_figure(3 if found["head"] else 2, height=3.6)
+    figure, axes = evidence.new_figure(3 if found["head"] else 2, height=3.6)
     for axis, (what, place) in zip(axes, (("beta", 1), ("weight of the KL", 2))):
         for index, preference in enumerate(settings["preferences"]):
             keys = [key for key in of if key.startswith(f"{preference} ") and key.split()[3 - place] == "1"]
@@ -226,7 +218,9 @@ def draw(numbers: Numbers) -> Figure:
         for place, (key, label) in enumerate(
             [("flipped", "the other text over the right one"), ("right", "right on the set")]
         ):
-            draw_spread(axes[2], head["t"], [[100 * value for value in curve] for curve in head[key]], place, label)
+            evidence.draw_spread(
+                axes[2], head["t"], [[100 * value for value in curve] for curve in head[key]], place, label
+            )
         for star in head["neutral_t"]:
             axes[2].axvline(star, color="black", linewidth=0.7, linestyle=":")
         axes[2].set(title="a head, dotted: t*", xlabel="t", ylabel="%")
@@ -258,10 +252,17 @@ def claims(numbers: Numbers) -> list[Claim]:
             )
         )  # fmt: skip
         kls = {p: difference(methods["ce"]["kl"], methods[p]["kl"], None, 1.0) for p in ours}
-        said = "KL to the start, nats: " + ", ".join(f"{p.upper()} {number(m['kl'], 3)}" for p, m in methods.items())
+        said = "KL to the start, nats: " + ", ".join(
+            f"{p.upper()} {evidence.number(m['kl'], 3)}" for p, m in methods.items()
+        )
         kept = [p.upper() for p, gap in kls.items() if verdict(gap) == CONFIRMED]
         rows.append(
-            Claim("CLIP-PO", "it keeps more of the original model than cross-entropy", said, at_all(kept, ours, "by"))
+            Claim(
+                "CLIP-PO",
+                "it keeps more of the original model than cross-entropy",
+                said,
+                evidence.at_all(kept, ours, "by"),
+            )
         )
     if found["head"]:
         head = found["head"]

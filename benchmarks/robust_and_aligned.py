@@ -23,10 +23,20 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.comparison import as_in_results, claim_directory, in_parallel, launcher, markdown, percent, print_table
-from utils.cli import flag, parse_settings, required, run
+from benchmarks.comparison import (
+    START,
+    WordSettings,
+    as_in_results,
+    claim_directory,
+    in_parallel,
+    launcher,
+    markdown,
+    percent,
+    print_table,
+)
+from utils.cli import flag, parse_settings, run
 from utils.methods.preferences import PREFERENCES
-from utils.sets.typographic import KINDS, PLACES
+from utils.sets.typographic import PLACES
 
 
 class Method(NamedTuple):
@@ -46,20 +56,13 @@ METHODS = {
     "lore_po_l2": Method("po_l2", "lore", "LORE, then PO + l2"),
     "po_lore": Method("lore", "po", "PO, then LORE"),
 }
-START = "start model"
 MARKERS = ["*", "o", "s", "D", "^", "v", "<", ">"]  # of the start model and the methods in turn
 
 
 @dataclass
-class Settings:
+class Settings(WordSettings):
     # fmt: off
-    model: str = required("the model that everything starts from; one that can read", group="what", path=True)
-    data: str = required("labelled set: train/ is trained on, test/ is evaluated on", group="what", path=True)
     methods: list[str] = flag(list(METHODS), "which runs; the first stage that a method needs is made in any case", group="what", choices=tuple(METHODS))
-    seeds: list[int] = flag([0], "one run of each method per seed", group="what", minimum=0)
-    output_dir: str = required("runs, evaluation, table.md and scatter.png go here", group="what", path=True)
-
-    batch_size: int = flag(64, "images per step", group="training", minimum=1)
     eps: float = flag(4.0, "LORE: radius of the training attack, in 1/255", group="training", above=0, maximum=255)
     rho: float = flag(0.1, "LORE: tolerance", group="training", minimum=0)
     lore_steps: int = flag(60, "LORE: training steps, of 5 updates each", group="training", minimum=1)
@@ -71,18 +74,11 @@ class Settings:
     po_learning_rate: float = flag(3e-4, "PO: of the image tower", group="training", minimum=0)
     head_learning_rate: float = flag(1e-2, "PO: of the head", group="training", minimum=0)
     po_rho: float = flag(0.05, "PO + l2: tolerance of the constraint, from the model that the stage starts from", group="training", minimum=0)
-    po_dual_learning_rate: float = flag(1e-3, "PO + l2: of the multiplier", group="training", minimum=0)
-    fonts: list[str] = flag(["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"], "of the words trained on", group="training", path=True)
-    word_size_min: float = flag(40.0, "letters, in pixels at an image side of 224", group="training", above=0)
-    word_size_max: float = flag(60.0, "in the same unit", group="training", above=0)
     word_place: str = flag("bottom", "of all words", group="training", choices=PLACES)
-    word_kind: str = flag("label", "of all words", group="training", choices=KINDS)
+    po_dual_learning_rate: float = flag(1e-3, "PO + l2: of the multiplier", group="training", minimum=0)
 
     eval_eps: list[float] = flag([4.0], "radii of APGD, in 1/255", group="evaluation", above=0, maximum=255)
-    eval_fonts: list[str] = flag(["Aileron", "cmr10", "cmtt10"], "of the words evaluated on", group="evaluation", path=True)
     apgd_steps: int = flag(100, "steps of each run of APGD", group="evaluation", minimum=1)
-    num_samples: int | None = flag(None, "test images (default: all)", group="evaluation", minimum=1)
-    jobs: int = flag(1, "runs at a time, one thread each where more than one; then processes of the evaluation", group="run", minimum=1)
     # fmt: on
 
 

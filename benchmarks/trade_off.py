@@ -18,26 +18,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.comparison import FARE, START, Flags, LoreSettings, evaluate, lore_runs
-from benchmarks.evidence import (
-    CONFIRMED,
-    NOT_CONFIRMED,
-    Claim,
-    Numbers,
-    Table,
-    at_all,
-    difference,
-    dominated_area,
-    error_bars,
-    front,
-    new_figure,
-    number,
-    plain_log,
-    share,
-    show,
-    verdict,
-    write_numbers,
-)
+from benchmarks import evidence
+from benchmarks.comparison import FARE, START, Flags, StepSettings, evaluate, lore_runs
+from benchmarks.evidence import CONFIRMED, NOT_CONFIRMED, Claim, Numbers, Table, difference, verdict
 from utils.cli import flag, parse_settings, run
 from utils.evaluation.figures import line_style
 from utils.evaluation.results import Results
@@ -47,12 +30,10 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 
 @dataclass
-class Settings(LoreSettings):
+class Settings(StepSettings):
     # fmt: off
-    eps: float = flag(4.0, "radius of the training attack, in 1/255", group="training", above=0, maximum=255)
     rhos: list[float] = flag([0.005, 0.01, 0.02, 0.05, 0.1], "LORE's tolerances", group="training", minimum=0)
     clean_weights: list[float] = flag([30.0, 10.0, 3.0, 1.0, 0.3], "weights of the clean distance in place of the constraint", group="training", above=0)
-    steps: int = flag(60, "batches of every run", group="training", minimum=1)
     primal_steps: int = flag(5, "K, updates per batch", group="training", minimum=1)
     eval_eps: float = flag(4.0, "radius of APGD, in 1/255", group="evaluation", above=0, maximum=255)
     # fmt: on
@@ -71,8 +52,8 @@ def main() -> None:
     report = Results(folder)
     by_label = {START: [settings.model]} | {label: list(map(str, folders)) for label, folders in runs.items()}
     found = {label: read_model(cells, report, names) for label, names in by_label.items()}
-    numbers = write_numbers(settings, [*models, folder], found)
-    show(tables(numbers))
+    numbers = evidence.write_numbers(settings, [*models, folder], found)
+    evidence.show(tables(numbers))
 
 
 def make_variants(settings: Settings) -> dict[str, Flags]:
@@ -130,17 +111,24 @@ def tables(numbers: Numbers) -> list[Table]:
     accuracies = [["", "clean", apgd, "clean distance, % of norm²"]]
     fidelity = [["", "distance, % of norm²: median", "95th percentile", "largest", "change of a cosine: median", "largest", "2 sqrt(rho)", "cosine to descriptions"]]  # fmt: skip
     for label, of in found.items():
-        accuracies.append([label, share(of["clean"], n), share(of["robust"], n), number(of["distance"], 1, 100)])
+        accuracies.append(
+            [
+                label,
+                evidence.share(of["clean"], n),
+                evidence.share(of["robust"], n),
+                evidence.number(of["distance"], 1, 100),
+            ]
+        )
         if label == START or label.startswith((LORE, EQUAL.format(settings["primal_steps"]))):
             distance, change = of["distance_quantiles"], of["cosine_change_quantiles"]
             bound = f"{2 * float(label.split('rho ')[1]) ** 0.5:.2f}" if "rho " in label else "-"
             ends = [f"{100 * distance[i]:.1f}" for i in (2, 4, 5)] + [f"{change[i]:.2f}" for i in (2, 5)]
-            fidelity.append([label, *ends, bound, number(of["cosine"], 3)])
+            fidelity.append([label, *ends, bound, evidence.number(of["cosine"], 3)])
     areas = [["", "area", "less the fixed weight's"]]
     per_seed = {name: front_areas(numbers, name) for name in (WEIGHT, LORE)}
     for name, values in per_seed.items():
         gap = "-" if name == WEIGHT else str(difference(values, per_seed[WEIGHT], None, 1.0))
-        areas.append([name, number(values), gap])
+        areas.append([name, evidence.number(values), gap])
     return [
         (f"Accuracy in % on {n} test images, trained at eps {settings['eps']:g}/255", accuracies),
         ("Area under the front of clean and robust accuracy, in points², above the lowest of either", areas),
@@ -154,23 +142,23 @@ def front_areas(numbers: Numbers, name: str) -> list[float]:
     both = [label for each in (WEIGHT, LORE) for label in family(found, each)]
     corner = tuple(100 * min(min(found[label][key]) for label in both) for key in ("clean", "robust"))
     return [
-        dominated_area([(100 * found[x]["clean"][seed], 100 * found[x]["robust"][seed]) for x in family(found, name)], corner)
+        evidence.dominated_area([(100 * found[x]["clean"][seed], 100 * found[x]["robust"][seed]) for x in family(found, name)], corner)
         for seed in range(len(numbers["settings"]["seeds"]))
     ]  # fmt: skip
 
 
 def draw(numbers: Numbers) -> Figure:
     settings, found = numbers["settings"], numbers["results"]
-    figure, (plane, cosines, distances) = new_figure(3, height=3.6)
+    figure, (plane, cosines, distances) = evidence.new_figure(3, height=3.6)
     singles = ["FARE, K = 1", EQUAL.format(settings["primal_steps"]), START]
     for place, name in enumerate([LORE, WEIGHT]):
         labels = family(found, name)
         means = [[100 * statistics.mean(found[x][key]) for x in labels] for key in ("clean", "robust")]
         style = line_style(place)
-        line = front(list(zip(*means)))
+        line = evidence.front(list(zip(*means)))
         plane.plot(*zip(*line), color=style["color"], linestyle=style["linestyle"])
         plane.errorbar(
-            *means, xerr=error_bars([found[x]["clean"] for x in labels]), yerr=error_bars([found[x]["robust"] for x in labels]),
+            *means, xerr=evidence.error_bars([found[x]["clean"] for x in labels]), yerr=evidence.error_bars([found[x]["robust"] for x in labels]),
             color=style["color"], marker=style["marker"], linestyle="none", capsize=2, elinewidth=0.8, label=f"{name}, {'over rho' if name == LORE else 'over the weight'}",
         )  # fmt: skip
         for label, x, y in zip(labels, *means):
@@ -180,7 +168,7 @@ def draw(numbers: Numbers) -> Figure:
     for place, label in enumerate(singles, 2):
         means = [100 * statistics.mean(found[label][key]) for key in ("clean", "robust")]
         style = line_style(place)
-        plane.errorbar(*([value] for value in means), xerr=error_bars([found[label]["clean"]]), yerr=error_bars([found[label]["robust"]]), color="black", marker=style["marker"], markerfacecolor="white", linestyle="none", capsize=2, elinewidth=0.8, label=label)  # fmt: skip
+        plane.errorbar(*([value] for value in means), xerr=evidence.error_bars([found[label]["clean"]]), yerr=evidence.error_bars([found[label]["robust"]]), color="black", marker=style["marker"], markerfacecolor="white", linestyle="none", capsize=2, elinewidth=0.8, label=label)  # fmt: skip
     plane.set(xlabel="clean accuracy, %", ylabel=f"accuracy under APGD {settings['eval_eps']:g}/255, %")
     plane.legend(fontsize=7, frameon=False)
 
@@ -196,7 +184,7 @@ def draw(numbers: Numbers) -> Figure:
         axis.bxp(boxes, vert=False, showfliers=False, medianprops={"color": "black"}, widths=0.6)
         axis.set(xlabel=label)
         axis.tick_params(axis="y", labelsize=7)
-    plain_log(distances, "x")
+    evidence.plain_log(distances, "x")
     for place, box in enumerate(shown[1:], 1):
         if "rho" in box:
             rho = float(box.split()[-1])
@@ -244,7 +232,7 @@ def claims(numbers: Numbers) -> list[Claim]:
         Claim(
             "LORE", "the constraint holds for images never trained on: clean distance at most rho",
             "95th percentile: " + ", ".join(f"{value:.3f} (rho {rho})" for rho, value in p95.items()),
-            at_all([rho for rho in rhos if p95[rho] <= float(rho)], rhos, "at rho"),
+            evidence.at_all([rho for rho in rhos if p95[rho] <= float(rho)], rhos, "at rho"),
         )
     )  # fmt: skip
     beyond = sum(found[label]["beyond_bound"] for label in found)
@@ -264,7 +252,7 @@ def claims(numbers: Numbers) -> list[Claim]:
     rows.append(
         Claim(
             "LORE", "Fig. 4b: LORE's images are closer to descriptions of their class than FARE's",
-            "mean cosine: " + ", ".join(f"{label} {mean:.3f}" for label, mean in means.items()), at_all(closer, rhos, "at rho"),
+            "mean cosine: " + ", ".join(f"{label} {mean:.3f}" for label, mean in means.items()), evidence.at_all(closer, rhos, "at rho"),
         )
     )  # fmt: skip
     return rows

@@ -31,7 +31,7 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,8 +51,9 @@ from utils.cli import flag, parse_settings, required, run
 from utils.data.images import ImageTransform
 from utils.data.shards import ShardDataset, train_batches
 from utils.errors import UserError
-from utils.methods.attacks import ascend, attack_seeds, frozen, pgd, project, uniform_start
-from utils.methods.lagrangian import Multiplier, dual_lagrangian, embedding_margin, primal_lagrangian, violation
+from utils.methods.attacks import ascend, attack_seeds, frozen, project, uniform_start
+from utils.methods.lagrangian import Multiplier, primal_lagrangian, violation
+from utils.methods.lore import MicroBatch, Problem, attack
 from utils.methods.losses import squared_distance
 from utils.methods.preferences import preference_loss, retention_kl
 from utils.models.encoders import ImageEncoder, enable_gradient_checkpointing, frozen_copy, load_model
@@ -139,6 +140,7 @@ class Trainee:
         self, variant: Variant, model: CLIPVisionModelWithProjection, method: str, settings: Settings, eps: float = EPS
     ) -> None:
         self.variant, self.method, self.settings, self.eps = variant, method, settings, eps
+        self.problem = Problem(constraint="embedding" if method == "LORE" else "none", rho=RHO)
         self.encoder = make_encoder(copy.deepcopy(model), variant)
         self.reference = frozen_copy(self.encoder)
         if settings.gradient_checkpointing:
@@ -174,54 +176,50 @@ class Trainee:
             self.peak = max(self.peak or 0, self.standing() + above)
 
     def lore_step(self, index: int, batch: dict[str, Tensor]) -> None:
-        constrained = self.method == "LORE"
+        """This project's step, with the parts that the variant lacks as a plain trainer writes them."""
         pixel_values = batch["images"].float().div_(255)
         seeds = attack_seeds(self.settings.seed, index, range(len(pixel_values)))
         with torch.no_grad():
             ref_image_embeds = self.reference(pixel_values)
-            margin = embedding_margin(ref_image_embeds, "relative")
-        start = uniform_start(pixel_values, self.eps, seeds)
-        delta = self.attack(lambda x: squared_distance(self.encoder(x), ref_image_embeds), pixel_values, start)
-        adversarial = pixel_values + delta
-        for update in range(self.settings.primal_steps if constrained else 1):
-            if not constrained:
-                loss = distance = squared_distance(self.encoder(adversarial), ref_image_embeds).mean()
+            margin = self.problem.margin(ref_image_embeds)
+        of = MicroBatch(pixel_values, ref_image_embeds=ref_image_embeds, margin=margin)
+        of.delta = self.attack(of, seeds)
+        for update in range(self.settings.primal_steps if self.problem.constrained else 1):
+            if self.problem.constrained and not self.variant.one_forward:
+                loss, distance = self.primal_in_two_forwards(of)
             else:
-                if self.variant.one_forward:
-                    clean, attacked = self.encoder(torch.cat([pixel_values, adversarial])).chunk(2)
-                else:
-                    clean, attacked = self.encoder(pixel_values), self.encoder(adversarial)
-                v = violation(squared_distance(clean, ref_image_embeds), margin, RHO)
-                with torch.no_grad():
-                    multipliers = self.multiplier(ref_image_embeds)
-                distance = squared_distance(attacked, ref_image_embeds)
-                loss = primal_lagrangian(distance, v, multipliers)
+                primal = self.problem.primal(self.encoder, of, self.multiplier)
+                loss, distance = primal.loss, primal.terms[1]
             if update == 0:
-                self.watched.append(distance.detach().mean())
+                self.watched.append(distance)
             self.update(loss)
-        if constrained:
-            with torch.no_grad():
-                v = violation(squared_distance(self.encoder(pixel_values), ref_image_embeds), margin, RHO)
-            dual_lagrangian(v, self.multiplier(ref_image_embeds)).backward()
+        if self.problem.constrained:
+            self.problem.dual(self.encoder, of, self.multiplier).backward()
             self.dual_optimizer.step()
             self.dual_optimizer.zero_grad()
 
-    def attack(self, loss_fn: Callable[[Tensor], Tensor], pixel_values: Tensor, start: Tensor) -> Tensor:
+    def primal_in_two_forwards(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """The loss, and the mean distance of the perturbed images."""
+        clean, attacked = self.encoder(batch.pixel_values), self.encoder(batch.pixel_values + batch.delta)
+        v = violation(squared_distance(clean, batch.ref_image_embeds), batch.margin, RHO)
+        with torch.no_grad():
+            multipliers = self.multiplier(batch.ref_image_embeds)
+        distance = squared_distance(attacked, batch.ref_image_embeds)
+        return primal_lagrangian(distance, v, multipliers), distance.detach().mean()
+
+    def attack(self, batch: MicroBatch, seeds: Sequence[int]) -> Tensor:
         eps, step_size, steps = self.eps, self.eps / 4, self.settings.attack_steps
         if self.variant.fused:
-            options = {"eps": eps, "step_size": step_size, "num_steps": steps, "start": start}
-            with frozen(self.encoder):
-                return pgd(loss_fn, pixel_values, **options, update=self.attack_update)
-        delta = start
+            options = {"eps": eps, "step_size": step_size, "num_steps": steps, "update": self.attack_update}
+            return attack(self.encoder, self.problem, batch, seeds, **options)
+        delta = uniform_start(batch.pixel_values, eps, seeds)
         for _ in range(steps):
             delta = delta.detach().requires_grad_()
-            if self.variant.frozen_attack:
-                with frozen(self.encoder):
-                    loss = loss_fn(pixel_values + delta).sum()
-            else:
-                loss = loss_fn(pixel_values + delta).sum()
+            with frozen(self.encoder) if self.variant.frozen_attack else contextlib.nullcontext():
+                embeds = self.encoder(batch.pixel_values + delta)
+                loss = squared_distance(embeds, batch.ref_image_embeds).sum()
             (gradient,) = torch.autograd.grad(loss, delta)
-            delta = project(delta.detach() + step_size * gradient.sign(), pixel_values, eps)
+            delta = project(delta.detach() + step_size * gradient.sign(), batch.pixel_values, eps)
         return delta
 
     def po_step(self, index: int, batch: dict[str, Tensor]) -> None:

@@ -22,22 +22,9 @@ import webdataset as wds
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.comparison import FARE, START, LoreSettings, as_in_results, evaluate, lore_runs
-from benchmarks.evidence import (
-    CONFIRMED,
-    NOT_CONFIRMED,
-    Claim,
-    Numbers,
-    Table,
-    difference,
-    error_bars,
-    legend_below,
-    new_figure,
-    share,
-    show,
-    verdict,
-    write_numbers,
-)
+from benchmarks import evidence
+from benchmarks.comparison import FARE, START, StepSettings, as_in_results, evaluate, lore_runs
+from benchmarks.evidence import CONFIRMED, NOT_CONFIRMED, Claim, Numbers, Table, difference, verdict
 from utils.cli import flag, parse_settings, run
 from utils.evaluation.figures import COLORS, HATCHES
 
@@ -46,11 +33,10 @@ PROBE = "{} (probe)"
 
 
 @dataclass
-class Settings(LoreSettings):
+class Settings(StepSettings):
     # fmt: off
     zero_shot_data: list[str] = flag([], "labelled sets whose test/ is classified by class names (default: --data)", group="what", path=True)
     probe_data: list[str] = flag([], "labelled sets whose test/ is halved for a linear probe", group="what", path=True)
-    eps: float = flag(4.0, "radius of the training attack, in 1/255", group="training", above=0, maximum=255)
     rhos: list[float] = flag([0.05, 0.02], "LORE's tolerances", group="training", minimum=0)
     steps: int = flag(100, "training steps", group="training", minimum=1)
     primal_steps: int = flag(5, "K, updates per batch, of every method", group="training", minimum=1)
@@ -86,7 +72,7 @@ def main() -> None:
             own = [[cell for cell in cells if (cell["model"], cell["dataset"]) == (model, path)] for model in of]
             found[label][name] = {column: [figure(each, column) for each in own] for column in COLUMNS}
     evaluations = [Path(settings.output_dir) / f"eval-{name}" for name in ("zero-shot", "probe")]
-    show(tables(write_numbers(settings, [*models, *evaluations], found)))
+    evidence.show(tables(evidence.write_numbers(settings, [*models, *evaluations], found)))
 
 
 def figure(cells: Iterable[dict], column: str) -> float:
@@ -133,7 +119,7 @@ def tables(numbers: Numbers) -> list[Table]:
     sets = list(found[START])
     for name in sets:
         for label, of in found.items():
-            cells = [share(of[name][column], settings["num_samples"]) for column in COLUMNS[:3]]
+            cells = [evidence.share(of[name][column], settings["num_samples"]) for column in COLUMNS[:3]]
             cells.append(f"{100 * statistics.mean(of[name]['corruptions']):.1f}")
             rows.append([name + (" (trained on)" if name == trained else ""), label, *cells])
     return [(f"Accuracy in % after {settings['steps']} steps on {trained}, eps {settings['eps']:g}/255", rows)]
@@ -142,18 +128,18 @@ def tables(numbers: Numbers) -> list[Table]:
 def draw(numbers: Numbers) -> Figure:
     found = numbers["results"]
     sets = list(found[START])
-    drawn, axes = new_figure(2, 2, height=2.6)
+    drawn, axes = evidence.new_figure(2, 2, height=2.6)
     width = 0.8 / len(found)
     for axis, (column, heading) in zip(axes, headings(numbers).items()):
         for place, (label, of) in enumerate(found.items()):
             means = [100 * statistics.mean(of[name][column]) for name in sets]
-            bars = error_bars([of[name][column] for name in sets])
+            bars = evidence.error_bars([of[name][column] for name in sets])
             xs = [index + (place - (len(found) - 1) / 2) * width for index in range(len(sets))]
             axis.bar(xs, means, width, yerr=bars, capsize=1.5, error_kw={"elinewidth": 0.7}, label=label,
                      color="white", edgecolor=COLORS[place], hatch=HATCHES[place])  # fmt: skip
         axis.set(title=heading, ylabel="accuracy, %")
         axis.set_xticks(range(len(sets)), sets, fontsize=7, rotation=20, ha="right", rotation_mode="anchor")
-    legend_below(drawn, axes[0], len(found))
+    evidence.legend_below(drawn, axes[0], len(found))
     return drawn
 
 

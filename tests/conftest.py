@@ -14,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from tests.small_models import save_small_clip  # noqa: E402
+from tests.warm_python import script_environment, warm_python  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -44,15 +45,14 @@ def run_script(
     script: str, *arguments: object, status: int = 0, launcher: tuple[str, ...] = (), timeout: float = 600, **env: str
 ) -> str:
     """Runs a script of the project in a process of its own and returns stdout and stderr together."""
-    command = [*(launcher or (sys.executable,)), str(ROOT / script), *map(str, arguments)]
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    command = [*(launcher or (warm_python(),)), str(ROOT / script), *map(str, arguments)]
     result = subprocess.run(
         command,
         cwd=ROOT,
         text=True,
         capture_output=True,
         timeout=timeout,
-        env=inherited | {"OMP_NUM_THREADS": "1"} | env,
+        env=script_environment() | env,
     )
     output = result.stdout + result.stderr
     assert result.returncode == status, f"status {result.returncode}, expected {status}:\n{output[-6000:]}"
@@ -84,12 +84,12 @@ def later_wins(*commands: list) -> list[str]:
 
 def two_processes() -> tuple[str, ...]:
     """torchrun with two processes on this machine."""
-    return (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}")
+    return (warm_python(), "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}")
 
 
 def accelerate_launch(config: Path) -> tuple[str, ...]:
     """accelerate launch with a config file."""
-    command = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch")
+    command = (warm_python(), "-m", "accelerate.commands.accelerate_cli", "launch")
     return (*command, "--main_process_port", str(free_port()), "--config_file", str(config))
 
 

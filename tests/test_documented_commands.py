@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
@@ -21,6 +21,7 @@ from tests.documented_commands import Command, documented, pages
 from tests.examples.test_swap_vision_tower import save_llava
 from tests.shard_maker import image_bytes
 from tests.small_models import save_small_clip, save_small_model
+from tests.warm_python import script_environment, warm_python
 from utils.cli import parse_settings
 from utils.sets.labelled import imagenet_prompts
 
@@ -38,31 +39,26 @@ TRAINING = {
     "num_workers": 0,
     "report_to": "none",
 }
-RUNS = {"seeds": 0, "steps": 1, "batch_size": 4, "num_samples": 8}
 SMALLER = {
     "train_lore.py": TRAINING | {"attack_steps": 1},
     "train_po.py": TRAINING | {"train_num_samples": 16},
     "evaluate.py": {"num_samples": 12, "apgd_steps": 3, "apgd_targets": 1, "square_queries": 5, "attack_steps": 2, "severities": 1, "sigma": 8, "num_workers": 0, "t": [0, 1], "top_k": 5},
     "examples/pretrain_small_clip.py": {"epochs": 1, "train_num_samples": 64, "batch_size": 8, "captions_per_step": 16, "words_per_step": 8},
     "examples/segmentation.py": {"num_train": 4, "num_test": 4, "head_epochs": 1, "attack_steps": 1, "eps": 4},
-    "benchmarks/attack_check.py": RUNS | {"square_queries": 20, "apgd_steps": 5},
-    "benchmarks/ablations.py": RUNS | {"fixed_rhos": 10, "primal_steps": [1, 5], "attack_steps": [1, 10]},
-    "benchmarks/compare_methods.py": RUNS | {"curve_num_samples": 8, "curve_steps": 1},
-    "benchmarks/compare_preferences.py": RUNS | {"preferences": ["ce", "dpo"], "beta": [1, 1]},
-    "benchmarks/early_stability.py": RUNS | {"updates": 10, "eps": 4, "fare_primal_steps": 5},
-    "benchmarks/evaluate.py": {"num_samples": 8, "num_steps": 3, "eps": 4},
-    "benchmarks/head_features.py": {"batch_size": 8, "steps": 20, "recomputed_steps": 2},
-    "benchmarks/input_pipeline.py": {"image_sizes": "32x32", "num_images": 2, "batch_size": 2, "rounds": 1, "seconds": 0.2, "workers": [0, 1], "train_steps": 2},
     "benchmarks/memory.py": {"models": "ViT-B/32", "batch_size": 1, "attack_steps": 1, "primal_steps": 2, "gradient_checkpointing": "false"},
-    "benchmarks/preferences.py": RUNS | {"preferences": ["ce", "dpo"], "beta_factors": 0.3, "reg_factors": 0.3, "head_epochs": 1},
-    "benchmarks/robust_and_aligned.py": {"seeds": 0, "batch_size": 4, "num_samples": 8, "lore_steps": 1, "po_steps": 1, "apgd_steps": 3, "methods": ["lore", "lore_po_l2"]},
-    "benchmarks/time_to_robust.py": {"steps": 2, "check_steps": 1, "batch_size": 4, "num_samples": 8, "compile": "false"},
-    "benchmarks/trade_off.py": RUNS | {"rhos": [0.02, 0.1], "clean_weights": [3, 1]},
     "benchmarks/train_step.py": {"encoders": "small", "batch_size": 4, "rounds": 1, "attack_steps": 1, "primal_steps": 1, "methods": "LORE", "variants": ["plain", "+ lean"], "trainer": "false"},
-    "benchmarks/transfer.py": RUNS | {"rhos": 0.05},
     "benchmarks/word_drawing.py": {"num_images": 2, "rounds": 1},
     "benchmarks/zero3_gathers.py": {"steps": 4, "attack_steps": 1, "primal_steps": 1},
 }  # fmt: skip
+# Scripts that other tests start in small: test_evidence.py (all of results_quick's), and a test of its own for each of the rest.
+ELSEWHERE = [
+    f"benchmarks/{name}.py"
+    for name in (
+        "results_quick", "results", "early_stability", "trade_off", "ablations", "transfer", "preferences", "attack_check",
+        "compare_methods", "compare_preferences", "evaluate", "head_features", "input_pipeline", "robust_and_aligned",
+        "time_to_robust",
+    )
+]  # fmt: skip
 # Where a command says "...": what a reader has to add.
 ADDED = {
     "model_name_or_path": "openai/clip-vit-base-patch32",
@@ -71,6 +67,11 @@ ADDED = {
 }
 # Which flags name what has to exist beforehand.
 MODELS = {"model", "model_name_or_path", "reference_model_name_or_path", "llava", "start_from", "input"}
+KINDS = {
+    "siglip": "siglip",
+    "dinov2": "dinov2_head",
+    "convnext": "convnext",
+}  # what a model's name holds -> what stands for it
 DATA = {"data", "eval_data", "train_data", "train_shards", "eval_shards", "zero_shot_data", "probe_data", "pairs"}
 
 
@@ -108,6 +109,8 @@ def shrunk(command: Command) -> list[str]:
     smaller = {name: value for name, value in SMALLER.get(script, {}).items() if name in known}
     if "config" in values(arguments) and script != "evaluate.py":
         smaller["global_batch_size"] = 4
+    if "classnames" in values(arguments) and script == "train_lore.py":  # 80 texts for each of ImageNet's 1000 classes
+        smaller["classnames"] = "ten.txt"
     return later_wins(arguments, flags(smaller))
 
 
@@ -205,6 +208,7 @@ class Sandbox:
         shutil.copytree(digits, self.photographs)
         names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
         (self.photographs / "classnames.txt").write_text("\n".join(names) + "\n")
+        shutil.copy(self.photographs / "classnames.txt", root / "ten.txt")
         self.shard = self.few_of(digits / "train")
         self.pair_shard = self.few_of(attributes / "pairs/train")
         for folder in (
@@ -248,8 +252,7 @@ class Sandbox:
             )
             (self.root / "runs/converted" / path.name).rename(path)
         else:
-            kinds = {"siglip": "siglip", "dinov2": "dinov2_head", "convnext": "convnext"}
-            save_small_model(path, next((kind for part, kind in kinds.items() if part in name), "clip"))
+            save_small_model(path, next((kind for part, kind in KINDS.items() if part in name), "clip"))
 
     def data(self, flag: str, name: str) -> None:
         path = self.root / name
@@ -278,9 +281,9 @@ class Sandbox:
 
     def run(self, script: str, arguments: list[str]) -> subprocess.CompletedProcess:
         return subprocess.run(
-            [sys.executable, script, *arguments],
+            [warm_python(), script, *arguments],
             cwd=self.root,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+            env=script_environment(),
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -312,14 +315,38 @@ def sandbox(tmp_path_factory, digits, attribute_digits) -> Sandbox:
     return Sandbox(root, digits, attribute_digits)
 
 
+@functools.cache
+def said(command: Command) -> frozenset[str]:
+    """Its flags, and of their values those that choose what runs: one of a few words, a recipe, a subject, a kind of model."""
+    found = set()
+    fields = {field.name: field.metadata for field in dataclasses.fields(settings_class(command.script))}
+    for flag, given in values(shrunk(command)).items():
+        choices = fields[flag]["choices"] or () if flag != "config" else given
+        kinds = [kind for kind in KINDS if flag in MODELS and any(kind in value for value in given)]
+        found |= {flag, *(f"{flag} {word}" for word in (*kinds, *given) if word in choices or word in kinds)}
+    return frozenset(found)
+
+
+def says_more(one: Command, other: Command) -> bool:
+    """Whether ``one`` runs all that ``other`` does; of two that say the same, whether it comes first."""
+    if one == other or one.script != other.script or one.script.startswith("examples/make_"):
+        return False
+    return said(one) > said(other) or (said(one) == said(other) and COMMANDS.index(one) < COMMANDS.index(other))
+
+
+def commands_to_run() -> list[Command]:
+    can_run = [command for command in SCRIPTS if tried(command)]
+    return [command for command in can_run if not any(says_more(other, command) for other in can_run)]
+
+
 def tried(command: Command) -> bool:
-    """Whether it can be run here: no hub, no SLURM, and not what other tests start in small (make results-quick)."""
-    elsewhere = command.script.endswith(".sbatch") or command.script == "benchmarks/results_quick.py"
+    """Whether it can be run here: no hub, no SLURM, and not what other tests start in small."""
+    elsewhere = command.script.endswith(".sbatch") or command.script in ELSEWHERE
     return not elsewhere and not any(HUB.search(word) for word in command.words)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [command for command in SCRIPTS if tried(command)], ids=str)
+@pytest.mark.parametrize("command", commands_to_run(), ids=str)
 def test_a_documented_command_runs(command, sandbox):
     script, arguments = command.script, shrunk(command)
     sandbox.clear()

@@ -17,7 +17,14 @@ FOLDERS = {
 }
 SOURCES = [*SCRIPTS, *(path for paths in FOLDERS.values() for path in paths)]
 
-NOT_IMPORTED = {"ninja", "ruff", "mypy", "types-pyyaml", "pytest-cov"}  # DeepSpeed compiles with it; commands; plugins
+NOT_IMPORTED = {
+    "ninja",
+    "ruff",
+    "mypy",
+    "types-pyyaml",
+    "pytest-cov",
+    "pytest-xdist",
+}  # DeepSpeed compiles with it; commands; plugins
 # Used only where the pinned distribution that brings them is in use: their versions are its business.
 BROUGHT = {
     "packaging": "transformers",
@@ -25,6 +32,7 @@ BROUGHT = {
     "tqdm": "huggingface-hub",
     "opencv-python": "imagecorruptions-imaug",
     "pyarrow": "datasets",
+    "coverage": "pytest-cov",
 }
 
 

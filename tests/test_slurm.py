@@ -105,7 +105,7 @@ def test_two_tasks_are_one_group_and_a_signal_to_one_of_them_reaches_both_exit_s
         for process in processes:
             line_of(process, "leaving")
             process.send_signal(signal.SIGTERM)  # as srun does with the rest when the first rank has left
-        assert [process.wait(timeout=60) for process in processes] == [85, 85]
+        assert [process.wait(timeout=120) for process in processes] == [85, 85]
     finally:
         for process in processes:
             process.kill()
@@ -118,7 +118,7 @@ def test_a_task_that_is_told_to_go_before_the_script_can_save_asks_for_another_s
     try:
         assert line_of(process, "single") == "single False\n"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 85
+        assert process.wait(timeout=120) == 85
     finally:
         process.kill()
 

@@ -7,6 +7,7 @@ from tests.conftest import run_script
 from utils.errors import UserError
 
 
+@pytest.mark.slow
 def test_all_methods_are_trained_evaluated_and_tabulated(small_clip, digits, tmp_path):
     output = run_script(
         "benchmarks/compare_methods.py", "--model", small_clip, "--data", digits, "--output_dir", tmp_path / "compare",

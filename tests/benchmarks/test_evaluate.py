@@ -1,6 +1,9 @@
+import pytest
+
 from tests.conftest import ROOT, run_script
 
 
+@pytest.mark.slow
 def test_forwards_are_the_floor_and_masks_equal_the_reference(attribute_digits, tmp_path):
     run_script(
         "benchmarks/evaluate.py", "--model", ROOT / "examples/reading_clip", "--data", attribute_digits, "--eps", 1, 4,

@@ -8,6 +8,7 @@ from tests.conftest import run_script
 from utils.errors import UserError
 
 
+@pytest.mark.slow
 def test_variants_of_a_step_do_the_same(small_clip, tmp_path, monkeypatch):
     from benchmarks import train_step
 

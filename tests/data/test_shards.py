@@ -1067,7 +1067,7 @@ def test_several_processes_fetch_a_shard_once(tmp_path, server):
     processes = [context.Process(target=fetch, args=arguments) for _ in range(3)]
     for process in processes:
         process.start()
-    paths = {results.get(timeout=20) for _ in processes}
+    paths = {results.get(timeout=60) for _ in processes}
     for process in processes:
         process.join()
     assert server.requests["/set/0.tar"] == 1

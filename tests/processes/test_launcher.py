@@ -16,7 +16,7 @@ import torch
 import evaluate
 import train_lore
 import train_po
-from tests.conftest import ROOT, accelerate_launch, flags, free_port, run_script
+from tests.conftest import ROOT, flags, free_port, run_script
 from utils.errors import UserError
 from utils.processes import distributed, environment, tracker
 from utils.processes.distributed import start_accelerator
@@ -190,17 +190,6 @@ def test_all_scripts_refuse_before_they_look_at_paths(monkeypatch):
             script.main(flags(nowhere))
     with pytest.raises(UserError, match="sharding is DeepSpeed's here"):
         evaluate.main(flags({"model": "/nowhere", "data": "/nowhere", "output_dir": "/nowhere/run"}))
-
-
-@pytest.mark.slow
-def test_a_config_that_compiles_is_one_line(tmp_path):
-    """As a user meets it: it trained, and died at the save."""
-    config = tmp_path / "config.yaml"
-    config.write_text((ROOT / "accelerate_configs/cpu.yaml").read_text() + "dynamo_backend: INDUCTOR\n")
-    settings = {"output_dir": tmp_path / "run", "model_name_or_path": "/nowhere", "train_shards": "/nowhere"}
-    output = run_script("train_lore.py", *flags(settings), launcher=accelerate_launch(config), status=1)
-    assert "train_lore.py: error: ACCELERATE_DYNAMO_BACKEND=INDUCTOR" in output
-    assert not (tmp_path / "run").exists()
 
 
 # --------------------------------------------------------------------------------------------------------- DeepSpeed's json
