@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from utils.data.images import MAX_IMAGE_BYTES, ImageError, ImageTransform, decode
 from utils.data.order import EpochOrder, EvalBatchSampler, SequentialOrder, TrainBatchSampler
-from utils.data.skipped import BadSample, SampleIndex, Skipped
+from utils.data.skipped import BadSample, Skipped
 from utils.data.sources import (
     BRING_IT,
     ShardCache,
@@ -99,32 +99,29 @@ def index_shards(
     cache = ShardCache(cache_dir, cache_limit_gb)
     refuse_lacking_shards(urls, cache, flag)
     promises: dict[str | None, dict[str, int]] = {}  # of each sizes.json
-    promised: list[int | None] = []
     sizes: list[int] = []
-    losses: dict[int, Skipped] = {}  # by the shard's number
+    losses: dict[int, tuple[Skipped, int | None]] = {}  # by the shard's number, with the samples it was to have
     notices: list[Skipped] = []
     for number, url in enumerate(urls):
-        sizes_file, shown = sibling(url, "sizes.json"), display_url(url)
+        sizes_file = sibling(url, "sizes.json")
         if sizes_file not in promises:
             promises[sizes_file] = _read_sizes(sizes_file, cache_dir)
             notices += _absent_shards(sizes_file, promises[sizes_file], urls)
-        promise, size = promises[sizes_file].get(file_name(url)), 0
-        try:
-            if promise and (is_remote(url) or os.path.isfile(url)):
-                size = promise
-            else:
+        promise = promises[sizes_file].get(file_name(url))
+        size = promise if promise and (is_remote(url) or os.path.isfile(url)) else 0
+        if not size:
+            try:
                 with _indexed(url, cache) as (_, found):
                     size = len(found)
                 if found.damage:
-                    losses[number] = Skipped("damaged shard", shown, found.damage, found.lost)
+                    losses[number] = Skipped("damaged shard", display_url(url), found.damage, found.lost), promise
                 if promise == 0 and size:
                     detail = _unlike_promised(0, size, ", which are read")
-                    notices.append(Skipped("outdated sizes.json", shown, detail, samples=0))
+                    notices.append(Skipped("outdated sizes.json", display_url(url), detail, samples=0))
                 if promise != 0 or size:  # without samples, as it was said
                     notices += _notices(found, url)
-        except BadSample as bad:
-            losses[number] = bad.skipped
-        promised.append(promise)
+            except BadSample as bad:
+                losses[number] = bad.skipped, promise
         sizes.append(size)
         if progress is not None:
             progress(number + 1, len(urls))
@@ -133,8 +130,7 @@ def index_shards(
     whole = [size for number, size in enumerate(sizes) if size and number not in losses]
     usual = round(sum(whole) / len(whole)) if whole else 1
     skipped = []
-    for number, loss in losses.items():
-        promise = promised[number]
+    for number, (loss, promise) in losses.items():
         expected = usual if promise is None else promise
         skipped.append(dataclasses.replace(loss, samples=max(1, loss.samples, expected - sizes[number])))
     skipped += notices
@@ -174,11 +170,12 @@ def _absent_shards(sizes_file: str | None, promised: dict[str, int], urls: Seque
         return []
     notices = []
     folder = os.path.dirname(sizes_file) or os.curdir
-    if promised:
-        there = {file_name(url) for url in urls if sibling(url, "sizes.json") == sizes_file} | {*os.listdir(folder)}
-        if absent := sorted(name for name, size in promised.items() if size and name not in there):
-            detail = f"names {len(absent)} shards that are not there, the first is {absent[0]}"
-            notices.append(Skipped("outdated sizes.json", sizes_file, detail, samples=0))
+    there = {file_name(url) for url in urls if sibling(url, "sizes.json") == sizes_file}
+    with suppress(OSError):  # the folder is not there
+        there |= {*os.listdir(folder)}
+    if absent := sorted(name for name, size in promised.items() if size and name not in there):
+        detail = f"names {len(absent)} shards that are not there, the first is {absent[0]}"
+        notices.append(Skipped("outdated sizes.json", sizes_file, detail, samples=0))
     with suppress(OSError, ValueError):  # not there, or no number: nothing to compare with
         counted = parse_label(Path(folder, "nshards.txt").read_bytes())  # as CLIP_benchmark writes it
         tars = sum(name.lower().endswith(".tar") for name in os.listdir(folder))
@@ -229,8 +226,9 @@ def _read_sizes(location: str | None, cache_dir: str) -> dict[str, int]:
 
 
 class Members(dict[str, bytes]):
-    """Extension -> bytes of what was read of a sample; ``present``: all extensions that the shard has of it."""
+    """Extension -> bytes of what was read of a sample. where: shard#key. present: all extensions that it has."""
 
+    where: str
     present: Sequence[str] = ()
 
     def lacking(self, *wanted: str) -> str:
@@ -258,17 +256,25 @@ class ShardReader:
     def read(self, shard: int, sample: int, extensions: Sequence[str] | None = None) -> tuple[str, Members]:
         """(key, {extension: bytes}) of a sample, all members or those in ``extensions``; BadSample where it is lost."""
         descriptor, path, index = self._opened(shard, sample)
-        shown = display_url(self.index.urls[shard])
-        where = f"{shown}#{sample}"
+        url = self.index.urls[shard]
+        where = f"{display_url(url)}#{sample}"
         if sample >= len(index):
             if index.damage:
                 raise BadSample("damaged shard", where, index.damage)
-            raise BadSample("outdated sizes.json", where, _unlike_promised(self.index.sizes[shard], len(index)))
+            detail = _unlike_promised(self.index.sizes[shard], len(index))
+            raise BadSample("outdated sizes.json", where, detail)
         places = index.members(sample)
-        wanted = {name: place for name, place in places.items() if extensions is None or name in extensions}
-        _check_sizes({name: size for name, (_, size) in wanted.items()}, f"{shown}#{index.keys[sample]}")
         members = Members()
-        members.present = list(places)
+        members.where, members.present = f"{display_url(url)}#{index.keys[sample]}", list(places)
+        wanted = {name: place for name, place in places.items() if extensions is None or name in extensions}
+        # No byte is read of members that are larger than they can be.
+        claims = [
+            (f".{name}", size, MAX_MEMBER_BYTES.get(name, MAX_SAMPLE_BYTES)) for name, (_, size) in wanted.items()
+        ]
+        claims.append(("all members", sum(size for _, size, _ in claims), MAX_SAMPLE_BYTES))
+        for what, size, limit in claims:
+            if size > limit:
+                raise BadSample("oversized member", members.where, f"{what}: {size} bytes, at most {limit} are read")
         for extension, (offset, size) in wanted.items():
             members[extension] = _pread(descriptor, size, offset)
             if len(members[extension]) != size:
@@ -299,22 +305,14 @@ class ShardReader:
             raise BadSample(failed.kind, f"{failed.where}#{sample}", failed.detail)
         if len(self._open) > OPEN_SHARDS:
             os.close(self._open.popitem(last=False)[1][0])
-        shown, promised = display_url(url), self.index.sizes[shard]
+        promised = self.index.sizes[shard]
         self.notices += _notices(found, url)
         if len(found) > promised:
             detail = _unlike_promised(promised, len(found), "; the rest is not used")
-            self.notices.append(Skipped("outdated sizes.json", shown, detail, len(found) - promised))
+            self.notices.append(Skipped("outdated sizes.json", display_url(url), detail, len(found) - promised))
         elif found.damage and len(found) == promised:  # else each sample that is lost says so
-            self.notices.append(Skipped("damaged shard", shown, found.damage, samples=0))
+            self.notices.append(Skipped("damaged shard", display_url(url), found.damage, samples=0))
         return self._open[shard]
-
-
-def _check_sizes(sizes: dict[str, int], where: str) -> None:
-    """BadSample before a byte is read where members, {extension: bytes}, are larger than they can be."""
-    claims = [(f".{name}", size, MAX_MEMBER_BYTES.get(name, MAX_SAMPLE_BYTES)) for name, size in sizes.items()]
-    for what, size, limit in (*claims, ("all members", sum(sizes.values()), MAX_SAMPLE_BYTES)):
-        if size > limit:
-            raise BadSample("oversized member", where, f"{what}: {size} bytes, at most {limit} are read")
 
 
 def _pread(descriptor: int, size: int, offset: int) -> bytes:
@@ -325,38 +323,17 @@ def _pread(descriptor: int, size: int, offset: int) -> bytes:
     return data
 
 
-class SampleDataset(Dataset[dict[str, Any]]):
-    """Samples by (epoch, slot, position), as the samplers of ``utils/data/order.py`` give them."""
+class ShardDataset(Dataset[dict[str, Any]]):
+    """Samples by (epoch, slot, position), as the samplers of ``utils/data/order.py`` give them.
 
-    index: SampleIndex
-
-    def __init__(self, index: SampleIndex, transform: ImageTransform) -> None:
-        self.index, self.transform = index, transform
-
-    def __len__(self) -> int:
-        return self.index.num_samples
-
-    @property
-    def collate_fn(self) -> Callable[[Sequence[dict[str, Any]]], Any]:
-        """Makes batches of items."""
-        return partial(collate, image_size=self.transform.output_size)
-
-    def shards_of(self, references: Sequence[tuple[int, int, int]]) -> list[str]:
-        """The shards from which these samples are read, as they are shown; none where they come from other files."""
-        return []
-
-
-class ShardDataset(SampleDataset):
-    """Samples of shards: dict(image: uint8 (3, H, W) or None, label: int, position: int, key: str, skipped: list).
+    A sample is dict(image: uint8 (3, H, W) or None, label: int, position: int, key: str, skipped: list).
 
     order: "shuffled" for training: a sample that cannot be used is recorded and its slot filled by the next good one of
     its run. "sequential" for evaluation: it is recorded and its ``image`` is None.
     with_labels: samples need a ``.cls`` (0 ... num_classes - 1 as text); without, there is no ``label``.
 
-    ShardError after 100 unusable samples in a row.
+    ShardError after ``REPLACEMENTS_TRIED`` unusable samples in a row.
     """
-
-    index: ShardIndex
 
     def __init__(
         self,
@@ -370,12 +347,19 @@ class ShardDataset(SampleDataset):
     ) -> None:
         if order not in ("shuffled", "sequential"):
             raise ValueError(f"order is 'shuffled' or 'sequential', not {order!r}")
-        super().__init__(index, transform)
-        self.order, self.seed = order, seed
+        self.index, self.transform, self.order, self.seed = index, transform, order, seed
         self.with_labels, self.num_classes = with_labels, num_classes
         self._extensions: tuple[str, ...] = (*IMAGE_EXTENSIONS, "cls") if with_labels else IMAGE_EXTENSIONS
         self._orders: dict[int, SequentialOrder] = {}
         self._own: tuple[int, ShardReader, _Prefetcher | None] | None = None
+
+    def __len__(self) -> int:
+        return self.index.num_samples
+
+    @property
+    def collate_fn(self) -> Callable[[Sequence[dict[str, Any]]], Any]:
+        """Makes batches of items."""
+        return partial(collate, image_size=self.transform.output_size)
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_orders": {}, "_own": None}
@@ -401,16 +385,14 @@ class ShardDataset(SampleDataset):
                     "check the shards"
                 )
             item = {"image": None, "key": first.where}
-        skipped += reader.notices
-        reader.notices.clear()
-        return {**item, "position": position, "skipped": skipped}
+        notices, reader.notices = reader.notices, []
+        return {**item, "position": position, "skipped": skipped + notices}
 
     def load(self, reader: ShardReader, shard: int, sample: int, epoch: int) -> dict[str, Any]:
         """The sample itself: image, key and label. BadSample where it cannot be used."""
         key, members = reader.read(shard, sample, self._extensions)
-        where = self._where(shard, key)
-        label = {"label": self._label(members, where)} if self.with_labels else {}
-        return {"key": key, **label, "image": self._image(members, where)}
+        label = {"label": self._label(members)} if self.with_labels else {}
+        return {"key": key, **label, "image": self._image(members)}
 
     def order_of(self, epoch: int) -> SequentialOrder:
         """The order of the samples in an epoch; those of two epochs are kept."""
@@ -424,33 +406,30 @@ class ShardDataset(SampleDataset):
         return self._orders[epoch]
 
     def shards_of(self, references: Sequence[tuple[int, int, int]]) -> list[str]:
+        """The shards from which these samples are read, as they are shown."""
         shards = [self.order_of(epoch).reference(slot)[0] for epoch, slot, _ in references]
         return [display_url(self.index.urls[shard]) for shard in dict.fromkeys(shards)]
 
-    def _where(self, shard: int, key: str) -> str:
-        return f"{display_url(self.index.urls[shard])}#{key}"
-
-    def _image(self, members: Members, where: str) -> torch.Tensor:
+    def _image(self, members: Members) -> torch.Tensor:
         data = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
         if data is None:
-            raise BadSample("missing image", where, members.lacking(*IMAGE_EXTENSIONS))
+            raise BadSample("missing image", members.where, members.lacking(*IMAGE_EXTENSIONS))
         try:
             return decode(data, self.transform)
         except ImageError as error:
-            raise BadSample("undecodable image", where, str(error)) from None
+            raise BadSample("undecodable image", members.where, str(error)) from None
 
-    def _label(self, members: Members, where: str) -> int:
+    def _label(self, members: Members) -> int:
         if "cls" not in members:
-            raise BadSample("missing label", where, members.lacking("cls"))
+            raise BadSample("missing label", members.where, members.lacking("cls"))
         try:
             label = parse_label(members["cls"])
         except ValueError:
-            raise BadSample("bad label", where, f"{members['cls'][:40]!r} is no whole number") from None
-        if not 0 <= label < MAX_LABEL:
-            raise BadSample("bad label", where, f"{label} is no class")
-        if self.num_classes is not None and label >= self.num_classes:
-            classes = f"there are {self.num_classes} classes (0 ... {self.num_classes - 1})"
-            raise BadSample("bad label", where, f"class {label}, {classes}")
+            raise BadSample("bad label", members.where, f"{members['cls'][:40]!r} is no whole number") from None
+        classes = MAX_LABEL if self.num_classes is None else self.num_classes
+        if not 0 <= label < classes:
+            detail = f"class {label}, there are {classes} classes (0 ... {classes - 1})"
+            raise BadSample("bad label", members.where, detail)
         return label
 
     def _reader_ahead_of(self, order: SequentialOrder, epoch: int, slot: int) -> ShardReader:
@@ -518,7 +497,7 @@ def collate(samples: Sequence[dict[str, Any]], *, image_size: tuple[int, int] | 
 
 
 def train_batches(
-    dataset: SampleDataset, *, first_step: int, num_workers: int, pin_memory: bool = False, **share: int
+    dataset: ShardDataset, *, first_step: int, num_workers: int, pin_memory: bool = False, **share: int
 ) -> Iterator[dict[str, Any]]:
     """The micro-batches of one rank from ``first_step`` on; ``share``: the other arguments of ``TrainBatchSampler``.
 
@@ -553,7 +532,7 @@ def train_batches(
 
 
 def eval_loader(
-    dataset: SampleDataset,
+    dataset: ShardDataset,
     *,
     num_samples: int,
     batch_size: int,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from utils.errors import UserError
 from utils.redaction import printable, without_addresses, without_secrets
@@ -51,25 +51,17 @@ def count_skipped(batches: Iterable[dict[str, Any]], skips: SkipCounter) -> Iter
         yield batch
 
 
-class SampleIndex(Protocol):
-    """How many samples a data set has, and what was missing when they were counted."""
-
-    skipped: list[Skipped]
-
-    @property
-    def num_samples(self) -> int: ...
-
-
 @dataclass(eq=False)
 class SkipCounter:
     """Counts what was skipped, reports each kind once, and ends the run where too much is lost.
 
     Losses of the index weigh against all of its samples. Losses while reading weigh against the samples ``seen``, at
     least the first 1000: one early loss does not end a run. A sample counts once, however often its turn comes.
-    ``report`` takes one line; None for silence. ``num_samples``: how many of the index are read, where not all are.
+    index: a ``ShardIndex``; num_samples: how many of it are read, where not all are. report: takes one line; None for
+    silence.
     """
 
-    index: SampleIndex
+    index: Any
     max_bad_fraction: float
     report: Callable[[str], None] | None = logger.warning
     num_samples: int | None = None

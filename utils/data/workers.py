@@ -42,7 +42,7 @@ class _Late(WaitEnded):
 
 
 class PatientLoader(DataLoader):
-    """The loader of a ``SampleDataset``. Its workers ignore signals to the run, and their batches are waited for.
+    """The loader of a ``ShardDataset``. Its workers ignore signals to the run, and their batches are waited for.
 
     persistent: the workers stay for the next pass.
     """

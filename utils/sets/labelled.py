@@ -200,18 +200,18 @@ class AttributeDataset(ShardDataset):
         return partial(_collate_attributes, super().collate_fn)
 
     def load(self, reader: ShardReader, shard: int, sample: int, epoch: int) -> dict[str, Any]:
-        key, members = reader.read(shard, sample, ("json",))
-        where = self._where(shard, key)
+        _, members = reader.read(shard, sample, ("json",))
+        expected = 'expected {"attribute": "..."} in the .json member'
         if "json" not in members:
-            raise BadSample("missing attribute", where, f'{members.lacking("json")}; expected {{"attribute": "..."}}')
+            raise BadSample("missing attribute", members.where, f"{members.lacking('json')}; {expected}")
         try:
             attribute = parse_json(members["json"])["attribute"]
         except (ValueError, KeyError, TypeError):
-            raise BadSample("bad attribute", where, 'expected {"attribute": "..."} in the .json member') from None
-        if not isinstance(attribute, str):
-            raise BadSample("bad attribute", where, f"attribute is a {type(attribute).__name__}, not a text")
-        if not attribute.strip() or len(attribute) > LONGEST_ATTRIBUTE or not attribute.isprintable():
-            raise BadSample("bad attribute", where, f"attribute {attribute[:100]!r} cannot name a group")
+            attribute = None
+        named = isinstance(attribute, str) and attribute.strip() and attribute.isprintable()
+        if not named or len(attribute) > LONGEST_ATTRIBUTE:
+            detail = f"attribute {repr(attribute)[:100]} cannot name a group; {expected}"
+            raise BadSample("bad attribute", members.where, detail)
         # Two ways to write a word are one group.
         return super().load(reader, shard, sample, epoch) | {"attribute": composed(" ".join(attribute.split()))}
 

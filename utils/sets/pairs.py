@@ -118,13 +118,12 @@ class PairDataset(PreferenceDataset):
 
     def load(self, reader: ShardReader, shard: int, sample: int, epoch: int) -> dict[str, Any]:
         key, members = reader.read(shard, sample, self._extensions)
-        where = self._where(shard, key)
         lacking = "" if "json" in members else members.lacking("json")
-        row, dropped = parse_pair(members.get("json"), key, where, lacking)
+        row, dropped = parse_pair(members.get("json"), key, members.where, lacking)
         if dropped:
             detail = f"{dropped} of the rejected texts equal the chosen one and are left out"
-            reader.notices.append(Skipped("chosen among rejected", where, detail, samples=0))
-        row.image = self._image(members, where)
+            reader.notices.append(Skipped("chosen among rejected", members.where, detail, samples=0))
+        row.image = self._image(members)
         return {"key": key, "rows": [row]}
 
 
