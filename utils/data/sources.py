@@ -648,7 +648,7 @@ def remote_size(url: str) -> int | None:
 # ---------------------------------------------------------------------------------------------------------- small texts
 
 
-def read_text(location: str, cache_dir: str | os.PathLike) -> str | None:
+def read_text(location: str, cache_dir: str | os.PathLike | None = None) -> str | None:
     """A small UTF-8 text file by path or URL (sizes.json, classnames.txt); None where there is none.
 
     A text behind a URL is asked for afresh every time. ``cache_dir`` keeps a copy, or the answer that there is no such
@@ -659,7 +659,7 @@ def read_text(location: str, cache_dir: str | os.PathLike) -> str | None:
     if remote and url_scheme(location) == "pipe":
         raise UserError(f"{shown}: runs a shell command; give a path or URL")
     try:
-        path = _text_copy(location, Path(cache_dir)) if remote else Path(known_path(location))
+        path = _text_copy(location, Path(cache_dir or default_cache_dir())) if remote else Path(known_path(location))
         if path is None:
             return None
         with open(path, "rb") as stream:

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from utils.data.digests import files_digest, text_digest
-from utils.data.folders import LeftOut, describe, entries_of, is_picture, kind_of, leave, subfolders
+from utils.data.folders import LeftOut, describe, pictures, subfolders
 from utils.data.images import MAX_IMAGE_BYTES, ImageError, ImageTransform, decode
 from utils.data.shards import ShardDataset, ShardIndex, ShardReader
 from utils.data.skipped import BadSample
@@ -293,12 +293,7 @@ def _list_images(path: Path) -> list[PublishedSample]:
     files = []
     left_out: LeftOut = {}
     for label, folder in enumerate(_class_folders(path)):
-        for entry in entries_of(path / folder):
-            # Before the suffix: a pipe would be waited for without end.
-            if kind_of(entry) == "file" and is_picture(entry.name):
-                files.append((entry.name, folder, label))
-            else:
-                leave(left_out, entry, path)
+        files += [(entry.name, folder, label) for entry in pictures(path / folder, left_out, path)]
     if left_out:
         logger.warning("%s: not taken: %s", path, describe(left_out))
     if not files:

@@ -19,7 +19,7 @@ from utils.data.digests import shards_digest, text_digest
 from utils.data.images import ImageTransform
 from utils.data.shards import ShardDataset, ShardIndex, ShardReader, index_shards
 from utils.data.skipped import BadSample
-from utils.data.sources import default_cache_dir, expand_shards, is_remote, read_text, sibling
+from utils.data.sources import expand_shards, is_remote, read_text, sibling
 from utils.errors import UserError
 from utils.processes.progress import RunProgress
 from utils.redaction import display_url
@@ -77,7 +77,7 @@ def same_classes(names: Sequence[str], wanted: Sequence[str]) -> list[int] | Non
 
 def read_classnames(path: str | Path, cache_dir: str | None = None) -> list[str]:
     """One class name per line, in NFC; the line number is the class. Outer spaces and empty last lines do not count."""
-    text = read_text(str(path), cache_dir or default_cache_dir())
+    text = read_text(str(path), cache_dir)
     where = display_url(str(path))
     if text is None:
         raise UserError(f"{where}: no such file; expected class names, one per line, line number = class")
@@ -97,7 +97,7 @@ def read_classnames(path: str | Path, cache_dir: str | None = None) -> list[str]
 
 def read_templates(path: str | Path | None, cache_dir: str | None = None) -> list[str]:
     """Prompt templates, one per line, ``{c}`` for the class name; CLIP's simplest one where there is no file."""
-    text = None if path is None else read_text(str(path), cache_dir or default_cache_dir())
+    text = None if path is None else read_text(str(path), cache_dir)
     where = display_url(str(path))
     templates = [line.strip() for line in text_lines(text or "", where) if line.strip()]
     for template in templates:
@@ -127,26 +127,25 @@ def find_classes(
     """
     if classnames == IMAGENET and not os.path.isfile(classnames):
         return imagenet_prompts()
-    path = classnames or _list_of(shards[0], cache_dir)
+    one_of_folder = {sibling(shard, "classnames.txt"): shard for shard in shards}
+    lists = [classnames] if classnames else [_list_of(shard, cache_dir) for shard in one_of_folder.values()]
+    path = lists[0]
     if path is None:
         todo = "write one name per line, or name one with --classnames (--classnames imagenet: CLIP's names)"
         raise UserError(f"{flag}: no classnames.txt beside {display_url(shards[0])} or one folder up; {todo}")
     names = read_classnames(path, cache_dir)
-    one_of_folder = {} if classnames else {sibling(shard, "classnames.txt"): shard for shard in shards}
-    for other in dict.fromkeys(_list_of(shard, cache_dir) for shard in one_of_folder.values()):
+    for other in dict.fromkeys(lists[1:]):
         if other not in (path, None) and read_classnames(other, cache_dir) != names:
-            lists = f"{display_url(path)} and {display_url(other)}"
-            raise UserError(f"{flag}: {lists} are not the same; give equal ones, or one for all with --classnames")
+            both = f"{display_url(path)} and {display_url(other)}"
+            raise UserError(f"{flag}: {both} are not the same; give equal ones, or one for all with --classnames")
     return names, read_templates(sibling(path, "zeroshot_classification_templates.txt"), cache_dir)
 
 
 def _list_of(shard: str, cache_dir: str | None) -> str | None:
     """The classnames.txt beside a shard, else one folder up, else None."""
     place = shard if is_remote(shard) else os.path.abspath(shard)
-    for path in (sibling(place, "classnames.txt"), sibling(place.rpartition("/")[0], "classnames.txt")):
-        if path and read_text(path, cache_dir or default_cache_dir()) is not None:
-            return path
-    return None
+    paths = (sibling(place, "classnames.txt"), sibling(place.rpartition("/")[0], "classnames.txt"))
+    return next((path for path in paths if path and read_text(path, cache_dir) is not None), None)
 
 
 @dataclass
