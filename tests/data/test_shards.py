@@ -1103,7 +1103,8 @@ def test_a_copy_that_is_being_opened_is_not_evicted(tmp_path, server):
     with cache.local(urls[0]) as path:
         assert Path(copy_of(other, urls[1])).exists()  # above the limit, but the only one that could go is this one
         assert Path(path).exists()
-        assert not other.fetch_ahead(urls[0])
+        with other.local(urls[0], wait=False) as taken:
+            assert not taken
     last = copy_of(other, urls[2])
     assert list(cache.shard_dir.iterdir()) == [Path(last)]
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -100,45 +100,48 @@ def index_shards(
     refuse_lacking_shards(urls, cache, flag)
     promises: dict[str | None, dict[str, int]] = {}  # of each sizes.json
     sizes: list[int] = []
-    losses: dict[int, tuple[Skipped, int | None]] = {}  # by the shard's number, with the samples it was to have
+    losses: list[tuple[Skipped, int, int | None]] = []  # with the samples that are there, and those promised
+    whole: list[int] = []  # sizes of the shards without a loss
     notices: list[Skipped] = []
-    for number, url in enumerate(urls):
+    for number, url in enumerate(urls, 1):
         sizes_file = sibling(url, "sizes.json")
         if sizes_file not in promises:
             promises[sizes_file] = _read_sizes(sizes_file, cache_dir)
             notices += _absent_shards(sizes_file, promises[sizes_file], urls)
-        promise = promises[sizes_file].get(file_name(url))
-        size = promise if promise and (is_remote(url) or os.path.isfile(url)) else 0
-        if not size:
+        promise, loss, size = promises[sizes_file].get(file_name(url)), None, 0
+        if promise and (is_remote(url) or os.path.isfile(url)):
+            size = promise
+        else:
             try:
                 with _indexed(url, cache) as (_, found):
                     size = len(found)
-                if found.damage:
-                    losses[number] = Skipped("damaged shard", display_url(url), found.damage, found.lost), promise
-                if promise == 0 and size:
-                    detail = _unlike_promised(0, size, ", which are read")
-                    notices.append(Skipped("outdated sizes.json", display_url(url), detail, samples=0))
-                if promise != 0 or size:  # without samples, as it was said
+                loss = Skipped("damaged shard", display_url(url), found.damage, found.lost) if found.damage else None
+                if size and promise == 0:
+                    notices.append(_outdated(url, 0, size, ", which are read"))
+                if size or promise != 0:  # else it is without samples, as it was said
                     notices += _notices(found, url)
             except BadSample as bad:
-                losses[number] = bad.skipped, promise
+                loss = bad.skipped
         sizes.append(size)
+        if loss:
+            losses.append((loss, size, promise))
+        elif size:
+            whole.append(size)
         if progress is not None:
-            progress(number + 1, len(urls))
+            progress(number, len(urls))
 
     # A lost shard held as many samples as promised, else as many as whole ones usually do.
-    whole = [size for number, size in enumerate(sizes) if size and number not in losses]
     usual = round(sum(whole) / len(whole)) if whole else 1
     skipped = []
-    for number, (loss, promise) in losses.items():
+    for loss, size, promise in losses:
         expected = usual if promise is None else promise
-        skipped.append(dataclasses.replace(loss, samples=max(1, loss.samples, expected - sizes[number])))
+        skipped.append(dataclasses.replace(loss, samples=max(1, loss.samples, expected - size)))
     skipped += notices
     if not sum(sizes):
         first = f"{skipped[0].where} ({skipped[0].detail})" if skipped else f"{display_url(urls[0])} is empty"
+        shards = f"{len(urls)} shard{'s' if len(urls) > 1 else ''}"
         raise UserError(
-            f"{flag}: no readable sample in {len(urls)} shard{'s' if len(urls) > 1 else ''}, first: {first}; expected "
-            ".tar files with <key>.jpg members"
+            f"{flag}: no readable sample in {shards}, first: {first}; expected .tar files with <key>.jpg members"
         )
     return ShardIndex(list(urls), sizes, skipped, cache_dir, cache_limit_gb)
 
@@ -149,10 +152,9 @@ def _indexed(url: str, cache: ShardCache) -> Iterator[tuple[str, TarIndex]]:
     try:
         with cache.local(url) as path:
             yield path, tar_index(path, cache.cache_dir, url if is_remote(url) else None)
-    except UnavailableShard as error:
-        raise BadSample("missing shard", display_url(url), str(error)) from None
-    except OSError as error:
-        raise BadSample("missing shard", display_url(url), error.strerror or one_line(error)) from None
+    except (UnavailableShard, OSError) as error:
+        why = getattr(error, "strerror", None) or (one_line(error) if isinstance(error, OSError) else str(error))
+        raise BadSample("missing shard", display_url(url), why) from None
 
 
 def _notices(found: TarIndex, url: str) -> list[Skipped]:
@@ -160,25 +162,25 @@ def _notices(found: TarIndex, url: str) -> list[Skipped]:
     return [Skipped(kind, display_url(url), detail, samples) for kind, detail, samples in found.notes]
 
 
-def _unlike_promised(promised: int, held: int, use: str = "") -> str:
-    return f"promises {promised} samples, the shard holds {held}{use}; delete or renew the file"
+def _outdated(url: str, promised: int, held: int, use: str = "", samples: int = 0) -> Skipped:
+    detail = f"promises {promised} samples, the shard holds {held}{use}; delete or renew the file"
+    return Skipped("outdated sizes.json", display_url(url), detail, samples)
 
 
 def _absent_shards(sizes_file: str | None, promised: dict[str, int], urls: Sequence[str]) -> list[Skipped]:
     """Notices where a local sizes.json names, or nshards.txt beside it counts, shards that do not lie there."""
-    if sizes_file is None or is_remote(sizes_file):
-        return []
-    notices = []
-    folder = os.path.dirname(sizes_file) or os.curdir
-    there = {file_name(url) for url in urls if sibling(url, "sizes.json") == sizes_file}
-    with suppress(OSError):  # the folder is not there
-        there |= {*os.listdir(folder)}
-    if absent := sorted(name for name, size in promised.items() if size and name not in there):
+    notices: list[Skipped] = []
+    folder = Path(sizes_file or "").parent
+    if sizes_file is None or is_remote(sizes_file) or not folder.is_dir():
+        return notices
+    there = os.listdir(folder)
+    given = {file_name(url) for url in urls if sibling(url, "sizes.json") == sizes_file}
+    if absent := sorted({name for name, size in promised.items() if size} - given - {*there}):
         detail = f"names {len(absent)} shards that are not there, the first is {absent[0]}"
         notices.append(Skipped("outdated sizes.json", sizes_file, detail, samples=0))
     with suppress(OSError, ValueError):  # not there, or no number: nothing to compare with
-        counted = parse_label(Path(folder, "nshards.txt").read_bytes())  # as CLIP_benchmark writes it
-        tars = sum(name.lower().endswith(".tar") for name in os.listdir(folder))
+        counted = parse_label((folder / "nshards.txt").read_bytes())  # as CLIP_benchmark writes it
+        tars = sum(name.lower().endswith(".tar") for name in there)
         if tars < counted:
             detail = f"counts {counted} shards, {tars} lie there"
             notices.append(Skipped("missing shard", os.path.join(folder, "nshards.txt"), detail, samples=0))
@@ -250,22 +252,21 @@ class ShardReader:
         self.index = index
         self.cache = ShardCache(index.cache_dir, index.cache_limit_gb)
         self.notices: list[Skipped] = []
-        self._open: OrderedDict[int, tuple[int, str, TarIndex]] = OrderedDict()
+        self._open: OrderedDict[int, tuple[BinaryIO, TarIndex]] = OrderedDict()
         self._failed: dict[int, Skipped] = {}
 
     def read(self, shard: int, sample: int, extensions: Sequence[str] | None = None) -> tuple[str, Members]:
         """(key, {extension: bytes}) of a sample, all members or those in ``extensions``; BadSample where it is lost."""
-        descriptor, path, index = self._opened(shard, sample)
+        file, index = self._opened(shard, sample)
         url = self.index.urls[shard]
         where = f"{display_url(url)}#{sample}"
         if sample >= len(index):
             if index.damage:
                 raise BadSample("damaged shard", where, index.damage)
-            detail = _unlike_promised(self.index.sizes[shard], len(index))
-            raise BadSample("outdated sizes.json", where, detail)
-        places = index.members(sample)
+            raise BadSample("outdated sizes.json", where, _outdated(url, self.index.sizes[shard], len(index)).detail)
+        key, places = index.keys[sample], index.members(sample)
         members = Members()
-        members.where, members.present = f"{display_url(url)}#{index.keys[sample]}", list(places)
+        members.where, members.present = f"{display_url(url)}#{key}", list(places)
         wanted = {name: place for name, place in places.items() if extensions is None or name in extensions}
         # No byte is read of members that are larger than they can be.
         claims = [
@@ -276,51 +277,43 @@ class ShardReader:
             if size > limit:
                 raise BadSample("oversized member", members.where, f"{what}: {size} bytes, at most {limit} are read")
         for extension, (offset, size) in wanted.items():
-            members[extension] = _pread(descriptor, size, offset)
+            file.seek(offset)
+            members[extension] = file.read(size)
             if len(members[extension]) != size:
-                raise BadSample("damaged shard", where, f"{path} has become shorter")
-        return index.keys[sample], members
+                raise BadSample("damaged shard", where, f"{file.name} has become shorter")
+        return key, members
 
     def close(self) -> None:
         while self._open:
-            os.close(self._open.popitem()[1][0])
+            self._open.popitem()[1][0].close()
 
     def __del__(self) -> None:
-        self.close()  # every evaluation makes a reader; without this the descriptors of a long run would run out
+        self.close()
 
-    def _opened(self, shard: int, sample: int) -> tuple[int, str, TarIndex]:
+    def _opened(self, shard: int, sample: int) -> tuple[BinaryIO, TarIndex]:
         url = self.index.urls[shard]
         if shard in self._open:
             self._open.move_to_end(shard)
             if is_remote(url):
-                self.cache.touch(self._open[shard][1])
+                self.cache.touch(self._open[shard][0].name)
             return self._open[shard]
         if shard not in self._failed:
             try:
                 with _indexed(url, self.cache) as (path, found):
-                    self._open[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC), path, found
+                    self._open[shard] = open(path, "rb"), found  # noqa: SIM115
             except BadSample as bad:  # remembered: else every sample of a lost shard would wait for all retries
                 self._failed[shard] = bad.skipped
         if failed := self._failed.get(shard):
             raise BadSample(failed.kind, f"{failed.where}#{sample}", failed.detail)
         if len(self._open) > OPEN_SHARDS:
-            os.close(self._open.popitem(last=False)[1][0])
-        promised = self.index.sizes[shard]
+            self._open.popitem(last=False)[1][0].close()
+        promised, more = self.index.sizes[shard], len(found) - self.index.sizes[shard]
         self.notices += _notices(found, url)
-        if len(found) > promised:
-            detail = _unlike_promised(promised, len(found), "; the rest is not used")
-            self.notices.append(Skipped("outdated sizes.json", display_url(url), detail, len(found) - promised))
-        elif found.damage and len(found) == promised:  # else each sample that is lost says so
+        if more > 0:
+            self.notices.append(_outdated(url, promised, len(found), "; the rest is not used", more))
+        elif found.damage and not more:  # else each sample that is lost says so
             self.notices.append(Skipped("damaged shard", display_url(url), found.damage, samples=0))
         return self._open[shard]
-
-
-def _pread(descriptor: int, size: int, offset: int) -> bytes:
-    """``size`` bytes, or all there are: a file system may give less at a time."""
-    data = b""
-    while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
-        data += more
-    return data
 
 
 class ShardDataset(Dataset[dict[str, Any]]):
@@ -345,8 +338,6 @@ class ShardDataset(Dataset[dict[str, Any]]):
         with_labels: bool = False,
         num_classes: int | None = None,
     ) -> None:
-        if order not in ("shuffled", "sequential"):
-            raise ValueError(f"order is 'shuffled' or 'sequential', not {order!r}")
         self.index, self.transform, self.order, self.seed = index, transform, order, seed
         self.with_labels, self.num_classes = with_labels, num_classes
         self._extensions: tuple[str, ...] = (*IMAGE_EXTENSIONS, "cls") if with_labels else IMAGE_EXTENSIONS
@@ -378,13 +369,11 @@ class ShardDataset(Dataset[dict[str, Any]]):
                 skipped.append(bad.skipped)
         else:
             first = skipped[0]
+            item = {"image": None, "key": first.where}
             if self.order == "shuffled":
                 kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(bad.kind for bad in skipped).items())
-                raise ShardError(
-                    f"{len(skipped)} samples in a row cannot be used ({kinds}); first {first.where}: {first.detail}; "
-                    "check the shards"
-                )
-            item = {"image": None, "key": first.where}
+                tried = f"{len(skipped)} samples in a row cannot be used ({kinds})"
+                raise ShardError(f"{tried}; first {first.where}: {first.detail}; check the shards")
         notices, reader.notices = reader.notices, []
         return {**item, "position": position, "skipped": skipped + notices}
 
@@ -399,10 +388,8 @@ class ShardDataset(Dataset[dict[str, Any]]):
         if epoch not in self._orders:
             if len(self._orders) == 2:
                 del self._orders[next(iter(self._orders))]
-            if self.order == "shuffled":
-                self._orders[epoch] = EpochOrder(self.index.sizes, self.seed, epoch)
-            else:
-                self._orders[epoch] = SequentialOrder(self.index.sizes)
+            shuffled, sizes = self.order == "shuffled", self.index.sizes
+            self._orders[epoch] = EpochOrder(sizes, self.seed, epoch) if shuffled else SequentialOrder(sizes)
         return self._orders[epoch]
 
     def shards_of(self, references: Sequence[tuple[int, int, int]]) -> list[str]:
@@ -455,7 +442,6 @@ class _Prefetcher:
         self._urls = index.urls
         self._cache = ShardCache(index.cache_dir, index.cache_limit_gb)
         self._wanted: list[str] = []
-        self._failed: set[str] = set()
         self._wake = threading.Condition()
         threading.Thread(target=self._work, name="shard prefetch", daemon=True).start()
 
@@ -467,15 +453,17 @@ class _Prefetcher:
             self._wake.notify()
 
     def _work(self) -> None:
+        failed = set()
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._wanted)
                 url = self._wanted.pop()
-            if url not in self._failed:
-                try:
-                    self._cache.fetch_ahead(url)
-                except Exception:  # the reader meets the same error when it needs the shard, and reports it
-                    self._failed.add(url)
+            try:
+                if url not in failed:
+                    with self._cache.local(url, wait=False):
+                        pass
+            except Exception:  # the reader meets the same error when it needs the shard, and reports it
+                failed.add(url)
 
 
 def collate(samples: Sequence[dict[str, Any]], *, image_size: tuple[int, int] | None = None) -> dict[str, Any]:
@@ -524,10 +512,9 @@ def train_batches(
             deaths += 1
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             if deaths > WORKER_DEATHS:
-                raise ShardError(
-                    f"--num_workers {num_workers}: data workers die again and again ({reason}); if memory runs out, "
-                    "use fewer, then go on with --resume_from_checkpoint latest"
-                ) from None
+                died = f"--num_workers {num_workers}: data workers die again and again ({reason})"
+                todo = "if memory runs out, use fewer, then go on with --resume_from_checkpoint latest"
+                raise ShardError(f"{died}; {todo}") from None
             logger.warning("a data worker has died (%s); new ones go on with the same batches", reason)
 
 

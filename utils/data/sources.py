@@ -413,21 +413,14 @@ class ShardCache:
         self._touched: dict[str, float] = {}
 
     @contextlib.contextmanager
-    def local(self, url: str) -> Iterator[str]:
-        """Local path of the shard, fetched where needed; nobody evicts it within the block. Raises UnavailableShard."""
+    def local(self, url: str, wait: bool = True) -> Iterator[str]:
+        """Local path of the shard, fetched where needed; nobody evicts it within the block. Raises UnavailableShard.
+
+        ``wait`` False: an empty path, at once, where somebody else fetches or opens it.
+        """
         if not is_remote(url):
             yield url
             return
-        with self._held(url, wait=True):
-            yield str(self.copy_of(url))
-
-    def fetch_ahead(self, url: str) -> bool:
-        """Fetches a remote shard that the cache lacks; False, at once, where somebody else fetches or opens it."""
-        with self._held(url, wait=False) as held:
-            return held
-
-    @contextlib.contextmanager
-    def _held(self, url: str, wait: bool) -> Iterator[bool]:
         target = self.copy_of(url)
         with _locked(self._lock_of(target), wait) as held:
             if held and not target.exists():
@@ -439,7 +432,7 @@ class ShardCache:
                 self._evict()
             if held:
                 self.touch(str(target))
-            yield held
+            yield str(target) if held else ""
 
     def copy_of(self, url: str) -> Path:
         """Where the copy of a remote shard is, or would be."""
