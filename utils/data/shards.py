@@ -45,6 +45,7 @@ from utils.data.sources import (
 from utils.data.tars import MAX_MEMBERS, TarIndex, tar_index
 from utils.data.workers import PatientLoader, worker_died
 from utils.errors import UserError
+from utils.processes.progress import RunProgress
 from utils.redaction import display_url
 from utils.text_files import parse_json, parse_label
 
@@ -81,7 +82,6 @@ def index_shards(
     urls: Sequence[str],
     *,
     cache_dir: str | os.PathLike | None = None,
-    progress: Callable[[int, int], None] | None = None,
     cache_limit_gb: float | None = None,
     flag: str = "--train_shards",
 ) -> ShardIndex:
@@ -89,7 +89,7 @@ def index_shards(
 
     sizes.json is believed until the shard is opened, but for a 0: such a shard would never be opened. A missing or
     damaged shard becomes a ``Skipped`` record with an estimate of its lost samples, an odd one a notice. A remote shard
-    without sizes.json is fetched. ``progress(done, total)`` is called after each shard. UserError if no sample is left.
+    without sizes.json is fetched. UserError if no sample is left.
     """
     cache_dir = str(cache_dir or default_cache_dir())
     try:
@@ -103,32 +103,21 @@ def index_shards(
     losses: list[tuple[Skipped, int, int | None]] = []  # with the samples that are there, and those promised
     whole: list[int] = []  # sizes of the shards without a loss
     notices: list[Skipped] = []
-    for number, url in enumerate(urls, 1):
-        sizes_file = sibling(url, "sizes.json")
-        if sizes_file not in promises:
-            promises[sizes_file] = _read_sizes(sizes_file, cache_dir)
-            notices += _absent_shards(sizes_file, promises[sizes_file], urls)
-        promise, loss, size = promises[sizes_file].get(file_name(url)), None, 0
-        if promise and (is_remote(url) or os.path.isfile(url)):
-            size = promise
-        else:
-            try:
-                with _indexed(url, cache) as (_, found):
-                    size = len(found)
-                loss = Skipped("damaged shard", display_url(url), found.damage, found.lost) if found.damage else None
-                if size and promise == 0:
-                    notices.append(_outdated(url, 0, size, ", which are read"))
-                if size or promise != 0:  # else it is without samples, as it was said
-                    notices += _notices(found, url)
-            except BadSample as bad:
-                loss = bad.skipped
-        sizes.append(size)
-        if loss:
-            losses.append((loss, size, promise))
-        elif size:
-            whole.append(size)
-        if progress is not None:
-            progress(number, len(urls))
+    with RunProgress(f"counting {flag}", len(urls), transient=True) as progress:
+        for number, url in enumerate(urls, 1):
+            sizes_file = sibling(url, "sizes.json")
+            if sizes_file not in promises:
+                promises[sizes_file] = _read_sizes(sizes_file, cache_dir)
+                notices += _absent_shards(sizes_file, promises[sizes_file], urls)
+            promise = promises[sizes_file].get(file_name(url))
+            size, loss, more = _count(url, promise, cache)
+            sizes.append(size)
+            notices += more
+            if loss:
+                losses.append((loss, size, promise))
+            elif size:
+                whole.append(size)
+            progress.update(number)
 
     # A lost shard held as many samples as promised, else as many as whole ones usually do.
     usual = round(sum(whole) / len(whole)) if whole else 1
@@ -144,6 +133,22 @@ def index_shards(
             f"{flag}: no readable sample in {shards}, first: {first}; expected .tar files with <key>.jpg members"
         )
     return ShardIndex(list(urls), sizes, skipped, cache_dir, cache_limit_gb)
+
+
+def _count(url: str, promise: int | None, cache: ShardCache) -> tuple[int, Skipped | None, list[Skipped]]:
+    """Samples of a shard, as promised or as found, what is lost of it, and notices."""
+    if promise and (is_remote(url) or os.path.isfile(url)):
+        return promise, None, []
+    try:
+        with _indexed(url, cache) as (_, found):
+            size = len(found)
+    except BadSample as bad:
+        return 0, bad.skipped, []
+    loss = Skipped("damaged shard", display_url(url), found.damage, found.lost) if found.damage else None
+    if promise == 0:
+        news = [_outdated(url, 0, size, ", which are read"), *_notices(found, url)]
+        return size, loss, news if size else []  # without samples, as it was said
+    return size, loss, _notices(found, url)
 
 
 @contextmanager
@@ -328,6 +333,8 @@ class ShardDataset(Dataset[dict[str, Any]]):
     ShardError after ``REPLACEMENTS_TRIED`` unusable samples in a row.
     """
 
+    also_read: tuple[str, ...] = ()  # extensions beside those of images and labels
+
     def __init__(
         self,
         index: ShardIndex,
@@ -340,7 +347,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
     ) -> None:
         self.index, self.transform, self.order, self.seed = index, transform, order, seed
         self.with_labels, self.num_classes = with_labels, num_classes
-        self._extensions: tuple[str, ...] = (*IMAGE_EXTENSIONS, "cls") if with_labels else IMAGE_EXTENSIONS
+        self._extensions = (*IMAGE_EXTENSIONS, *self.also_read, *(("cls",) if with_labels else ()))
         self._orders: dict[int, SequentialOrder] = {}
         self._own: tuple[int, ShardReader, _Prefetcher | None] | None = None
 
@@ -350,7 +357,12 @@ class ShardDataset(Dataset[dict[str, Any]]):
     @property
     def collate_fn(self) -> Callable[[Sequence[dict[str, Any]]], Any]:
         """Makes batches of items."""
-        return partial(collate, image_size=self.transform.output_size)
+        return partial(collate, no_images=self.no_images)
+
+    @property
+    def no_images(self) -> torch.Tensor:
+        """The images of a batch without any, of the shape and dtype of others."""
+        return torch.empty(0, 3, *(self.transform.output_size or (0, 0)), dtype=torch.uint8)
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_orders": {}, "_own": None}
@@ -466,13 +478,12 @@ class _Prefetcher:
                 failed.add(url)
 
 
-def collate(samples: Sequence[dict[str, Any]], *, image_size: tuple[int, int] | None = None) -> dict[str, Any]:
-    """Samples -> dict(images uint8 (B, 3, H, W), positions int64 (B,), keys, skipped), and labels int64 (B,) if read.
+def collate(samples: Sequence[dict[str, Any]], *, no_images: torch.Tensor) -> dict[str, Any]:
+    """Samples -> dict(images uint8 (B, 3, H, W), positions int64 (B,), keys, skipped), labels int64 (B,), attributes.
 
-    A sample without an image only brings its ``skipped`` records. With none left the images are (0, 3, *image_size).
+    Labels and attributes are there if they were read. A sample without an image only brings its ``skipped`` records.
     """
     good = [sample for sample in samples if sample["image"] is not None]
-    no_images = torch.empty(0, 3, *(image_size or (0, 0)), dtype=torch.uint8)
     batch = {
         "images": torch.stack([sample["image"] for sample in good]) if good else no_images,
         "positions": torch.tensor([sample["position"] for sample in good], dtype=torch.int64),
@@ -481,6 +492,8 @@ def collate(samples: Sequence[dict[str, Any]], *, image_size: tuple[int, int] | 
     }
     if all("label" in sample for sample in good):
         batch["labels"] = torch.tensor([sample["label"] for sample in good], dtype=torch.int64)
+    if all("attribute" in sample for sample in good):
+        batch["attributes"] = [sample["attribute"] for sample in good]
     return batch
 
 
@@ -519,18 +532,12 @@ def train_batches(
 
 
 def eval_loader(
-    dataset: ShardDataset,
-    *,
-    num_samples: int,
-    batch_size: int,
-    rank: int,
-    world_size: int,
-    num_workers: int,
-    pin_memory: bool = False,
+    dataset: ShardDataset, *, num_samples: int, num_workers: int, pin_memory: bool = False, **share: int
 ) -> DataLoader:
     """The first ``num_samples`` samples (or all there are), once each over all ranks, as often as it is iterated.
 
-    Every rank gets the same number of batches; the last ones of a rank may be empty.
+    share: the other arguments of ``EvalBatchSampler``. Every rank gets the same number of batches; its last ones may be
+    empty.
     """
-    sampler = EvalBatchSampler(min(num_samples, len(dataset)), batch_size, rank, world_size)
+    sampler = EvalBatchSampler(min(num_samples, len(dataset)), **share)
     return PatientLoader(dataset, sampler, num_workers, pin_memory, persistent=True)

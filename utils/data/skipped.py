@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field
@@ -86,8 +87,8 @@ class SkipCounter:
 
     def merge(self, states: Sequence[dict[str, Any]]) -> SkipCounter:
         """A counter for all ranks, from the ``state()`` of each (this one's too). This counter stays as it is."""
-        merged = SkipCounter(self.index, self.max_bad_fraction, None, self.num_samples)
-        merged.report, merged._reported = self.report, self._reported
+        merged = copy.copy(self)
+        merged.seen, merged._records = 0, {}
         for state in states:
             merged.seen += state["seen"]
             merged.add([Skipped(*record) for record in state["records"]])

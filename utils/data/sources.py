@@ -35,7 +35,7 @@ import braceexpand
 from utils.data.folders import entries_of, kind_of
 from utils.errors import UserError
 from utils.redaction import display_url, url_scheme, without_addresses, without_secrets
-from utils.text_files import decode_text
+from utils.text_files import decode_text, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -265,14 +265,12 @@ def _expand_hub(url: str, flag: str, cache_dir: Path) -> list[str]:
         raise
     except Exception as error:  # the hub raises its own errors, httpx's and OSError
         reason = "HF_HUB_OFFLINE is set" if hub_offline() else f"the hub does not list it ({one_line(error)})"
-        if not hub_answered(error):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none was kept, or it is unreadable
-                shards = list(map(str, json.loads(kept.read_text(encoding="utf-8"))["shards"]))
-                logger.warning("%s: %s; its %d shards are those listed %s", where, reason, len(shards), _day_of(kept))
-                return shards
-        raise UserError(f"{where}: {reason}; check the name, the network and the login, or {BRING_IT}") from None
-    with contextlib.suppress(OSError):  # a cache that cannot be written is reported where shards go into it
-        write_whole(kept, json.dumps({"pattern": url, "shards": shards}).encode())
+        known = None if hub_answered(error) else remembered(kept).get("shards")
+        if known is None:
+            raise UserError(f"{where}: {reason}; check the name, the network and the login, or {BRING_IT}") from None
+        logger.warning("%s: %s; its %d shards are those listed %s", where, reason, len(known), _day_of(kept))
+        return known
+    remember(kept, {"pattern": url, "shards": shards})
     return shards
 
 
@@ -365,21 +363,16 @@ def hub_set(
     except Exception as error:  # the hub raises its own errors, httpx's or requests', and OSError
         cause = error.__cause__ or error
         offline = any(isinstance(each, errors.OfflineModeIsEnabled) for each in (error, cause))
-        why = "HF_HUB_OFFLINE is set" if offline else f"the hub cannot be reached ({one_line(cause)})"
+        why = "HF_HUB_OFFLINE is set" if offline else one_line(cause)
         download = f"hf download {repo} --repo-type dataset --local-dir data/{repo.partition('/')[2]}"
-        once = f"download it once with `{download}` where there is internet and give that folder, or {BRING_IT}"
-        unknown = f"no such directory, and no data set {repo} on the hub; correct the path or the name"
-        lacking = f"no such directory, the cache lacks {repo} or files of its {split}/, and {why}; {once}"
-        login = "log in with `hf auth login`"
-        reasons = {
-            errors.GatedRepoError: f"{repo} on the hub is gated; accept its terms on its page and {login}",
-            errors.RepositoryNotFoundError: f"{unknown}, or {login} if it is private",
-            errors.LocalEntryNotFoundError: lacking,
-            errors.OfflineModeIsEnabled: lacking,
-            Exception: f"{repo} cannot be downloaded from the hub ({one_line(error)}); {once}",
+        hints = {
+            errors.GatedRepoError: "accept its terms on its page and log in with `hf auth login`",
+            errors.RepositoryNotFoundError: "correct the path or the name, or log in with `hf auth login` if it is private",
+            Exception: f"download it once with `{download}` where there is internet and give that folder, or {BRING_IT}",
         }
-        reason = next(text for kind, text in reasons.items() if isinstance(error, kind))
-        raise UserError(f"{where}: {reason}") from None
+        hint = next(text for kind, text in hints.items() if isinstance(error, kind))
+        nothing = f"no such directory, and neither the cache nor the hub gives out the {split}/ of {repo}"
+        raise UserError(f"{where}: {nothing} ({why}); {hint}") from None
     if not has_shards(folder / split):
         # The other splits are known by their nshards.txt, which every set of CLIP_benchmark has.
         splits = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name != split)
@@ -517,6 +510,20 @@ def write_whole(path: Path, data: bytes) -> None:
     """Whole or not at all, also where several processes write the same."""
     with into_place(path) as aside:
         aside.write_bytes(data)
+
+
+def remember(path: Path, found: dict[str, Any]) -> None:
+    """Keeps what took long to find. A full or read-only cache costs the next process the same again, no more."""
+    with contextlib.suppress(OSError):
+        write_whole(path, json.dumps(found).encode())
+
+
+def remembered(path: Path) -> dict[str, Any]:
+    """What is kept there; empty where there is nothing, or nothing readable."""
+    with contextlib.suppress(OSError, ValueError):
+        found = parse_json(path.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def _download(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import posixpath
 import re
@@ -21,8 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.data.sources import digest, write_whole
-from utils.text_files import parse_json
+from utils.data.sources import digest, remember, remembered
 
 BLOCK = 512  # bytes, of which tars are made
 ZEROS = bytes(BLOCK)
@@ -370,12 +368,9 @@ def tar_index(path: str, cache_dir: str | os.PathLike, name: str | None = None) 
     # The first number stands for the rules above: what older ones have kept is not theirs.
     stored = Path(cache_dir) / "index" / f"{digest(f'4|{name or os.path.abspath(path)}|{state}')}.json"
     arrays = {"starts": np.int64, "extension_ids": np.int32, "offsets": np.int64, "sizes": np.int64}
-    try:
-        found = parse_json(stored.read_text(encoding="utf-8"))
+    found = remembered(stored)
+    with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError):  # not there yet, or not in order
         return TarIndex(**found | {field: np.array(found[field], dtype) for field, dtype in arrays.items()})
-    except (OSError, ValueError, TypeError, KeyError, OverflowError):
-        pass  # not there yet, or unreadable: one pass restores it
     index = scan_tar(path)
-    with contextlib.suppress(OSError):  # a full or read-only cache costs the next process a pass, no more
-        write_whole(stored, json.dumps(vars(index), default=np.ndarray.tolist).encode())
+    remember(stored, vars(index) | {field: getattr(index, field).tolist() for field in arrays})
     return index

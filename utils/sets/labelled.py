@@ -7,9 +7,8 @@ import logging
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from utils.data.shards import ShardDataset, ShardIndex, ShardReader, index_shard
 from utils.data.skipped import BadSample
 from utils.data.sources import expand_shards, is_remote, read_text, sibling
 from utils.errors import UserError
-from utils.processes.progress import RunProgress
 from utils.redaction import display_url
 from utils.text_files import holds_controls, parse_json, text_lines
 
@@ -75,13 +73,18 @@ def same_classes(names: Sequence[str], wanted: Sequence[str]) -> list[int] | Non
     return [places[name] for name in names]
 
 
+def _lines(path: str | Path | None, cache_dir: str | None) -> list[str] | None:
+    """The lines of a text without outer spaces; None where there is no such file."""
+    text = None if path is None else read_text(str(path), cache_dir)
+    return None if text is None else [line.strip() for line in text_lines(text, display_url(str(path)))]
+
+
 def read_classnames(path: str | Path, cache_dir: str | None = None) -> list[str]:
     """One class name per line, in NFC; the line number is the class. Outer spaces and empty last lines do not count."""
-    text = read_text(str(path), cache_dir)
-    where = display_url(str(path))
-    if text is None:
+    lines, where = _lines(path, cache_dir), display_url(str(path))
+    if lines is None:
         raise UserError(f"{where}: no such file; expected class names, one per line, line number = class")
-    names = [composed(line.strip()) for line in text_lines(text, where)]
+    names = list(map(composed, lines))
     while names and not names[-1]:
         names.pop()
     if not names:
@@ -97,13 +100,11 @@ def read_classnames(path: str | Path, cache_dir: str | None = None) -> list[str]
 
 def read_templates(path: str | Path | None, cache_dir: str | None = None) -> list[str]:
     """Prompt templates, one per line, ``{c}`` for the class name; CLIP's simplest one where there is no file."""
-    text = None if path is None else read_text(str(path), cache_dir)
-    where = display_url(str(path))
-    templates = [line.strip() for line in text_lines(text or "", where) if line.strip()]
+    templates = list(filter(None, _lines(path, cache_dir) or []))
     for template in templates:
         if "{c}" not in template or len(template) > LONGEST_NAME or holds_controls(template.replace("\t", " ")):
             odd = "has no {c}, the place of the class name, is too long or holds control characters"
-            raise UserError(f"{where}: template {template[:100]!r} {odd}; correct it")
+            raise UserError(f"{display_url(str(path))}: template {template[:100]!r} {odd}; correct it")
     return templates or ["a photo of a {c}."]
 
 
@@ -171,14 +172,7 @@ def open_set(
     urls = expand_shards(patterns, flag=flag, allow_pipe_urls=allow_pipe_urls, cache_dir=cache_dir)
     names, templates = find_classes(urls, classnames, flag, cache_dir) if with_classes else ([], [])
     warn_of_twins(names, f"{flag} {display_url(patterns[0])}")
-    with RunProgress(f"counting {flag}", len(urls), transient=True) as progress:
-        index = index_shards(
-            urls,
-            cache_dir=cache_dir,
-            progress=lambda done, _: progress.update(done),
-            cache_limit_gb=cache_limit_gb,
-            flag=flag,
-        )
+    index = index_shards(urls, cache_dir=cache_dir, cache_limit_gb=cache_limit_gb, flag=flag)
     return LabelledSet(index, names, templates)
 
 
@@ -193,10 +187,6 @@ class AttributeDataset(ShardDataset):
 
     def __init__(self, index: ShardIndex, transform: ImageTransform, *, num_classes: int) -> None:
         super().__init__(index, transform, order="sequential", with_labels=True, num_classes=num_classes)
-
-    @property
-    def collate_fn(self) -> Callable[[Sequence[dict[str, Any]]], dict[str, Any]]:
-        return partial(_collate_attributes, super().collate_fn)
 
     def load(self, reader: ShardReader, shard: int, sample: int, epoch: int) -> dict[str, Any]:
         _, members = reader.read(shard, sample, ("json",))
@@ -213,8 +203,3 @@ class AttributeDataset(ShardDataset):
             raise BadSample("bad attribute", members.where, detail)
         # Two ways to write a word are one group.
         return super().load(reader, shard, sample, epoch) | {"attribute": composed(" ".join(attribute.split()))}
-
-
-def _collate_attributes(collate: Callable, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    attributes = [sample["attribute"] for sample in samples if sample["image"] is not None]
-    return collate(samples) | {"attributes": attributes}

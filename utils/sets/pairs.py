@@ -22,7 +22,7 @@ from torch import Tensor
 
 from utils.data.folders import LeftOut, describe, leave, pictures
 from utils.data.images import MAX_IMAGE_BYTES, ImageError, ImageTransform, as_shard_member
-from utils.data.shards import IMAGE_EXTENSIONS, ShardDataset, ShardIndex, ShardReader
+from utils.data.shards import ShardDataset, ShardIndex, ShardReader
 from utils.data.skipped import BadSample, Skipped
 from utils.data.sources import default_cache_dir, into_place, known_path
 from utils.errors import UserError
@@ -55,11 +55,6 @@ class PreferenceDataset(ShardDataset):
     """Samples as ``rows``. ``texts``: those of the whole task, or None where each row has its own."""
 
     texts: list[str] | None = None
-
-    @property
-    def no_images(self) -> Tensor:
-        """The images of a batch without rows, of the shape and dtype of others."""
-        return torch.empty(0, 3, *(self.transform.output_size or (0, 0)), dtype=torch.uint8)
 
     @property
     def collate_fn(self) -> Callable[[Sequence[dict[str, Any]]], Any]:
@@ -111,9 +106,7 @@ class TypographicDataset(PreferenceDataset):
 class PairDataset(PreferenceDataset):
     """General preference data: each sample is one row."""
 
-    def __init__(self, index: ShardIndex, transform: ImageTransform, *, order: str, seed: int = 0) -> None:
-        super().__init__(index, transform, order=order, seed=seed)
-        self._extensions = (*IMAGE_EXTENSIONS, "json")
+    also_read = ("json",)
 
     def load(self, reader: ShardReader, shard: int, sample: int, epoch: int) -> dict[str, Any]:
         key, members = reader.read(shard, sample, self._extensions)
