@@ -268,8 +268,8 @@ for name in ("clip-benchmark/wds_cifar10", "clip-benchmark/wds_cars"):
     assert Path(found) == cached / "snapshots" / ("0" * 40)
     assert refused == (
         "--data clip-benchmark/wds_cars: no such directory, and neither the cache nor the hub gives out the test/ of "
-        "clip-benchmark/wds_cars (HF_HUB_OFFLINE is set); download it once with `hf download clip-benchmark/wds_cars --repo-type "
-        "dataset --local-dir data/wds_cars` where there is internet and give that folder, or "
+        "clip-benchmark/wds_cars (HF_HUB_OFFLINE is set); download it once with `hf download clip-benchmark/wds_cars "
+        "--repo-type dataset --local-dir data/wds_cars` where there is internet and give that folder, or "
         "bring everything before, by the same command with --prefetch true where there is internet"
     )
 

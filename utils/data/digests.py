@@ -36,7 +36,7 @@ def files_digest(paths: Sequence[str | os.PathLike], cache_dir: str | os.PathLik
     """A digest of the bytes of these files in this order, remembered in ``cache_dir``/digests. Raises OSError."""
     real = [os.path.realpath(path) for path in paths]
     kept = Path(cache_dir or default_cache_dir()) / "digests" / f"{digest(json.dumps(real))}.json"
-    state, changed = _state(real)
+    state, changed = files_state(real)
     found = remembered(kept)
     if found.get("state") == state and isinstance(found.get("digest"), str):
         return found["digest"]
@@ -44,12 +44,12 @@ def files_digest(paths: Sequence[str | os.PathLike], cache_dir: str | os.PathLik
     for path in real:
         with open(path, "rb") as file:
             whole.update(hashlib.file_digest(file, KIND).digest())
-    if changed < started - SETTLED and _state(real)[0] == state:
+    if changed < started - SETTLED and files_state(real)[0] == state:
         remember(kept, {"state": state, "digest": whole.hexdigest()})
     return whole.hexdigest()
 
 
-def _state(paths: Sequence[str]) -> tuple[str, float]:
+def files_state(paths: Sequence[str | os.PathLike]) -> tuple[str, float]:
     """What the file system says of files without reading them, and when the last of them changed."""
     found = [os.stat(path) for path in paths]
     state = [(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino) for status in found]

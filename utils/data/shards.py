@@ -176,7 +176,7 @@ def _absent_shards(sizes_file: str | None, promised: dict[str, int], urls: Seque
     """Notices where a local sizes.json names, or nshards.txt beside it counts, shards that do not lie there."""
     notices: list[Skipped] = []
     folder = Path(sizes_file or "").parent
-    if sizes_file is None or is_remote(sizes_file) or not folder.is_dir():
+    if sizes_file is None or is_remote(sizes_file) or not (folder.is_dir() and os.access(folder, os.R_OK)):
         return notices
     there = os.listdir(folder)
     given = {file_name(url) for url in urls if sibling(url, "sizes.json") == sizes_file}

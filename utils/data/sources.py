@@ -363,12 +363,15 @@ def hub_set(
     except Exception as error:  # the hub raises its own errors, httpx's or requests', and OSError
         cause = error.__cause__ or error
         offline = any(isinstance(each, errors.OfflineModeIsEnabled) for each in (error, cause))
-        why = "HF_HUB_OFFLINE is set" if offline else one_line(cause)
-        download = f"hf download {repo} --repo-type dataset --local-dir data/{repo.partition('/')[2]}"
+        unreachable = isinstance(error, errors.LocalEntryNotFoundError)  # it says what it lacks, its cause why
+        why = "HF_HUB_OFFLINE is set" if offline else one_line(cause if unreachable else error)
+        local = f"data/{repo.partition('/')[2]}"
+        download = f"download it once with `hf download {repo} --repo-type dataset --local-dir {local}`"
+        login = "log in with `hf auth login`"
         hints = {
-            errors.GatedRepoError: "accept its terms on its page and log in with `hf auth login`",
-            errors.RepositoryNotFoundError: "correct the path or the name, or log in with `hf auth login` if it is private",
-            Exception: f"download it once with `{download}` where there is internet and give that folder, or {BRING_IT}",
+            errors.GatedRepoError: f"accept its terms on its page and {login}",
+            errors.RepositoryNotFoundError: f"correct the path or the name, or {login} if it is private",
+            Exception: f"{download} where there is internet and give that folder, or {BRING_IT}",
         }
         hint = next(text for kind, text in hints.items() if isinstance(error, kind))
         nothing = f"no such directory, and neither the cache nor the hub gives out the {split}/ of {repo}"

@@ -7,7 +7,6 @@ on it a preference. General pairs come with a ``.json`` member or a sample name 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -20,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from utils.data.digests import files_state
 from utils.data.folders import LeftOut, describe, leave, pictures
 from utils.data.images import MAX_IMAGE_BYTES, ImageError, ImageTransform, as_shard_member
 from utils.data.shards import ShardDataset, ShardIndex, ShardReader
 from utils.data.skipped import BadSample, Skipped
-from utils.data.sources import default_cache_dir, into_place, known_path
+from utils.data.sources import default_cache_dir, digest, into_place, known_path
 from utils.errors import UserError
 from utils.sets.labelled import composed, fold
 from utils.sets.typographic import Draws, WordStyle, merge_names, write_word, wrong_words
@@ -250,11 +250,9 @@ def pack_pair_folder(folder: Path, cache_dir: str | None) -> str | None:
         return None
     if left_out:
         say_once(f"{folder}: {len(named)} pictures named label=X_text=Y; not taken: {describe(left_out)}")
-    states = [(path.name, path.stat()) for path in named]
-    # The 2 is the version of what is written. ctime too: a picture that is replaced may keep its size and its date.
-    listing = [2, *((name, of.st_size, of.st_mtime_ns, of.st_ctime_ns, of.st_ino) for name, of in states)]
-    digest = hashlib.blake2b(json.dumps([str(folder.resolve()), listing]).encode(), digest_size=12).hexdigest()
-    shard = Path(cache_dir or default_cache_dir()) / "pair_folders" / f"{folder.resolve().name}-{digest}.tar"
+    # The 2 is the version of what is written.
+    made_of = digest(json.dumps([2, str(folder.resolve()), [path.name for path in named], files_state(named)[0]]))
+    shard = Path(cache_dir or default_cache_dir()) / "pair_folders" / f"{folder.resolve().name}-{made_of}.tar"
     if not shard.exists():
         try:
             with into_place(shard) as aside:
