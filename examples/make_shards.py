@@ -363,10 +363,7 @@ class ShardSource:
     def samples(self, split: str, new_labels: dict[int, int]) -> list[Sample]:
         """UserError at a sample that is lost or has no valid label: nothing is left out of a set in silence."""
         urls = expand_shards([str(self.root / split)], flag="--data")
-        with RunProgress(f"counting {split}", len(urls), transient=True) as progress:
-            index = index_shards(
-                urls, cache_dir=self.cache_dir, progress=lambda done, _: progress.update(done), flag="--data"
-            )
+        index = index_shards(urls, cache_dir=self.cache_dir, flag="--data")
         stop_at_loss(index.skipped)
         for note in index.skipped:  # of what costs no sample
             print(f"--data {note.where}: {note.kind}: {note.detail}")

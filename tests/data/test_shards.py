@@ -33,7 +33,7 @@ from utils.data import sources as shard_sources
 from utils.data import tars as tar_index
 from utils.data.images import ImageTransform, decode
 from utils.data.order import EpochOrder
-from utils.data.shards import ShardDataset, ShardReader, collate, eval_loader, index_shards, train_batches
+from utils.data.shards import ShardDataset, ShardReader, eval_loader, index_shards, train_batches
 from utils.data.skipped import SkipCounter, Skipped
 from utils.data.sources import ShardCache, ShardError, UnavailableShard, display_url, expand_shards, read_text, sibling
 from utils.data.tars import scan_tar
@@ -533,12 +533,8 @@ def test_sizes_are_counted_once(tmp_path, monkeypatch):
     paths = make_shards(tmp_path / "set", [3, 4])
     passes = []
     monkeypatch.setattr(tar_index, "scan_tar", lambda path: passes.append(path) or scan_tar(path))
-    progress = []
-    index = index_shards(
-        paths, cache_dir=tmp_path / "cache", progress=lambda done, total: progress.append((done, total))
-    )
+    index = index_shards(paths, cache_dir=tmp_path / "cache")
     assert index.sizes == [3, 4]
-    assert progress == [(1, 2), (2, 2)]
     assert index_shards(paths, cache_dir=tmp_path / "cache").sizes == [3, 4]
     ShardReader(index).read(1, 3)
     assert passes == paths
@@ -667,7 +663,7 @@ def test_labels_are_only_needed_where_they_are_wanted(tmp_path):
         tmp_path / "0.tar", [("a", {"jpg": image_bytes(0)}), ("b", {"jpeg": image_bytes(1), "cls": b"x"})]
     )
     data = dataset([path], tmp_path, "sequential", with_labels=False)
-    batch = collate([data[0, 0, 0], data[0, 1, 1]])
+    batch = data.collate_fn([data[0, 0, 0], data[0, 1, 1]])
     assert batch["keys"] == ["a", "b"]
     assert "labels" not in batch
     assert batch["skipped"] == []
@@ -690,7 +686,7 @@ def test_a_data_set_in_use_can_be_sent_to_another_process(tmp_path):
     copy = pickle.loads(pickle.dumps(data))
     assert torch.equal(copy[0, 3, 3]["image"], item["image"])
     loader = torch.utils.data.DataLoader(
-        data, batch_sampler=[[(0, 3, 3)]], num_workers=1, collate_fn=collate, multiprocessing_context="spawn"
+        data, batch_sampler=[[(0, 3, 3)]], num_workers=1, collate_fn=data.collate_fn, multiprocessing_context="spawn"
     )
     assert torch.equal(next(iter(loader))["images"][0], item["image"])
 
@@ -1103,7 +1099,8 @@ def test_a_copy_that_is_being_opened_is_not_evicted(tmp_path, server):
     with cache.local(urls[0]) as path:
         assert Path(copy_of(other, urls[1])).exists()  # above the limit, but the only one that could go is this one
         assert Path(path).exists()
-        assert not other.fetch_ahead(urls[0])
+        with other.local(urls[0], wait=False) as taken:
+            assert not taken
     last = copy_of(other, urls[2])
     assert list(cache.shard_dir.iterdir()) == [Path(last)]
 

@@ -157,13 +157,6 @@ def test_what_cannot_be_corrupted_is_an_error():
     image = torch.zeros(3, 48, 48, dtype=torch.uint8)
     with pytest.raises(UserError, match=r"--attack corruptions: images of 28 px; .* at least 32 px"):
         corrupt(image[:, :28], "fog", 1, 0)
-    with pytest.raises(ValueError, match="'mist' at severity 1"):
-        corrupt(image, "mist", 1, 0)
-    with pytest.raises(ValueError, match="'fog' at severity 6"):
-        corrupt(image, "fog", 6, 0)
-    for wrong in (image.float(), image[:1], image[None]):
-        with pytest.raises(ValueError, match="expected a uint8 image"):
-            corrupt(wrong, "fog", 1, 0)
 
 
 def test_a_missing_package_is_one_line(monkeypatch):
@@ -479,7 +472,7 @@ def test_what_is_missing_is_named(published_folder):
     ):
         with pytest.raises(UserError, match="c: no snow; found gaussian_noise, fog; add its files or leave it out"):
             use("snow", 1)
-        with pytest.raises(ValueError, match=r"severity is 1 ... 5, not 0"):
+        with pytest.raises(UserError, match="no severity 0; found 1, 2, 3, 4, 5; unpack"):
             use("fog", 0)
 
 

@@ -59,10 +59,7 @@ def test_two_ways_to_write_a_word_are_one_group(tmp_path):
     data = AttributeDataset(index_shards([shard], cache_dir=tmp_path), ImageTransform(8, (8, 8)), num_classes=1)
     items = [data[0, slot, slot] for slot in range(6)]
     assert [item.get("attribute") for item in items] == [forms[0]] * 3 + [None] * 3
-    assert [item["skipped"][0].detail for item in items[3:]] == [
-        "attribute '  ' cannot name a group",
-        f"attribute '{'a' * 100}' cannot name a group",
-        "attribute is a int, not a text",
-    ]
+    for item, found in zip(items[3:], ("'  '", f"'{'a' * 99}", "3")):
+        assert item["skipped"][0].detail.startswith(f"attribute {found} cannot name a group; expected")
     (batch,) = eval_loader(data, num_samples=6, batch_size=6, rank=0, world_size=1, num_workers=0)
     assert (batch["attributes"], batch["labels"].tolist()) == ([forms[0]] * 3, [0] * 3)

@@ -213,13 +213,6 @@ def test_wrong_words_are_others_all_different_and_uniform():
             assert chi_square(counts.values(), 500) < 5 + 4 * 10**0.5
 
 
-def test_too_few_words_are_refused():
-    assert wrong_words(0, 1, 0, Draws(0)) == []
-    for num_words, count in ((1, 1), (5, 5), (5, -1)):
-        with pytest.raises(ValueError, match=f"{count} wrong words of {num_words}"):
-            wrong_words(0, num_words, count, Draws(0))
-
-
 def test_names_that_read_the_same_are_one_word():
     names = ["crane", "Maillot", "drake", "maillot ", "Crane", "great  white\tshark", "Great White Shark"]
     distinct, places = merge_names(names)

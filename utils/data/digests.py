@@ -20,10 +20,9 @@ from typing import TypeVar
 from accelerate import Accelerator
 
 from utils.data.shards import ShardIndex
-from utils.data.sources import ShardCache, UnavailableShard, default_cache_dir, digest, write_whole
+from utils.data.sources import ShardCache, UnavailableShard, default_cache_dir, digest, remember, remembered
 from utils.processes.distributed import gather_objects
 from utils.processes.progress import RunProgress
-from utils.text_files import parse_json
 
 KIND = "sha256"  # a processor with SHA instructions reads 1.8 GB/s a thread; blake2b 1.3 GB/s
 SETTLED = 2.0  # seconds; of a file that has just changed the clock may be too coarse to show the next change
@@ -37,24 +36,20 @@ def files_digest(paths: Sequence[str | os.PathLike], cache_dir: str | os.PathLik
     """A digest of the bytes of these files in this order, remembered in ``cache_dir``/digests. Raises OSError."""
     real = [os.path.realpath(path) for path in paths]
     kept = Path(cache_dir or default_cache_dir()) / "digests" / f"{digest(json.dumps(real))}.json"
-    state, changed = _state(real)
-    try:
-        found = parse_json(kept.read_text(encoding="utf-8"))
-        if found["state"] == state and isinstance(found["digest"], str):
-            return found["digest"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # not there yet, or unreadable: one pass restores it
+    state, changed = files_state(real)
+    found = remembered(kept)
+    if found.get("state") == state and isinstance(found.get("digest"), str):
+        return found["digest"]
     started, whole = time.time(), hashlib.new(KIND)
     for path in real:
         with open(path, "rb") as file:
             whole.update(hashlib.file_digest(file, KIND).digest())
-    if changed < started - SETTLED and _state(real)[0] == state:
-        with contextlib.suppress(OSError):  # a full or read-only cache costs the next run a pass, no more
-            write_whole(kept, json.dumps({"state": state, "digest": whole.hexdigest()}).encode())
+    if changed < started - SETTLED and files_state(real)[0] == state:
+        remember(kept, {"state": state, "digest": whole.hexdigest()})
     return whole.hexdigest()
 
 
-def _state(paths: Sequence[str]) -> tuple[str, float]:
+def files_state(paths: Sequence[str | os.PathLike]) -> tuple[str, float]:
     """What the file system says of files without reading them, and when the last of them changed."""
     found = [os.stat(path) for path in paths]
     state = [(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino) for status in found]

@@ -73,20 +73,33 @@ def subfolders(folder: Path, left_out: LeftOut | None = None, root: Path | None 
     return found
 
 
+def pictures(folder: Path, left_out: LeftOut, root: Path) -> list[os.DirEntry]:
+    """The pictures in a folder, sorted by name. Everything else is added to ``left_out``, as paths from ``root``."""
+    found = []
+    for entry in entries_of(folder):
+        # Before the suffix: a pipe would be waited for without end.
+        if kind_of(entry) == "file" and is_picture(entry.name):
+            found.append(entry)
+        else:
+            leave(left_out, entry, root)
+    return found
+
+
 def leave(left_out: LeftOut, entry: os.DirEntry, root: Path, kind: str | None = None) -> None:
     """Adds an entry to what is left out, by the kind of thing that it is."""
-    path, found = os.path.relpath(entry.path, root), kind_of(entry)
-    suffix = os.path.splitext(entry.name)[1].lower()
-    if found == "folder":
-        path += "/"
-        own = "hidden folders, or a system's own" if is_system(entry.name) else "folders"
-    elif found == "file" and entry.name.startswith("."):
-        own = "hidden files"
-    elif found == "file":
-        own = f"{suffix} files" if suffix else "files without a suffix"
-    else:
-        own = "broken links" if found == "broken link" else "pipes, sockets or devices"
-    left_out.setdefault(kind or own, []).append(path)
+    found, suffix = kind_of(entry), os.path.splitext(entry.name)[1].lower()
+    own = {
+        "folder": "hidden folders, or a system's own" if is_system(entry.name) else "folders",
+        "file": "hidden files"
+        if entry.name.startswith(".")
+        else f"{suffix} files"
+        if suffix
+        else "files without a suffix",
+        "broken link": "broken links",
+        "other": "pipes, sockets or devices",
+    }
+    path = os.path.relpath(entry.path, root) + "/" * (found == "folder")
+    left_out.setdefault(kind or own[found], []).append(path)
 
 
 def describe(left_out: LeftOut) -> str:

@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,33 +76,36 @@ class ImageTransform:
         SigLIP 2's processor (NaFlex) fits an image of any proportions into so many patches. Here it is cropped to the
         square of as many, which for square images is the same.
         """
-        fields = _Fields(image_processor)
+        read, name = partial(_field, image_processor), type(image_processor).__name__
         known = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
         for step in sorted(vars(image_processor)):
             if step.startswith("do_") and step not in known and getattr(image_processor, step):
-                raise fields.error(f"{step} is not supported; expected resizing and centre cropping only")
-        resizes, crops = fields.switch("do_resize"), fields.switch("do_center_crop")
-        resample = fields.filter("resample") if resizes else Image.Resampling.BICUBIC
+                raise UserError(f"{name}: {step} is not supported; expected resizing and centre cropping only")
+        resizes, crops = read("do_resize"), read("do_center_crop")
+        resample = read("resample") if resizes else Image.Resampling.BICUBIC
         resize: int | tuple[int, int] | None = None
         crop: tuple[int, int] | None = None
-        if fields.name.startswith("Siglip2ImageProcessor"):
+        if name.startswith("Siglip2ImageProcessor"):
             if not resizes:
-                raise fields.error("do_resize false is not supported; images have to be of one size")
-            resize = math.isqrt(fields.whole("max_num_patches")) * fields.whole("patch_size")
-            crop = (resize, resize)
+                raise UserError(f"{name}: do_resize false is not supported; images have to be of one size")
+            side = math.isqrt(read("max_num_patches")) * read("patch_size")
+            resize, crop = side, (side, side)
         else:
             if crops:
-                crop = fields.sides("crop_size", ("height", "width"))
-            if resizes and fields.name.startswith("ConvNextImageProcessor"):
-                resize, own_crop = _convnext_sizes(fields)
-                if own_crop and crop not in (None, own_crop):
-                    raise fields.error("do_center_crop after the crop that crop_pct makes is not supported")
-                crop = crop or own_crop
+                crop = _sides(image_processor, "crop_size", ("height", "width"))
+            if resizes and name.startswith("ConvNextImageProcessor"):
+                # To edge / crop_pct and a crop of the edge; from 384 on to a square without a crop.
+                edge = _sides(image_processor, "size", ("shortest_edge",))
+                square = (edge, edge)
+                resize = square if edge >= 384 else int(edge / read("crop_pct"))
+                if resize != square and crop not in (None, square):
+                    raise UserError(f"{name}: do_center_crop after the crop that crop_pct makes is not supported")
+                crop = crop if resize == square else square
             elif resizes:
-                resize = fields.sides("size", ("height", "width"), ("shortest_edge",))
+                resize = _sides(image_processor, "size", ("height", "width"), ("shortest_edge",))
         sides = [*(resize if isinstance(resize, tuple) else [resize]), *(crop or ())]
         if not all(side is None or 1 <= side <= MAX_OUTPUT_SIDE for side in sides):
-            raise fields.error(f"size {resize} and crop {crop}; expected 1 to {MAX_OUTPUT_SIDE} pixels a side")
+            raise UserError(f"{name}: size {resize} and crop {crop}; expected 1 to {MAX_OUTPUT_SIDE} pixels a side")
         return cls(resize, crop, int(resample), draft)
 
     @property
@@ -153,14 +157,14 @@ def pixel_normalisation(image_processor: Any) -> tuple[list[float], list[float]]
     (. - image_mean) / image_std. So mean = image_mean / (255 r) and std = image_std / (255 r), which for r = 1/255 are
     the file's own numbers. UserError for fields that are no such numbers.
     """
-    fields = _Fields(image_processor)
+    read = partial(_field, image_processor)
     scale, mean, std = 255.0, [0.0] * 3, [1.0] * 3
-    if fields.switch("do_rescale"):
-        scale *= fields.value("rescale_factor", "a number above 0, such as 1/255", lambda v: _is_number(v) and v > 0)
-    if fields.switch("do_normalize"):
-        mean, std = fields.three_numbers("image_mean"), fields.three_numbers("image_std")
+    if read("do_rescale"):
+        scale *= read("rescale_factor")
+    if read("do_normalize"):
+        mean, std = ([*map(float, _three(read(name)))] for name in ("image_mean", "image_std"))
         if 0 in std:
-            raise fields.error(f"image_std is {std}; expected numbers other than 0")
+            raise UserError(f"{type(image_processor).__name__}: image_std is {std}; expected numbers other than 0")
     return [value / scale for value in mean], [value / scale for value in std]
 
 
@@ -170,65 +174,52 @@ def normalisation_of_file(fields: dict[str, Any]) -> tuple[list[float], list[flo
     return pixel_normalisation(SimpleNamespace(**defaults | fields))
 
 
-class _Fields:
-    """The fields of an image processor, checked: a value that transformers would read in its own way is an error."""
-
-    def __init__(self, image_processor: Any) -> None:
-        self.image_processor, self.name = image_processor, type(image_processor).__name__
-
-    def error(self, text: str) -> UserError:
-        return UserError(f"{self.name}: {text}")
-
-    def value(self, name: str, expected: str, fits: Callable[[Any], bool]) -> Any:
-        value = getattr(self.image_processor, name, None)
-        if not fits(value):
-            raise self.error(f"{name} is {value!r}; expected {expected}")
-        return value
-
-    def switch(self, name: str) -> bool:
-        """null is false; a text would be true whatever it says."""
-        return bool(self.value(name, "true or false", lambda v: v in (None, False, True)))
-
-    def whole(self, name: str) -> int:
-        return self.value(name, "a whole number above 0", lambda v: isinstance(v, int) and v > 0)
-
-    def filter(self, name: str) -> int:
-        """Pillow's; for a number that is none, such as 3.0, transformers takes bilinear."""
-
-        def fits(value: Any) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool) and value in [*Image.Resampling]
-
-        return self.value(name, "a filter of Pillow, 0 (nearest) to 5", fits)
-
-    def three_numbers(self, name: str) -> list[float]:
-        """One for each channel, or one for all."""
-        value = getattr(self.image_processor, name, None)
-        values: Sequence[Any] = value if isinstance(value, (list, tuple)) else [value] * 3
-        self.value(name, "one number, or three", lambda _: len(values) == 3 and all(map(_is_number, values)))
-        return [float(number) for number in values]
-
-    def sides(self, name: str, *kinds: tuple[str, ...]) -> Any:
-        """(height, width), or the shorter edge: the numbers under one of the ``kinds`` of keys."""
-        size = getattr(self.image_processor, name, None)
-        found = {key: value for key, value in dict(size or {}).items() if value is not None}
-        for keys in kinds:
-            if set(found) == set(keys) and all(isinstance(value, int) for value in found.values()):
-                return found[keys[0]] if len(keys) == 1 else tuple(found[key] for key in keys)
-        expected = ", or ".join(" and ".join(keys) for keys in reversed(kinds))
-        raise self.error(f"{name} {found or None} is not supported; expected {expected}")
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _convnext_sizes(fields: _Fields) -> tuple[int | tuple[int, int], tuple[int, int] | None]:
-    """ConvNeXt's resizing and crop: to edge / crop_pct, then to the edge; from 384 on to a square without a crop."""
-    edge = fields.sides("size", ("shortest_edge",))
-    if edge >= 384:
-        return (edge, edge), None
-    share = fields.value("crop_pct", "a share of the image", lambda v: _is_number(v) and 0 < v <= 1)
-    return int(edge / share), (edge, edge)
+def _three(value: Any) -> Sequence[Any]:
+    """One for each channel, or one for all."""
+    return value if isinstance(value, (list, tuple)) else [value] * 3
+
+
+# Fields of an image processor: the values that transformers does not read in a way of its own (a text as true, a filter
+# that is none as bilinear), and the words for them.
+_FIELDS: dict[tuple[str, ...], tuple[Callable[[Any], bool], str]] = {
+    ("do_resize", "do_center_crop", "do_rescale", "do_normalize"): (
+        lambda v: v in (None, False, True),
+        "true or false",
+    ),
+    ("max_num_patches", "patch_size"): (lambda v: isinstance(v, int) and v > 0, "a whole number above 0"),
+    ("resample",): (
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and v in [*Image.Resampling],
+        "a filter of Pillow, 0 (nearest) to 5",
+    ),
+    ("rescale_factor",): (lambda v: _is_number(v) and v > 0, "a number above 0, such as 1/255"),
+    ("crop_pct",): (lambda v: _is_number(v) and 0 < v <= 1, "a share of the image"),
+    ("image_mean", "image_std"): (lambda v: [*map(_is_number, _three(v))] == [True] * 3, "one number, or three"),
+}
+
+
+def _field(image_processor: Any, name: str) -> Any:
+    """The value of a field of ``_FIELDS``, or UserError."""
+    value = getattr(image_processor, name, None)
+    fits, expected = next(row for names, row in _FIELDS.items() if name in names)
+    if not fits(value):
+        raise UserError(f"{type(image_processor).__name__}: {name} is {value!r}; expected {expected}")
+    return value
+
+
+def _sides(image_processor: Any, name: str, *kinds: tuple[str, ...]) -> Any:
+    """(height, width), or the shorter edge: the numbers under one of the ``kinds`` of keys."""
+    size = getattr(image_processor, name, None)
+    found = {key: value for key, value in dict(size or {}).items() if value is not None}
+    for keys in kinds:
+        if set(found) == set(keys) and all(isinstance(value, int) for value in found.values()):
+            return found[keys[0]] if len(keys) == 1 else tuple(found[key] for key in keys)
+    expected = ", or ".join(" and ".join(keys) for keys in reversed(kinds))
+    what = f"{name} {found or None} is not supported"
+    raise UserError(f"{type(image_processor).__name__}: {what}; expected {expected}")
 
 
 def decode(data: bytes, transform: ImageTransform, formats: tuple[str, ...] = FORMATS) -> torch.Tensor:

@@ -55,10 +55,8 @@ class SequentialOrder:
         return self._ends[-1] if self._ends else 0
 
     def reference(self, slot: int) -> tuple[int, int]:
-        """(shard number, sample number within the shard) of ``slot``, 0 <= slot < len(self); else IndexError."""
-        if not 0 <= slot < len(self):
-            raise IndexError(f"slot {slot} of {len(self)} samples")
-        return self._sample(self._index(slot))
+        """(shard number, sample number within the shard) of ``slot``, 0 <= slot < len(self)."""
+        return self._sample(slot)
 
     def replacements(self, slot: int) -> Iterator[tuple[int, int]]:
         """What may fill ``slot`` where its own sample cannot be read: nothing."""
@@ -72,11 +70,8 @@ class SequentialOrder:
         """Numbers of the shards that a block takes its samples from; empty past the last block."""
         return list(self._shards[block : block + 1])
 
-    def _index(self, slot: int) -> int:
-        """The place of a slot's sample in the concatenated shards."""
-        return slot
-
     def _sample(self, index: int) -> tuple[int, int]:
+        """The sample at a place in the concatenated shards."""
         place = bisect_right(self._ends, index)
         return self._shards[place], index - self._ends[place] + self._sizes[place]
 
@@ -87,14 +82,16 @@ class EpochOrder(SequentialOrder):
     def __init__(
         self, sizes: Sequence[int], seed: int, epoch: int, num_runs: int = NUM_RUNS, block_size: int = BLOCK_SIZE
     ) -> None:
-        if seed < 0 or epoch < 0 or min(sizes, default=0) < 0:
-            raise ValueError(f"seed ({seed}), epoch ({epoch}) and sizes must not be negative")
         super().__init__(sizes, permutation(len(sizes), seed, 0, epoch).tolist())
         self.seed, self.epoch, self.num_runs, self.block_size = seed, epoch, num_runs, block_size
         length, longer = divmod(len(self), num_runs)
         cuts = [*permutation(longer, seed, 2, epoch), *(longer + permutation(num_runs - longer, seed, 3, epoch))]
         self._starts = [int(cut) * length + min(int(cut), longer) for cut in cuts]
         self._lengths = [length + (run < longer) for run in range(num_runs)]
+
+    def reference(self, slot: int) -> tuple[int, int]:
+        position, run = divmod(slot, self.num_runs)
+        return self._in_run(run, position)
 
     def replacements(self, slot: int) -> Iterator[tuple[int, int]]:
         """The next references of the slot's run, wrapping round, then the other runs: every other sample comes once.
@@ -104,11 +101,11 @@ class EpochOrder(SequentialOrder):
         position, first_run = divmod(slot, self.num_runs)
         length = self._lengths[first_run]
         for step in range(1, length):
-            yield self._sample(self._shuffled(first_run, (position + step) % length))
+            yield self._in_run(first_run, (position + step) % length)
         for step in range(1, self.num_runs):
             run = (first_run + step) % self.num_runs
             for other in range(self._lengths[run]):
-                yield self._sample(self._shuffled(run, other))
+                yield self._in_run(run, other)
 
     def block_of(self, slot: int) -> int:
         """The shuffle block of ``slot``; all runs go through their blocks side by side."""
@@ -123,16 +120,12 @@ class EpochOrder(SequentialOrder):
                 places |= dict.fromkeys(range(bisect_right(self._ends, first), bisect_right(self._ends, end - 1) + 1))
         return [self._shards[place] for place in places if self._sizes[place]]
 
-    def _index(self, slot: int) -> int:
-        position, run = divmod(slot, self.num_runs)
-        return self._shuffled(run, position)
-
-    def _shuffled(self, run: int, position: int) -> int:
+    def _in_run(self, run: int, position: int) -> tuple[int, int]:
         block, offset = divmod(position, self.block_size)
         first = block * self.block_size
         size = min(self.block_size, self._lengths[run] - first)
         order = _kept_permutation(size, self.seed, 1, self.epoch, run, block)
-        return self._starts[run] + first + int(order[offset])
+        return self._sample(self._starts[run] + first + int(order[offset]))
 
 
 @dataclass(eq=False)
@@ -141,7 +134,7 @@ class TrainBatchSampler(Sampler[list[tuple[int, int, int]]]):
 
     Yields lists of (epoch, slot, position), ``per_device_batch_size`` long. position = slot - bB is the place in the
     global batch, which seeds what is random about a sample. The last partial batch of an epoch is dropped. Every rank
-    has ``micro_batches`` a step. ValueError where the sizes do not divide, or an epoch is smaller than a batch.
+    has ``micro_batches`` a step.
     """
 
     samples_per_epoch: int
@@ -153,16 +146,7 @@ class TrainBatchSampler(Sampler[list[tuple[int, int, int]]]):
     num_steps: int
 
     def __post_init__(self) -> None:
-        _check_rank(self.rank, self.world_size)
-        batch = f"a batch of {self.global_batch_size}"
         self.stride = self.per_device_batch_size * self.world_size
-        if self.stride < 1 or self.global_batch_size < 1 or self.global_batch_size % self.stride:
-            micro_batches = f"micro-batches of {self.per_device_batch_size} samples"
-            raise ValueError(f"{batch} does not divide among {self.world_size} processes in {micro_batches}")
-        if self.samples_per_epoch < self.global_batch_size:
-            raise ValueError(f"an epoch of {self.samples_per_epoch} samples is smaller than {batch}")
-        if not 0 <= self.first_step <= self.num_steps:
-            raise ValueError(f"cannot start at step {self.first_step} of {self.num_steps}")
         self.micro_batches = self.global_batch_size // self.stride
 
     def __len__(self) -> int:
@@ -190,11 +174,6 @@ class EvalBatchSampler(Sampler[list[tuple[int, int, int]]]):
     rank: int
     world_size: int
 
-    def __post_init__(self) -> None:
-        _check_rank(self.rank, self.world_size)
-        if self.batch_size < 1 or self.num_samples < 0:
-            raise ValueError(f"cannot cut {self.num_samples} samples into batches of {self.batch_size}")
-
     def __len__(self) -> int:
         return -(-self.num_samples // (self.batch_size * self.world_size))
 
@@ -202,8 +181,3 @@ class EvalBatchSampler(Sampler[list[tuple[int, int, int]]]):
         slots = range(self.rank, self.num_samples, self.world_size)
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             yield [(0, slot, slot) for slot in slots[start : start + self.batch_size]]
-
-
-def _check_rank(rank: int, world_size: int) -> None:
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} of {world_size} processes")

@@ -21,14 +21,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from utils.data.images import MAX_IMAGE_BYTES, ImageError, ImageTransform, decode
 from utils.data.order import EpochOrder, EvalBatchSampler, SequentialOrder, TrainBatchSampler
-from utils.data.skipped import BadSample, SampleIndex, Skipped
+from utils.data.skipped import BadSample, Skipped
 from utils.data.sources import (
     BRING_IT,
     ShardCache,
@@ -45,6 +45,7 @@ from utils.data.sources import (
 from utils.data.tars import MAX_MEMBERS, TarIndex, tar_index
 from utils.data.workers import PatientLoader, worker_died
 from utils.errors import UserError
+from utils.processes.progress import RunProgress
 from utils.redaction import display_url
 from utils.text_files import parse_json, parse_label
 
@@ -81,7 +82,6 @@ def index_shards(
     urls: Sequence[str],
     *,
     cache_dir: str | os.PathLike | None = None,
-    progress: Callable[[int, int], None] | None = None,
     cache_limit_gb: float | None = None,
     flag: str = "--train_shards",
 ) -> ShardIndex:
@@ -89,7 +89,7 @@ def index_shards(
 
     sizes.json is believed until the shard is opened, but for a 0: such a shard would never be opened. A missing or
     damaged shard becomes a ``Skipped`` record with an estimate of its lost samples, an odd one a notice. A remote shard
-    without sizes.json is fetched. ``progress(done, total)`` is called after each shard. UserError if no sample is left.
+    without sizes.json is fetched. UserError if no sample is left.
     """
     cache_dir = str(cache_dir or default_cache_dir())
     try:
@@ -99,52 +99,56 @@ def index_shards(
     cache = ShardCache(cache_dir, cache_limit_gb)
     refuse_lacking_shards(urls, cache, flag)
     promises: dict[str | None, dict[str, int]] = {}  # of each sizes.json
-    promised: list[int | None] = []
     sizes: list[int] = []
-    losses: dict[int, Skipped] = {}  # by the shard's number
+    losses: list[tuple[Skipped, int, int | None]] = []  # with the samples that are there, and those promised
+    whole: list[int] = []  # sizes of the shards without a loss
     notices: list[Skipped] = []
-    for number, url in enumerate(urls):
-        sizes_file, shown = sibling(url, "sizes.json"), display_url(url)
-        if sizes_file not in promises:
-            promises[sizes_file] = _read_sizes(sizes_file, cache_dir)
-            notices += _absent_shards(sizes_file, promises[sizes_file], urls)
-        promise, size = promises[sizes_file].get(file_name(url)), 0
-        try:
-            if promise and (is_remote(url) or os.path.isfile(url)):
-                size = promise
-            else:
-                with _indexed(url, cache) as (_, found):
-                    size = len(found)
-                if found.damage:
-                    losses[number] = Skipped("damaged shard", shown, found.damage, found.lost)
-                if promise == 0 and size:
-                    detail = _unlike_promised(0, size, ", which are read")
-                    notices.append(Skipped("outdated sizes.json", shown, detail, samples=0))
-                if promise != 0 or size:  # without samples, as it was said
-                    notices += _notices(found, url)
-        except BadSample as bad:
-            losses[number] = bad.skipped
-        promised.append(promise)
-        sizes.append(size)
-        if progress is not None:
-            progress(number + 1, len(urls))
+    with RunProgress(f"counting {flag}", len(urls), transient=True) as progress:
+        for number, url in enumerate(urls, 1):
+            sizes_file = sibling(url, "sizes.json")
+            if sizes_file not in promises:
+                promises[sizes_file] = _read_sizes(sizes_file, cache_dir)
+                notices += _absent_shards(sizes_file, promises[sizes_file], urls)
+            promise = promises[sizes_file].get(file_name(url))
+            size, loss, more = _count(url, promise, cache)
+            sizes.append(size)
+            notices += more
+            if loss:
+                losses.append((loss, size, promise))
+            elif size:
+                whole.append(size)
+            progress.update(number)
 
     # A lost shard held as many samples as promised, else as many as whole ones usually do.
-    whole = [size for number, size in enumerate(sizes) if size and number not in losses]
     usual = round(sum(whole) / len(whole)) if whole else 1
     skipped = []
-    for number, loss in losses.items():
-        promise = promised[number]
+    for loss, size, promise in losses:
         expected = usual if promise is None else promise
-        skipped.append(dataclasses.replace(loss, samples=max(1, loss.samples, expected - sizes[number])))
+        skipped.append(dataclasses.replace(loss, samples=max(1, loss.samples, expected - size)))
     skipped += notices
     if not sum(sizes):
         first = f"{skipped[0].where} ({skipped[0].detail})" if skipped else f"{display_url(urls[0])} is empty"
+        shards = f"{len(urls)} shard{'s' if len(urls) > 1 else ''}"
         raise UserError(
-            f"{flag}: no readable sample in {len(urls)} shard{'s' if len(urls) > 1 else ''}, first: {first}; expected "
-            ".tar files with <key>.jpg members"
+            f"{flag}: no readable sample in {shards}, first: {first}; expected .tar files with <key>.jpg members"
         )
     return ShardIndex(list(urls), sizes, skipped, cache_dir, cache_limit_gb)
+
+
+def _count(url: str, promise: int | None, cache: ShardCache) -> tuple[int, Skipped | None, list[Skipped]]:
+    """Samples of a shard, as promised or as found, what is lost of it, and notices."""
+    if promise and (is_remote(url) or os.path.isfile(url)):
+        return promise, None, []
+    try:
+        with _indexed(url, cache) as (_, found):
+            size = len(found)
+    except BadSample as bad:
+        return 0, bad.skipped, []
+    loss = Skipped("damaged shard", display_url(url), found.damage, found.lost) if found.damage else None
+    if promise == 0:
+        news = [_outdated(url, 0, size, ", which are read"), *_notices(found, url)]
+        return size, loss, news if size else []  # without samples, as it was said
+    return size, loss, _notices(found, url)
 
 
 @contextmanager
@@ -153,10 +157,9 @@ def _indexed(url: str, cache: ShardCache) -> Iterator[tuple[str, TarIndex]]:
     try:
         with cache.local(url) as path:
             yield path, tar_index(path, cache.cache_dir, url if is_remote(url) else None)
-    except UnavailableShard as error:
-        raise BadSample("missing shard", display_url(url), str(error)) from None
-    except OSError as error:
-        raise BadSample("missing shard", display_url(url), error.strerror or one_line(error)) from None
+    except (UnavailableShard, OSError) as error:
+        why = getattr(error, "strerror", None) or (one_line(error) if isinstance(error, OSError) else str(error))
+        raise BadSample("missing shard", display_url(url), why) from None
 
 
 def _notices(found: TarIndex, url: str) -> list[Skipped]:
@@ -164,24 +167,25 @@ def _notices(found: TarIndex, url: str) -> list[Skipped]:
     return [Skipped(kind, display_url(url), detail, samples) for kind, detail, samples in found.notes]
 
 
-def _unlike_promised(promised: int, held: int, use: str = "") -> str:
-    return f"promises {promised} samples, the shard holds {held}{use}; delete or renew the file"
+def _outdated(url: str, promised: int, held: int, use: str = "", samples: int = 0) -> Skipped:
+    detail = f"promises {promised} samples, the shard holds {held}{use}; delete or renew the file"
+    return Skipped("outdated sizes.json", display_url(url), detail, samples)
 
 
 def _absent_shards(sizes_file: str | None, promised: dict[str, int], urls: Sequence[str]) -> list[Skipped]:
     """Notices where a local sizes.json names, or nshards.txt beside it counts, shards that do not lie there."""
-    if sizes_file is None or is_remote(sizes_file):
-        return []
-    notices = []
-    folder = os.path.dirname(sizes_file) or os.curdir
-    if promised:
-        there = {file_name(url) for url in urls if sibling(url, "sizes.json") == sizes_file} | {*os.listdir(folder)}
-        if absent := sorted(name for name, size in promised.items() if size and name not in there):
-            detail = f"names {len(absent)} shards that are not there, the first is {absent[0]}"
-            notices.append(Skipped("outdated sizes.json", sizes_file, detail, samples=0))
+    notices: list[Skipped] = []
+    folder = Path(sizes_file or "").parent
+    if sizes_file is None or is_remote(sizes_file) or not (folder.is_dir() and os.access(folder, os.R_OK)):
+        return notices
+    there = os.listdir(folder)
+    given = {file_name(url) for url in urls if sibling(url, "sizes.json") == sizes_file}
+    if absent := sorted({name for name, size in promised.items() if size} - given - {*there}):
+        detail = f"names {len(absent)} shards that are not there, the first is {absent[0]}"
+        notices.append(Skipped("outdated sizes.json", sizes_file, detail, samples=0))
     with suppress(OSError, ValueError):  # not there, or no number: nothing to compare with
-        counted = parse_label(Path(folder, "nshards.txt").read_bytes())  # as CLIP_benchmark writes it
-        tars = sum(name.lower().endswith(".tar") for name in os.listdir(folder))
+        counted = parse_label((folder / "nshards.txt").read_bytes())  # as CLIP_benchmark writes it
+        tars = sum(name.lower().endswith(".tar") for name in there)
         if tars < counted:
             detail = f"counts {counted} shards, {tars} lie there"
             notices.append(Skipped("missing shard", os.path.join(folder, "nshards.txt"), detail, samples=0))
@@ -229,8 +233,9 @@ def _read_sizes(location: str | None, cache_dir: str) -> dict[str, int]:
 
 
 class Members(dict[str, bytes]):
-    """Extension -> bytes of what was read of a sample; ``present``: all extensions that the shard has of it."""
+    """Extension -> bytes of what was read of a sample. where: shard#key. present: all extensions that it has."""
 
+    where: str
     present: Sequence[str] = ()
 
     def lacking(self, *wanted: str) -> str:
@@ -252,111 +257,83 @@ class ShardReader:
         self.index = index
         self.cache = ShardCache(index.cache_dir, index.cache_limit_gb)
         self.notices: list[Skipped] = []
-        self._open: OrderedDict[int, tuple[int, str, TarIndex]] = OrderedDict()
+        self._open: OrderedDict[int, tuple[BinaryIO, TarIndex]] = OrderedDict()
         self._failed: dict[int, Skipped] = {}
 
     def read(self, shard: int, sample: int, extensions: Sequence[str] | None = None) -> tuple[str, Members]:
         """(key, {extension: bytes}) of a sample, all members or those in ``extensions``; BadSample where it is lost."""
-        descriptor, path, index = self._opened(shard, sample)
-        shown = display_url(self.index.urls[shard])
-        where = f"{shown}#{sample}"
+        file, index = self._opened(shard, sample)
+        url = self.index.urls[shard]
+        where = f"{display_url(url)}#{sample}"
         if sample >= len(index):
             if index.damage:
                 raise BadSample("damaged shard", where, index.damage)
-            raise BadSample("outdated sizes.json", where, _unlike_promised(self.index.sizes[shard], len(index)))
-        places = index.members(sample)
-        wanted = {name: place for name, place in places.items() if extensions is None or name in extensions}
-        _check_sizes({name: size for name, (_, size) in wanted.items()}, f"{shown}#{index.keys[sample]}")
+            raise BadSample("outdated sizes.json", where, _outdated(url, self.index.sizes[shard], len(index)).detail)
+        key, places = index.keys[sample], index.members(sample)
         members = Members()
-        members.present = list(places)
+        members.where, members.present = f"{display_url(url)}#{key}", list(places)
+        wanted = {name: place for name, place in places.items() if extensions is None or name in extensions}
+        # No byte is read of members that are larger than they can be.
+        claims = [
+            (f".{name}", size, MAX_MEMBER_BYTES.get(name, MAX_SAMPLE_BYTES)) for name, (_, size) in wanted.items()
+        ]
+        claims.append(("all members", sum(size for _, size, _ in claims), MAX_SAMPLE_BYTES))
+        for what, size, limit in claims:
+            if size > limit:
+                raise BadSample("oversized member", members.where, f"{what}: {size} bytes, at most {limit} are read")
         for extension, (offset, size) in wanted.items():
-            members[extension] = _pread(descriptor, size, offset)
+            file.seek(offset)
+            members[extension] = file.read(size)
             if len(members[extension]) != size:
-                raise BadSample("damaged shard", where, f"{path} has become shorter")
-        return index.keys[sample], members
+                raise BadSample("damaged shard", where, f"{file.name} has become shorter")
+        return key, members
 
     def close(self) -> None:
         while self._open:
-            os.close(self._open.popitem()[1][0])
+            self._open.popitem()[1][0].close()
 
     def __del__(self) -> None:
-        self.close()  # every evaluation makes a reader; without this the descriptors of a long run would run out
+        self.close()
 
-    def _opened(self, shard: int, sample: int) -> tuple[int, str, TarIndex]:
+    def _opened(self, shard: int, sample: int) -> tuple[BinaryIO, TarIndex]:
         url = self.index.urls[shard]
         if shard in self._open:
             self._open.move_to_end(shard)
             if is_remote(url):
-                self.cache.touch(self._open[shard][1])
+                self.cache.touch(self._open[shard][0].name)
             return self._open[shard]
         if shard not in self._failed:
             try:
                 with _indexed(url, self.cache) as (path, found):
-                    self._open[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC), path, found
+                    self._open[shard] = open(path, "rb"), found  # noqa: SIM115
             except BadSample as bad:  # remembered: else every sample of a lost shard would wait for all retries
                 self._failed[shard] = bad.skipped
         if failed := self._failed.get(shard):
             raise BadSample(failed.kind, f"{failed.where}#{sample}", failed.detail)
         if len(self._open) > OPEN_SHARDS:
-            os.close(self._open.popitem(last=False)[1][0])
-        shown, promised = display_url(url), self.index.sizes[shard]
+            self._open.popitem(last=False)[1][0].close()
+        promised, more = self.index.sizes[shard], len(found) - self.index.sizes[shard]
         self.notices += _notices(found, url)
-        if len(found) > promised:
-            detail = _unlike_promised(promised, len(found), "; the rest is not used")
-            self.notices.append(Skipped("outdated sizes.json", shown, detail, len(found) - promised))
-        elif found.damage and len(found) == promised:  # else each sample that is lost says so
-            self.notices.append(Skipped("damaged shard", shown, found.damage, samples=0))
+        if more > 0:
+            self.notices.append(_outdated(url, promised, len(found), "; the rest is not used", more))
+        elif found.damage and not more:  # else each sample that is lost says so
+            self.notices.append(Skipped("damaged shard", display_url(url), found.damage, samples=0))
         return self._open[shard]
 
 
-def _check_sizes(sizes: dict[str, int], where: str) -> None:
-    """BadSample before a byte is read where members, {extension: bytes}, are larger than they can be."""
-    claims = [(f".{name}", size, MAX_MEMBER_BYTES.get(name, MAX_SAMPLE_BYTES)) for name, size in sizes.items()]
-    for what, size, limit in (*claims, ("all members", sum(sizes.values()), MAX_SAMPLE_BYTES)):
-        if size > limit:
-            raise BadSample("oversized member", where, f"{what}: {size} bytes, at most {limit} are read")
+class ShardDataset(Dataset[dict[str, Any]]):
+    """Samples by (epoch, slot, position), as the samplers of ``utils/data/order.py`` give them.
 
-
-def _pread(descriptor: int, size: int, offset: int) -> bytes:
-    """``size`` bytes, or all there are: a file system may give less at a time."""
-    data = b""
-    while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
-        data += more
-    return data
-
-
-class SampleDataset(Dataset[dict[str, Any]]):
-    """Samples by (epoch, slot, position), as the samplers of ``utils/data/order.py`` give them."""
-
-    index: SampleIndex
-
-    def __init__(self, index: SampleIndex, transform: ImageTransform) -> None:
-        self.index, self.transform = index, transform
-
-    def __len__(self) -> int:
-        return self.index.num_samples
-
-    @property
-    def collate_fn(self) -> Callable[[Sequence[dict[str, Any]]], Any]:
-        """Makes batches of items."""
-        return partial(collate, image_size=self.transform.output_size)
-
-    def shards_of(self, references: Sequence[tuple[int, int, int]]) -> list[str]:
-        """The shards from which these samples are read, as they are shown; none where they come from other files."""
-        return []
-
-
-class ShardDataset(SampleDataset):
-    """Samples of shards: dict(image: uint8 (3, H, W) or None, label: int, position: int, key: str, skipped: list).
+    A sample is dict(image: uint8 (3, H, W) or None, label: int, position: int, key: str, skipped: list).
 
     order: "shuffled" for training: a sample that cannot be used is recorded and its slot filled by the next good one of
     its run. "sequential" for evaluation: it is recorded and its ``image`` is None.
     with_labels: samples need a ``.cls`` (0 ... num_classes - 1 as text); without, there is no ``label``.
 
-    ShardError after 100 unusable samples in a row.
+    ShardError after ``REPLACEMENTS_TRIED`` unusable samples in a row.
     """
 
-    index: ShardIndex
+    also_read: tuple[str, ...] = ()  # extensions beside those of images and labels
 
     def __init__(
         self,
@@ -368,14 +345,24 @@ class ShardDataset(SampleDataset):
         with_labels: bool = False,
         num_classes: int | None = None,
     ) -> None:
-        if order not in ("shuffled", "sequential"):
-            raise ValueError(f"order is 'shuffled' or 'sequential', not {order!r}")
-        super().__init__(index, transform)
-        self.order, self.seed = order, seed
+        self.index, self.transform, self.order, self.seed = index, transform, order, seed
         self.with_labels, self.num_classes = with_labels, num_classes
-        self._extensions: tuple[str, ...] = (*IMAGE_EXTENSIONS, "cls") if with_labels else IMAGE_EXTENSIONS
+        self._extensions = (*IMAGE_EXTENSIONS, *self.also_read, *(("cls",) if with_labels else ()))
         self._orders: dict[int, SequentialOrder] = {}
         self._own: tuple[int, ShardReader, _Prefetcher | None] | None = None
+
+    def __len__(self) -> int:
+        return self.index.num_samples
+
+    @property
+    def collate_fn(self) -> Callable[[Sequence[dict[str, Any]]], Any]:
+        """Makes batches of items."""
+        return partial(collate, no_images=self.no_images)
+
+    @property
+    def no_images(self) -> torch.Tensor:
+        """The images of a batch without any, of the shape and dtype of others."""
+        return torch.empty(0, 3, *(self.transform.output_size or (0, 0)), dtype=torch.uint8)
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_orders": {}, "_own": None}
@@ -394,63 +381,54 @@ class ShardDataset(SampleDataset):
                 skipped.append(bad.skipped)
         else:
             first = skipped[0]
+            item = {"image": None, "key": first.where}
             if self.order == "shuffled":
                 kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(bad.kind for bad in skipped).items())
-                raise ShardError(
-                    f"{len(skipped)} samples in a row cannot be used ({kinds}); first {first.where}: {first.detail}; "
-                    "check the shards"
-                )
-            item = {"image": None, "key": first.where}
-        skipped += reader.notices
-        reader.notices.clear()
-        return {**item, "position": position, "skipped": skipped}
+                tried = f"{len(skipped)} samples in a row cannot be used ({kinds})"
+                raise ShardError(f"{tried}; first {first.where}: {first.detail}; check the shards")
+        notices, reader.notices = reader.notices, []
+        return {**item, "position": position, "skipped": skipped + notices}
 
     def load(self, reader: ShardReader, shard: int, sample: int, epoch: int) -> dict[str, Any]:
         """The sample itself: image, key and label. BadSample where it cannot be used."""
         key, members = reader.read(shard, sample, self._extensions)
-        where = self._where(shard, key)
-        label = {"label": self._label(members, where)} if self.with_labels else {}
-        return {"key": key, **label, "image": self._image(members, where)}
+        label = {"label": self._label(members)} if self.with_labels else {}
+        return {"key": key, **label, "image": self._image(members)}
 
     def order_of(self, epoch: int) -> SequentialOrder:
         """The order of the samples in an epoch; those of two epochs are kept."""
         if epoch not in self._orders:
             if len(self._orders) == 2:
                 del self._orders[next(iter(self._orders))]
-            if self.order == "shuffled":
-                self._orders[epoch] = EpochOrder(self.index.sizes, self.seed, epoch)
-            else:
-                self._orders[epoch] = SequentialOrder(self.index.sizes)
+            shuffled, sizes = self.order == "shuffled", self.index.sizes
+            self._orders[epoch] = EpochOrder(sizes, self.seed, epoch) if shuffled else SequentialOrder(sizes)
         return self._orders[epoch]
 
     def shards_of(self, references: Sequence[tuple[int, int, int]]) -> list[str]:
+        """The shards from which these samples are read, as they are shown."""
         shards = [self.order_of(epoch).reference(slot)[0] for epoch, slot, _ in references]
         return [display_url(self.index.urls[shard]) for shard in dict.fromkeys(shards)]
 
-    def _where(self, shard: int, key: str) -> str:
-        return f"{display_url(self.index.urls[shard])}#{key}"
-
-    def _image(self, members: Members, where: str) -> torch.Tensor:
+    def _image(self, members: Members) -> torch.Tensor:
         data = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
         if data is None:
-            raise BadSample("missing image", where, members.lacking(*IMAGE_EXTENSIONS))
+            raise BadSample("missing image", members.where, members.lacking(*IMAGE_EXTENSIONS))
         try:
             return decode(data, self.transform)
         except ImageError as error:
-            raise BadSample("undecodable image", where, str(error)) from None
+            raise BadSample("undecodable image", members.where, str(error)) from None
 
-    def _label(self, members: Members, where: str) -> int:
+    def _label(self, members: Members) -> int:
         if "cls" not in members:
-            raise BadSample("missing label", where, members.lacking("cls"))
+            raise BadSample("missing label", members.where, members.lacking("cls"))
         try:
             label = parse_label(members["cls"])
         except ValueError:
-            raise BadSample("bad label", where, f"{members['cls'][:40]!r} is no whole number") from None
-        if not 0 <= label < MAX_LABEL:
-            raise BadSample("bad label", where, f"{label} is no class")
-        if self.num_classes is not None and label >= self.num_classes:
-            classes = f"there are {self.num_classes} classes (0 ... {self.num_classes - 1})"
-            raise BadSample("bad label", where, f"class {label}, {classes}")
+            raise BadSample("bad label", members.where, f"{members['cls'][:40]!r} is no whole number") from None
+        classes = MAX_LABEL if self.num_classes is None else self.num_classes
+        if not 0 <= label < classes:
+            detail = f"class {label}, there are {classes} classes (0 ... {classes - 1})"
+            raise BadSample("bad label", members.where, detail)
         return label
 
     def _reader_ahead_of(self, order: SequentialOrder, epoch: int, slot: int) -> ShardReader:
@@ -476,7 +454,6 @@ class _Prefetcher:
         self._urls = index.urls
         self._cache = ShardCache(index.cache_dir, index.cache_limit_gb)
         self._wanted: list[str] = []
-        self._failed: set[str] = set()
         self._wake = threading.Condition()
         threading.Thread(target=self._work, name="shard prefetch", daemon=True).start()
 
@@ -488,24 +465,25 @@ class _Prefetcher:
             self._wake.notify()
 
     def _work(self) -> None:
+        failed = set()
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._wanted)
                 url = self._wanted.pop()
-            if url not in self._failed:
-                try:
-                    self._cache.fetch_ahead(url)
-                except Exception:  # the reader meets the same error when it needs the shard, and reports it
-                    self._failed.add(url)
+            try:
+                if url not in failed:
+                    with self._cache.local(url, wait=False):
+                        pass
+            except Exception:  # the reader meets the same error when it needs the shard, and reports it
+                failed.add(url)
 
 
-def collate(samples: Sequence[dict[str, Any]], *, image_size: tuple[int, int] | None = None) -> dict[str, Any]:
-    """Samples -> dict(images uint8 (B, 3, H, W), positions int64 (B,), keys, skipped), and labels int64 (B,) if read.
+def collate(samples: Sequence[dict[str, Any]], *, no_images: torch.Tensor) -> dict[str, Any]:
+    """Samples -> dict(images uint8 (B, 3, H, W), positions int64 (B,), keys, skipped), labels int64 (B,), attributes.
 
-    A sample without an image only brings its ``skipped`` records. With none left the images are (0, 3, *image_size).
+    Labels and attributes are there if they were read. A sample without an image only brings its ``skipped`` records.
     """
     good = [sample for sample in samples if sample["image"] is not None]
-    no_images = torch.empty(0, 3, *(image_size or (0, 0)), dtype=torch.uint8)
     batch = {
         "images": torch.stack([sample["image"] for sample in good]) if good else no_images,
         "positions": torch.tensor([sample["position"] for sample in good], dtype=torch.int64),
@@ -514,11 +492,13 @@ def collate(samples: Sequence[dict[str, Any]], *, image_size: tuple[int, int] | 
     }
     if all("label" in sample for sample in good):
         batch["labels"] = torch.tensor([sample["label"] for sample in good], dtype=torch.int64)
+    if all("attribute" in sample for sample in good):
+        batch["attributes"] = [sample["attribute"] for sample in good]
     return batch
 
 
 def train_batches(
-    dataset: SampleDataset, *, first_step: int, num_workers: int, pin_memory: bool = False, **share: int
+    dataset: ShardDataset, *, first_step: int, num_workers: int, pin_memory: bool = False, **share: int
 ) -> Iterator[dict[str, Any]]:
     """The micro-batches of one rank from ``first_step`` on; ``share``: the other arguments of ``TrainBatchSampler``.
 
@@ -545,26 +525,19 @@ def train_batches(
             deaths += 1
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             if deaths > WORKER_DEATHS:
-                raise ShardError(
-                    f"--num_workers {num_workers}: data workers die again and again ({reason}); if memory runs out, "
-                    "use fewer, then go on with --resume_from_checkpoint latest"
-                ) from None
+                died = f"--num_workers {num_workers}: data workers die again and again ({reason})"
+                todo = "if memory runs out, use fewer, then go on with --resume_from_checkpoint latest"
+                raise ShardError(f"{died}; {todo}") from None
             logger.warning("a data worker has died (%s); new ones go on with the same batches", reason)
 
 
 def eval_loader(
-    dataset: SampleDataset,
-    *,
-    num_samples: int,
-    batch_size: int,
-    rank: int,
-    world_size: int,
-    num_workers: int,
-    pin_memory: bool = False,
+    dataset: ShardDataset, *, num_samples: int, num_workers: int, pin_memory: bool = False, **share: int
 ) -> DataLoader:
     """The first ``num_samples`` samples (or all there are), once each over all ranks, as often as it is iterated.
 
-    Every rank gets the same number of batches; the last ones of a rank may be empty.
+    share: the other arguments of ``EvalBatchSampler``. Every rank gets the same number of batches; its last ones may be
+    empty.
     """
-    sampler = EvalBatchSampler(min(num_samples, len(dataset)), batch_size, rank, world_size)
+    sampler = EvalBatchSampler(min(num_samples, len(dataset)), **share)
     return PatientLoader(dataset, sampler, num_workers, pin_memory, persistent=True)

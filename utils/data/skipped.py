@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from utils.errors import UserError
 from utils.redaction import printable, without_addresses, without_secrets
@@ -51,25 +52,17 @@ def count_skipped(batches: Iterable[dict[str, Any]], skips: SkipCounter) -> Iter
         yield batch
 
 
-class SampleIndex(Protocol):
-    """How many samples a data set has, and what was missing when they were counted."""
-
-    skipped: list[Skipped]
-
-    @property
-    def num_samples(self) -> int: ...
-
-
 @dataclass(eq=False)
 class SkipCounter:
     """Counts what was skipped, reports each kind once, and ends the run where too much is lost.
 
     Losses of the index weigh against all of its samples. Losses while reading weigh against the samples ``seen``, at
     least the first 1000: one early loss does not end a run. A sample counts once, however often its turn comes.
-    ``report`` takes one line; None for silence. ``num_samples``: how many of the index are read, where not all are.
+    index: a ``ShardIndex``; num_samples: how many of it are read, where not all are. report: takes one line; None for
+    silence.
     """
 
-    index: SampleIndex
+    index: Any
     max_bad_fraction: float
     report: Callable[[str], None] | None = logger.warning
     num_samples: int | None = None
@@ -94,8 +87,8 @@ class SkipCounter:
 
     def merge(self, states: Sequence[dict[str, Any]]) -> SkipCounter:
         """A counter for all ranks, from the ``state()`` of each (this one's too). This counter stays as it is."""
-        merged = SkipCounter(self.index, self.max_bad_fraction, None, self.num_samples)
-        merged.report, merged._reported = self.report, self._reported
+        merged = copy.copy(self)
+        merged.seen, merged._records = 0, {}
         for state in states:
             merged.seen += state["seen"]
             merged.add([Skipped(*record) for record in state["records"]])

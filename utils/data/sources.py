@@ -19,6 +19,7 @@ import os
 import re
 import secrets
 import select
+import subprocess
 import tempfile
 import time
 import urllib.error
@@ -34,7 +35,7 @@ import braceexpand
 from utils.data.folders import entries_of, kind_of
 from utils.errors import UserError
 from utils.redaction import display_url, url_scheme, without_addresses, without_secrets
-from utils.text_files import decode_text
+from utils.text_files import decode_text, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -96,18 +97,14 @@ def expand_shards(
         if scheme is None:
             urls += _expand_local(pattern, flag)
             continue
-        expanded = _expand_braces(pattern, flag)
-        if scheme == "hf":
-            for url in expanded:
-                urls += _expand_hub(url, flag, Path(cache_dir or default_cache_dir()))
-            continue
-        if scheme not in ("pipe", "http", "https"):
+        if scheme not in ("hf", "http", "https", "pipe"):
             raise UserError(f"{where}: {scheme}:// is not supported; expected a path, http(s):// or hf://")
         if scheme == "pipe" and not allow_pipe_urls:
             raise UserError(f"{where}: runs a shell command; give a path or URL, or --allow_pipe_urls")
-        if scheme != "pipe" and any("*" in _address(url)[0] for url in expanded):
-            raise UserError(f"{where}: a web server cannot be listed; write x-{{000..010}}.tar")
-        urls += expanded
+        for url in _expand_braces(pattern, where):
+            if scheme.startswith("http") and "*" in _address(url)[0]:
+                raise UserError(f"{where}: a web server cannot be listed; write x-{{000..010}}.tar")
+            urls += _expand_hub(url, flag, Path(cache_dir or default_cache_dir())) if scheme == "hf" else [url]
     for url in urls:
         if file_name(url).lower().endswith(COMPRESSED):
             raise UserError(f"{flag} {display_url(url)}: compressed; expected a plain .tar, please unpack it once")
@@ -121,24 +118,44 @@ def known_path(name: str) -> str:
     return name if _written_part(name, os.path.lexists) else os.path.expanduser(name)
 
 
-def expand_paths(pattern: str, flag: str) -> list[list[str]]:
-    """Local paths of a pattern: one list for each alternative in braces, the matches of a glob in numeric order.
+def _expand_local(pattern: str, flag: str) -> list[str]:
+    """The shards of a local pattern. What exists as written is a name, only the rest behind it is a pattern.
 
-    What exists as written wins: the longest leading part that exists is a name, only the rest is a pattern. ``v[1]`` is
-    the folder of this name where there is one, even beside a ``v1``. An alternative without a match stays as it is.
+    ``v[1]`` is the folder of this name where there is one, even beside a ``v1``. An alternative in braces that matches
+    nothing stays as it is, unless none does.
     """
+    where = f"{flag} {pattern}"
     pattern = known_path(pattern)
     known = _written_part(pattern, os.path.lexists)
     # An alternative may begin with ~ itself.
-    paths = [known_path(known + rest) for rest in _expand_braces(pattern[len(known) :], flag, pattern)]
-    return [sorted(map(_as_path, _matches(path)), key=_natural) or [_as_path(path)] for path in paths]
+    paths = [_as_path(known_path(known + rest)) for rest in _expand_braces(pattern[len(known) :], where)]
+    found = [sorted(map(_as_path, _matches(path)), key=_natural) for path in paths]
+    if not any(found):
+        parent = next(folder for folder in Path(paths[0]).absolute().parents if folder.is_dir())
+        tars = sum(map(_is_tar, os.listdir(parent))) if os.access(parent, os.R_OK) else 0
+        count = f"none of the {len(paths)} files exists" if len(paths) > 1 else "nothing is there"
+        raise UserError(
+            f"{where}: {count}; expected .tar shards; the nearest existing folder is {parent} ({tars} .tar files); "
+            "correct the path"
+        )
+    urls: list[str] = []
+    for path, matches in zip(paths, found):
+        chosen = [match for match in matches if len(matches) > 1 and _is_shard_or_folder(match, flag)] or matches
+        if others := [match for match in matches if match not in set(chosen)]:
+            odd = f"{len(others)} that are no shards and no folders of shards, the first is {others[0]}"
+            logger.warning("%s: also matches %s; left out", where, odd)
+        shards: dict[str, None] = {}  # ``**`` matches a folder and the shards in it
+        for match in chosen or [path]:
+            names = _tars_in_folder(match, _names_in(match, flag), flag) if os.path.isdir(match) else None
+            shards |= dict.fromkeys([match] if names is None else [os.path.join(match, name) for name in names])
+        urls += shards
+    return urls
 
 
-def _expand_braces(text: str, flag: str, shown: str | None = None) -> list[str]:
+def _expand_braces(text: str, where: str) -> list[str]:
     try:
         return list(braceexpand.braceexpand(text))
     except ValueError:
-        where = f"{flag} {display_url(shown or text)}"
         raise UserError(f"{where}: braces do not match; expected e.g. x-{{000..010}}.tar") from None
 
 
@@ -164,34 +181,6 @@ def _matches(path: str) -> list[str]:
 def _as_path(path: str) -> str:
     """A relative path that reads like a URL, such as that of a file called pipe:x, made into one that does not."""
     return path if url_scheme(path) is None else os.path.join(os.curdir, path)
-
-
-def _expand_local(pattern: str, flag: str) -> list[str]:
-    urls: list[str] = []
-    exists = False
-    expanded = expand_paths(pattern, flag)
-    for matches in expanded:
-        chosen = [match for match in matches if len(matches) > 1 and _is_shard_or_folder(match, flag)] or matches
-        found: list[str] = []
-        for match in chosen:
-            exists = exists or os.path.lexists(match)
-            if os.path.isdir(match):
-                found += [os.path.join(match, name) for name in _tars_in_folder(match, _names_in(match, flag), flag)]
-            else:
-                found.append(match)
-        urls += dict.fromkeys(found)  # ``**`` matches a folder and the shards in it
-        if others := sorted(set(matches) - set(chosen), key=_natural):
-            odd = f"{len(others)} that are no shards and no folders of shards, the first is {others[0]}"
-            logger.warning("%s %s: also matches %s; left out", flag, pattern, odd)
-    if not exists:
-        parent = next(folder for folder in Path(expanded[0][0]).absolute().parents if folder.is_dir())
-        tars = sum(map(_is_tar, os.listdir(parent))) if os.access(parent, os.R_OK) else 0
-        count = f"none of the {len(expanded)} files exists" if len(expanded) > 1 else "nothing is there"
-        raise UserError(
-            f"{flag} {pattern}: {count}; expected .tar shards; the nearest existing folder is {parent} "
-            f"({tars} .tar files); correct the path"
-        )
-    return urls
 
 
 def _is_shard_or_folder(path: str, flag: str) -> bool:
@@ -220,16 +209,17 @@ def _tars_in_folder(folder: str, names: Sequence[str], flag: str) -> list[str]:
 
     What looks like a shard and is none, compressed or a folder, is named.
     """
+    where = f"{flag} {display_url(folder)}"
     tars = sorted(filter(_is_tar, names), key=_natural)
     others = sorted(name for name in names if re.fullmatch(r"[^.].*\.(tar/|tar\.\w+|tgz)", name.lower()))
     if not tars:
         hint = f"there is {others[0]}: unpack or name it" if others else "correct the path"
-        if splits := [f"{split}/" for split in ("train", "test") if f"{split}/" in names]:
+        if splits := [split for split in ("train/", "test/") if split in names]:
             hint = f"name its {' or '.join(splits)} folder"
-        raise UserError(f"{flag} {folder}: a folder without .tar files; expected .tar shards; {hint}")
+        raise UserError(f"{where}: a folder without .tar files; expected .tar shards; {hint}")
     if others:
         odd = f"{len(others)} that are no plain .tar files are not read, the first is {others[0]}"
-        logger.warning("%s %s: %s; unpack them once, or take them out", flag, display_url(folder), odd)
+        logger.warning("%s: %s; unpack them once, or take them out", where, odd)
     return tars
 
 
@@ -247,13 +237,11 @@ def file_name(url: str) -> str:
 
 
 def sibling(url: str, name: str) -> str | None:
-    """The file ``name`` in the folder of ``url``."""
+    """The file ``name`` in the folder of ``url``; None beside a pipe."""
     if url_scheme(url) == "pipe":
         return None
-    if not is_remote(url):
-        return os.path.join(os.path.dirname(url), name)
     address, query = _address(url)
-    return address.rpartition("/")[0] + "/" + name + query
+    return os.path.join(os.path.dirname(address), name) + query
 
 
 def _address(url: str) -> tuple[str, str]:
@@ -277,14 +265,12 @@ def _expand_hub(url: str, flag: str, cache_dir: Path) -> list[str]:
         raise
     except Exception as error:  # the hub raises its own errors, httpx's and OSError
         reason = "HF_HUB_OFFLINE is set" if hub_offline() else f"the hub does not list it ({one_line(error)})"
-        if not hub_answered(error):
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none was kept, or it is unreadable
-                shards = list(map(str, json.loads(kept.read_text(encoding="utf-8"))["shards"]))
-                logger.warning("%s: %s; its %d shards are those listed %s", where, reason, len(shards), _day_of(kept))
-                return shards
-        raise UserError(f"{where}: {reason}; check the name, the network and the login, or {BRING_IT}") from None
-    with contextlib.suppress(OSError):  # a cache that cannot be written is reported where shards go into it
-        write_whole(kept, json.dumps({"pattern": url, "shards": shards}).encode())
+        known = None if hub_answered(error) else remembered(kept).get("shards")
+        if known is None:
+            raise UserError(f"{where}: {reason}; check the name, the network and the login, or {BRING_IT}") from None
+        logger.warning("%s: %s; its %d shards are those listed %s", where, reason, len(known), _day_of(kept))
+        return known
+    remember(kept, {"pattern": url, "shards": shards})
     return shards
 
 
@@ -296,30 +282,28 @@ def _list_hub(url: str, repo: str, revision: str | None, path: str, flag: str) -
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    def entries(folder: str, deep: bool) -> list[Any]:
+    def entries(folder: str, deep: bool) -> dict[str, bool]:
+        """Path -> whether it is a file."""
         tree = HfApi().list_repo_tree(repo, folder or None, recursive=deep, revision=revision, repo_type="dataset")
-        return list(tree)
+        return {entry.path: isinstance(entry, RepoFile) for entry in tree}
 
     prefix = url[: len(url) - len(path)].rstrip("/") + "/"
     path = path.strip("/")
     if glob.has_magic(path):
         folder = re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0]
         listed = entries(folder, deep="/" in path[len(folder) :].lstrip("/"))
-        files = [entry.path for entry in listed if isinstance(entry, RepoFile)]
-        if path in files:
+        if listed.get(path):
             return [prefix + path]
         # A listing may lack folders that its files imply.
-        there = {name[: end.start()] for name in files for end in re.finditer("/", name)}
-        there.update(entry.path for entry in listed)
+        there = {name[: end.start()] for name in listed for end in re.finditer("/", name)} | {*listed}
         known = _written_part(path, there.__contains__)
         if known != path:
             pattern = glob.escape(known) + path[len(known) :]
-            matches = sorted((name for name in files if fnmatch.fnmatchcase(name, pattern)), key=_natural)
+            matches = [name for name, is_file in listed.items() if is_file and fnmatch.fnmatchcase(name, pattern)]
             if not matches:
                 raise UserError(f"{flag} {display_url(url)}: matches no file on the hub; expected .tar shards")
-            return [prefix + match for match in matches]
-    listed = entries(path, deep=False)
-    names = [entry.path.rpartition("/")[2] + "/" * (not isinstance(entry, RepoFile)) for entry in listed]
+            return [prefix + match for match in sorted(matches, key=_natural)]
+    names = [name.rpartition("/")[2] + "/" * (not is_file) for name, is_file in entries(path, deep=False).items()]
     return [prefix + (f"{path}/{name}" if path else name) for name in _tars_in_folder(url, names, flag)]
 
 
@@ -348,8 +332,8 @@ def _parse_hub(url: str, flag: str = "") -> tuple[str, str | None, str]:
     if not match:
         expected = "hf://datasets/<org>/<name>[@revision]/<path>/x-{000..010}.tar"
         raise UserError(f"{flag} {url}: not understood; expected {expected}")
-    revision = urllib.parse.unquote(match.group(2)) if match.group(2) else None
-    return match.group(1), revision, match.group(3) or ""
+    revision = urllib.parse.unquote(match[2]) if match[2] else None
+    return match[1], revision, match[3] or ""
 
 
 def hub_set(
@@ -368,30 +352,30 @@ def hub_set(
     if name.startswith("/") or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
         nothing = "no such directory, and no name on the hub"
         raise UserError(f"{where}: {nothing}; expected a local data set or <org>/<name>")
-    download = f"hf download {repo} --repo-type dataset --local-dir data/{repo.partition('/')[2]}"
-    once = f"download it once with `{download}` where there is internet and give that folder, or {BRING_IT}"
-    wanted = ["*.txt", f"{glob.escape(split)}/*"]
-    kept = None if cache_dir is None else Path(cache_dir) / "hub"
+    options: dict[str, Any] = {
+        "repo_type": "dataset",
+        "allow_patterns": ["*.txt", f"{glob.escape(split)}/*"],
+        "cache_dir": None if cache_dir is None else Path(cache_dir) / "hub",
+        "local_files_only": local_files_only,
+    }
     try:
-        folder = Path(
-            snapshot_download(
-                repo, repo_type="dataset", allow_patterns=wanted, cache_dir=kept, local_files_only=local_files_only
-            )
-        )
+        folder = Path(snapshot_download(repo, **options))
     except Exception as error:  # the hub raises its own errors, httpx's or requests', and OSError
         cause = error.__cause__ or error
-        if isinstance(error, errors.GatedRepoError):
-            reason = f"{repo} on the hub is gated; accept its terms on its page and log in with `hf auth login`"
-        elif isinstance(error, errors.RepositoryNotFoundError):
-            login = "log in with `hf auth login` if it is private"
-            reason = f"no such directory, and no data set {repo} on the hub; correct the path or the name, or {login}"
-        elif isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
-            offline = any(isinstance(each, errors.OfflineModeIsEnabled) for each in (error, cause))
-            why = "HF_HUB_OFFLINE is set" if offline else f"the hub cannot be reached ({one_line(cause)})"
-            reason = f"no such directory, the cache lacks {repo} or files of its {split}/, and {why}; {once}"
-        else:
-            reason = f"{repo} cannot be downloaded from the hub ({one_line(error)}); {once}"
-        raise UserError(f"{where}: {reason}") from None
+        offline = any(isinstance(each, errors.OfflineModeIsEnabled) for each in (error, cause))
+        unreachable = isinstance(error, errors.LocalEntryNotFoundError)  # it says what it lacks, its cause why
+        why = "HF_HUB_OFFLINE is set" if offline else one_line(cause if unreachable else error)
+        local = f"data/{repo.partition('/')[2]}"
+        download = f"download it once with `hf download {repo} --repo-type dataset --local-dir {local}`"
+        login = "log in with `hf auth login`"
+        hints = {
+            errors.GatedRepoError: f"accept its terms on its page and {login}",
+            errors.RepositoryNotFoundError: f"correct the path or the name, or {login} if it is private",
+            Exception: f"{download} where there is internet and give that folder, or {BRING_IT}",
+        }
+        hint = next(text for kind, text in hints.items() if isinstance(error, kind))
+        nothing = f"no such directory, and neither the cache nor the hub gives out the {split}/ of {repo}"
+        raise UserError(f"{where}: {nothing} ({why}); {hint}") from None
     if not has_shards(folder / split):
         # The other splits are known by their nshards.txt, which every set of CLIP_benchmark has.
         splits = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name != split)
@@ -425,35 +409,26 @@ class ShardCache:
         self._touched: dict[str, float] = {}
 
     @contextlib.contextmanager
-    def local(self, url: str) -> Iterator[str]:
-        """Local path of the shard, fetched where needed; nobody evicts it within the block. Raises UnavailableShard."""
+    def local(self, url: str, wait: bool = True) -> Iterator[str]:
+        """Local path of the shard, fetched where needed; nobody evicts it within the block. Raises UnavailableShard.
+
+        ``wait`` False: an empty path, at once, where somebody else fetches or opens it.
+        """
         if not is_remote(url):
             yield url
             return
-        with self._held(url, wait=True):
-            yield str(self.copy_of(url))
-
-    def fetch_ahead(self, url: str) -> bool:
-        """Fetches a remote shard that the cache lacks; False, at once, where somebody else fetches or opens it."""
-        with self._held(url, wait=False) as held:
-            return held
-
-    @contextlib.contextmanager
-    def _held(self, url: str, wait: bool) -> Iterator[bool]:
         target = self.copy_of(url)
-        self.shard_dir.mkdir(parents=True, exist_ok=True)
-        self.lock_dir.mkdir(parents=True, exist_ok=True)
         with _locked(self._lock_of(target), wait) as held:
             if held and not target.exists():
                 # A fixed name: what a killed process leaves is overwritten by the next.
-                with _into_place(target, target.with_name(target.name + ".part")) as part:
+                with into_place(target, target.with_name(target.name + ".part")) as part:
                     _download(url, part)
                     with open(part, "rb") as stream:
                         os.fsync(stream.fileno())
                 self._evict()
             if held:
                 self.touch(str(target))
-            yield held
+            yield str(target) if held else ""
 
     def copy_of(self, url: str) -> Path:
         """Where the copy of a remote shard is, or would be."""
@@ -494,6 +469,7 @@ class ShardCache:
 @contextlib.contextmanager
 def _locked(path: Path, wait: bool) -> Iterator[bool]:
     """Holds an exclusive lock between processes and threads; yields False where it is taken and ``wait`` is False."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as stream:
         end, pause = time.monotonic() + LONGEST_LOCK, 0.01
         while True:
@@ -518,25 +494,39 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:24]
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Whole or not at all, also where several processes write the same, on several nodes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _into_place(path, _aside(path)) as aside:
-        aside.write_bytes(data)
-
-
-def _aside(path: Path) -> Path:
-    return path.with_name(f"{secrets.token_hex(12)}.part")
-
-
 @contextlib.contextmanager
-def _into_place(target: Path, aside: Path) -> Iterator[Path]:
-    """Where to write what becomes ``target`` at the end of the block; nothing is left of it after an error."""
+def into_place(target: Path, aside: Path | None = None) -> Iterator[Path]:
+    """Where to write what becomes ``target`` at the end of the block; nothing is left of it after an error.
+
+    Several processes, on several nodes, may write the same target: ``aside`` has a name of its own unless it is given.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = aside or target.with_name(f"{secrets.token_hex(12)}.part")
     try:
         yield aside
         os.replace(aside, target)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Whole or not at all, also where several processes write the same."""
+    with into_place(path) as aside:
+        aside.write_bytes(data)
+
+
+def remember(path: Path, found: dict[str, Any]) -> None:
+    """Keeps what took long to find. A full or read-only cache costs the next process the same again, no more."""
+    with contextlib.suppress(OSError):
+        write_whole(path, json.dumps(found).encode())
+
+
+def remembered(path: Path) -> dict[str, Any]:
+    """What is kept there; empty where there is nothing, or nothing readable."""
+    with contextlib.suppress(OSError, ValueError):
+        found = parse_json(path.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def _download(
@@ -614,27 +604,26 @@ def _download_hub(url: str, target: Path) -> None:
 
 
 def _download_pipe(url: str, target: Path) -> None:
-    from webdataset.gopen import gopen
-
-    # The exception of a failed command repeats the command, tokens and all: only its status is passed on.
-    process = gopen(url)
-    output = process.stream.fileno()
-    try:
-        with open(target, "wb") as stream:
-            while True:
-                if not select.select([output], [], [], PIPE_TIMEOUT)[0]:
-                    raise UnavailableShard(f"no byte of the command for {PIPE_TIMEOUT:.0f} s")
+    command = url.partition(":")[2]
+    with (
+        subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, bufsize=0) as process,
+        open(target, "wb") as stream,
+    ):
+        assert process.stdout is not None
+        output = process.stdout.fileno()
+        try:
+            while select.select([output], [], [], PIPE_TIMEOUT)[0]:
                 if not (chunk := os.read(output, 1 << 20)):
                     break
                 stream.write(chunk)
-    except BaseException:
-        process.proc.kill()
-        raise
-    finally:
-        process.stream.close()
-        status = process.proc.wait()
-    if status:
-        raise OSError(f"the command ended with status {status}")
+            else:
+                raise UnavailableShard(f"no byte of the command for {PIPE_TIMEOUT:.0f} s")
+        except BaseException:
+            process.kill()
+            raise
+    # The command itself is not told, tokens and all: only its status.
+    if process.returncode:
+        raise OSError(f"the command ended with status {process.returncode}")
 
 
 def remote_size(url: str) -> int | None:
@@ -662,7 +651,7 @@ def remote_size(url: str) -> int | None:
 # ---------------------------------------------------------------------------------------------------------- small texts
 
 
-def read_text(location: str, cache_dir: str | os.PathLike) -> str | None:
+def read_text(location: str, cache_dir: str | os.PathLike | None = None) -> str | None:
     """A small UTF-8 text file by path or URL (sizes.json, classnames.txt); None where there is none.
 
     A text behind a URL is asked for afresh every time. ``cache_dir`` keeps a copy, or the answer that there is no such
@@ -673,7 +662,11 @@ def read_text(location: str, cache_dir: str | os.PathLike) -> str | None:
     if remote and url_scheme(location) == "pipe":
         raise UserError(f"{shown}: runs a shell command; give a path or URL")
     try:
-        data = _remote_text(location, Path(cache_dir)) if remote else _start_of(known_path(location))
+        path = _text_copy(location, Path(cache_dir or default_cache_dir())) if remote else Path(known_path(location))
+        if path is None:
+            return None
+        with open(path, "rb") as stream:
+            data = stream.read(MAX_TEXT_BYTES + 1)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except UnavailableShard as error:
@@ -681,20 +674,20 @@ def read_text(location: str, cache_dir: str | os.PathLike) -> str | None:
         raise UserError(f"{shown}: cannot be reached ({error}); check address and network{hint}") from None
     except OSError as error:
         raise UserError(f"{shown}: cannot be read ({error.strerror}); check its permissions") from None
-    if data is not None and len(data) > MAX_TEXT_BYTES:
+    if len(data) > MAX_TEXT_BYTES:
         raise UserError(f"{shown}: more than {MAX_TEXT_BYTES >> 20} MiB; expected a short text")
-    return None if data is None else decode_text(data, shown)
+    return decode_text(data, shown)
 
 
-def _remote_text(url: str, cache_dir: Path) -> bytes | None:
+def _text_copy(url: str, cache_dir: Path) -> Path | None:
+    """The copy of a remote text, fetched just now if its server answers; None where there is no such text."""
     copy = cache_dir / "texts" / f"{digest(url)}-{file_name(url)}"
     absent = copy.with_name(copy.name + ".absent")
-    copy.parent.mkdir(parents=True, exist_ok=True)
     known = copy.exists() or absent.exists()
     # A node without internet should not wait long for what it has.
     patience: dict[str, Any] = {"timeout": QUICK_TIMEOUT, "retries": 0} if known else {}
     try:
-        with _into_place(copy, _aside(copy)) as aside:
+        with into_place(copy) as aside:
             _download(url, aside, limit=MAX_TEXT_BYTES, **patience)
         absent.unlink(missing_ok=True)
     except UnavailableShard as error:
@@ -706,14 +699,7 @@ def _remote_text(url: str, cache_dir: Path) -> bytes | None:
             raise
         found, what = (copy, "the copy") if copy.exists() else (absent, "as absent, as it was")
         logger.warning("%s: cannot be reached (%s); taken %s of %s", display_url(url), error, what, _day_of(found))
-        return copy.read_bytes() if found is copy else None
-    return _start_of(copy)
-
-
-def _start_of(path: str | os.PathLike) -> bytes:
-    """A small text whole, of a large file just enough to show that it is one."""
-    with open(path, "rb") as stream:
-        return stream.read(MAX_TEXT_BYTES + 1)
+    return copy if copy.exists() else None
 
 
 def _day_of(path: Path) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import posixpath
 import re
@@ -21,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.data.sources import digest, write_whole
-from utils.text_files import parse_json
+from utils.data.sources import digest, remember, remembered
 
 BLOCK = 512  # bytes, of which tars are made
+ZEROS = bytes(BLOCK)
 RECORD = 20 * BLOCK  # to multiples of which most writers fill them up
 REGULAR, LINKS = b"0\x007", b"12"
 ODD_MEMBERS = {b"3": "a device", b"4": "a device", b"6": "a pipe", b"S": "a sparse file"}
@@ -88,7 +87,7 @@ def scan_tar(path: str | os.PathLike) -> TarIndex:
     offsets: list[int] = []
     sizes: list[int] = []
     in_sample: set[int] = set()
-    again: dict[int, Counter[int]] = {}  # number of keys so far -> extensions that come once more
+    again: list[tuple[int, str]] = []  # number of the sample and name of a member that comes once more
     links: dict[int, tuple[str, str, str]] = {}  # place of a member -> key, name, name of the target
     unread: list[tuple[str, str]] = []  # keys and what they would have held
     gaps: list[tuple[int, int]] = []
@@ -111,7 +110,7 @@ def scan_tar(path: str | os.PathLike) -> TarIndex:
                 in_sample = set()
             number = extension_numbers.setdefault(extension.lower(), len(extension_numbers))
             if number in in_sample:
-                again.setdefault(len(keys), Counter())[number] += 1
+                again.append((len(keys), f"{key}.{extension.lower()}"))
                 continue
             if target:
                 links[len(offsets)] = key, name, target
@@ -123,7 +122,7 @@ def scan_tar(path: str | os.PathLike) -> TarIndex:
         end = error
     # A sample that the damage cut through lacks members that its predecessor has.
     if end and keys and (len(keys) == 1 or in_sample != set(extension_ids[starts[-2] : starts[-1]])):
-        again.pop(len(keys), None)
+        again = [(sample, name) for sample, name in again if sample < len(keys)]
         keys.pop()
         first = starts.pop()
         del extension_ids[first:], offsets[first:], sizes[first:]
@@ -143,16 +142,18 @@ def scan_tar(path: str | os.PathLike) -> TarIndex:
         lost = len({key for key, _ in unread} - set(index.keys))
         index.notes.append(("unread member", f"{len(unread)} members, the first is {unread[0][1]}", lost))
     if again:
-        lost = sum(max(more.values()) for more in again.values())
-        name = f"{keys[min(again) - 1]}.{index.extensions[next(iter(again[min(again)]))]}"
-        detail = f"{lost} times a name again, the first is another {name}; the first of each is read"
+        times: dict[int, int] = {}  # how often a sample comes once more
+        for (sample, _), count in Counter(again).items():
+            times[sample] = max(count, times.get(sample, 0))
+        lost = sum(times.values())
+        detail = f"{lost} times a name again, the first is another {again[0][1]}; the first of each is read"
         index.notes.append(("repeated member", detail, lost))
     if repeated := len(index) - len(set(index.keys)):
         key, count = Counter(index.keys).most_common(1)[0]
-        apart = (
+        detail = (
             f"{repeated} keys again, such as {key}, {count} times apart in the shard, each time as a sample of its own"
         )
-        index.notes.append(("repeated key", f"{apart}; members of one sample have to be neighbours", 0))
+        index.notes.append(("repeated key", f"{detail}; members of one sample have to be neighbours", 0))
     return index
 
 
@@ -187,11 +188,11 @@ def _tell_damage(index: TarIndex, gaps: list[tuple[int, int]], end: Damage | Non
         each = (place - sum(after - first for first, after in gaps if after <= place)) / len(index)
         lost = [after - first for first, after in holes] + ([filled_from - place] if end else [])
         index.lost = sum(max(1, round(count / each)) for count in lost)
+    elif not index.damage and 0 < size <= RECORD:
+        index.notes.append(("empty shard", "an archive without samples, or a file that was overwritten", 0))
     if joined:
         detail = f"{len(joined)} more archives behind the end of the first, at byte {joined[0]}; all are read"
         index.notes.append(("joined archives", detail, 0))
-    if not index.damage and not len(index) and 0 < size <= RECORD:
-        index.notes.append(("empty shard", "an archive without samples, or a file that was overwritten", 0))
 
 
 def _follow_links(
@@ -232,10 +233,9 @@ def _members(path: str | os.PathLike, gaps: list[tuple[int, int]]) -> Iterator[t
     zeros, (first byte, byte after), behind which there is something. Reads ustar, GNU (long names, sparse) and pax
     (path, linkpath, size) in a third of ``tarfile``'s time, and notices damage that ``tarfile`` takes for the end.
     """
-    fd = os.open(path, os.O_RDONLY)
-    try:
+    with open(path, "rb", buffering=0) as file:
+        fd = file.fileno()
         end, offset, members = os.fstat(fd).st_size, 0, 0
-        zeros = bytes(BLOCK)
         # What extended headers say of the next member: the last one of each kind counts, and pax has the last word.
         pax: dict[bytes, bytes] = {}
         gnu: dict[bytes, bytes] = {}
@@ -246,7 +246,7 @@ def _members(path: str | os.PathLike, gaps: list[tuple[int, int]]) -> Iterator[t
                 if offset == 0 and header.startswith(b"version https://git-lfs"):
                     text = "a pointer of Git LFS, not the file itself: bring it with `git lfs pull`"
                 raise Damage(text, offset)
-            if header == zeros:
+            if header == ZEROS:
                 following = _next_data(fd, offset, end)
                 if following is None:
                     if offset == 0 and end > RECORD:
@@ -267,61 +267,49 @@ def _members(path: str | os.PathLike, gaps: list[tuple[int, int]]) -> Iterator[t
                 if gaps and gaps[-1][1] == offset:
                     text += f", after zeros from byte {gaps[-1][0]}: a hole, or bytes behind the end of the archive"
                 raise Damage(text, offset)
-            kind, payload = header[156:157], offset + BLOCK
-            if kind in b"gNVxXLK":  # about the archive or the next member
-                if kind in b"xXLK" and size > MAX_HEADER_BYTES:
-                    raise Damage(f"a name of {size} bytes at byte {offset}", offset)
-                if kind in b"gNVK" and payload + size > end:
-                    raise Damage(f"ends at byte {end}, inside a header that goes on to byte {payload + size}", offset)
-                if kind in b"xX":
-                    pax = _pax_records(os.pread(fd, size, payload))
-                elif kind in b"LK":
-                    gnu[b"path" if kind == b"L" else b"linkpath"] = _text(os.pread(fd, size, payload))
-                offset = payload + (size + BLOCK - 1) // BLOCK * BLOCK
-                continue
-            more = gnu | pax
-            if more and more.get(b"size", b"").isdigit():
+            kind, payload, more = header[156:157], offset + BLOCK, gnu | pax
+            extended = kind in b"gNVxXLK"  # about the archive or the next member
+            if extended and kind in b"xXLK" and size > MAX_HEADER_BYTES:
+                raise Damage(f"a name of {size} bytes at byte {offset}", offset)
+            if not extended and more.get(b"size", b"").isdigit():
                 size = int(more[b"size"][:20])  # of 20 digits no file has as many bytes
-            name = more.get(b"path")
-            if not name:
-                name = _text(header[:100])
-                if header[257:263] == b"ustar\0" and header[345]:
-                    name = _text(header[345:500]) + b"/" + name
-            target = (more.get(b"linkpath") or _text(header[157:257])) if kind in LINKS else b""
-            if len(name) > MAX_NAME_BYTES or len(target) > MAX_NAME_BYTES:
-                raise Damage(f"a name of {max(len(name), len(target))} bytes at byte {offset}", offset)
-            members += 1
-            if members > MAX_MEMBERS:
-                raise Damage(f"more than {MAX_MEMBERS} members", offset)
             if kind in b"123456":
                 size = 0  # links, devices and folders have no payload, whatever the field says
-            elif kind == b"S":
+            if kind == b"S":
                 goes_on = header[482]  # a map that goes on in blocks of its own
                 while goes_on and payload < end:
                     goes_on = os.pread(fd, BLOCK, payload)[504:505] not in (b"", b"\0")
                     payload += BLOCK
             if payload + size > end:
-                raise Damage(f"ends at byte {end}, inside a member that goes on to byte {payload + size}", offset)
-            if more and any(key.startswith(b"GNU.sparse") for key in more):
-                name, kind = more.get(b"GNU.sparse.name") or name, b"S" if kind in REGULAR else kind
-            shown = name.decode("utf-8", "backslashreplace")
-            if kind in REGULAR:
-                yield shown, payload, size, "", ""
-            elif kind in LINKS:  # a symbolic link starts from the folder that it is in
-                folder = posixpath.dirname(shown) if kind == b"2" else ""
-                yield (
-                    shown,
-                    0,
-                    0,
-                    "a link",
-                    posixpath.normpath(posixpath.join(folder, target.decode("utf-8", "backslashreplace"))),
-                )
-            elif kind != b"5":
-                yield shown, 0, 0, ODD_MEMBERS.get(kind) or f"of unknown type {kind.decode('latin-1')!r}", ""
-            pax, gnu = {}, {}
+                what = "header" if extended else "member"
+                raise Damage(f"ends at byte {end}, inside a {what} that goes on to byte {payload + size}", offset)
             offset = payload + (size + BLOCK - 1) // BLOCK * BLOCK
-    finally:
-        os.close(fd)
+            if extended:
+                if kind in b"xX":
+                    pax = _pax_records(os.pread(fd, size, payload))
+                elif kind in b"LK":
+                    gnu[b"path" if kind == b"L" else b"linkpath"] = _text(os.pread(fd, size, payload))
+                continue
+            name = more.get(b"path") or _text(header[:100])
+            if header[257:263] == b"ustar\0" and header[345] and not more.get(b"path"):
+                name = _text(header[345:500]) + b"/" + name
+            target = (more.get(b"linkpath") or _text(header[157:257])) if kind in LINKS else b""
+            members += 1
+            if members > MAX_MEMBERS or max(len(name), len(target)) > MAX_NAME_BYTES:
+                most = f"more than {MAX_MEMBERS} members, or a name of more than {MAX_NAME_BYTES} bytes"
+                raise Damage(f"{most}, before byte {offset}", payload - BLOCK)
+            if any(key.startswith(b"GNU.sparse") for key in more):
+                name, kind = more.get(b"GNU.sparse.name") or name, b"S" if kind in REGULAR else kind
+            pax, gnu = {}, {}
+            shown, link, described = name.decode("utf-8", "backslashreplace"), "", ""
+            if kind in LINKS:  # a symbolic link starts from the folder that it is in
+                folder = posixpath.dirname(shown) if kind == b"2" else ""
+                link = posixpath.normpath(posixpath.join(folder, target.decode("utf-8", "backslashreplace")))
+                described = "a link"
+            elif kind not in REGULAR:
+                described = ODD_MEMBERS.get(kind) or f"of unknown type {kind.decode('latin-1')!r}"
+            if kind != b"5":
+                yield shown, payload, size, described, link
 
 
 def _text(field: bytes) -> bytes:
@@ -380,12 +368,9 @@ def tar_index(path: str, cache_dir: str | os.PathLike, name: str | None = None) 
     # The first number stands for the rules above: what older ones have kept is not theirs.
     stored = Path(cache_dir) / "index" / f"{digest(f'4|{name or os.path.abspath(path)}|{state}')}.json"
     arrays = {"starts": np.int64, "extension_ids": np.int32, "offsets": np.int64, "sizes": np.int64}
-    try:
-        found = parse_json(stored.read_text(encoding="utf-8"))
+    found = remembered(stored)
+    with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError):  # not there yet, or not in order
         return TarIndex(**found | {field: np.array(found[field], dtype) for field, dtype in arrays.items()})
-    except (OSError, ValueError, TypeError, KeyError, OverflowError):
-        pass  # not there yet, or unreadable: one pass restores it
     index = scan_tar(path)
-    with contextlib.suppress(OSError):  # a full or read-only cache costs the next process a pass, no more
-        write_whole(stored, json.dumps(vars(index), default=np.ndarray.tolist).encode())
+    remember(stored, vars(index) | {field: getattr(index, field).tolist() for field in arrays})
     return index

@@ -42,7 +42,7 @@ class _Late(WaitEnded):
 
 
 class PatientLoader(DataLoader):
-    """The loader of a ``SampleDataset``. Its workers ignore signals to the run, and their batches are waited for.
+    """The loader of a ``ShardDataset``. Its workers ignore signals to the run, and their batches are waited for.
 
     persistent: the workers stay for the next pass.
     """
@@ -93,8 +93,8 @@ class PatientLoader(DataLoader):
         names = ", ".join(shards[:3]) + (f" and {len(shards) - 3} more" if len(shards) > 3 else "")
         return (
             f"{who} has delivered nothing for {LONGEST_WAIT:.0f} s; its batch is read from {names or 'the cache'}; "
-            "check that the disk, network or server of these files answers, or bring them near with --prefetch; then go "
-            "on with --resume_from_checkpoint latest"
+            "check that the disk, network or server of these files answers, or bring them near with --prefetch; "
+            "then go on with --resume_from_checkpoint latest"
         )
 
 
@@ -136,10 +136,8 @@ def worker_died(error: Exception) -> bool:
     if "Caught " in str(error):
         return False
     # Its batches may be under way already, as handles that only the living worker could give out.
-    signs = ("Pin memory thread exited", "DataLoader worker")
-    return any(sign in str(error) for sign in signs) or isinstance(
-        error, ConnectionError | EOFError | FileNotFoundError
-    )
+    gone = any(sign in str(error) for sign in ("Pin memory thread exited", "DataLoader worker"))
+    return gone or isinstance(error, ConnectionError | EOFError | FileNotFoundError)
 
 
 def _short_socket_folder() -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from utils.data.images import ImageTransform
-from utils.data.shards import SampleDataset, ShardDataset, eval_loader
+from utils.data.shards import ShardDataset, eval_loader
 from utils.data.skipped import SkipCounter, count_skipped
 from utils.errors import UserError
 from utils.evaluation.results import Cell, Finding, mean_interval, wilson_interval
@@ -147,7 +147,7 @@ class Trial:
     @contextmanager
     def read(
         self,
-        dataset: SampleDataset,
+        dataset: ShardDataset,
         cell: Cell,
         *,
         at_once: int = 1,
@@ -185,7 +185,7 @@ class Trial:
         """A split's images in order as the encoder sees them, without labels or words."""
         return ShardDataset(self.data.splits[split].index, self.model.transform, order="sequential", **options)
 
-    def labelled_images(self, corruption: Any = None, severity: Any = None) -> SampleDataset:
+    def labelled_images(self, corruption: Any = None, severity: Any = None) -> ShardDataset:
         """The images of a labelled set as the encoder sees them, corrupted where a corruption is given."""
         data, settings, transform = self.data, self.settings, self.model.transform
         if data.published is not None:
@@ -207,7 +207,7 @@ class Trial:
         return merged
 
     def embedded(
-        self, dataset: SampleDataset, cell: Cell, *columns: str, num_samples: int | None = None
+        self, dataset: ShardDataset, cell: Cell, *columns: str, num_samples: int | None = None
     ) -> tuple[list[int], Tensor, dict[str, Any]]:
         """Positions, image_embeds (N, D) on the CPU and ``columns`` of the batches: all images, in the set's order."""
         own: list[tuple[Any, ...]] = []

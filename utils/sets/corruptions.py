@@ -22,9 +22,9 @@ from PIL import Image
 from torch import Tensor
 
 from utils.data.digests import files_digest, text_digest
-from utils.data.folders import LeftOut, describe, entries_of, is_picture, kind_of, leave, subfolders
+from utils.data.folders import LeftOut, describe, pictures, subfolders
 from utils.data.images import MAX_IMAGE_BYTES, ImageError, ImageTransform, decode
-from utils.data.shards import SampleDataset, ShardDataset, ShardIndex, ShardReader
+from utils.data.shards import ShardDataset, ShardIndex, ShardReader
 from utils.data.skipped import BadSample
 from utils.data.sources import one_line
 from utils.errors import UserError
@@ -71,23 +71,15 @@ def corrupt(image: Tensor, name: str, severity: int, seed: int) -> Tensor:
 
     The result follows from the arguments alone; seed: 0 ... 2^32 - 1. numpy's global random state is used and put back,
     so no other thread may draw from it meanwhile. Source: imagecorruptions-imaug, with the tables of ImageNet-C.
-    UserError for a smaller image or a missing package, ValueError for any other odd argument.
+    UserError for a smaller image or a missing package.
     """
-    if name not in KNOWN or severity not in SEVERITIES:
-        raise ValueError(f"{name!r} at severity {severity!r}: expected one of {', '.join(KNOWN)} at 1 ... 5")
-    if image.dtype != torch.uint8 or image.dim() != 3 or len(image) != 3:
-        raise ValueError(f"expected a uint8 image (3, H, W), found {image.dtype} {tuple(image.shape)}")
     require_side(min(image.shape[1:]))
+    own_seed = {"seed": seed} if name in OWN_SEED else {}
     state = np.random.get_state()  # before the import, which might draw as well
     try:
         package = require_package()
         np.random.seed(seed)
-        pixels = package.corrupt(
-            image.permute(1, 2, 0).contiguous().numpy(),
-            severity=severity,
-            corruption_name=name,
-            **({"seed": seed} if name in OWN_SEED else {}),
-        )
+        pixels = package.corrupt(image.permute(1, 2, 0).contiguous().numpy(), severity, name, **own_seed)
     finally:
         np.random.set_state(state)
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
@@ -144,8 +136,9 @@ def find_published(folder: Path) -> PublishedCorruptions | None:
     arrays = {name: folder / f"{name}.npy" for name in KNOWN if (folder / f"{name}.npy").is_file()}
     if arrays:
         labels = _read_labels(folder / "labels.npy")
+        expected = "uint8 (5 * n, 32, 32, 3), the severities after one another; download it again"
         for path in arrays.values():
-            images = _read_array(path, "B", (32, 32, 3), "uint8 (5 * n, 32, 32, 3), the severities after one another")
+            images = _read_array(path, "B", (32, 32, 3), expected)
             if len(images) != len(labels):
                 found = f"{len(labels)} labels, {path.name} holds {len(images)} images"
                 raise UserError(f"{folder / 'labels.npy'}: {found}; expected one label each; download both again")
@@ -199,11 +192,12 @@ class PublishedCorruptions:
     def digest(self, corruption: str, severity: int, num_samples: int | None, cache_dir: str | None) -> str:
         """Of the files that hold the first ``num_samples`` images, and of their labels. UserError for a missing one."""
         path, samples = self._samples(corruption, severity)
+        samples = samples[:num_samples]
         if self.labels is None:
-            files = [path / sample.key for sample in samples[:num_samples]]
-            lines = [" ".join(map(repr, (*sample.key.split("/"), sample.label))) for sample in samples[:num_samples]]
+            files = [path / sample.key for sample in samples]
+            lines = [" ".join(map(repr, (*sample.key.split("/"), sample.label))) for sample in samples]
         else:  # the whole array, so that the digests of its severities are remembered together
-            files, lines = [path], [str(sample.label) for sample in samples[:num_samples]]
+            files, lines = [path], [str(sample.label) for sample in samples]
         try:
             return text_digest([files_digest(files, cache_dir), *lines])
         except OSError as error:
@@ -211,53 +205,46 @@ class PublishedCorruptions:
 
     def _samples(self, corruption: str, severity: int) -> tuple[Path, list[PublishedSample]]:
         """The array or the folder of one severity, and its images."""
-        if severity not in SEVERITIES:
-            raise ValueError(f"severity is 1 ... 5, not {severity!r}")
         if corruption not in self.places:
             found = ", ".join(self.places)
             raise UserError(f"{self.folder}: no {corruption}; found {found}; add its files or leave it out")
         place = self.places[corruption]
-        if self.labels is not None:
-            each = len(self.labels) // len(SEVERITIES)
-            first = (severity - 1) * each
-            labels = enumerate(self.labels[first : first + each].tolist())
-            return place, [PublishedSample(f"{slot:05d}", label, first + slot) for slot, label in labels]
-        if str(severity) not in _severities(place):
-            found = ", ".join(_severities(place))
+        severities = _severities(place) if self.labels is None else list(map(str, SEVERITIES))
+        if str(severity) not in severities:
+            found = ", ".join(severities)
             raise UserError(f"{place}: no severity {severity}; found {found}; unpack its archive again or leave it out")
-        return place / str(severity), _list_images(place / str(severity))
+        if self.labels is None:
+            return place / str(severity), _list_images(place / str(severity))
+        each = len(self.labels) // len(SEVERITIES)
+        first = (severity - 1) * each
+        labels = enumerate(self.labels[first : first + each].tolist())
+        return place, [PublishedSample(f"{slot:05d}", label, first + slot) for slot, label in labels]
 
 
-class PublishedDataset(SampleDataset):
-    """Images of an array or a folder. An item is that of a sequential ``ShardDataset`` with labels."""
+class PublishedDataset(ShardDataset):
+    """Labelled images of an array or a folder in place of a shard, in order."""
 
     def __init__(self, path: Path, samples: list[PublishedSample], transform: ImageTransform) -> None:
-        super().__init__(ShardIndex([str(path)], [len(samples)], skipped=[], cache_dir=""), transform)
+        index = ShardIndex([str(path.absolute())], [len(samples)], skipped=[], cache_dir="")
+        super().__init__(index, transform, order="sequential")
         self.path, self.samples = path, samples
 
-    def __getitem__(self, reference: tuple[int, int, int]) -> dict[str, Any]:
-        _, slot, position = reference
-        sample = self.samples[slot]
-        item: dict[str, Any] = {"position": position, "skipped": []}
+    def load(self, reader: ShardReader, shard: int, sample: int, epoch: int) -> dict[str, Any]:
+        found = self.samples[sample]
+        where = str(self.path / found.key) if found.row is None else f"{self.path}#{found.row}"
         try:
-            return item | {"key": sample.key, "label": sample.label, "image": self._image(sample)}
-        except BadSample as bad:
-            return item | {"key": bad.skipped.where, "image": None, "skipped": [bad.skipped]}
-
-    def _image(self, sample: PublishedSample) -> Tensor:
-        """uint8 (3, H, W). BadSample where the file is gone or cannot be decoded."""
-        where = str(self.path / sample.key) if sample.row is None else f"{self.path}#{sample.row}"
-        try:
-            if sample.row is None:
+            if found.row is None:
                 with open(where, "rb") as file:
-                    return decode(file.read(MAX_IMAGE_BYTES + 1), self.transform)
-            # Mapped anew for every image (0.1 ms): a mapping that is kept would be sent to workers as a whole copy.
-            pixels = np.array(np.load(self.path, mmap_mode="r", allow_pickle=False)[sample.row])
+                    image = decode(file.read(MAX_IMAGE_BYTES + 1), self.transform)
+            else:
+                # Mapped anew for every image (0.1 ms): a mapping that is kept would be sent to workers as a whole copy.
+                pixels = np.array(np.load(self.path, mmap_mode="r", allow_pickle=False)[found.row])
+                image = self.transform(Image.fromarray(pixels))
         except ImageError as error:
             raise BadSample("undecodable image", where, str(error)) from None
         except (OSError, ValueError, IndexError) as error:
             raise BadSample("missing image", where, getattr(error, "strerror", None) or one_line(error)) from None
-        return self.transform(Image.fromarray(pixels))
+        return {"key": found.key, "label": found.label, "image": image}
 
 
 def _read_array(path: Path, types: str, shape: tuple[int, ...], expected: str) -> np.ndarray:
@@ -274,18 +261,18 @@ def _read_array(path: Path, types: str, shape: tuple[int, ...], expected: str) -
         found = "missing"
     except Exception as error:  # OSError, ValueError, EOFError, BadZipFile and others, depending on what the file is
         found = f"cannot be read as an array ({one_line(error)})"
-    raise UserError(f"{path}: {found}; expected {expected}; download it again or take it out of the folder")
+    raise UserError(f"{path}: {found}; expected {expected} or take it out of the folder")
 
 
 def _read_labels(path: Path) -> np.ndarray:
     """int64 (5 n,) of a CIFAR-C folder, every severity's labels after another."""
-    expected = "whole numbers (5 * n,) from 0 on, the labels of the images beside it"
+    expected = "whole numbers (5 * n,) from 0 on, the labels of the images beside it; download it again"
     labels = _read_array(path, np.typecodes["AllInteger"], (), expected)
     if not 0 < len(labels) <= MOST_LABELS:
-        raise UserError(f"{path}: {len(labels)} labels; expected {expected}; download it again")
+        raise UserError(f"{path}: {len(labels)} labels; expected {expected}")
     for label in (labels.min(), labels.max()):
         if not 0 <= label < MOST_CLASSES:
-            raise UserError(f"{path}: label {label}; expected {expected}; download it again")
+            raise UserError(f"{path}: label {label}; expected {expected}")
     return labels.astype(np.int64)
 
 
@@ -306,12 +293,7 @@ def _list_images(path: Path) -> list[PublishedSample]:
     files = []
     left_out: LeftOut = {}
     for label, folder in enumerate(_class_folders(path)):
-        for entry in entries_of(path / folder):
-            # Before the suffix: a pipe would be waited for without end.
-            if kind_of(entry) == "file" and is_picture(entry.name):
-                files.append((entry.name, folder, label))
-            else:
-                leave(left_out, entry, path)
+        files += [(entry.name, folder, label) for entry in pictures(path / folder, left_out, path)]
     if left_out:
         logger.warning("%s: not taken: %s", path, describe(left_out))
     if not files:

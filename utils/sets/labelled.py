@@ -7,9 +7,8 @@ import logging
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,8 @@ from utils.data.digests import shards_digest, text_digest
 from utils.data.images import ImageTransform
 from utils.data.shards import ShardDataset, ShardIndex, ShardReader, index_shards
 from utils.data.skipped import BadSample
-from utils.data.sources import default_cache_dir, expand_shards, is_remote, read_text, sibling
+from utils.data.sources import expand_shards, is_remote, read_text, sibling
 from utils.errors import UserError
-from utils.processes.progress import RunProgress
 from utils.redaction import display_url
 from utils.text_files import holds_controls, parse_json, text_lines
 
@@ -75,13 +73,18 @@ def same_classes(names: Sequence[str], wanted: Sequence[str]) -> list[int] | Non
     return [places[name] for name in names]
 
 
+def _lines(path: str | Path | None, cache_dir: str | None) -> list[str] | None:
+    """The lines of a text without outer spaces; None where there is no such file."""
+    text = None if path is None else read_text(str(path), cache_dir)
+    return None if text is None else [line.strip() for line in text_lines(text, display_url(str(path)))]
+
+
 def read_classnames(path: str | Path, cache_dir: str | None = None) -> list[str]:
     """One class name per line, in NFC; the line number is the class. Outer spaces and empty last lines do not count."""
-    text = read_text(str(path), cache_dir or default_cache_dir())
-    where = display_url(str(path))
-    if text is None:
+    lines, where = _lines(path, cache_dir), display_url(str(path))
+    if lines is None:
         raise UserError(f"{where}: no such file; expected class names, one per line, line number = class")
-    names = [composed(line.strip()) for line in text_lines(text, where)]
+    names = list(map(composed, lines))
     while names and not names[-1]:
         names.pop()
     if not names:
@@ -97,13 +100,11 @@ def read_classnames(path: str | Path, cache_dir: str | None = None) -> list[str]
 
 def read_templates(path: str | Path | None, cache_dir: str | None = None) -> list[str]:
     """Prompt templates, one per line, ``{c}`` for the class name; CLIP's simplest one where there is no file."""
-    text = None if path is None else read_text(str(path), cache_dir or default_cache_dir())
-    where = display_url(str(path))
-    templates = [line.strip() for line in text_lines(text or "", where) if line.strip()]
+    templates = list(filter(None, _lines(path, cache_dir) or []))
     for template in templates:
         if "{c}" not in template or len(template) > LONGEST_NAME or holds_controls(template.replace("\t", " ")):
             odd = "has no {c}, the place of the class name, is too long or holds control characters"
-            raise UserError(f"{where}: template {template[:100]!r} {odd}; correct it")
+            raise UserError(f"{display_url(str(path))}: template {template[:100]!r} {odd}; correct it")
     return templates or ["a photo of a {c}."]
 
 
@@ -127,26 +128,25 @@ def find_classes(
     """
     if classnames == IMAGENET and not os.path.isfile(classnames):
         return imagenet_prompts()
-    path = classnames or _list_of(shards[0], cache_dir)
+    one_of_folder = {sibling(shard, "classnames.txt"): shard for shard in shards}
+    lists = [classnames] if classnames else [_list_of(shard, cache_dir) for shard in one_of_folder.values()]
+    path = lists[0]
     if path is None:
         todo = "write one name per line, or name one with --classnames (--classnames imagenet: CLIP's names)"
         raise UserError(f"{flag}: no classnames.txt beside {display_url(shards[0])} or one folder up; {todo}")
     names = read_classnames(path, cache_dir)
-    one_of_folder = {} if classnames else {sibling(shard, "classnames.txt"): shard for shard in shards}
-    for other in dict.fromkeys(_list_of(shard, cache_dir) for shard in one_of_folder.values()):
+    for other in dict.fromkeys(lists[1:]):
         if other not in (path, None) and read_classnames(other, cache_dir) != names:
-            lists = f"{display_url(path)} and {display_url(other)}"
-            raise UserError(f"{flag}: {lists} are not the same; give equal ones, or one for all with --classnames")
+            both = f"{display_url(path)} and {display_url(other)}"
+            raise UserError(f"{flag}: {both} are not the same; give equal ones, or one for all with --classnames")
     return names, read_templates(sibling(path, "zeroshot_classification_templates.txt"), cache_dir)
 
 
 def _list_of(shard: str, cache_dir: str | None) -> str | None:
     """The classnames.txt beside a shard, else one folder up, else None."""
     place = shard if is_remote(shard) else os.path.abspath(shard)
-    for path in (sibling(place, "classnames.txt"), sibling(place.rpartition("/")[0], "classnames.txt")):
-        if path and read_text(path, cache_dir or default_cache_dir()) is not None:
-            return path
-    return None
+    paths = (sibling(place, "classnames.txt"), sibling(place.rpartition("/")[0], "classnames.txt"))
+    return next((path for path in paths if path and read_text(path, cache_dir) is not None), None)
 
 
 @dataclass
@@ -172,14 +172,7 @@ def open_set(
     urls = expand_shards(patterns, flag=flag, allow_pipe_urls=allow_pipe_urls, cache_dir=cache_dir)
     names, templates = find_classes(urls, classnames, flag, cache_dir) if with_classes else ([], [])
     warn_of_twins(names, f"{flag} {display_url(patterns[0])}")
-    with RunProgress(f"counting {flag}", len(urls), transient=True) as progress:
-        index = index_shards(
-            urls,
-            cache_dir=cache_dir,
-            progress=lambda done, _: progress.update(done),
-            cache_limit_gb=cache_limit_gb,
-            flag=flag,
-        )
+    index = index_shards(urls, cache_dir=cache_dir, cache_limit_gb=cache_limit_gb, flag=flag)
     return LabelledSet(index, names, templates)
 
 
@@ -195,27 +188,18 @@ class AttributeDataset(ShardDataset):
     def __init__(self, index: ShardIndex, transform: ImageTransform, *, num_classes: int) -> None:
         super().__init__(index, transform, order="sequential", with_labels=True, num_classes=num_classes)
 
-    @property
-    def collate_fn(self) -> Callable[[Sequence[dict[str, Any]]], dict[str, Any]]:
-        return partial(_collate_attributes, super().collate_fn)
-
     def load(self, reader: ShardReader, shard: int, sample: int, epoch: int) -> dict[str, Any]:
-        key, members = reader.read(shard, sample, ("json",))
-        where = self._where(shard, key)
+        _, members = reader.read(shard, sample, ("json",))
+        expected = 'expected {"attribute": "..."} in the .json member'
         if "json" not in members:
-            raise BadSample("missing attribute", where, f'{members.lacking("json")}; expected {{"attribute": "..."}}')
+            raise BadSample("missing attribute", members.where, f"{members.lacking('json')}; {expected}")
         try:
             attribute = parse_json(members["json"])["attribute"]
         except (ValueError, KeyError, TypeError):
-            raise BadSample("bad attribute", where, 'expected {"attribute": "..."} in the .json member') from None
-        if not isinstance(attribute, str):
-            raise BadSample("bad attribute", where, f"attribute is a {type(attribute).__name__}, not a text")
-        if not attribute.strip() or len(attribute) > LONGEST_ATTRIBUTE or not attribute.isprintable():
-            raise BadSample("bad attribute", where, f"attribute {attribute[:100]!r} cannot name a group")
+            attribute = None
+        named = isinstance(attribute, str) and attribute.strip() and attribute.isprintable()
+        if not named or len(attribute) > LONGEST_ATTRIBUTE:
+            detail = f"attribute {repr(attribute)[:100]} cannot name a group; {expected}"
+            raise BadSample("bad attribute", members.where, detail)
         # Two ways to write a word are one group.
         return super().load(reader, shard, sample, epoch) | {"attribute": composed(" ".join(attribute.split()))}
-
-
-def _collate_attributes(collate: Callable, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    attributes = [sample["attribute"] for sample in samples if sample["image"] is not None]
-    return collate(samples) | {"attributes": attributes}

@@ -7,10 +7,8 @@ on it a preference. General pairs come with a ``.json`` member or a sample name 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.data.folders import LeftOut, describe, entries_of, is_picture, kind_of, leave
+from utils.data.digests import files_state
+from utils.data.folders import LeftOut, describe, leave, pictures
 from utils.data.images import MAX_IMAGE_BYTES, ImageError, ImageTransform, as_shard_member
-from utils.data.shards import IMAGE_EXTENSIONS, ShardDataset, ShardIndex, ShardReader
+from utils.data.shards import ShardDataset, ShardIndex, ShardReader
 from utils.data.skipped import BadSample, Skipped
-from utils.data.sources import default_cache_dir, known_path
+from utils.data.sources import default_cache_dir, digest, into_place, known_path
 from utils.errors import UserError
 from utils.sets.labelled import composed, fold
 from utils.sets.typographic import Draws, WordStyle, merge_names, write_word, wrong_words
@@ -56,11 +55,6 @@ class PreferenceDataset(ShardDataset):
     """Samples as ``rows``. ``texts``: those of the whole task, or None where each row has its own."""
 
     texts: list[str] | None = None
-
-    @property
-    def no_images(self) -> Tensor:
-        """The images of a batch without rows, of the shape and dtype of others."""
-        return torch.empty(0, 3, *(self.transform.output_size or (0, 0)), dtype=torch.uint8)
 
     @property
     def collate_fn(self) -> Callable[[Sequence[dict[str, Any]]], Any]:
@@ -112,19 +106,16 @@ class TypographicDataset(PreferenceDataset):
 class PairDataset(PreferenceDataset):
     """General preference data: each sample is one row."""
 
-    def __init__(self, index: ShardIndex, transform: ImageTransform, *, order: str, seed: int = 0) -> None:
-        super().__init__(index, transform, order=order, seed=seed)
-        self._extensions = (*IMAGE_EXTENSIONS, "json")
+    also_read = ("json",)
 
     def load(self, reader: ShardReader, shard: int, sample: int, epoch: int) -> dict[str, Any]:
         key, members = reader.read(shard, sample, self._extensions)
-        where = self._where(shard, key)
         lacking = "" if "json" in members else members.lacking("json")
-        row, dropped = parse_pair(members.get("json"), key, where, lacking)
+        row, dropped = parse_pair(members.get("json"), key, members.where, lacking)
         if dropped:
             detail = f"{dropped} of the rejected texts equal the chosen one and are left out"
-            reader.notices.append(Skipped("chosen among rejected", where, detail, samples=0))
-        row.image = self._image(members, where)
+            reader.notices.append(Skipped("chosen among rejected", members.where, detail, samples=0))
+        row.image = self._image(members)
         return {"key": key, "rows": [row]}
 
 
@@ -247,42 +238,37 @@ def pack_pair_folder(folder: Path, cache_dir: str | None) -> str | None:
     that is skipped and counted. A warning names everything else in the folder.
     """
     left_out: LeftOut = {}
-    pictures = []
-    for entry in entries_of(folder):
-        path = Path(entry.path)
-        if kind_of(entry) == "file" and is_picture(entry.name) and NAMED_PAIR.fullmatch(path.stem):
-            pictures.append(path)
+    named = []
+    for entry in pictures(folder, left_out, folder):
+        if NAMED_PAIR.fullmatch(Path(entry.name).stem):
+            named.append(Path(entry.path))
         else:
             leave(left_out, entry, folder)
-    if not pictures:
+    if not named:
         if any(NAMED_PAIR.match(path) for paths in left_out.values() for path in paths):
             raise UserError(f"{folder}: named label=X_text=Y, but none of a format that is read: {describe(left_out)}")
         return None
     if left_out:
-        say_once(f"{folder}: {len(pictures)} pictures named label=X_text=Y; not taken: {describe(left_out)}")
-    states = [(path.name, path.stat()) for path in pictures]
-    # The 2 is the version of what is written. ctime too: a picture that is replaced may keep its size and its date.
-    listing = [2, *((name, of.st_size, of.st_mtime_ns, of.st_ctime_ns, of.st_ino) for name, of in states)]
-    digest = hashlib.blake2b(json.dumps([str(folder.resolve()), listing]).encode(), digest_size=12).hexdigest()
-    shard = Path(cache_dir or default_cache_dir()) / "pair_folders" / f"{folder.resolve().name}-{digest}.tar"
+        say_once(f"{folder}: {len(named)} pictures named label=X_text=Y; not taken: {describe(left_out)}")
+    # The 2 is the version of what is written.
+    made_of = digest(json.dumps([2, str(folder.resolve()), [path.name for path in named], files_state(named)[0]]))
+    shard = Path(cache_dir or default_cache_dir()) / "pair_folders" / f"{folder.resolve().name}-{made_of}.tar"
     if not shard.exists():
         try:
-            shard.parent.mkdir(parents=True, exist_ok=True)
-            aside = shard.with_suffix(f".{os.getpid()}.tmp")
-            _write_shard(pictures, aside)
-            os.replace(aside, shard)
+            with into_place(shard) as aside:
+                _write_shard(named, aside)
         except OSError as error:
             todo = f"the pictures of {folder} are packed into a shard in --cache_dir"
             raise UserError(f"{error.filename or shard}: {error.strerror}; {todo}") from None
     return str(shard)
 
 
-def _write_shard(pictures: Sequence[Path], shard: Path) -> None:
+def _write_shard(paths: Sequence[Path], shard: Path) -> None:
     import webdataset  # here alone: reading shards does not need it
 
     last_key = None
     with shard.open("wb") as file, webdataset.TarWriter(file, mtime=0) as writer:
-        for number, path in enumerate(pictures):
+        for number, path in enumerate(paths):
             # A dot in a name would end the sample's key; neighbours of one key (.jpg beside .png) would be one.
             key = path.stem.replace(".", " ")
             key = f"{number}/{key}" if key == last_key else key

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -78,9 +79,7 @@ def merge_names(names: Sequence[str]) -> tuple[list[str], list[int]]:
 
 
 def wrong_words(word: int, num_words: int, count: int, draws: Draws) -> list[int]:
-    """``count`` different words other than ``word``, uniform. ValueError where there are not that many others."""
-    if not 0 <= count < num_words:
-        raise ValueError(f"{count} wrong words of {num_words}")
+    """``count`` different words other than ``word``, uniform, 0 <= count < num_words."""
     others = [(word + offset) % num_words for offset in range(1, num_words)]
     for place in range(count):  # the first ``count`` steps of a Fisher-Yates shuffle
         other = place + draws.below(len(others) - place)
@@ -146,16 +145,15 @@ def find_fonts(names: Sequence[str]) -> tuple[str, ...]:
 
 def known_fonts() -> list[str]:
     """Fonts that come with matplotlib (DejaVu, STIX, Computer Modern) and Pillow, but those of symbols."""
-    symbols = ("Siz", "Display", "cmex", "cmmi", "cmsy", "NonUni", "LastResort")
+    symbols = re.compile("Siz|Display|cmex|cmmi|cmsy|NonUni|LastResort")
     found = sorted(path.stem for path in _matplotlib_fonts().glob("*.ttf"))
-    return [*(name for name in found if not any(part in name for part in symbols)), AILERON]
+    return [*(name for name in found if not symbols.search(name)), AILERON]
 
 
 def font_files(names: Sequence[str]) -> list[Path]:
     """The files of fonts; Aileron's is Pillow's own module."""
-    inside = {name: _matplotlib_fonts() / f"{name}.ttf" for name in names}
-    files = {name: path if path.is_file() else Path(name) for name, path in inside.items()}
-    return [Path(ImageFont.__file__) if name == AILERON else files[name] for name in names]
+    inside = {name: _matplotlib_fonts() / f"{name}.ttf" for name in names} | {AILERON: Path(ImageFont.__file__)}
+    return [inside[name] if inside[name].is_file() else Path(name) for name in names]
 
 
 def _matplotlib_fonts() -> Path:
@@ -183,11 +181,10 @@ def _fitting_word(
             return _word(text, font, size, stroke)
         if size == 1:  # more letters than the image has columns: squeezed, no word is ever cut
             room = (min(columns, width), min(rows, height))
-            letters, under = (
-                np.asarray(Image.fromarray(part).resize(room, Image.Resampling.BOX))
-                for part in _word(text, font, size, stroke)
-            )
-            return letters, under
+            parts = [
+                Image.fromarray(part).resize(room, Image.Resampling.BOX) for part in _word(text, font, size, stroke)
+            ]
+            return np.asarray(parts[0]), np.asarray(parts[1])
         size = max(1, min(size - 1, int(size * min(height / rows, width / columns))))
 
 
