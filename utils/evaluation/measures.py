@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from utils.data.digests import KIND, files_digest, text_digest
-from utils.data.shards import SampleDataset
+from utils.data.shards import ShardDataset
 from utils.errors import UserError
 from utils.evaluation.attacks import ATTACKS, PICTURES, first_pictures, measure_accuracy
 from utils.evaluation.fairness import fairness_figures
@@ -407,7 +407,7 @@ def draw_retrieved(trials: Iterable[Trial], set_name: str, path: Path, results: 
         attempt(path.name, partial(draw_rows, path, dataset, rows), results.undrawn)
 
 
-def draw_rows(path: Path, dataset: SampleDataset, rows: Sequence[tuple[str, str, list[int]]]) -> None:
+def draw_rows(path: Path, dataset: ShardDataset, rows: Sequence[tuple[str, str, list[int]]]) -> None:
     """(query, label of the row, positions of its images) as a picture."""
     from utils.evaluation.figures import draw_grid  # matplotlib, only where something is drawn
 
