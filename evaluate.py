@@ -51,7 +51,9 @@ from utils.evaluation.results import (
 from utils.evaluation.trial import EvalSet, Finding, Model, Trial
 from utils.methods.head import HEAD_FILE, load_head
 from utils.models import classifiers
-from utils.models.encoders import (
+from utils.models.encoders import make_encoder
+from utils.models.hub import fetch_model, folder_on_every_node, on_this_node
+from utils.models.published import (
     CONTRASTIVE_MODEL_TYPES,
     MODEL_TYPES,
     check_model,
@@ -59,9 +61,7 @@ from utils.models.encoders import (
     has_text,
     image_transform,
     load_model,
-    make_encoder,
 )
-from utils.models.hub import fetch_model, folder_on_every_node, on_this_node
 from utils.models.zeroshot import NonFiniteError, ensemble
 from utils.processes.distributed import everywhere, from_main_process, on_every_node, start_accelerator
 from utils.processes.progress import wide_console

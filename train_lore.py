@@ -33,18 +33,13 @@ from utils.methods.attacks import ascend, attack_seeds
 from utils.methods.lagrangian import Multiplier, make_dual_optimizer, multiplier_statistics
 from utils.methods.lore import CONSTRAINTS, OBJECTIVES, MicroBatch, Problem, attack
 from utils.models.encoders import (
-    check_model,
     check_reference_dtype,
     enable_gradient_checkpointing,
-    has_own_head,
-    has_text,
-    image_transform,
     keep_weights_in,
-    load_model,
     load_reference,
     make_encoder,
-    save_model,
 )
+from utils.models.published import check_model, has_own_head, has_text, image_transform, load_model, save_model
 from utils.models.zeroshot import predictions, set_classifier, to_pixel_values
 from utils.processes.distributed import (
     MIXED_PRECISIONS,

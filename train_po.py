@@ -39,22 +39,24 @@ from utils.methods.lagrangian import Multiplier, make_dual_optimizer, multiplier
 from utils.methods.lore import Problem
 from utils.methods.preferences import DEFAULT_BETA, MEASURED, PREFERENCES, PreferenceProblem, kto_baseline
 from utils.models.encoders import (
-    CONTRASTIVE_MODEL_TYPES,
     ImageEncoder,
     TextEncoder,
-    check_model,
     enable_gradient_checkpointing,
     frozen_copy,
-    image_transform,
     keep_weights_in,
-    load_model,
-    logit_scale,
     make_encoder,
     refuse_other_shape,
-    save_model,
 )
 from utils.models.features import features
 from utils.models.policy import TRAINABLE, Policy, TextTable, Views, judge, unit_images
+from utils.models.published import (
+    CONTRASTIVE_MODEL_TYPES,
+    check_model,
+    image_transform,
+    load_model,
+    logit_scale,
+    save_model,
+)
 from utils.models.tokens import refuse_equal_texts
 from utils.processes.distributed import (
     average_gradients,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from transformers import CLIPVisionConfig
 
-from utils.models.encoders import square_side
+from utils.models.published import square_side
 from utils.training.metrics import lore_flops_per_image
 
 FLOAT32 = 4  # bytes: parameters, gradients and optimizer states, and what DDP and DeepSpeed send of them

@@ -55,7 +55,8 @@ from utils.methods.attacks import ascend, attack_seeds, frozen, pgd, project, un
 from utils.methods.lagrangian import Multiplier, dual_lagrangian, embedding_margin, primal_lagrangian, violation
 from utils.methods.losses import squared_distance
 from utils.methods.preferences import preference_loss, retention_kl
-from utils.models.encoders import ImageEncoder, enable_gradient_checkpointing, frozen_copy, load_model
+from utils.models.encoders import ImageEncoder, enable_gradient_checkpointing, frozen_copy
+from utils.models.published import load_model
 from utils.sets.labelled import open_set
 from utils.training.memory import GB, TOWERS, tower_config
 from utils.training.metrics import MetricsFile, forward_flops, lore_flops_per_image

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from utils.errors import UserError
 from utils.methods.losses import class_logits, unit
-from utils.models.encoders import has_own_head
+from utils.models.published import has_own_head
 
 # scikit-learn's C = 0.316 of CLIP's linear probe weighs the losses, l2 = 1 / C the weights.
 CLIP_PROBE_L2 = 1 / 0.316

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from utils.data.shards import ShardIndex, refuse_lacking_shards
 from utils.data.sources import BRING_IT, ShardCache, hub_answered, hub_offline, one_line
 from utils.errors import UserError
-from utils.models.encoders import MODEL_TYPES, check_model, nearest, refuse_mistyped_path
+from utils.models.published import MODEL_TYPES, check_model, nearest, refuse_mistyped_path
 from utils.processes.distributed import everywhere, from_main_process, gather_objects, on_every_node
 
 logger = logging.getLogger(__name__)

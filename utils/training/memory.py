@@ -27,7 +27,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from utils.methods.attacks import frozen, pgd
 from utils.methods.losses import squared_distance
-from utils.models.encoders import ImageEncoder, enable_gradient_checkpointing, keep_weights_in, square_side
+from utils.models.encoders import ImageEncoder, enable_gradient_checkpointing, keep_weights_in
+from utils.models.published import square_side
 from utils.processes.progress import RunProgress, wide_console
 
 GB = 10**9

@@ -27,8 +27,8 @@ from utils.data.sources import (
 )
 from utils.data.tars import tar_index
 from utils.errors import UserError
-from utils.models.encoders import MODEL_TYPES, check_model
 from utils.models.hub import model_folder
+from utils.models.published import MODEL_TYPES, check_model
 from utils.processes.progress import RunProgress
 from utils.sets.labelled import find_classes, open_set
 
