@@ -49,7 +49,7 @@ from utils.processes.distributed import (
     shard_frozen,
 )
 from utils.sets.labelled import LabelledSet
-from utils.training.memory import print_estimate
+from utils.training.memory import Layout, print_estimate
 from utils.training.metrics import forward_flops, lore_flops_per_image, violation_statistics
 from utils.training.optimization import accumulation_steps, make_optimizer
 from utils.training.prefetch import prefetch_training
@@ -377,19 +377,22 @@ def estimate_memory(settings: Settings, problem: Problem) -> None:
         model = Path(name).resolve().name if Path(name).exists() else name, config.vision_config
     if launched_rank():
         return
-    print_estimate(
-        model,
-        batch_size=settings.per_device_train_batch_size,
-        gradient_checkpointing=settings.gradient_checkpointing,
+    layout = Layout(
         processes=settings.estimate_processes,
         optimizer=settings.optimizer,
         accumulation=accumulation,
+        gather_for_attack=settings.gather_for_attack,
+        shard_reference=settings.shard_reference,
+    )
+    print_estimate(
+        model,
+        layout,
+        batch_size=settings.per_device_train_batch_size,
+        gradient_checkpointing=settings.gradient_checkpointing,
         compute_dtype=compute_dtype,
         reference_dtype=settings.reference_dtype,
         clean_in_primal=problem.clean_in_primal,
         momentum=settings.attack_momentum > 0,
-        gather_for_attack=settings.gather_for_attack,
-        shard_reference=settings.shard_reference,
     )
 
 
