@@ -55,6 +55,13 @@ def refuse_mistyped_paths(models: Sequence[tuple[str, str | None]]) -> None:
             refuse_mistyped_path(name, flag)
 
 
+def refuse_mistyped_paths(models: Sequence[tuple[str, str | None]]) -> None:
+    """``UserError`` for the first of (flag, name or None) that no model can have, before anything else is read."""
+    for flag, name in models:
+        if name is not None:
+            refuse_mistyped_path(name, flag)
+
+
 def model_folder(
     name_or_path: str, flag: str, supported: Sequence[str] = MODEL_TYPES, *, local_files_only: bool = False
 ) -> Path:

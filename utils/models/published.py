@@ -69,14 +69,14 @@ OF_OTHER_PARTS = ("text_model", "text_projection", "visual_projection", "logit_s
 
 def refuse_mistyped_path(name: str, flag: str) -> None:
     """``UserError`` for a name that is no model's directory and can be no id of the hub. Asks no hub."""
-    inside = sorted(os.listdir(name)) if os.path.isdir(name) else []
+    inside = os.listdir(name) if os.path.isdir(name) else []
     if "adapter_config.json" in inside:
         raise UserError(f"{flag} {name}: holds an adapter (LoRA), not a whole model; merge it into its model first")
     if "config.json" in inside:
         return
     if os.path.isdir(name):
-        models = [path for path in (os.path.join(name, entry) for entry in inside) if _is_model(path)]
-        problem = "holds no config.json" + (f"; {models[-1]} holds one" if models else "")
+        models = sorted(Path(name).glob("*/config.json"))
+        problem = "holds no config.json" + (f"; {models[-1].parent} holds one" if models else "")
     elif os.path.exists(name):
         problem = "a file"
     elif os.path.islink(name):
@@ -93,10 +93,6 @@ def refuse_mistyped_path(name: str, flag: str) -> None:
     raise UserError(f"{flag} {name}".rstrip() + f": {problem}; {expected}")
 
 
-def _is_model(path: str) -> bool:
-    return os.path.exists(os.path.join(path, "config.json"))
-
-
 def nearest(name: str) -> str:
     """A directory of nearly this name, in parentheses."""
     parent, last = os.path.split(name.rstrip("/"))
@@ -108,7 +104,7 @@ def nearest(name: str) -> str:
 
 @contextmanager
 def _refusing(where: str) -> Iterator[None]:
-    """What transformers, tokenizers, safetensors and torch raise of a damaged file is a ``UserError``, and they log nothing."""
+    """Whatever transformers, tokenizers, safetensors and torch raise of a damaged file is a ``UserError``."""
     try:
         with quiet_transformers():
             yield
@@ -123,15 +119,12 @@ def check_model(name_or_path: str, flag: str, supported: Sequence[str] = MODEL_T
     """
     refuse_mistyped_path(name_or_path, flag)
     where = f"{flag} {name_or_path}"
-    try:
-        with quiet_transformers():
-            config = transformers.AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-    except Exception as error:  # a damaged config.json makes TypeError, AttributeError, RecursionError and others
-        fault = f"config.json is none that transformers reads ({_reason(error)}); expected one saved by save_pretrained"
-        if not os.path.isdir(name_or_path):
-            fault = f"neither a local model directory{nearest(name_or_path)} nor a model that the hub gave"
-            fault += f" ({_reason(error)[:160]}); check the name; without internet {BRING_IT}"
-        raise UserError(f"{where}: {fault}") from None
+    fault = "config.json is none that transformers reads, expected one saved by save_pretrained"
+    if not os.path.isdir(name_or_path):
+        fault = f"neither a local model directory{nearest(name_or_path)} nor a model that the hub gave"
+        fault += f"; check the name, or without internet {BRING_IT}"
+    with _refusing(f"{where}: {fault}"):
+        config = transformers.AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     if config.model_type not in supported:
         raise UserError(f"{where}: model type {config.model_type!r}; supported: {', '.join(supported)}")
     towers = (getattr(config, name, None) for name in ("vision_config", "text_config"))
@@ -189,20 +182,10 @@ def has_own_head(config: PreTrainedConfig) -> bool:
     return config.model_type == "dinov2" and "Dinov2ForImageClassification" in (config.architectures or ())
 
 
-def square_side(size: int | list[int] | tuple[int, int] | None) -> int:
-    """An image's or a patch's side in a config, in pixels. ``UserError`` where it is not one number."""
-    if not isinstance(size, int):
-        raise UserError(f"config.json: a size of {size}; expected one number, the side of a square")
-    return size
-
-
 def load_model(
     name_or_path: str, flag: str = "--model_name_or_path", supported: Sequence[str] = MODEL_TYPES
 ) -> tuple[PreTrainedModel, Any]:
-    """The whole float32 model and its processor (without a text tower: its image processor).
-
-    Never partitioned, also under ZeRO-3; nothing in it is random in train mode. ``UserError`` for what does not fit.
-    """
+    """The whole float32 model, with nothing random in train mode, and its processor (without a text tower for images)."""
     config = check_model(name_or_path, flag, supported)
     where = f"{flag} {name_or_path}"
     name, _, processor_name = CLASSES[config.model_type]
@@ -237,7 +220,7 @@ def load_model(
 def load_weights(
     model_class: type[PreTrainedModel], name_or_path: str | Path, flag: str, config: PreTrainedConfig | None = None
 ) -> PreTrainedModel:
-    """A float32 model alone, never partitioned. ``UserError`` where it does not load, or lacks weights.
+    """A float32 model alone, never partitioned, also under ZeRO-3. ``UserError`` where it does not load, or lacks weights.
 
     A CLIP vision model saved without its projection is a ``CLIPVisionModel``.
     """

@@ -154,10 +154,9 @@ def predictions(
     *,
     device: torch.device,
     eps: float | None = None,
-    num_steps: int = 10,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Whether each image is classified rightly: clean (``eps`` None) or under PGD with steps of eps / 4.
+    """Whether each image is classified rightly: clean (``eps`` None) or under PGD with 10 steps of eps / 4.
 
     batches as in ``classified``; classifier: image_embeds (B, D) -> logits (B, C).
     -> positions (n,) int64 and correct (n,) bool, on the CPU, of this process's images in the order read.
@@ -168,7 +167,7 @@ def predictions(
 
     perturb = None
     if eps is not None:
-        perturb = partial(pgd_images, logits_fn, eps=eps, step_size=eps / 4, num_steps=num_steps, seed=seed)
+        perturb = partial(pgd_images, logits_fn, eps=eps, step_size=eps / 4, num_steps=10, seed=seed)
     positions, correct = [], []
     with frozen(encoder):
         for batch in classified(logits_fn, batches, device=device, perturb=perturb):

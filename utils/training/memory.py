@@ -29,7 +29,6 @@ from utils.methods.attacks import frozen, pgd
 from utils.methods.lagrangian import Multiplier
 from utils.methods.lore import MicroBatch, Problem
 from utils.models.encoders import ImageEncoder, enable_gradient_checkpointing, keep_weights_in
-from utils.models.published import square_side
 from utils.processes.progress import RunProgress, wide_console
 
 GB = 10**9
@@ -59,8 +58,8 @@ def tower_config(name: str) -> CLIPVisionConfig:
 
 def random_encoder(config: CLIPVisionConfig, compute_dtype: torch.dtype) -> ImageEncoder:
     """The image tower of this config. Weights are random, or fake inside ``FakeTensorMode``."""
-    model = CLIPVisionModelWithProjection(config)
-    side, third = square_side(config.image_size), [1 / 3] * 3
+    model, third = CLIPVisionModelWithProjection(config), [1 / 3] * 3
+    side: Any = config.image_size
     encoder = ImageEncoder(model.vision_model, model.visual_projection, side, third, third, compute_dtype)
     encoder.vision_model.config._attn_implementation = "sdpa"  # flash attention, as on a GPU, in every precision
     return encoder

@@ -1,7 +1,6 @@
 """--prefetch: brings everything that a run needs into the caches, for compute nodes without internet.
 
-The functions that look for things are those of the run, so it will find what they keep. What is there is not brought
-again. With HF_HUB_OFFLINE=1 nothing comes from the hub: it is only checked that all is there.
+The run itself looks for things by the same functions. With HF_HUB_OFFLINE=1 it is only checked that all is there.
 """
 
 from __future__ import annotations
@@ -50,15 +49,15 @@ def prefetch_training(
 ) -> None:
     """Brings models, listings, texts and shards of a training run, and says where they are. Raises ``UserError``.
 
-    models: (flag, name or path or None), of the types ``supported``. sets: the arguments of ``open_set``. Mistakes are
-    found before anything large is downloaded. Under a launcher the first process works alone, the others leave.
+    models: (flag, name or path or None). sets: the arguments of ``open_set``. Mistakes are found before anything large is
+    downloaded. Under a launcher the first process works alone, the others leave.
     """
     if launched_rank() > 0:
         return
     sets = [options for options in sets if options["patterns"]]
     named = [(flag, name, supported) for flag, name in models if name is not None]
-    for flag, name, kinds in named:
-        check_model(name, flag, kinds)
+    for flag, name, _ in named:
+        check_model(name, flag, supported)
     urls: list[str] = []
     for options in sets:
         where = {name: options[name] for name in ("flag", "allow_pipe_urls", "cache_dir")}
@@ -78,9 +77,8 @@ def prefetch_training(
         index = open_set(**options).index
         lines.append(f"{options['flag']}: {index.num_samples} samples in {len(index.urls)} shards")
     if remote:
-        lines.append(
-            f"{len(remote)} shards from URLs, {_kept_bytes(remote, cache) / 1e9:.3g} GB, in {folder.resolve()}"
-        )
+        size = _kept_bytes(remote, cache) / 1e9
+        lines.append(f"{len(remote)} shards from URLs, {size:.3g} GB, in {folder.resolve()}")
     say_where(lines, folder)
 
 
@@ -100,8 +98,7 @@ def prefetch_models(models: Models) -> list[str]:
 def shards_to_fetch(urls: Sequence[str], cache: ShardCache) -> dict[str, int | None]:
     """The remote shards that the cache lacks, with their bytes where the server states them.
 
-    UserError where one of them is not there, and where ``cache_limit_gb`` or the disk is too small for all shards of
-    the run: without internet it needs them all.
+    UserError where one of them is not there, and where ``cache_limit_gb`` or the disk is too small for all of the run.
     """
     remote = [url for url in dict.fromkeys(urls) if is_remote(url)]
     if not remote:
@@ -127,19 +124,15 @@ def shards_to_fetch(urls: Sequence[str], cache: ShardCache) -> dict[str, int | N
 
     sizes = dict(zip(lacking, side_by_side(ask, lacking, title="asking for sizes", count=QUESTIONS)))
     _refuse_lost(absent, len(remote), "correct the pattern")
-    new = sum(size or 0 for size in sizes.values())
-    total = _kept_bytes(present, cache) + new
-    if cache.limit_bytes is not None and total > cache.limit_bytes:
-        raise UserError(
-            f"--cache_limit_gb {cache.limit_bytes / 1e9:g}: the {len(remote)} shards of this run take "
-            f"{total / 1e9:.3g} GB; without internet all have to be there: raise it, or name fewer shards"
-        )
-    free = shutil.disk_usage(cache.cache_dir).free
+    new, free = sum(size or 0 for size in sizes.values()), shutil.disk_usage(cache.cache_dir).free
+    total, limit = _kept_bytes(present, cache) + new, cache.limit_bytes
+    if limit is not None and total > limit:
+        taken = f"the {len(remote)} shards of this run take {total / 1e9:.3g} GB"
+        advice = "without internet all have to be there: raise it, or name fewer shards"
+        raise UserError(f"--cache_limit_gb {limit / 1e9:g}: {taken}; {advice}")
     if new > free:
-        raise UserError(
-            f"{where}: {new / 1e9:.3g} GB of shards are still to come, {free / 1e9:.3g} GB are free; "
-            "make room, name a folder on another disk, or name fewer shards"
-        )
+        taken = f"{new / 1e9:.3g} GB of shards are still to come, {free / 1e9:.3g} GB are free"
+        raise UserError(f"{where}: {taken}; make room, name a folder on another disk, or name fewer shards")
     return sizes
 
 

@@ -30,7 +30,7 @@ OWN_SHARE = "optimizer.process-{rank}"
 def flatten(
     nested: dict[Any, Any] | list[Any] | tuple[Any, ...], prefix: str = ""
 ) -> tuple[Tensors, dict[str, int | float]]:
-    """Nested dictionaries and lists -> tensors on the CPU by path ``a/b/c``, and plain numbers by path. None is left out."""
+    """Nested dictionaries and lists -> tensors on the CPU and plain numbers, both by path ``a/b/c``. None is left out."""
     tensors: Tensors = {}
     numbers: dict[str, int | float] = {}
     for key, value in nested.items() if isinstance(nested, dict) else enumerate(nested):
@@ -65,8 +65,7 @@ def collect(
 ) -> dict[str, Any]:
     """Hands parameters and optimizer state to ``write(file stem, tensors)``, file by file; returns its plain numbers.
 
-    Call on all processes with the prepared ``model`` and ``optimizer``: ZeRO gathers here. ``write`` is called on the main
-    process, and for shares of a process on each.
+    Call on all processes, with what is prepared: ZeRO gathers here. The main process writes, and each its own shares.
     """
     parameters = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
@@ -118,10 +117,9 @@ def read_tensors(path: Path) -> Tensors:
     tensors = load_file(path)
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise UserError(
-                f"--resume_from_checkpoint {path.parent}: {path.name}: {name} holds what is not finite (NaN or infinity); go "
-                "on from an earlier checkpoint, or begin anew with a lower --learning_rate"
-            )
+            fault = f"{path.name}: {name} holds what is not finite (NaN or infinity)"
+            advice = "go on from an earlier checkpoint, or begin anew with a lower --learning_rate"
+            raise UserError(f"--resume_from_checkpoint {path.parent}: {fault}; {advice}")
     return tensors
 
 
@@ -131,20 +129,15 @@ def load_parameters(module: nn.Module, checkpoint: Path) -> None:
     names = sorted(found.keys() ^ wanted.keys())
     names += [name for name in wanted if name in found and found[name].shape != wanted[name].shape]
     if names:
-        raise UserError(
-            f"--resume_from_checkpoint {checkpoint}: holds other parameters than the model, the first is {names[0]}; "
-            "expected a checkpoint of the same model"
-        )
+        fault = f"holds other parameters than the model, the first is {names[0]}"
+        raise UserError(f"--resume_from_checkpoint {checkpoint}: {fault}; expected a checkpoint of the same model")
     module.load_state_dict(found)
 
 
 def load_optimizer(
     accelerator: Accelerator, model: nn.Module, optimizer: Any, checkpoint: Path, numbers: dict[str, Any]
 ) -> None:
-    """Puts the checkpoint's optimizer state into the prepared ``optimizer``. Call on all processes.
-
-    ``numbers``: what ``collect`` returned. Raises ``UserError`` where shares of processes do not fit this run.
-    """
+    """Puts the checkpoint's state, and the ``numbers`` of ``collect``, into the prepared ``optimizer``, on all processes."""
     own_shares = list(checkpoint.glob(OWN_SHARE.format(rank="*") + ".safetensors"))
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if not own_shares:
