@@ -1,7 +1,6 @@
 """Classifiers of image embeddings: class texts or a linear head, a linear probe, nearest neighbours.
 
-All are called alike, ``classifier(image_embeds)``: (B, D), any float dtype -> (B, C) float32, differentiable, so that
-an attack sees through them. They sit on the device of their tensors until ``to(device)``.
+``classifier(image_embeds)``: (B, D), any float dtype -> (B, C) float32, differentiable: an attack sees through them.
 """
 
 from __future__ import annotations
@@ -23,8 +22,9 @@ from utils.errors import UserError
 from utils.methods.losses import class_logits, unit
 from utils.models.published import has_own_head
 
-# scikit-learn's C = 0.316 of CLIP's linear probe weighs the losses, l2 = 1 / C the weights.
-CLIP_PROBE_L2 = 1 / 0.316
+CLIP_PROBE_L2 = (
+    1 / 0.316
+)  # C = 0.316 of CLIP's linear probe (arXiv 2103.00020) weighs the losses, l2 = 1 / C the weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,11 +32,10 @@ class LinearClassifier:
     """logits = scale * f(z) W^T + b, f(z) = z / ||z|| where ``normalise``, else z.
 
     Zero-shot CLIP, to the bit: W = class_embeds, scale = exp(logit_scale), normalise.
-    weight: W, (C, D), any float dtype, used in float32. bias: b, (C,), or None.
     """
 
-    weight: Tensor
-    bias: Tensor | None = None
+    weight: Tensor  # W, (C, D), any float dtype, used in float32
+    bias: Tensor | None = None  # b, (C,)
     scale: float = 1.0
     normalise: bool = False
 
@@ -55,10 +54,7 @@ class LinearClassifier:
 def read_linear_head(
     path: str | Path, embed_dim: int, num_classes: int, flag: str = "--linear_head"
 ) -> LinearClassifier:
-    """A linear head from a safetensors file: ``weight`` (C, D), maybe ``bias`` (C,). Raises ``UserError``.
-
-    The metadata may say normalise "true": the head was trained on embeddings of unit length.
-    """
+    """A linear head from a safetensors file, whose metadata may say normalise "true". Raises ``UserError``."""
 
     layout = f"weight ({num_classes}, {embed_dim}) and maybe bias ({num_classes},)"
 
@@ -118,9 +114,8 @@ def fit_linear_probe(
     """Multinomial logistic regression: min over W, b of sum_i -log p(y_i | x_i) + l2 / 2 ||W||^2, by L-BFGS.
 
     x are the features (N, D), standardised in each dimension, so that one l2 does for short and for long embeddings;
-    labels (N,) int64 in [0, num_classes). The transform goes into the W and b returned, float32. The optimum is that of
-    scikit-learn's LogisticRegression(C=1 / l2). Full batch in float64 from zero: the same features give the same head.
-    The default l2 is that of CLIP's linear probe (arXiv 2103.00020), which does not standardise.
+    that goes into the W and b returned, float32. labels (N,) int64. The optimum is that of scikit-learn's
+    LogisticRegression(C=1 / l2). In float64 from zero: the same features give the same head.
     """
     features, labels = _training_set(features, labels, num_classes)
     x = features.double()

@@ -1,11 +1,8 @@
 """Encoders: pixels in [0,1] to un-normalised image embeddings, and token ids to text embeddings, in lean layers.
 
-What the image encoder takes from a model depends on its type:
-
-    clip, siglip, siglip2, vision-text-dual-encoder   image tower (and projection) of a model with a text tower
-    clip_vision_model, siglip_vision_model            the image half alone
-    dinov2                                            Dinov2Model: the class token; Dinov2ForImageClassification: class
-                                                      token and mean of the patches, which its own linear head reads
+The embedding is the image tower's pooled output, through its projection where it has one: of clip, siglip, siglip2,
+vision-text-dual-encoder, clip_vision_model, siglip_vision_model. dinov2: the class token, and for its own linear head
+(Dinov2ForImageClassification) the mean of the patches as well.
 """
 
 from __future__ import annotations
@@ -156,7 +153,7 @@ def check_reference_dtype(name: str, compute_dtype: torch.dtype) -> None:
 
 
 def keep_weights_in(name: str, reference: ImageEncoder) -> ImageEncoder:
-    """``bfloat16``: stores the blocks' linear layers so, in place; autocast rounds them anyway, to the same embeddings."""
+    """``bfloat16``: stores the blocks' linear layers so, in place. Autocast rounds them anyway: the embeddings stay."""
     if name == "bfloat16":
         blocks = [module for module in reference.vision_model.modules() if isinstance(module, nn.ModuleList)]
         for linear in {part for block in blocks for part in block.modules() if isinstance(part, nn.Linear)}:
@@ -170,7 +167,7 @@ def keep_weights_in(name: str, reference: ImageEncoder) -> ImageEncoder:
 
 
 def use_lean_layers(tower: nn.Module) -> None:
-    """Replaces the classes of a tower's layers by those below, in place. Layer norms in blocks alone: others feed float32."""
+    """Replaces the classes of a tower's layers by those below, in place. Norms outside of blocks stay as they are."""
     for module in tower.modules():
         of_pixels = type(module) is nn.Conv2d and module.in_channels == 3 and module.padding in ((0, 0), "valid")
         if of_pixels and module.stride == module.kernel_size:
@@ -236,7 +233,7 @@ class SquareImageEmbeddings(Siglip2VisionEmbeddings):
 
 
 class PoolingAttention(nn.MultiheadAttention):
-    """SigLIP's pooling: (B, Q, D), (B, T, D) twice -> (B, Q, D). torch's own does not call out_proj, as ZeRO-3 needs."""
+    """SigLIP's pooling: (B, Q, D), (B, T, D) twice -> (B, Q, D). It calls out_proj, as torch's does not: ZeRO-3."""
 
     def forward(  # type: ignore[override]
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None
@@ -257,7 +254,7 @@ class RecomputedConvNextLayer(ConvNextLayer):
 
 
 class RoundedLayerNorm(nn.LayerNorm):
-    """Layer norm in float32, rounded once. Autocast would keep a copy each for query, key and value. (..., D) -> same."""
+    """Layer norm in float32, rounded once. Autocast would keep copies for query, key and value. (..., D) -> same."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         normalised = super().forward(hidden_states)

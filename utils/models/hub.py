@@ -26,8 +26,7 @@ logger = logging.getLogger(__name__)
 def folder_on_every_node(accelerator: Accelerator, find: Callable[[bool], Path], what: str) -> Path:
     """This node's folder: ``find(False)`` on its first process, which may download, then ``find(True)`` on its others.
 
-    A folder of the hub's cache is named after its commit. UserError where the nodes' commits differ: their processes
-    would compute with different models or data, and nothing would show it.
+    A folder of the hub's cache is named after its commit. UserError where the nodes' commits differ.
     """
     brought = on_every_node(accelerator, lambda: find(False))
     folder = everywhere(accelerator, lambda: brought or find(True))
@@ -55,20 +54,12 @@ def refuse_mistyped_paths(models: Sequence[tuple[str, str | None]]) -> None:
             refuse_mistyped_path(name, flag)
 
 
-def refuse_mistyped_paths(models: Sequence[tuple[str, str | None]]) -> None:
-    """``UserError`` for the first of (flag, name or None) that no model can have, before anything else is read."""
-    for flag, name in models:
-        if name is not None:
-            refuse_mistyped_path(name, flag)
-
-
 def model_folder(
     name_or_path: str, flag: str, supported: Sequence[str] = MODEL_TYPES, *, local_files_only: bool = False
 ) -> Path:
     """The folder itself, or the hub's cache's with all files that ``from_pretrained`` reads. Raises ``UserError``.
 
-    What is lacking is brought, but not with ``local_files_only``. The model's type is checked before its weights come.
-    Where the hub cannot be reached, the cache has to do.
+    The model's type is checked before its weights come. Where the hub cannot be reached, the cache has to do.
     """
     from huggingface_hub import HfApi, snapshot_download
 
@@ -123,10 +114,7 @@ def _cached_model(name: str, flag: str, reason: str) -> str:
 
 
 def on_this_node(accelerator: Accelerator, index: ShardIndex, folders: Sequence[str | Path], flag: str) -> None:
-    """Gives an index of the main process the paths of this one: ``folders`` are its own, which may differ by node.
-
-    UserError on all processes where a node without internet lacks shards of the hub.
-    """
+    """Gives the main process's index the paths of this one: ``folders`` are its own. UserError for lacking shards."""
     for there, here in zip(from_main_process(accelerator, lambda: list(map(str, folders))), map(str, folders)):
         index.urls = [here + url[len(there) :] if url.startswith(f"{there}/") else url for url in index.urls]
         index.cache_dir = here if index.cache_dir == there else index.cache_dir

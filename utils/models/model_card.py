@@ -59,7 +59,7 @@ def model_card(
     notes: list[str],
     with_text: bool = True,
 ) -> str:
-    """Markdown with the hub's metadata header. ``evaluations``: metrics rows with eval_ keys; ``model_class`` loads it."""
+    """Markdown with the hub's header. ``evaluations``: metrics rows with eval_ keys. ``model_class`` loads it."""
     processor_class = "AutoProcessor" if with_text else "AutoImageProcessor"
     is_of_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base_model) and not Path(base_model).exists()
     lines = ["---", "library_name: transformers"]

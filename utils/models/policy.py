@@ -24,7 +24,7 @@ Embed = Callable[[Tensor, Sequence[str]], tuple[Tensor, Tensor]]
 
 
 class Policy(nn.Module):
-    """Pictures and texts to embeddings, through those parts that are trained; for the others both come as embeddings."""
+    """Pictures and texts to embeddings, through those parts that are trained; the others' embeddings are given."""
 
     def __init__(
         self, image_encoder: ImageEncoder | None, text_encoder: TextEncoder | None = None, head: Head | None = None
@@ -33,13 +33,10 @@ class Policy(nn.Module):
         self.image_encoder, self.text_encoder, self.head = image_encoder, text_encoder, head
 
     def forward(self, images: Tensor, texts: Tensor | Tokens) -> tuple[Tensor, Tensor]:
-        """(N, 3, H, W) in [0,1] or (N, D); tokens (T, P, L) or (T, P, D) -> (N, D) as it comes, unit (T, D), float32.
-
-        The P prompts of a text are averaged after the head, so that a folded head is exact.
-        """
+        """(N, 3, H, W) in [0,1] or (N, D); tokens (T, P, L) or (T, P, D) -> (N, D) as it is, unit (T, D), float32."""
         image_embeds = self.embed_images(images)
         prompt_embeds: Any = texts if self.text_encoder is None else self.text_encoder(*texts)
-        return image_embeds, ensemble(prompt_embeds if self.head is None else self.head(prompt_embeds))
+        return image_embeds, ensemble(prompt_embeds if self.head is None else self.head(prompt_embeds))  # as folded
 
     def embed_images(self, images: Tensor) -> Tensor:
         """image_embeds (N, D), float32, not normalised to unit length: what a constraint on distances measures."""
@@ -147,10 +144,10 @@ def batch_logits(image_embeds: Tensor, text_embeds: Tensor, logit_scale: float, 
 
 @torch.no_grad()
 def choices(logits: BatchLogits, ref_logits: BatchLogits | None, batch: dict[str, Any]) -> dict[str, Tensor]:
-    """What the policy chooses, row by row, on the CPU, (R,) of the regulariser's rows and (P,) of the preferences.
+    """What the policy chooses, on the CPU: clean and kl of the regulariser's rows, the rest of the preferences.
 
-    clean: the right text is the likeliest (rows without one are left out); kl: to the reference, nats. chosen: the
-    chosen text is the likeliest candidate; rejected: a rejected one is; pair: the chosen one beats every rejected one.
+    clean: the right text is the likeliest (rows without one are left out); chosen: the chosen text is the likeliest
+    candidate; rejected: a rejected one is; pair: the chosen one beats every rejected one.
     """
     device = logits.pairs.device
     reg_chosen, chosen, rejected = (batch[name].to(device) for name in ("reg_chosen", "chosen", "rejected"))

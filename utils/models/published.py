@@ -185,7 +185,7 @@ def has_own_head(config: PreTrainedConfig) -> bool:
 def load_model(
     name_or_path: str, flag: str = "--model_name_or_path", supported: Sequence[str] = MODEL_TYPES
 ) -> tuple[PreTrainedModel, Any]:
-    """The whole float32 model, with nothing random in train mode, and its processor (without a text tower for images)."""
+    """The whole float32 model, nothing random in train mode, and its processor (for images, without a text tower)."""
     config = check_model(name_or_path, flag, supported)
     where = f"{flag} {name_or_path}"
     name, _, processor_name = CLASSES[config.model_type]
@@ -220,10 +220,7 @@ def load_model(
 def load_weights(
     model_class: type[PreTrainedModel], name_or_path: str | Path, flag: str, config: PreTrainedConfig | None = None
 ) -> PreTrainedModel:
-    """A float32 model alone, never partitioned, also under ZeRO-3. ``UserError`` where it does not load, or lacks weights.
-
-    A CLIP vision model saved without its projection is a ``CLIPVisionModel``.
-    """
+    """A float32 model, never partitioned, also under ZeRO-3. ``UserError`` where it does not load or lacks weights."""
     where = f"{flag} {name_or_path}"
     for path in Path(name_or_path).glob("*.[sb]*"):  # .safetensors, .bin
         with path.open("rb") as file:
@@ -236,7 +233,7 @@ def load_weights(
         loaded: Any = model_class.from_pretrained(name_or_path, config=copy.deepcopy(config), **options)
     model, info = loaded
     lacking = sorted(name for name in info["missing_keys"] if not name.endswith("mask_token"))
-    if isinstance(model, CLIPVisionModelWithProjection) and "visual_projection.weight" in lacking:
+    if isinstance(model, CLIPVisionModelWithProjection) and "visual_projection.weight" in lacking:  # saved without
         return load_weights(CLIPVisionModel, name_or_path, flag, config)
     for name, fault in _weight_faults(model, info):
         raise UserError(f"{where}: {_weights_file(name_or_path, name)}: {name} {fault}")
@@ -279,10 +276,7 @@ def _weights_file(folder: str | Path, name: str) -> str:
 
 
 def switch_off_randomness(model: nn.Module) -> list[str]:
-    """Sets every probability of dropout and stochastic depth to 0, in place; returns their names, "dropout 0.1".
-
-    They are layers of torch, and numbers of a module that its forward hands on (attention's dropout, drop_prob).
-    """
+    """Sets dropout and drop_prob to 0, of layers and of what modules hand on, in place; returns them, "dropout 0.1"."""
     found: dict[str, None] = {}
     for module in model.modules():
         names = ["p"] if isinstance(module, nn.modules.dropout._DropoutNd) else []
@@ -295,10 +289,7 @@ def switch_off_randomness(model: nn.Module) -> list[str]:
 
 
 def load_image_processor(name_or_path: str, model_type: str, flag: str) -> Any:
-    """The image processor that the directory's file describes, by Pillow: nothing here needs torchvision.
-
-    ``UserError`` for one that computes what ``ImageTransform`` and ``pixel_normalisation`` do not.
-    """
+    """A directory's image processor, by Pillow. ``UserError`` for one that ``ImageTransform`` does not compute."""
     nested = Path(name_or_path) / "processor_config.json"  # where it holds an image processor it goes first
     where = f"{flag} {name_or_path}: preprocessor_config.json"
     with _refusing(f"{where}: no image processor, expected one saved by save_pretrained"):

@@ -161,7 +161,7 @@ def check_tokenizer(tokenizer: Any, config: PreTrainedConfig) -> None:
 
 
 def refuse_equal_texts(processor: Any, config: PreTrainedConfig, texts: Sequence[str], template: str) -> None:
-    """``UserError`` for names that are the same when cut, or in unknown letters. Those of equal tokens are said once."""
+    """``UserError`` for names that are equal when cut, or in unknown letters. Those of equal tokens are said once."""
     tokenizer, length = processor.tokenizer, text_length(processor.tokenizer, config)
     names = list(dict.fromkeys(texts))
     found = token_ids(tokenizer, fill_in([template], names))

@@ -48,7 +48,7 @@ def set_classifier(
 def class_embeddings(
     model: PreTrainedModel, processor: Any, classnames: Sequence[str], templates: Sequence[str], device: Device = "cpu"
 ) -> Tensor:
-    """t_c: ``ensemble`` of every class's prompts, (C, D). ``UserError`` for different names that are one to the model."""
+    """t_c: ``ensemble`` of each class's prompts, (C, D). ``UserError`` for names that are one to the model."""
     refuse_equal_texts(processor, model.config, classnames, templates[0])
     return ensemble(prompt_embeddings(model, processor, classnames, templates, device))
 
@@ -62,7 +62,7 @@ def ensemble(prompt_embeds: Tensor) -> Tensor:
 def prompt_embeddings(
     model: PreTrainedModel, processor: Any, texts: Sequence[str], templates: Sequence[str], device: Device = "cpu"
 ) -> Tensor:
-    """Un-normalised embeddings of T texts in P templates, (T, P, D) float32 on ``device``, which the tower only visits."""
+    """Un-normalised embeddings of T texts in P templates, (T, P, D) float32 on ``device``. The tower only visits it."""
     encoder = TextEncoder(model)
     home = next(encoder.text_model.parameters()).device
     encoder.to(device)

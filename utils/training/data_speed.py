@@ -33,8 +33,7 @@ def measured_workers(
 ) -> tuple[int, str]:
     """Data workers for this process, and a line that says why: as many as an ideal device could use.
 
-    Samples of the first batch of ``order`` are timed, and matrix products in ``dtype``, whose rate no training step
-    reaches. Nothing random is drawn.
+    Samples of the first batch of ``order`` are timed, and matrix products in ``dtype``. Nothing random is drawn.
     """
     most = default_num_workers()
     seconds = seconds_per_sample(dataset, next(iter(order), []))
@@ -49,10 +48,7 @@ def measured_workers(
 def seconds_per_sample(
     dataset: ShardDataset, references: Sequence[tuple[int, int, int]], patience: float = SECONDS
 ) -> float | None:
-    """Mean wall time to read and decode one of ``references`` (epoch, slot, position) here, alone, or None.
-
-    What cannot be read is left out, as are remote shards that would have to come first.
-    """
+    """Mean seconds to read and decode one of ``references`` (epoch, slot, position) that are here, or None."""
     urls, timed, started = dataset.index.urls, [], time.perf_counter()
     # A reader of its own: no descriptor and no prefetch thread is there when the workers are forked.
     with closing(ShardReader(dataset.index)) as reader, waited_for(lambda: NOTHING_READ):
@@ -115,5 +111,7 @@ class TimedBatches:
         if self.advised or self.intervals == 1 or fraction <= NOTABLE_WAIT:
             return None
         self.advised = True
-        advice = "or use --jpeg_draft true for large photographs, or local shards"
-        return f"waiting for data takes {100 * fraction:.0f} % of the time: raise --num_workers (now {num_workers}), {advice}"
+        advice = (
+            f"raise --num_workers (now {num_workers}), or use --jpeg_draft true for large photographs, or local shards"
+        )
+        return f"waiting for data takes {100 * fraction:.0f} % of the time: {advice}"

@@ -1,8 +1,7 @@
 """Memory of a LORE step on one device: counted on tensors without data, then laid out as DDP or DeepSpeed's ZeRO would.
 
-Counted is what a step holds beside weights, gradients and optimizer: its phases run on fake tensors, which have shapes and
-lifetimes but no data. The rest is arithmetic on DeepSpeed's source. docs/memory.md compares both with real runs. GB is 10^9
-bytes, here and in every table.
+What a step holds beside weights, gradients and optimizer is counted on fake tensors, which have shapes and lifetimes
+but no data. The rest is arithmetic on DeepSpeed's source. docs/memory.md compares it with real runs. GB is 10^9 bytes.
 """
 
 from __future__ import annotations
@@ -66,10 +65,9 @@ def random_encoder(config: CLIPVisionConfig, compute_dtype: torch.dtype) -> Imag
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside the block ``live`` is the bytes of all tensors that exist, ``peak`` their highest, ``history`` every operation's.
+    """Inside the block ``live`` is the bytes of all storages that anything refers to, ``peak`` their highest.
 
-    A storage counts once, however many tensors view it, as long as anything refers to it. What a kernel allocates and frees
-    within itself is not seen.
+    What a kernel allocates and frees within itself is not seen.
     """
 
     def __init__(self) -> None:
@@ -118,7 +116,7 @@ class StepCount:
 
 @dataclass
 class _Segment:
-    """Operations that run through the blocks once, forwards or backwards: names, and (operations, columns) bytes."""
+    """Operations that run through the blocks once, forwards or backwards: names, and bytes as in ``StepCount``."""
 
     phase: str
     names: list[Any]
@@ -136,8 +134,8 @@ def count_step(
 ) -> StepCount:
     """Counts a LORE step of the image tower of this config. No weights are made, nothing is computed.
 
-    ``clean_in_primal``: whether the updates see the clean images too (LORE, not FARE). ``momentum``: the attack's. The same
-    operations run at every batch size, so the live bytes after each are a + b * images, and two batch sizes give both.
+    ``clean_in_primal``: whether the updates see the clean images too (LORE, not FARE). ``momentum``: the attack's.
+    The same operations run at every batch size, so the live bytes after each are a + b * images; two sizes give both.
     Blocks are alike, so two depths give all: exact, and many times as fast.
     """
     problem = Problem(constraint="embedding" if clean_in_primal else "none")
@@ -187,7 +185,6 @@ def _deepen(shorter: _Segment, longer: _Segment, more: int) -> np.ndarray:
     """The bytes of a segment with ``more`` blocks than the longer one, from two that differ by one block.
 
     Operation i from the start, and from the end, is the same at both depths, and its bytes grow evenly with the depth.
-    Those in the middle of a deep tower lie between: bytes rise or fall evenly from block to block.
     """
     block = len(longer.names) - len(shorter.names)
     parts = []
@@ -237,7 +234,7 @@ def _trace(
 def _step(
     encoder: ImageEncoder, reference: ImageEncoder, problem: Problem, batch_size: int, momentum: bool
 ) -> Iterator[str]:
-    """The step of train_lore.py with two attack steps and two updates. Yields the name of each phase when it is over."""
+    """The step of train_lore.py, two attack steps and two updates. Yields the name of each phase when it is over."""
     multiplier = Multiplier("scalar", encoder.embed_dim)
     batch = MicroBatch(torch.zeros(batch_size, 3, encoder.image_size, encoder.image_size))
     with torch.no_grad():
@@ -290,7 +287,7 @@ class Layout:
 def optimizer_bytes(optimizer: str, parameters: Sequence[int]) -> int:
     """Bytes of AdamW's two states for parameters of these many elements.
 
-    bitsandbytes: 8 bits and a float32 scale per 256, for parameters of 4,096 elements and more. Paged states count in full.
+    bitsandbytes: 8 bits and a float32 scale per 256 from 4,096 elements on. Paged states count in full.
     """
     if optimizer == "adamw":
         return 8 * sum(parameters)
@@ -301,7 +298,7 @@ Phase = tuple[str, dict[str, int], np.ndarray]
 
 
 def device_bytes(count: StepCount, layout: Layout) -> list[Phase]:
-    """What is on a device, by phase of a step: (name, bytes by kind whatever the batch, counted bytes as in ``StepCount``).
+    """What is on a device, by phase: (name, bytes by kind whatever the batch, counted bytes as in ``StepCount``).
 
     Sources: torch's DistributedDataParallel; deepspeed/runtime/zero/stage_1_and_2.py, stage3.py and
     partitioned_param_coordinator.py of DeepSpeed 0.19. Padding of shares is left out.
@@ -419,8 +416,8 @@ def print_estimate(
 ) -> None:
     """Prints the peak of a step on one device, the largest batches, and what the peak is made of.
 
-    For all ``TOWERS`` and the ``model``, its name and config, where given; the breakdown is that model's, else ViT-L/14's,
-    with the given ``gradient_checkpointing``. ``run`` lies under every stage; ``counted``: what else ``count_step`` takes.
+    For all ``TOWERS`` and the ``model`` (name and config), where given; the breakdown is that model's, else ViT-L/14's.
+    ``run`` is laid out under every stage; ``counted``: what else ``count_step`` takes.
     """
     configs = {tower: tower_config(tower) for tower in TOWERS} | dict([model] if model else [])
     shown, counts = model[0] if model else "ViT-L/14", {}
@@ -434,9 +431,9 @@ def print_estimate(
 
     console = wide_console()
     console.print(
-        f"{run.processes} processes, {batch_size} images each per micro-batch (x {run.accumulation}), {run.optimizer}, blocks "
-        f"in {str(compute_dtype).removeprefix('torch.')}, reference {reference_dtype}. GB = 10^9 bytes. + gc: gradient "
-        "checkpointing."
+        f"{run.processes} processes, {batch_size} images each per micro-batch (x {run.accumulation}), {run.optimizer}, "
+        f"blocks in {str(compute_dtype).removeprefix('torch.')}, reference {reference_dtype}. GB = 10^9 bytes. + gc: "
+        "gradient checkpointing."
     )
 
     def smallest_device(tower: str, gc: bool, layout: Layout) -> str:

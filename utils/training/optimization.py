@@ -1,7 +1,4 @@
-"""Optimizer, learning rate, number of steps.
-
-The learning rate is a pure function of the step: nothing to save, nothing that a launcher can advance twice.
-"""
+"""Optimizer, number of steps, and the learning rate, a pure function of the step: nothing to save."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from utils.errors import UserError
 
 
 def make_optimizer(name: str, module: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
-    """Over all parameters: ``adamw``, ``adamax``, or AdamW with 8-bit states, ``adamw_8bit`` and ``paged_adamw_8bit``."""
+    """Over all parameters: ``adamw``, ``adamax``, or with 8-bit states ``adamw_8bit`` and ``paged_adamw_8bit``."""
     options: dict[str, Any] = {"params": module.parameters(), "lr": learning_rate, "weight_decay": weight_decay}
     if name == "adamw":  # fused: one pass over the weights, no temporaries of their size
         return torch.optim.AdamW(**options, fused=True)
@@ -35,7 +32,7 @@ def make_optimizer(name: str, module: nn.Module, learning_rate: float, weight_de
 def accumulation_steps(
     global_batch_size: int | None, per_device_batch_size: int, processes: int, given: int | None = None
 ) -> int:
-    """Micro-batches per step: N / (processes x per-device batch), or without a global batch N what was ``given``, else 1.
+    """Micro-batches per step: N / (processes x per-device batch); without a global batch N ``given``, else 1.
 
     Raises ``UserError`` with what would fit where that is no whole number, or not the ``given`` one.
     """
@@ -81,10 +78,9 @@ def cosine_learning_rate(step: int, peak: float, total_steps: int, warmup_steps:
 
 
 class BetaAverage:
-    """Running average of a module's weights over a run: weight Beta(0.7, 0.7) at (k + 1/2) / (n + 1), k = 0 at the start.
+    """Running average of a module's weights over a run, float32: weight Beta(0.7, 0.7) at (k + 1/2) / (n + 1).
 
-    First and last moments weigh most, so it lies between the pretrained and the final model. float32, on the parameters'
-    device. Source: the official code of arXiv 2411.08923.
+    k = 0 at the start. First and last moments weigh most. Source: the official code of arXiv 2411.08923.
     """
 
     def __init__(self, module: nn.Module, total_steps: int) -> None:

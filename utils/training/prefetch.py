@@ -49,8 +49,8 @@ def prefetch_training(
 ) -> None:
     """Brings models, listings, texts and shards of a training run, and says where they are. Raises ``UserError``.
 
-    models: (flag, name or path or None). sets: the arguments of ``open_set``. Mistakes are found before anything large is
-    downloaded. Under a launcher the first process works alone, the others leave.
+    models: (flag, name or path or None). sets: the arguments of ``open_set``. Mistakes are found before anything large
+    is downloaded. Under a launcher the first process works alone, the others leave.
     """
     if launched_rank() > 0:
         return

@@ -1,10 +1,10 @@
 """The state of training as whole, named tensors, the same under DDP and every ZeRO stage.
 
-A run goes on from them under any number of processes and any stage. The exception are 8-bit optimizers under ZeRO: their
-blocks are cut out of a process's share, so each process keeps its own.
+A run goes on from them under any number of processes and any stage. The exception are 8-bit optimizers under ZeRO:
+their blocks are cut out of a process's share, so each process keeps its own.
 
-    parameters.safetensors           {parameter: tensor}, float32
-    optimizer.<key>.safetensors      {parameter: tensor} for every key of the optimizer's state: exp_avg, exp_avg_sq, step
+    parameters.safetensors                  {parameter: tensor}, float32
+    optimizer.<key>.safetensors             {parameter: tensor} for exp_avg, exp_avg_sq, step or what the state holds
     optimizer.process-<rank>.safetensors    {<share>/<key>: tensor}, 8-bit optimizers under ZeRO only
 """
 
@@ -30,7 +30,7 @@ OWN_SHARE = "optimizer.process-{rank}"
 def flatten(
     nested: dict[Any, Any] | list[Any] | tuple[Any, ...], prefix: str = ""
 ) -> tuple[Tensors, dict[str, int | float]]:
-    """Nested dictionaries and lists -> tensors on the CPU and plain numbers, both by path ``a/b/c``. None is left out."""
+    """Nested dictionaries and lists -> tensors on the CPU and numbers, both by path ``a/b/c``. None is left out."""
     tensors: Tensors = {}
     numbers: dict[str, int | float] = {}
     for key, value in nested.items() if isinstance(nested, dict) else enumerate(nested):
@@ -137,7 +137,7 @@ def load_parameters(module: nn.Module, checkpoint: Path) -> None:
 def load_optimizer(
     accelerator: Accelerator, model: nn.Module, optimizer: Any, checkpoint: Path, numbers: dict[str, Any]
 ) -> None:
-    """Puts the checkpoint's state, and the ``numbers`` of ``collect``, into the prepared ``optimizer``, on all processes."""
+    """Puts the state, and the ``numbers`` of ``collect``, into the prepared ``optimizer``. Call on all processes."""
     own_shares = list(checkpoint.glob(OWN_SHARE.format(rank="*") + ".safetensors"))
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if not own_shares:
@@ -232,7 +232,8 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 def _other_shares(checkpoint: Path) -> UserError:
-    return UserError(
-        f"--resume_from_checkpoint {checkpoint}: 8-bit optimizer state fits the sharding that it was saved under alone: go "
-        "on with the same number of processes and the same zero_stage, or without ZeRO where it was saved without"
+    fault = "8-bit optimizer state fits the sharding that it was saved under alone"
+    advice = (
+        "go on with the same number of processes and the same zero_stage, or without ZeRO where it was saved without"
     )
+    return UserError(f"--resume_from_checkpoint {checkpoint}: {fault}: {advice}")
