@@ -66,10 +66,10 @@ def model_folder(
     refuse_mistyped_path(name_or_path, flag)
     folder, reason = name_or_path, ""
     if not os.path.isdir(folder):
-        if local_files_only:
-            reason = "this node's first process did not bring it"
-        elif hub_offline():
+        if hub_offline():
             reason = "HF_HUB_OFFLINE is set"
+        elif local_files_only:
+            reason = "this node's first process did not bring it"
         else:
             try:
                 names = [file.rfilename for file in HfApi().model_info(name_or_path).siblings or []]

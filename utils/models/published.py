@@ -150,16 +150,16 @@ def _check_config(config: PreTrainedConfig, parts: Sequence[PreTrainedConfig]) -
             fault = f"quantization_config ({method}), which is not supported; give the model without"
             raise ValueError(f"config.json has a {fault}")
         activation, patches = getattr(part, "hidden_act", None), getattr(part, "num_patches", 1)
-        siglip = part.model_type.startswith("siglip")
-        faults = {
-            f"hidden_act {activation!r} is unknown to transformers": activation and activation not in ACT2FN,
-            "vision_use_head false leaves no embedding of an image": siglip and not getattr(part, "vision_use_head", 1),
-            f"num_patches is {patches}; expected a square number": not _is_square(patches),  # SigLIP 2's positions
-            f"num_channels is {getattr(part, 'num_channels', 3)}; expected 3, RGB": getattr(part, "num_channels", 3)
-            != 3,
-        }
-        for fault in faults:
-            if faults[fault]:
+        without_head = part.model_type.startswith("siglip") and not getattr(part, "vision_use_head", True)
+        channels = getattr(part, "num_channels", 3)
+        faults = (
+            (activation and activation not in ACT2FN, f"hidden_act {activation!r} is unknown to transformers"),
+            (without_head, "vision_use_head false leaves no embedding of an image"),
+            (not _is_square(patches), f"num_patches is {patches}; expected a square number"),  # SigLIP 2's positions
+            (channels != 3, f"num_channels is {channels}; expected 3, RGB"),
+        )
+        for is_wrong, fault in faults:
+            if is_wrong:
                 raise ValueError(f"config.json: {fault}")
     if config.model_type in ("siglip", "siglip2"):  # no projection makes them the same
         image_dim, text_dim = config.vision_config.hidden_size, config.text_config.projection_size
