@@ -282,7 +282,7 @@ def load_encoders(run: Run, settings: Settings, problem: Problem) -> tuple[Any, 
     model, processor = run.everywhere(lambda: load_model(folder))
     encoder = make_encoder(model, processor, run.compute_dtype)
     other = run.fetch_model(settings.reference_model_name_or_path, "--reference_model_name_or_path")
-    reference = run.everywhere(lambda: load_reference(other, encoder))
+    reference, _ = run.everywhere(lambda: load_reference(other, encoder))
     if settings.gradient_checkpointing:
         enable_gradient_checkpointing(encoder)
     return model, processor, encoder, keep_weights_in(settings.reference_dtype, reference).to(run.device)

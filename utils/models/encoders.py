@@ -124,23 +124,19 @@ def frozen_copy(encoder: ImageEncoder) -> ImageEncoder:
     return copy.deepcopy(encoder).eval().requires_grad_(False)
 
 
-def load_reference(name_or_path: str | None, encoder: ImageEncoder) -> ImageEncoder:
-    """phi0: a frozen copy of ``encoder``, or of the model that --reference_model_name_or_path names."""
+def load_reference(name_or_path: str | None, encoder: ImageEncoder) -> tuple[ImageEncoder, PreTrainedModel | None]:
+    """phi0 of --reference_model_name_or_path, frozen, and the model around it; by no name a copy of ``encoder``, alone."""
     if name_or_path is None:
-        return frozen_copy(encoder)
-    reference = make_encoder(*load_model(name_or_path, "--reference_model_name_or_path"), encoder.compute_dtype)
-    refuse_other_shape(reference, encoder, name_or_path)
-    return frozen_copy(reference)
-
-
-def refuse_other_shape(reference: ImageEncoder, encoder: ImageEncoder, name_or_path: str) -> None:
-    """``UserError`` where a reference sees other pixels or gives other embeddings than the encoder."""
+        return frozen_copy(encoder), None
+    model, processor = load_model(name_or_path, "--reference_model_name_or_path")
+    reference = make_encoder(model, processor, encoder.compute_dtype)
     if (reference.embed_dim, reference.image_size) != (encoder.embed_dim, encoder.image_size):
         raise UserError(
             f"--reference_model_name_or_path {name_or_path}: embeds {reference.image_size} px into "
             f"{reference.embed_dim} dimensions, the encoder {encoder.image_size} px into {encoder.embed_dim}; "
             "name a model of the encoder's kind"
         )
+    return frozen_copy(reference), model
 
 
 def check_reference_dtype(name: str, compute_dtype: torch.dtype) -> None:

@@ -42,11 +42,8 @@ def fill_in(templates: Sequence[str], texts: Sequence[str]) -> list[str]:
 
 def read_prompts(processor: Any, config: PreTrainedConfig, prompts: Sequence[str]) -> list[list[int]]:
     """The ids of every prompt, cut at what the tower takes, said once. ``UserError`` for ids that the tower lacks."""
-    tokenizer, length, size = (
-        processor.tokenizer,
-        text_length(processor.tokenizer, config),
-        config.text_config.vocab_size,
-    )
+    tokenizer, size = processor.tokenizer, config.text_config.vocab_size
+    length = text_length(tokenizer, config)
     rows = token_ids(tokenizer, prompts)
     long = [place for place, ids in enumerate(rows) if len(ids) > length]
     if long:
@@ -87,9 +84,7 @@ def fill_up(rows: Sequence[list[int]], processor: Any, config: PreTrainedConfig,
 
 def token_ids(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
     """The ids of every prompt, as long as it is, with those of start and end. The tokenizer's own settings stay."""
-    if tokenizer.init_kwargs.get(
-        "do_lower_case"
-    ):  # transformers loads SigLIP 2's as a class that does not look at that
+    if tokenizer.init_kwargs.get("do_lower_case"):  # which transformers overlooks where it loads SigLIP 2's
         small, large = _plain_ids(tokenizer, [PROBES[0][0], PROBES[0][0].upper()])
         prompts = prompts if small == large else [prompt.lower() for prompt in prompts]
     return _plain_ids(tokenizer, prompts)
@@ -175,10 +170,9 @@ def refuse_equal_texts(processor: Any, config: PreTrainedConfig, texts: Sequence
     more = f" ({len(equal)} such names)" if len(equal) > 1 else ""
     if found[first] != found[second]:
         raise UserError(f"{shown} text to the model, which reads {length} tokens{more}; shorten names or templates")
+    end = None if _is_siglip(config) else -1  # CLIP's unknown token is the end of text
     alone = token_ids(tokenizer, [names[first], names[second]])
-    if not _is_siglip(config):  # CLIP's unknown token is the end of text
-        alone = [ids[:-1] for ids in alone]
-    unknown = any(tokenizer.unk_token_id in ids for ids in alone)
+    unknown = any(tokenizer.unk_token_id in ids[:end] for ids in alone)
     if unknown or len(seen) == 1:
         why = "whose tokenizer does not know their letters" if unknown else "and so are all others"
         raise UserError(f"{shown} tokens to the model, {why}{more}; give names in a language of the model")

@@ -16,7 +16,7 @@ from utils.errors import UserError
 
 
 def make_optimizer(name: str, module: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
-    """Over all parameters: ``adamw``, ``adamax``, or with 8-bit states ``adamw_8bit`` and ``paged_adamw_8bit``."""
+    """Over all parameters: ``adamax``, ``adamw``, or AdamW with 8-bit states."""
     options: dict[str, Any] = {"params": module.parameters(), "lr": learning_rate, "weight_decay": weight_decay}
     if name == "adamw":  # fused: one pass over the weights, no temporaries of their size
         return torch.optim.AdamW(**options, fused=True)

@@ -49,15 +49,15 @@ def prefetch_training(
 ) -> None:
     """Brings models, listings, texts and shards of a training run, and says where they are. Raises ``UserError``.
 
-    models: (flag, name or path or None). sets: the arguments of ``open_set``. Mistakes are found before anything large
-    is downloaded. Under a launcher the first process works alone, the others leave.
+    models: (flag, name or path or None), of the types ``supported``. sets: the arguments of ``open_set``. Mistakes are
+    found before anything large is downloaded. Under a launcher the first process works alone, the others leave.
     """
     if launched_rank() > 0:
         return
     sets = [options for options in sets if options["patterns"]]
     named = [(flag, name, supported) for flag, name in models if name is not None]
-    for flag, name, _ in named:
-        check_model(name, flag, supported)
+    for flag, name, kinds in named:
+        check_model(name, flag, kinds)
     urls: list[str] = []
     for options in sets:
         where = {name: options[name] for name in ("flag", "allow_pipe_urls", "cache_dir")}
@@ -67,10 +67,10 @@ def prefetch_training(
         urls += found
     folder = Path(cache_dir or default_cache_dir())
     cache = ShardCache(folder, cache_limit_gb)
-    lacking = shards_to_fetch(urls, cache)
+    remote = [url for url in dict.fromkeys(urls) if is_remote(url)]
+    lacking = shards_to_fetch(remote, cache) if remote else {}
     lines = prefetch_models(named)
     fetch_shards(lacking, cache)
-    remote = [url for url in dict.fromkeys(urls) if is_remote(url)]
     gone = {url: "others took its room" for url in remote if not cache.copy_of(url).exists()}
     _refuse_lost(gone, len(remote), "raise --cache_limit_gb, or name fewer shards")
     for options in sets:
@@ -95,14 +95,11 @@ def prefetch_models(models: Models) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def shards_to_fetch(urls: Sequence[str], cache: ShardCache) -> dict[str, int | None]:
-    """The remote shards that the cache lacks, with their bytes where the server states them.
+def shards_to_fetch(remote: Sequence[str], cache: ShardCache) -> dict[str, int | None]:
+    """Those that the cache lacks, with their bytes where the server states them.
 
     UserError where one of them is not there, and where ``cache_limit_gb`` or the disk is too small for all of the run.
     """
-    remote = [url for url in dict.fromkeys(urls) if is_remote(url)]
-    if not remote:
-        return {}
     where = f"--cache_dir {cache.cache_dir}"
     try:
         cache.cache_dir.mkdir(parents=True, exist_ok=True)
