@@ -410,8 +410,6 @@ def print_estimate(
     *,
     batch_size: int,
     gradient_checkpointing: bool,
-    compute_dtype: torch.dtype,
-    reference_dtype: str,
     **counted: Any,
 ) -> None:
     """Prints the peak of a step on one device, the largest batches, and what the peak is made of.
@@ -421,39 +419,37 @@ def print_estimate(
     """
     configs = {tower: tower_config(tower) for tower in TOWERS} | dict([model] if model else [])
     shown, counts = model[0] if model else "ViT-L/14", {}
-    dtypes: dict[str, Any] = {"compute_dtype": compute_dtype, "reference_dtype": reference_dtype}
     with RunProgress("counting", 2 * len(configs), transient=True) as progress:
         for tower, gc in itertools.product(configs, (False, True)):
-            counts[tower, gc] = count_step(configs[tower], gradient_checkpointing=gc, **dtypes, **counted)
+            counts[tower, gc] = count_step(configs[tower], gradient_checkpointing=gc, **counted)
             progress.update(len(counts))
     names = ["one process" if run.processes == 1 else "DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"]
     layouts = {name: replace(run, stage=stage) for stage, name in enumerate(names)}
 
     console = wide_console()
-    console.print(
-        f"{run.processes} processes, {batch_size} images each per micro-batch (x {run.accumulation}), {run.optimizer}, "
-        f"blocks in {str(compute_dtype).removeprefix('torch.')}, reference {reference_dtype}. GB = 10^9 bytes. + gc: "
-        "gradient checkpointing."
+    step = (
+        f"{run.processes} processes, {batch_size} images each per micro-batch (x {run.accumulation}), {run.optimizer}"
     )
+    dtypes = f"blocks in {str(counted['compute_dtype']).removeprefix('torch.')}, reference {counted['reference_dtype']}"
+    console.print(f"{step}, {dtypes}. GB = 10^9 bytes. + gc: gradient checkpointing.")
 
-    def smallest_device(tower: str, gc: bool, layout: Layout) -> str:
-        need = peak_bytes(counts[tower, gc], layout, batch_size)["total"] / GB
+    def smallest_device(count: StepCount, layout: Layout) -> str:
+        need = peak_bytes(count, layout, batch_size)["total"] / GB
         return f"{need:.1f} -> {next((size for size in DEVICES if size >= need), 'none')}"
+
+    def largest(count: StepCount, layout: Layout) -> str:
+        return " / ".join(str(largest_batch(count, layout, size * GB)) for size in DEVICES)
 
     rows = [["image tower", *layouts, *(f"{name} + gc" for name in layouts)]]
     for tower in configs:
         columns = itertools.product((False, True), layouts.values())
-        rows.append([tower, *(smallest_device(tower, gc, layout) for gc, layout in columns)])
+        rows.append([tower, *(smallest_device(counts[tower, gc], layout) for gc, layout in columns)])
     _print_table(console, "Peak of a step per device, GB -> the smallest device that holds it", rows)
 
     devices = " / ".join(map(str, DEVICES))
     for gc in (False, True):
         rows = [["image tower", *layouts]]
-        for tower in configs:
-            largest = [
-                [largest_batch(counts[tower, gc], layout, size * GB) for size in DEVICES] for layout in layouts.values()
-            ]
-            rows.append([tower, *(" / ".join(map(str, sizes)) for sizes in largest)])
+        rows += [[tower, *(largest(counts[tower, gc], layout) for layout in layouts.values())] for tower in configs]
         title = f"Largest --per_device_train_batch_size on {devices} GB, gradient checkpointing {'on' if gc else 'off'}"
         _print_table(console, title, rows)
 
