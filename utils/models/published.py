@@ -21,14 +21,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import (
-    CLIPImageProcessorPil,
-    CLIPVisionModel,
-    CLIPVisionModelWithProjection,
-    Dinov2ForImageClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import CLIPImageProcessorPil, Dinov2ForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
 
@@ -233,8 +226,10 @@ def load_weights(
         loaded: Any = model_class.from_pretrained(name_or_path, config=copy.deepcopy(config), **options)
     model, info = loaded
     lacking = sorted(name for name in info["missing_keys"] if not name.endswith("mask_token"))
-    if isinstance(model, CLIPVisionModelWithProjection) and "visual_projection.weight" in lacking:  # saved without
-        return load_weights(CLIPVisionModel, name_or_path, flag, config)
+    if (
+        isinstance(model, transformers.CLIPVisionModelWithProjection) and "visual_projection.weight" in lacking
+    ):  # saved without
+        return load_weights(transformers.CLIPVisionModel, name_or_path, flag, config)
     for name, fault in _weight_faults(model, info):
         raise UserError(f"{where}: {_weights_file(name_or_path, name)}: {name} {fault}")
     if lacking:  # they would be drawn at random

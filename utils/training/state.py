@@ -171,11 +171,7 @@ def _load_own_share(accelerator: Accelerator, engine: Any, checkpoint: Path, num
 
 
 def _load_zero(accelerator: Accelerator, engine: Any, checkpoint: Path) -> None:
-    from deepspeed.utils import (
-        safe_get_local_optimizer_state,
-        safe_set_full_optimizer_state,
-        safe_set_local_optimizer_state,
-    )
+    from deepspeed import utils as parts
 
     zero, device = engine.optimizer, accelerator.device
     keys = []
@@ -196,14 +192,14 @@ def _load_zero(accelerator: Accelerator, engine: Any, checkpoint: Path) -> None:
         for name, parameter in engine.module.named_parameters():
             if hasattr(parameter, "ds_id"):
                 # Of its share alone: what sets whole tensors overruns where the processes do not divide a tensor.
-                size = safe_get_local_optimizer_state(parameter, key).numel()
+                size = parts.safe_get_local_optimizer_state(parameter, key).numel()
                 first = accelerator.process_index * size
                 values = tensors[name].flatten()[first : first + size]
                 share = torch.zeros(size)
                 share[: len(values)] = values
-                safe_set_local_optimizer_state(parameter, share.to(device), key)
+                parts.safe_set_local_optimizer_state(parameter, share.to(device), key)
             else:
-                safe_set_full_optimizer_state(parameter, tensors[name].to(device), key)
+                parts.safe_set_full_optimizer_state(parameter, tensors[name].to(device), key)
 
 
 def _shares(zero: Any) -> list[Tensor]:
