@@ -105,22 +105,21 @@ def compute_features(
     encoder: nn.Module,
     *,
     num_samples: int,
-    batch_size: int,
-    num_workers: int,
     on_batch: Callable[[int], None],
+    **loading: Any,
 ) -> tuple[Tensor, list[dict[str, Any]]]:
     """image_embeds (rows, D) float32 on the CPU of the first ``num_samples``, and these in order, on every process.
 
-    A sample is its key with its rows and notices, or with why it is skipped. ``on_batch`` hears how many are done.
+    A sample is its key with its rows and notices, or with why it is skipped. ``on_batch`` hears how many are done,
+    ``loading`` goes to ``eval_loader``.
     """
     loader = eval_loader(
         SampleRows(dataset),
         num_samples=num_samples,
-        batch_size=batch_size,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        num_workers=num_workers,
         pin_memory=accelerator.device.type == "cuda",
+        **loading,
     )
     # Position, sample, embeddings of its rows: as an array, as a part of a tensor would travel with the whole of it.
     own: list[tuple[int, dict[str, Any], np.ndarray]] = []

@@ -102,7 +102,7 @@ class Classified(NamedTuple):
 
 
 def classified(
-    logits_fn: Callable[[Tensor], Tensor],
+    logits_fn: Logits,
     batches: Iterable[dict[str, Any]],
     *,
     device: torch.device,
@@ -128,23 +128,11 @@ def classified(
 
 
 def pgd_images(
-    logits_fn: Callable[[Tensor], Tensor],
-    pixel_values: Tensor,
-    labels: Tensor,
-    positions: Sequence[int],
-    *,
-    eps: float,
-    step_size: float,
-    num_steps: int,
-    seed: int,
+    logits_fn: Logits, pixel_values: Tensor, labels: Tensor, positions: Sequence[int], *, seed: int, **options: Any
 ) -> Tensor:
-    """Images under PGD on the cross-entropy; the random start of the image at position i depends on (seed, i) alone."""
-    start = uniform_start(pixel_values, eps, attack_seeds(seed, 0, positions))
-
-    def loss(adversarial: Tensor) -> Tensor:
-        return cross_entropy(logits_fn(adversarial), labels)
-
-    return pixel_values + pgd(loss, pixel_values, eps=eps, step_size=step_size, num_steps=num_steps, start=start)
+    """Images under PGD on the cross-entropy, ``options`` as of ``pgd``; image i starts as (seed, position i) says."""
+    start = uniform_start(pixel_values, options["eps"], attack_seeds(seed, 0, positions))
+    return pixel_values + pgd(lambda x: cross_entropy(logits_fn(x), labels), pixel_values, start=start, **options)
 
 
 def predictions(

@@ -112,6 +112,6 @@ class TimedBatches:
             return None
         self.advised = True
         advice = (
-            f"raise --num_workers (now {num_workers}), or use --jpeg_draft true for large photographs, or local shards"
+            f"raise --num_workers (now {num_workers}), use --jpeg_draft true for large photographs, or local shards"
         )
         return f"waiting for data takes {100 * fraction:.0f} % of the time: {advice}"

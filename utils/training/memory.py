@@ -241,16 +241,16 @@ def _step(
         batch.ref_image_embeds = reference(batch.pixel_values)
         batch.margin = problem.margin(batch.ref_image_embeds)
     yield "reference"
+    options: dict[str, Any] = {
+        "eps": 1 / 255,
+        "step_size": 1 / 255,
+        "num_steps": 2,
+        "momentum": 0.9 if momentum else 0.0,
+    }
     with frozen(encoder):  # not by ``attack``: its start is drawn image by image, by more operations for more images
-        batch.delta = pgd(
-            lambda adversarial: problem.loss(encoder(adversarial), batch),
-            batch.pixel_values,
-            eps=1 / 255,
-            step_size=1 / 255,
-            num_steps=2,
-            start=torch.zeros_like(batch.pixel_values),
-            momentum=0.9 if momentum else 0.0,
-        )
+        start = torch.zeros_like(batch.pixel_values)
+        batch.delta = pgd(lambda x: problem.loss(encoder(x), batch), batch.pixel_values, start=start, **options)
+        del start
     yield "attack"
     for phase in ("first backward", "further backward"):  # the first makes the gradients, the second adds to them
         problem.primal(encoder, batch, multiplier).loss.backward()
