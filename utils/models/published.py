@@ -138,14 +138,15 @@ def _check_config(config: PreTrainedConfig, parts: Sequence[PreTrainedConfig]) -
                 raise ValueError(f"its {name} is a {kind!r}; of {config.model_type} supported: {', '.join(kinds)}")
     for part in parts:
         quantization = getattr(part, "quantization_config", None)
-        if quantization is not None:
-            method = (isinstance(quantization, dict) and quantization.get("quant_method")) or "of no named method"
-            fault = f"quantization_config ({method}), which is not supported; give the model without"
-            raise ValueError(f"config.json has a {fault}")
+        method = (isinstance(quantization, dict) and quantization.get("quant_method")) or "of no named method"
         activation, patches = getattr(part, "hidden_act", None), getattr(part, "num_patches", 1)
         without_head = part.model_type.startswith("siglip") and not getattr(part, "vision_use_head", True)
         channels = getattr(part, "num_channels", 3)
         faults = (
+            (
+                quantization is not None,
+                f"quantization_config ({method}), which is not supported; give the model without",
+            ),
             (activation and activation not in ACT2FN, f"hidden_act {activation!r} is unknown to transformers"),
             (without_head, "vision_use_head false leaves no embedding of an image"),
             (not _is_square(patches), f"num_patches is {patches}; expected a square number"),  # SigLIP 2's positions
