@@ -64,28 +64,26 @@ def model_folder(
     from huggingface_hub import HfApi, snapshot_download
 
     refuse_mistyped_path(name_or_path, flag)
-    folder, reason = name_or_path, ""
-    if not os.path.isdir(folder):
-        if hub_offline():
-            reason = "HF_HUB_OFFLINE is set"
-        elif local_files_only:
-            reason = "this node's first process did not bring it"
-        else:
-            try:
-                names = [file.rfilename for file in HfApi().model_info(name_or_path).siblings or []]
-                check_model(name_or_path, flag, supported)
-                patterns = [glob.escape(name) for name in model_files(names)]
-                return Path(snapshot_download(name_or_path, allow_patterns=patterns))
-            except UserError:
-                raise
-            except Exception as error:  # the hub raises its own errors, httpx's and OSError
-                if hub_answered(error):
-                    fault = f"neither a local model directory nor a model that the hub gives out ({one_line(error)})"
-                    advice = "check the name, or log in with `hf auth login` if it is private or gated"
-                    raise UserError(f"{flag} {name_or_path}: {fault}; {advice}") from None
-                reason = f"the download failed ({one_line(error)})"
-        folder = _cached_model(name_or_path, flag, reason)
-        if reason.startswith("the download"):
+    if os.path.isdir(name_or_path):
+        folder = name_or_path
+    elif hub_offline():
+        folder = _cached_model(name_or_path, flag, "HF_HUB_OFFLINE is set")
+    elif local_files_only:
+        folder = _cached_model(name_or_path, flag, "this node's first process did not bring it")
+    else:
+        try:
+            names = [file.rfilename for file in HfApi().model_info(name_or_path).siblings or []]
+            check_model(name_or_path, flag, supported)
+            return Path(snapshot_download(name_or_path, allow_patterns=[*map(glob.escape, model_files(names))]))
+        except UserError:
+            raise
+        except Exception as error:  # the hub raises its own errors, httpx's and OSError
+            reason = one_line(error)
+            if hub_answered(error):
+                fault = f"neither a local model directory nor a model that the hub gives out ({reason})"
+                advice = "check the name, or log in with `hf auth login` if it is private or gated"
+                raise UserError(f"{flag} {name_or_path}: {fault}; {advice}") from None
+            folder = _cached_model(name_or_path, flag, f"the download failed ({reason})")
             logger.warning("%s: nothing comes from the hub (%s); taken from %s", name_or_path, reason, folder)
     check_model(folder, flag, supported)
     return Path(folder)
