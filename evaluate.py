@@ -34,7 +34,9 @@ from utils.evaluation.measures import draw_retrieved, find_revisions, measure, w
 from utils.evaluation.results import Cell, Results, file_name, refuse_unwritable, short_names
 from utils.evaluation.trial import EvalSet, Model, Trial
 from utils.methods.head import load_head
-from utils.models.encoders import (
+from utils.models.encoders import make_encoder
+from utils.models.hub import fetch_model, folder_on_every_node, on_this_node
+from utils.models.published import (
     CONTRASTIVE_MODEL_TYPES,
     MODEL_TYPES,
     check_model,
@@ -42,9 +44,7 @@ from utils.models.encoders import (
     has_text,
     image_transform,
     load_model,
-    make_encoder,
 )
-from utils.models.hub import fetch_model, folder_on_every_node, on_this_node
 from utils.processes.distributed import everywhere, from_main_process, on_every_node, start_accelerator
 from utils.sets.corruptions import CORRUPTIONS, KNOWN, SEVERITIES, PublishedCorruptions, find_published
 from utils.sets.labelled import (

@@ -33,18 +33,13 @@ from utils.methods.attacks import ascend, attack_seeds
 from utils.methods.lagrangian import Multiplier, make_dual_optimizer, multiplier_statistics
 from utils.methods.lore import CONSTRAINTS, OBJECTIVES, MicroBatch, Problem, attack
 from utils.models.encoders import (
-    check_model,
     check_reference_dtype,
     enable_gradient_checkpointing,
-    has_own_head,
-    has_text,
-    image_transform,
     keep_weights_in,
-    load_model,
     load_reference,
     make_encoder,
-    save_model,
 )
+from utils.models.published import check_model, has_own_head, has_text, image_transform, load_model, save_model
 from utils.models.zeroshot import predictions, set_classifier, to_pixel_values
 from utils.processes.distributed import (
     MIXED_PRECISIONS,
@@ -53,7 +48,7 @@ from utils.processes.distributed import (
     shard_frozen,
 )
 from utils.sets.labelled import LabelledSet
-from utils.training.memory import print_estimate
+from utils.training.memory import Layout, print_estimate
 from utils.training.metrics import forward_flops, lore_flops_per_image, violation_statistics
 from utils.training.optimization import ADAMW, accumulation_steps, make_optimizer
 from utils.training.prefetch import prefetch_training
@@ -243,7 +238,7 @@ def load_encoders(run: Run, settings: Settings, problem: Problem) -> tuple[Any, 
     model, processor = run.everywhere(lambda: load_model(folder))
     encoder = make_encoder(model, processor, run.compute_dtype)
     other = run.fetch_model(settings.reference_model_name_or_path, "--reference_model_name_or_path")
-    reference = run.everywhere(lambda: load_reference(other, encoder))
+    reference, _ = run.everywhere(lambda: load_reference(other, encoder))
     if settings.gradient_checkpointing:
         enable_gradient_checkpointing(encoder)
     return model, processor, encoder, keep_weights_in(settings.reference_dtype, reference).to(run.device)
@@ -333,19 +328,22 @@ def estimate_memory(settings: Settings, problem: Problem) -> None:
         model = Path(name).resolve().name if Path(name).exists() else name, config.vision_config
     if launched_rank():
         return
-    print_estimate(
-        model,
-        batch_size=settings.per_device_train_batch_size,
-        gradient_checkpointing=settings.gradient_checkpointing,
+    layout = Layout(
         processes=settings.estimate_processes,
         optimizer=settings.optimizer,
         accumulation=accumulation,
+        gather_for_attack=settings.gather_for_attack,
+        shard_reference=settings.shard_reference,
+    )
+    print_estimate(
+        model,
+        layout,
+        batch_size=settings.per_device_train_batch_size,
+        gradient_checkpointing=settings.gradient_checkpointing,
         compute_dtype=compute_dtype,
         reference_dtype=settings.reference_dtype,
         clean_in_primal=problem.clean_in_primal,
         momentum=settings.attack_momentum > 0,
-        gather_for_attack=settings.gather_for_attack,
-        shard_reference=settings.shard_reference,
     )
 
 

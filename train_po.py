@@ -40,22 +40,23 @@ from utils.methods.lagrangian import Multiplier, make_dual_optimizer, multiplier
 from utils.methods.lore import Problem
 from utils.methods.preferences import DEFAULT_BETA, MEASURED, PREFERENCES, PreferenceProblem, kto_baseline
 from utils.models.encoders import (
-    CONTRASTIVE_MODEL_TYPES,
     ImageEncoder,
     TextEncoder,
-    check_model,
     enable_gradient_checkpointing,
-    frozen_copy,
-    image_transform,
     keep_weights_in,
-    load_model,
-    logit_scale,
+    load_reference,
     make_encoder,
-    refuse_other_shape,
-    save_model,
 )
 from utils.models.features import features
 from utils.models.policy import TRAINABLE, Policy, TextTable, Views, judge, unit_images
+from utils.models.published import (
+    CONTRASTIVE_MODEL_TYPES,
+    check_model,
+    image_transform,
+    load_model,
+    logit_scale,
+    save_model,
+)
 from utils.models.tokens import refuse_equal_texts
 from utils.processes.distributed import (
     gather_objects,
@@ -349,15 +350,10 @@ def load_views(run: Run, settings: Settings) -> tuple[Any, Any, ImageEncoder, Vi
     templates = run.train_set.templates or ["{c}"]
     if settings.task == "typographic":
         refuse_equal_texts(processor, clip.config, merge_names(run.train_set.classnames)[0], templates[0])
-    other, flag_of_other = settings.reference_model_name_or_path, "--reference_model_name_or_path"
-    if other is not None:
-        reference_folder = run.fetch_model(other, flag_of_other)
-        reference_clip, reference_processor = run.everywhere(lambda: load_model(reference_folder, flag_of_other))
-        reference = frozen_copy(make_encoder(reference_clip, reference_processor, encoder.compute_dtype))
-        refuse_other_shape(reference, encoder, other)
-    else:
+    other = run.fetch_model(settings.reference_model_name_or_path, "--reference_model_name_or_path")
+    reference, reference_clip = run.everywhere(lambda: load_reference(other, encoder))
+    if reference_clip is None:
         reference_clip = copy.deepcopy(clip) if settings.trainable == "all" else clip
-        reference = frozen_copy(encoder)
     keep_weights_in(settings.reference_dtype, reference).to(run.device)
     # The text table of a tower that is trained serves its tokenizer alone.
     per_prompt = settings.trainable != "image"

@@ -28,7 +28,8 @@ from utils.evaluation.figures import COLORS, HATCHES
 from utils.evaluation.results import Results
 from utils.methods.attacks import attack_seeds, frozen, pgd, uniform_start
 from utils.methods.losses import squared_distance
-from utils.models.encoders import load_model, make_encoder
+from utils.models.encoders import make_encoder
+from utils.models.published import load_model
 
 EXACT, HALF = "LORE", "LORE, trained in bfloat16"
 COLUMNS = {"clean": "clean", "pgd": "PGD", "apgd": "APGD", "square": "Square"}

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 from transformers import CLIPVisionConfig
 
-from utils.models.encoders import square_side
 from utils.training.metrics import lore_flops_per_image
 
 FLOAT32 = 4  # bytes: parameters, gradients and optimizer states, and what DDP and DeepSpeed send of them
@@ -53,8 +52,8 @@ def tower_cost(config: CLIPVisionConfig) -> Tower:
     projection. P = d + 3 p^2 d + t d + 4 d + L (4 d^2 + 2 d m + 9 d + m) + d D.
     """
     d, m, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    patch, embed_dim = square_side(config.patch_size), config.projection_dim
-    patches = (square_side(config.image_size) // patch) ** 2
+    patch, embed_dim = config.patch_size, config.projection_dim
+    patches = (config.image_size // patch) ** 2
     t = patches + 1
     patch_embedding = 2 * patches * 3 * patch**2 * d
     blocks = layers * (8 * t * d**2 + 4 * t**2 * d + 4 * t * d * m)

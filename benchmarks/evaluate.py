@@ -29,7 +29,8 @@ from utils.data.shards import ShardDataset, eval_loader
 from utils.evaluation.apgd import make_points, run_apgd, sphere_start
 from utils.methods.attacks import frozen, seed_from
 from utils.models.classifiers import LinearClassifier
-from utils.models.encoders import ImageEncoder, load_model, make_encoder
+from utils.models.encoders import ImageEncoder, make_encoder
+from utils.models.published import load_model
 from utils.models.zeroshot import set_classifier, to_pixel_values
 from utils.sets.labelled import open_set
 

@@ -31,7 +31,7 @@ from utils.cli import flag, parse_settings, required, run
 from utils.data.images import ImageTransform, pixel_normalisation
 from utils.data.shards import ShardDataset, train_batches
 from utils.errors import UserError
-from utils.models.encoders import load_model, save_model
+from utils.models.published import load_model, save_model
 from utils.processes.progress import RunProgress
 from utils.sets.labelled import open_set
 from utils.training.metrics import MetricsFile

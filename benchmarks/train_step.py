@@ -56,7 +56,8 @@ from utils.methods.lagrangian import Multiplier, primal_lagrangian, violation
 from utils.methods.lore import MicroBatch, Problem, attack
 from utils.methods.losses import squared_distance
 from utils.methods.preferences import preference_loss, retention_kl
-from utils.models.encoders import ImageEncoder, enable_gradient_checkpointing, frozen_copy, load_model
+from utils.models.encoders import ImageEncoder, enable_gradient_checkpointing, frozen_copy
+from utils.models.published import load_model
 from utils.sets.labelled import open_set
 from utils.training.memory import GB, TOWERS, tower_config
 from utils.training.metrics import MetricsFile, forward_flops, lore_flops_per_image

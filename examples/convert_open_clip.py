@@ -47,8 +47,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.cli import flag, parse_settings, required, run
 from utils.data.images import normalisation_of_file
 from utils.errors import UserError
-from utils.models.encoders import check_model, load_weights, quiet_transformers
 from utils.models.hub import model_folder
+from utils.models.published import check_model, load_weights, quiet_transformers
 from utils.text_files import parse_json
 from utils.training.checkpoint import replace_directory
 

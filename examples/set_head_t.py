@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.cli import flag, parse_settings, required, run
 from utils.errors import UserError
 from utils.methods.head import HEAD_FILE, load_head, set_head_t, warn_of_condition
-from utils.models.encoders import load_model, save_model
+from utils.models.published import load_model, save_model
 
 
 @dataclass

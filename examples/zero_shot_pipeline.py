@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.cli import flag, parse_settings, required, run
 from utils.data.images import ImageError, ImageTransform, decode
 from utils.errors import UserError
-from utils.models.encoders import check_model, quiet_transformers
+from utils.models.published import check_model, quiet_transformers
 
 
 @dataclass

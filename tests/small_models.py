@@ -78,7 +78,8 @@ def save_scaled(directory: Path, other: Path, name: str, largest: float) -> None
 
 def small_encoder(directory: Path, compute_dtype: torch.dtype = torch.float32):
     """The image encoder of a saved model."""
-    from utils.models.encoders import load_model, make_encoder
+    from utils.models.encoders import make_encoder
+    from utils.models.published import load_model
 
     return make_encoder(*load_model(str(directory)), compute_dtype)
 

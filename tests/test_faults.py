@@ -36,7 +36,7 @@ from tests.shard_maker import ShardServer
 from tests.small_models import save_scaled, save_small_clip
 from utils.data.shards import eval_loader
 from utils.errors import UserError
-from utils.models.encoders import load_model
+from utils.models.published import load_model
 from utils.processes.interruption import REQUEUE, SIGNALS
 from utils.training.checkpoint import damage, last_checkpoint
 from utils.training.state import load_parameters, read_tensors

@@ -34,7 +34,7 @@ from utils.data.sources import read_text
 from utils.data.tars import scan_tar
 from utils.errors import UserError
 from utils.evaluation.results import Results
-from utils.models.encoders import load_model
+from utils.models.published import load_model
 from utils.redaction import display_url, printable, shown_setting, without_secrets
 from utils.sets.labelled import find_classes, read_classnames
 from utils.sets.pairs import PairDataset

@@ -19,7 +19,7 @@ from tests.shard_maker import image_bytes, write_shard
 from tests.small_models import photos, save_small_clip, small_encoder
 from utils.errors import UserError
 from utils.methods.lagrangian import Multiplier
-from utils.models.encoders import quiet_transformers
+from utils.models.published import quiet_transformers
 
 KEYS = {
     "step", "samples", "loss", "distance_adv", "distance_clean", "violation_ratio_mean", "violation_ratio_median",

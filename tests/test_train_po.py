@@ -20,7 +20,7 @@ from tests.training.test_train_step import Flops, ScalarsRead, flops_of
 from utils.errors import UserError
 from utils.methods.head import head_power, load_head
 from utils.methods.lagrangian import Multiplier
-from utils.models.encoders import load_model, quiet_transformers
+from utils.models.published import load_model, quiet_transformers
 from utils.models.zeroshot import class_embeddings
 from utils.training.metrics import preference_flops_per_sample
 

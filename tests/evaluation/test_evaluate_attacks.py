@@ -189,7 +189,7 @@ def test_interpretability_is_the_mean_cosine_to_the_descriptions_of_the_true_cla
     """Against CLIPModel's own features, image by image."""
     from utils.data.images import ImageTransform
     from utils.evaluation.trial import Model, Trial
-    from utils.models.encoders import load_model
+    from utils.models.published import load_model
     from utils.sets.labelled import interpretability_templates
 
     evaluate.main(arguments(measure="interpretability", num_samples=3))

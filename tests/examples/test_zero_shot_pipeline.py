@@ -15,7 +15,8 @@ from tests.small_models import photos
 from utils.data.images import ImageTransform, decode
 from utils.errors import UserError
 from utils.methods.losses import class_logits
-from utils.models.encoders import load_model, make_encoder
+from utils.models.encoders import make_encoder
+from utils.models.published import load_model
 from utils.models.zeroshot import class_embeddings, to_pixel_values
 
 LABELS = ["zero", "one", "the number seven", "a {curly} brace"]

@@ -22,7 +22,8 @@ from utils.methods.head import (
     unfolded,
     warn_of_condition,
 )
-from utils.models.encoders import load_model, make_encoder, save_model
+from utils.models.encoders import make_encoder
+from utils.models.published import load_model, save_model
 from utils.models.zeroshot import class_embeddings
 
 TEXTS, TEMPLATES = ["zero", "a dog", "airplane"], ["a photo of a {c}.", "{c}"]

@@ -91,7 +91,7 @@ def test_losses_equal_the_formulas(preference):
     [
         lambda h: dpo_loss(h, 0.8, 0.2),
         lambda h: ipo_loss(h, 0.3),
-        lambda h: kto_loss(h, -h, torch.tensor(0.2), 1.5, 1.2, 0.7),
+        lambda h: kto_loss(h, -h, torch.tensor(0.2), 1.5),
     ],
 )
 def test_gradients_by_autograd_equal_differences(loss):

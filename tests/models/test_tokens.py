@@ -12,7 +12,8 @@ from transformers import AutoProcessor, AutoTokenizer
 from tests.small_models import TEXT_KINDS, save_small_model
 from utils.errors import UserError
 from utils.models import tokens, zeroshot
-from utils.models.encoders import load_model, make_encoder, save_model
+from utils.models.encoders import make_encoder
+from utils.models.published import load_model, save_model
 from utils.models.zeroshot import class_embeddings, prompt_embeddings
 
 TEXTS = [

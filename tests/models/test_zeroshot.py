@@ -19,7 +19,7 @@ from utils.errors import UserError
 from utils.methods.losses import class_logits
 from utils.models import zeroshot
 from utils.models.classifiers import LinearClassifier
-from utils.models.encoders import load_model
+from utils.models.published import load_model
 from utils.models.zeroshot import class_embeddings, predictions
 from utils.sets.labelled import (
     find_classes,

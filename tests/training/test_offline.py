@@ -306,7 +306,7 @@ from pathlib import Path
 from utils.cli import parse_settings
 from utils.errors import UserError
 from utils.processes.distributed import everywhere, start_accelerator
-from utils.models.encoders import load_model
+from utils.models.published import load_model
 from utils.models.hub import fetch_model, folder_on_every_node, on_this_node
 from utils.data.shards import ShardIndex, ShardReader
 

@@ -11,7 +11,7 @@ from tests.conftest import ROOT, accelerate_launch, run_script
 from tests.small_models import KINDS, TEXT_KINDS, photos, save_small_model, small_encoder
 from tests.train_several import train
 from utils.errors import UserError
-from utils.models.encoders import quiet_transformers
+from utils.models.published import quiet_transformers
 
 SHARDINGS = [
     "cpu_2proc",

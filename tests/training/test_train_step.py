@@ -18,7 +18,7 @@ from tests.test_train_lore import rows, with_sgd
 from utils.methods.attacks import attack_seeds, frozen, pgd, uniform_start
 from utils.methods.lagrangian import Multiplier
 from utils.methods.losses import squared_distance
-from utils.models.encoders import quiet_transformers
+from utils.models.published import quiet_transformers
 from utils.training.metrics import lore_flops_per_image
 from utils.training.optimization import cosine_learning_rate
 

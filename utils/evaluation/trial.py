@@ -27,8 +27,9 @@ from utils.data.shards import ShardDataset, eval_loader
 from utils.data.skipped import SkipCounter, count_skipped
 from utils.errors import UserError
 from utils.evaluation.results import Cell, Finding, mean_interval, wilson_interval
-from utils.models.encoders import ImageEncoder, logit_scale
+from utils.models.encoders import ImageEncoder
 from utils.models.policy import TextTable, row_names
+from utils.models.published import logit_scale
 from utils.models.zeroshot import ensemble, refuse_non_finite_rows, to_pixel_values
 from utils.processes.distributed import default_num_workers, gather_objects
 from utils.processes.progress import RunProgress

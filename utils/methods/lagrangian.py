@@ -62,11 +62,11 @@ class Multiplier(nn.Module):
     images, 0 at the start (lambda = ln 2).
     """
 
-    def __init__(self, kind: str, embed_dim: int, hidden_size: int = 512) -> None:
+    def __init__(self, kind: str, embed_dim: int) -> None:
         super().__init__()
         self.raw: nn.Module
         if kind == "network":
-            self.raw = nn.Sequential(nn.Linear(embed_dim, hidden_size), nn.ReLU(), nn.Linear(hidden_size, 1))
+            self.raw = nn.Sequential(nn.Linear(embed_dim, 512), nn.ReLU(), nn.Linear(512, 1))
         elif kind == "linear":
             self.raw = nn.Linear(embed_dim, 1)
         elif kind == "scalar":

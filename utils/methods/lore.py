@@ -63,9 +63,7 @@ class Primal(NamedTuple):
     """A primal loss and what it is made of."""
 
     loss: Tensor  # scalar
-    terms: (
-        Tensor  # (3,), detached: the loss, the mean objective, the mean distance of the clean images (0 without them)
-    )
+    terms: Tensor  # (3,), detached: the loss, the mean objective, the mean distance of the clean images (or 0)
     image_embeds: Any  # (B, D), of the clean images; None where neither the loss nor a log row sees them
     adversarial_embeds: Tensor  # (B, D)
 

@@ -66,22 +66,14 @@ def ipo_loss(margin: Tensor, beta: float) -> Tensor:
     return (margin - 1 / (2 * beta)).square()
 
 
-def kto_loss(
-    chosen_rewards: Tensor,
-    rejected_rewards: Tensor,
-    baseline: Tensor,
-    beta: float,
-    chosen_weight: float = 1.0,
-    rejected_weight: float = 1.0,
-) -> Tensor:
-    """1/2 {w_D [1 - sigma(beta (r_w - z))] + w_U [1 - sigma(beta (z - r_l))]}, (N, 1), (N, R), scalar -> (N, R).
+def kto_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, baseline: Tensor, beta: float) -> Tensor:
+    """1/2 {[1 - sigma(beta (r_w - z))] + [1 - sigma(beta (z - r_l))]}, (N, 1), (N, R), scalar -> (N, R).
 
-    ``baseline`` is z >= 0 in nats, never differentiated. 0.5 at r = z = 0 and weights of 1.
+    ``baseline`` is z >= 0 in nats, never differentiated. 0.5 at r = z = 0.
     """
     z = baseline.detach()
-    desirable = chosen_weight * torch.sigmoid(beta * (z - chosen_rewards))  # 1 - sigma(a) = sigma(-a)
-    undesirable = rejected_weight * torch.sigmoid(beta * (rejected_rewards - z))
-    return 0.5 * (desirable + undesirable)
+    # 1 - sigma(a) = sigma(-a)
+    return 0.5 * (torch.sigmoid(beta * (z - chosen_rewards)) + torch.sigmoid(beta * (rejected_rewards - z)))
 
 
 def rewards(logits: Tensor, ref_logits: Tensor, texts: Tensor) -> Tensor:
@@ -252,6 +244,11 @@ class PreferenceProblem:
 
 
 MEASURED = (
-    *("preference_loss", "margin_mean", "reward_chosen", "reward_rejected", "reward_accuracy", "pair_accuracy"),
+    "preference_loss",
+    "margin_mean",
+    "reward_chosen",
+    "reward_rejected",
+    "reward_accuracy",
+    "pair_accuracy",
     "kl",
 )

@@ -1,7 +1,6 @@
 """Classifiers of image embeddings: class texts or a linear head, a linear probe, nearest neighbours.
 
-All are called alike, ``classifier(image_embeds)``: (B, D), any float dtype -> (B, C) float32, differentiable, so that
-an attack sees through them. They sit on the device of their tensors until ``to(device)``.
+``classifier(image_embeds)``: (B, D), any float dtype -> (B, C) float32, differentiable: an attack sees through them.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import copy
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +20,11 @@ from transformers import PreTrainedModel
 
 from utils.errors import UserError
 from utils.methods.losses import class_logits, unit
-from utils.models.encoders import has_own_head
+from utils.models.published import has_own_head
 
-# scikit-learn's C = 0.316 of CLIP's linear probe weighs the losses, l2 = 1 / C the weights.
-CLIP_PROBE_L2 = 1 / 0.316
+CLIP_PROBE_L2 = (
+    1 / 0.316
+)  # C = 0.316 of CLIP's linear probe (arXiv 2103.00020) weighs the losses, l2 = 1 / C the weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,11 +32,10 @@ class LinearClassifier:
     """logits = scale * f(z) W^T + b, f(z) = z / ||z|| where ``normalise``, else z.
 
     Zero-shot CLIP, to the bit: W = class_embeds, scale = exp(logit_scale), normalise.
-    weight: W, (C, D), any float dtype, used in float32. bias: b, (C,), or None.
     """
 
-    weight: Tensor
-    bias: Tensor | None = None
+    weight: Tensor  # W, (C, D), any float dtype, used in float32
+    bias: Tensor | None = None  # b, (C,)
     scale: float = 1.0
     normalise: bool = False
 
@@ -54,13 +54,11 @@ class LinearClassifier:
 def read_linear_head(
     path: str | Path, embed_dim: int, num_classes: int, flag: str = "--linear_head"
 ) -> LinearClassifier:
-    """A linear head from a safetensors file: ``weight`` (C, D), maybe ``bias`` (C,). Raises ``UserError``.
+    """A linear head from a safetensors file, whose metadata may say normalise "true". Raises ``UserError``."""
 
-    The metadata may say normalise "true": the head was trained on embeddings of unit length.
-    """
+    layout = f"weight ({num_classes}, {embed_dim}) and maybe bias ({num_classes},)"
 
     def wrong(what: str) -> UserError:
-        layout = f"weight ({num_classes}, {embed_dim}) and maybe bias ({num_classes},)"
         return UserError(f"{flag} {path}: {what}; expected a safetensors file of a head for this model: {layout}")
 
     if not Path(path).is_file():
@@ -75,19 +73,15 @@ def read_linear_head(
         raise wrong(f"not a safetensors file ({str(error)[:160]})") from None
     if "weight" not in tensors:
         raise wrong(f"holds no weight, but {', '.join(names) or 'nothing'}")
-    weight, bias = tensors["weight"], tensors.get("bias")
-    if weight.ndim != 2 or weight.shape[1] != embed_dim:
-        raise wrong(f"weight is {tuple(weight.shape)}, the model embeds into {embed_dim} dimensions")
-    if len(weight) != num_classes:
-        raise wrong(f"weight has {len(weight)} classes, the data set {num_classes}")
-    if bias is not None and bias.shape != (num_classes,):
-        raise wrong(f"bias is {tuple(bias.shape)}, expected ({num_classes},)")
+    shapes = {"weight": (num_classes, embed_dim), "bias": (num_classes,)}
     for name, tensor in tensors.items():
+        if tensor.shape != shapes[name]:
+            raise wrong(f"{name} is {tuple(tensor.shape)}")
         if not tensor.isfinite().all():
             raise wrong(f"{name} is not finite")
     if normalise not in ("true", "false"):
         raise wrong(f"normalise is {normalise!r} in the metadata, not 'true' or 'false'")
-    return LinearClassifier(weight, bias, normalise=normalise == "true")
+    return LinearClassifier(tensors["weight"], tensors.get("bias"), normalise=normalise == "true")
 
 
 def own_linear_head(model: PreTrainedModel, num_classes: int) -> LinearClassifier:
@@ -96,9 +90,9 @@ def own_linear_head(model: PreTrainedModel, num_classes: int) -> LinearClassifie
     if not isinstance(head, nn.Linear):
         kind = model.config.model_type
         raise UserError(f"a {kind} has neither a text tower nor a head of its own; give it one with --linear_head")
-    if head.out_features != num_classes:
-        classes = f"{head.out_features} classes, the data set {num_classes}"
-        raise UserError(f"the model's own head has {classes}; give one with --linear_head")
+    if (found := head.out_features) != num_classes:
+        fault = f"the model's own head has {found} classes, the data set {num_classes}"
+        raise UserError(f"{fault}; give one with --linear_head")
     return LinearClassifier(head.weight.detach(), head.bias.detach())
 
 
@@ -119,14 +113,9 @@ def fit_linear_probe(
 ) -> LinearClassifier:
     """Multinomial logistic regression: min over W, b of sum_i -log p(y_i | x_i) + l2 / 2 ||W||^2, by L-BFGS.
 
-    x are the features standardised in each dimension, so that one l2 does for short and for long embeddings; that
-    transform goes into the W and b returned, float32, on the device of ``features``. scikit-learn's
-    LogisticRegression(C=1 / l2) on standardised features has the same optimum. Full batch in float64 from zero: the
-    same features give the same head. The default l2 is that of CLIP's linear probe (Radford et al. 2021, arXiv
-    2103.00020), which does not standardise.
-
-    features: image embeddings (N, D), any float dtype. labels: (N,) int64 in [0, num_classes); a class without images
-    gets a bias that keeps it unlikely.
+    x are the features (N, D), standardised in each dimension, so that one l2 does for short and for long embeddings;
+    that goes into the W and b returned, float32. labels (N,) int64. The optimum is that of scikit-learn's
+    LogisticRegression(C=1 / l2). In float64 from zero: the same features give the same head.
     """
     features, labels = _training_set(features, labels, num_classes)
     x = features.double()
@@ -138,15 +127,9 @@ def fit_linear_probe(
     with torch.enable_grad():
         weight = x.new_zeros(num_classes, x.shape[1]).requires_grad_(True)
         bias = x.new_zeros(num_classes).requires_grad_(True)
-        optimizer = torch.optim.LBFGS(
-            [weight, bias],
-            max_iter=10_000,
-            max_eval=20_000,
-            history_size=20,
-            line_search_fn="strong_wolfe",
-            tolerance_grad=1e-9,
-            tolerance_change=1e-15,
-        )
+        options: dict[str, Any] = {"max_iter": 10_000, "max_eval": 20_000, "tolerance_grad": 1e-9}
+        options |= {"tolerance_change": 1e-15, "history_size": 20, "line_search_fn": "strong_wolfe"}
+        optimizer = torch.optim.LBFGS([weight, bias], **options)
 
         def closure() -> Tensor:
             optimizer.zero_grad()
@@ -163,11 +146,9 @@ def fit_linear_probe(
 class KnnClassifier:
     """Weighted nearest neighbours: logit_c = log sum over the k nearest training images of class c of exp(cos / T).
 
-    softmax(logits) are the shares of the votes; a class without a vote gets a finite logit, 69 below the nearest
-    image's own vote. The gradient is that of the votes; the choice of neighbours has none. Source: Wu et al. 2018
-    (arXiv 1805.01978), as in DINO (Caron et al. 2021, arXiv 2104.14294), k = 20 and T = 0.07.
-
-    features: (N, D), any float dtype; kept at unit length in float32. labels: (N,) int64 in [0, num_classes).
+    features (N, D), labels (N,) int64 in [0, num_classes). softmax(logits) are the shares of the votes; a class without
+    a vote gets a finite logit. The gradient is that of the votes; the choice of neighbours has none. Source: arXiv
+    1805.01978, as in DINO (arXiv 2104.14294), k = 20 and T = 0.07.
     """
 
     BLOCK = 64  # images compared at once: (64, N) similarities in memory
@@ -193,8 +174,8 @@ class KnnClassifier:
 
     def _logits(self, image_embeds: Tensor) -> Tensor:
         count = len(image_embeds)
-        # Filled up to a whole block: the last bits of a product depend on its shape, and they decide which of two
-        # equally near images is among the k. The votes shall not depend on the batch size.
+        # Filled up to a whole block: the last bits of a product depend on its shape, and decide between equally near
+        # images. The votes shall not depend on the batch size.
         queries = unit(F.pad(image_embeds, (0, 0, 0, self.BLOCK - count)))
         nearest, places = (queries @ self.features.T).topk(self.k, dim=1)
         log_votes = nearest / self.temperature

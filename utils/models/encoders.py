@@ -1,11 +1,8 @@
 """Encoders: pixels in [0,1] to un-normalised image embeddings, and token ids to text embeddings, in lean layers.
 
-What the image encoder takes from a model depends on its type:
-
-    clip, siglip, siglip2, vision-text-dual-encoder   image tower (and projection) of a model with a text tower
-    clip_vision_model, siglip_vision_model            the image half alone
-    dinov2                                            Dinov2Model: the class token; Dinov2ForImageClassification: class
-                                                      token and mean of the patches, which its own linear head reads
+The embedding is the image tower's pooled output, through its projection where it has one: of clip, siglip, siglip2,
+vision-text-dual-encoder, clip_vision_model, siglip_vision_model. dinov2: the class token, and for its own linear head
+(Dinov2ForImageClassification) the mean of the patches as well.
 """
 
 from __future__ import annotations
@@ -26,36 +23,16 @@ from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings
 
 from utils.data.images import pixel_normalisation
 from utils.errors import UserError
-from utils.models.published import (  # noqa: F401  what scripts and other modules take from here
-    CONTRASTIVE_MODEL_TYPES,
-    MODEL_TYPES,
-    check_model,
-    has_own_head,
-    has_text,
-    image_size,
-    image_tower,
-    image_transform,
-    load_model,
-    load_weights,
-    logit_scale,
-    nearest,
-    quiet_transformers,
-    refuse_mistyped_path,
-    save_model,
-    square_side,
-)
+from utils.models.published import image_size, image_tower, load_model
 
 ATTENTION = "lean"  # of ``attention`` in transformers' table; a name with "flash" in it would mean another package
 
 
 class ImageEncoder(nn.Module):
-    """phi: an image tower and its projection, if it has one, with the normalisation of pixels inside.
+    """phi: a model's own image tower and its projection, if it has one, with the normalisation of pixels inside.
 
-    Its modules are the model's own, not copies: training this trains that. Pixels, normalisation and patch embedding
-    stay in float32, the blocks run under autocast in ``compute_dtype``: bfloat16 would round a normalised pixel near 2
-    to steps of 1/64 and lose an attack's steps of 1/1020. Autocast is entered here, not by the training engine, so that
-    attack, reference and trained encoder compute alike, wrapped or not.
-
+    Pixels and patch embedding stay in float32, the blocks run in ``compute_dtype``: bfloat16 would lose an attack's
+    steps. Autocast is entered here, so that attack, reference and trained encoder compute alike, wrapped or not.
     mean_of_patches: the embedding is [class token; mean of the patch tokens], as DINOv2's linear heads take it.
     """
 
@@ -101,7 +78,7 @@ class ImageEncoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """The text tower of a contrastive model and its projection, if it has one; the modules are the model's own."""
+    """A contrastive model's own text tower and its projection, if it has one."""
 
     def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -133,39 +110,33 @@ def make_encoder(model: PreTrainedModel, processor: Any, compute_dtype: torch.dt
 
 def enable_gradient_checkpointing(encoder: ImageEncoder) -> None:
     """Recomputes activations in the backward pass, in train mode only. Non-reentrant, or autograd.grad refuses it."""
-    tower, settings = encoder.vision_model, {"use_reentrant": False}
+    tower = encoder.vision_model
     if tower.config.model_type == "convnext":  # transformers offers none for it
         for module in tower.modules():
             if type(module) is ConvNextLayer:
                 module.__class__ = RecomputedConvNextLayer
-    elif hasattr(tower, "activation_checkpointing_enable"):  # transformers >= 5.20 or so
-        tower.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     else:
-        tower.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+        enable = getattr(tower, "activation_checkpointing_enable", tower.gradient_checkpointing_enable)  # its old name
+        enable({"use_reentrant": False})
 
 
 def frozen_copy(encoder: ImageEncoder) -> ImageEncoder:
-    """phi0: a copy in eval mode whose parameters require no gradient."""
     return copy.deepcopy(encoder).eval().requires_grad_(False)
 
 
-def load_reference(name_or_path: str | None, encoder: ImageEncoder) -> ImageEncoder:
-    """phi0: a frozen copy of ``encoder``, or of the model that --reference_model_name_or_path names."""
+def load_reference(name_or_path: str | None, encoder: ImageEncoder) -> tuple[ImageEncoder, PreTrainedModel | None]:
+    """phi0 of --reference_model_name_or_path, frozen, and its whole model; without a name a copy of ``encoder`` alone."""
     if name_or_path is None:
-        return frozen_copy(encoder)
-    reference = make_encoder(*load_model(name_or_path, "--reference_model_name_or_path"), encoder.compute_dtype)
-    refuse_other_shape(reference, encoder, name_or_path)
-    return frozen_copy(reference)
-
-
-def refuse_other_shape(reference: ImageEncoder, encoder: ImageEncoder, name_or_path: str) -> None:
-    """``UserError`` where a reference sees other pixels or gives other embeddings than the encoder."""
+        return frozen_copy(encoder), None
+    model, processor = load_model(name_or_path, "--reference_model_name_or_path")
+    reference = make_encoder(model, processor, encoder.compute_dtype)
     if (reference.embed_dim, reference.image_size) != (encoder.embed_dim, encoder.image_size):
         raise UserError(
             f"--reference_model_name_or_path {name_or_path}: embeds {reference.image_size} px into "
             f"{reference.embed_dim} dimensions, the encoder {encoder.image_size} px into {encoder.embed_dim}; "
             "name a model of the encoder's kind"
         )
+    return frozen_copy(reference), model
 
 
 def check_reference_dtype(name: str, compute_dtype: torch.dtype) -> None:
@@ -178,11 +149,7 @@ def check_reference_dtype(name: str, compute_dtype: torch.dtype) -> None:
 
 
 def keep_weights_in(name: str, reference: ImageEncoder) -> ImageEncoder:
-    """``bfloat16``: stores the blocks' linear layers, nearly all of the weights, in bfloat16, in place.
-
-    Autocast rounds them to that before every product anyway: the embeddings stay the same to the bit. Patch embedding,
-    positions, layer norms and projection stay float32.
-    """
+    """``bfloat16``: stores the blocks' linear layers so, in place. Autocast rounds them anyway: the embeddings stay."""
     if name == "bfloat16":
         blocks = [module for module in reference.vision_model.modules() if isinstance(module, nn.ModuleList)]
         for linear in {part for block in blocks for part in block.modules() if isinstance(part, nn.Linear)}:
@@ -196,11 +163,7 @@ def keep_weights_in(name: str, reference: ImageEncoder) -> ImageEncoder:
 
 
 def use_lean_layers(tower: nn.Module) -> None:
-    """Replaces the classes of a tower's layers by those below, in place: same parameters, same names.
-
-    The patch embedding (of a ConvNeXt its stem alone), the activations, and the layer norms inside of blocks: what the
-    other norms return is added to in float32, or is an embedding.
-    """
+    """Replaces the classes of a tower's layers by those below, in place. Norms outside of blocks stay as they are."""
     for module in tower.modules():
         of_pixels = type(module) is nn.Conv2d and module.in_channels == 3 and module.padding in ((0, 0), "valid")
         if of_pixels and module.stride == module.kernel_size:
@@ -220,8 +183,8 @@ def use_lean_layers(tower: nn.Module) -> None:
 def embed_patches(pixel_values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Patches side by side times weights, always in float32: (B, 3, H, W), (D, 3, P, P) -> (B, D, H/P, W/P).
 
-    On a CPU as one product: oneDNN takes more than twice as long for the convolution's gradient to the pixels, 14 % of
-    an attack on ViT-B/32. On a GPU TF32 must be off for convolutions: see utils/processes/distributed.py.
+    On a CPU as one product: oneDNN takes twice as long for the convolution's gradient to the pixels. On a GPU TF32 must
+    be off for convolutions: see utils/processes/distributed.py.
     """
     with torch.autocast(pixel_values.device.type, enabled=False):
         pixel_values = pixel_values.float()
@@ -252,10 +215,7 @@ class Float32PatchProduct(nn.Linear):
 
 
 class SquareImageEmbeddings(Siglip2VisionEmbeddings):
-    """SigLIP 2's embeddings ("NaFlex") of images of one size: (B, 3, H, W), normalised -> (B, patches, D), float32.
-
-    transformers resizes the position embeddings for every image of a list; here once for the batch.
-    """
+    """SigLIP 2's embeddings of images of one size, positions resized once: (B, 3, H, W) -> (B, patches, D), float32."""
 
     def forward(self, pixel_values: Tensor, spatial_shapes: Tensor | None = None) -> Tensor:
         patches, size = self.patch_embedding(pixel_values), self.position_embedding_size
@@ -269,10 +229,7 @@ class SquareImageEmbeddings(Siglip2VisionEmbeddings):
 
 
 class PoolingAttention(nn.MultiheadAttention):
-    """The attention of SigLIP's pooling, batch first: (B, Q, D), (B, T, D) twice -> (B, Q, D), and no weights.
-
-    torch's own reads the weights of its output projection without calling it, which ZeRO-3 does not gather in time.
-    """
+    """SigLIP's pooling: (B, Q, D), (B, T, D) twice -> (B, Q, D). It calls out_proj, as torch's does not: ZeRO-3."""
 
     def forward(  # type: ignore[override]
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None
@@ -293,10 +250,7 @@ class RecomputedConvNextLayer(ConvNextLayer):
 
 
 class RoundedLayerNorm(nn.LayerNorm):
-    """Layer norm in float32, rounded to autocast's precision once. (..., D) -> (..., D).
-
-    Autocast would round the same output for the query, for the key and for the value, and keep all three copies.
-    """
+    """Layer norm in float32, rounded once. Autocast would keep copies for query, key and value. (..., D) -> same."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         normalised = super().forward(hidden_states)
@@ -316,8 +270,7 @@ def attention(
 ) -> tuple[Tensor, None]:
     """softmax(scaling * Q K^T) V, (B, heads, T, d) each -> (B, T, heads, d). No ``scaling``: 1 / sqrt(d).
 
-    By torch's flash attention, but for bfloat16 on a CPU: there it takes about five times as long, backward included,
-    as the two products and the softmax written out, which keep the weights (B, heads, T, T) for the backward pass.
+    By torch's flash attention, but for bfloat16 on a CPU: there the products written out are five times as fast.
     """
     plain = query.device.type == "cpu" and query.dtype == torch.bfloat16
     if not plain or attention_mask is not None or options.get("dropout"):

@@ -30,26 +30,25 @@ from utils.sets.pairs import PreferenceDataset, Row
 
 
 class FeatureDataset(PreferenceDataset):
-    """``source`` with image embeddings (D,) in place of pictures; the same samples, rows and replacements.
-
-    ``embeds`` (rows, D) float32 and ``samples`` are those of ``compute_features``.
-    """
+    """``source`` with image embeddings (D,) in place of pictures: what ``compute_features`` gives."""
 
     def __init__(self, source: PreferenceDataset, embeds: Tensor, samples: list[dict[str, Any]]) -> None:
         super().__init__(source.index, source.transform, order=source.order, seed=source.seed)
         self.texts, self.embeds, self.samples = source.texts, embeds, samples
-        self._starts = [0, *accumulate(source.index.sizes)]
+        self._starts = [0, *accumulate(source.index.sizes)]  # of shards, in samples
+        self._firsts = [0, *accumulate(len(sample.get("rows", ())) for sample in samples)]  # of samples, in rows
 
     @property
     def no_images(self) -> Tensor:
         return self.embeds[:0]
 
     def load(self, reader: ShardReader, shard: int, sample: int, epoch: int) -> dict[str, Any]:
-        found = self.samples[self._starts[shard] + sample]
+        position = self._starts[shard] + sample
+        found = self.samples[position]
         if "skipped" in found:
             raise BadSample(*found["skipped"])
         reader.notices += [Skipped(*notice) for notice in found["notices"]]
-        rows = [Row(self.embeds[place], *texts) for place, texts in enumerate(found["rows"], found["first"])]
+        rows = [Row(self.embeds[row], *texts) for row, texts in enumerate(found["rows"], self._firsts[position])]
         return {"key": found["key"], "rows": rows}
 
 
@@ -66,8 +65,7 @@ def features(
     """The first ``num_samples`` with embedded pictures (``reading``: as of ``compute_features``); True if cached.
 
     The cache knows them by the encoder's ``weights`` (whole ones), a digest of the shards, and ``identity``: whatever
-    else the embeddings depend on. The first process of each machine writes, all read. ``UserError`` on all where it
-    cannot write.
+    else the embeddings depend on. The first process of each machine writes, all read.
     """
     folder = Path(dataset.index.cache_dir or default_cache_dir()) / "features"
     shards = shards_digest(accelerator, dataset.index, num_samples)
@@ -107,24 +105,23 @@ def compute_features(
     encoder: nn.Module,
     *,
     num_samples: int,
-    batch_size: int,
-    num_workers: int,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callable[[int], None],
+    **loading: Any,
 ) -> tuple[Tensor, list[dict[str, Any]]]:
     """image_embeds (rows, D) float32 on the CPU of the first ``num_samples``, and these in order, on every process.
 
-    A sample is its key with its rows, notices and ``first`` row in the embeddings, or with why it is skipped.
+    A sample is its key with its rows and notices, or with why it is skipped. ``on_batch`` hears how many are done,
+    ``loading`` goes to ``eval_loader``.
     """
     loader = eval_loader(
         SampleRows(dataset),
         num_samples=num_samples,
-        batch_size=batch_size,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        num_workers=num_workers,
         pin_memory=accelerator.device.type == "cuda",
+        **loading,
     )
-    # Position, sample, embeddings of its rows: as an array, for a part of a tensor would travel with the whole of it.
+    # Position, sample, embeddings of its rows: as an array, as a part of a tensor would travel with the whole of it.
     own: list[tuple[int, dict[str, Any], np.ndarray]] = []
     for batch in loader:
         rows_of = [sample.get("rows", []) for sample in batch]
@@ -135,22 +132,15 @@ def compute_features(
         keys = [sample["key"] for sample, rows in zip(batch, rows_of) for _ in rows]
         refuse_non_finite_rows(embeds.norm(dim=1, keepdim=True), keys, "embeddings")
         for sample, part in zip(batch, embeds.split([len(rows) for rows in rows_of])):
-            found: dict[str, Any] = {"key": sample["key"]}
+            records, found = [dataclasses.astuple(record) for record in sample["skipped"]], {"key": sample["key"]}
             if "rows" in sample:
                 found["rows"] = [[row.chosen, row.rejected, row.candidates, row.reg] for row in sample["rows"]]
-                found["notices"] = [dataclasses.astuple(record) for record in sample["skipped"]]
+                found["notices"] = records
             else:
-                record = sample["skipped"][0]
-                found["skipped"] = [record.kind, record.where, record.detail]
+                found["skipped"] = records[0][:3]
             own.append((sample["position"], found, part.numpy()))
-        if on_batch is not None:
-            on_batch(min(num_samples, len(own) * accelerator.num_processes))
+        on_batch(min(num_samples, len(own) * accelerator.num_processes))
     gathered = sorted((each for part in gather_objects(accelerator, own) for each in part), key=lambda each: each[0])
-    first = 0
-    for _, found, part in gathered:
-        if "rows" in found:
-            found["first"] = first
-            first += len(part)
     parts = [torch.from_numpy(part) for _, _, part in gathered if len(part)]
     return torch.cat(parts) if parts else torch.empty(0, 1), [found for _, found, _ in gathered]
 

@@ -6,7 +6,6 @@ Nodes may have caches of their own (HF_HOME, --cache_dir on a local disk). An er
 from __future__ import annotations
 
 import glob
-import json
 import logging
 import os
 import re
@@ -18,7 +17,7 @@ from accelerate import Accelerator
 from utils.data.shards import ShardIndex, refuse_lacking_shards
 from utils.data.sources import BRING_IT, ShardCache, hub_answered, hub_offline, one_line
 from utils.errors import UserError
-from utils.models.encoders import MODEL_TYPES, check_model, nearest, refuse_mistyped_path
+from utils.models.published import MODEL_TYPES, check_model, nearest, refuse_mistyped_path, weight_files
 from utils.processes.distributed import everywhere, from_main_process, gather_objects, on_every_node
 
 logger = logging.getLogger(__name__)
@@ -27,17 +26,15 @@ logger = logging.getLogger(__name__)
 def folder_on_every_node(accelerator: Accelerator, find: Callable[[bool], Path], what: str) -> Path:
     """This node's folder: ``find(False)`` on its first process, which may download, then ``find(True)`` on its others.
 
-    A folder of the hub's cache is named after its commit. UserError where the nodes' commits differ: their processes
-    would compute with different models or data, and nothing would show it.
+    A folder of the hub's cache is named after its commit. UserError where the nodes' commits differ.
     """
     brought = on_every_node(accelerator, lambda: find(False))
     folder = everywhere(accelerator, lambda: brought or find(True))
     versions = sorted(set(gather_objects(accelerator, folder.name)))
     if len(versions) > 1:
-        raise UserError(
-            f"{what}: the nodes have different versions in their caches ({', '.join(versions)}); bring the same one to "
-            "all of them, by --prefetch true where there is internet, or delete the old ones"
-        )
+        fault = f"the nodes have different versions in their caches ({', '.join(versions)})"
+        advice = "bring the same one to all of them, by --prefetch true where there is internet, or delete the old ones"
+        raise UserError(f"{what}: {fault}; {advice}")
     return folder
 
 
@@ -62,34 +59,34 @@ def model_folder(
 ) -> Path:
     """The folder itself, or the hub's cache's with all files that ``from_pretrained`` reads. Raises ``UserError``.
 
-    What is lacking is brought, but not with ``local_files_only``. The model's type is checked before its weights come.
-    Where the hub cannot be reached, the cache has to do.
+    The model's type is checked before its weights come. Where the hub cannot be reached, the cache has to do.
     """
     from huggingface_hub import HfApi, snapshot_download
 
     refuse_mistyped_path(name_or_path, flag)
-    local = os.path.isdir(name_or_path)
-    if local or local_files_only or hub_offline():
-        folder = name_or_path if local else _cached_model(name_or_path, flag)
-        check_model(folder, flag, supported)
-        return Path(folder)
-    try:
-        names = [file.rfilename for file in HfApi().model_info(name_or_path).siblings or []]
-        check_model(name_or_path, flag, supported)
-        return Path(snapshot_download(name_or_path, allow_patterns=list(map(glob.escape, model_files(names)))))
-    except UserError:
-        raise
-    except Exception as error:  # the hub raises its own errors, httpx's and OSError
-        reason = one_line(error)
-        if hub_answered(error):
-            raise UserError(
-                f"{flag} {name_or_path}: neither a local model directory nor a model that the hub gives out "
-                f"({reason}); check the name, or log in with `hf auth login` if it is private or gated"
-            ) from None
-        folder = _cached_model(name_or_path, flag, f"the download failed ({reason})")
-        logger.warning("%s: nothing comes from the hub (%s); taken from %s", name_or_path, reason, folder)
-        check_model(folder, flag, supported)
-        return Path(folder)
+    if os.path.isdir(name_or_path):
+        folder = name_or_path
+    elif hub_offline():
+        folder = _cached_model(name_or_path, flag, "HF_HUB_OFFLINE is set")
+    elif local_files_only:
+        folder = _cached_model(name_or_path, flag, "this node's first process did not bring it")
+    else:
+        try:
+            names = [file.rfilename for file in HfApi().model_info(name_or_path).siblings or []]
+            check_model(name_or_path, flag, supported)
+            return Path(snapshot_download(name_or_path, allow_patterns=[*map(glob.escape, model_files(names))]))
+        except UserError:
+            raise
+        except Exception as error:  # the hub raises its own errors, httpx's and OSError
+            reason = one_line(error)
+            if hub_answered(error):
+                fault = f"neither a local model directory nor a model that the hub gives out ({reason})"
+                advice = "check the name, or log in with `hf auth login` if it is private or gated"
+                raise UserError(f"{flag} {name_or_path}: {fault}; {advice}") from None
+            folder = _cached_model(name_or_path, flag, f"the download failed ({reason})")
+            logger.warning("%s: nothing comes from the hub (%s); taken from %s", name_or_path, reason, folder)
+    check_model(folder, flag, supported)
+    return Path(folder)
 
 
 def model_files(names: Sequence[str]) -> list[str]:
@@ -100,33 +97,22 @@ def model_files(names: Sequence[str]) -> list[str]:
     return weights + [name for name in top if name.endswith((".json", ".txt", ".model", ".jinja"))]
 
 
-def _cached_model(name: str, flag: str, reason: str = "") -> str:
+def _cached_model(name: str, flag: str, reason: str) -> str:
     """The folder of the hub's cache, if it holds config and weights. Raises ``UserError``."""
     from huggingface_hub import try_to_load_from_cache
 
-    config = try_to_load_from_cache(name, "config.json")
-    lacking = "its weights" if isinstance(config, str) else "config.json"
+    config, lacking = try_to_load_from_cache(name, "config.json"), "config.json"
     if isinstance(config, str):
-        folder = Path(config).parent
-        for whole in ("model.safetensors", "pytorch_model.bin"):
-            parts = folder / f"{whole}.index.json"
-            files = [whole]
-            if parts.exists() and not (folder / whole).exists():
-                files = json.loads(parts.read_text(encoding="utf-8"))["weight_map"].values()
-            if all((folder / file).exists() for file in files):
-                return str(folder)
-    reason = reason or ("HF_HUB_OFFLINE is set" if hub_offline() else "this node's first process did not bring it")
-    raise UserError(
-        f"{flag} {name}: neither a local model directory{nearest(name)} nor a model in the cache, which lacks "
-        f"{lacking} of it, and {reason}; check the path, or {BRING_IT}"
-    )
+        folder, lacking = Path(config).parent, "its weights"
+        file, parts = weight_files(folder)
+        if all((folder / part).exists() for part in parts.values() or [file]):
+            return str(folder)
+    fault = f"neither a local model directory{nearest(name)} nor a model in the cache, which lacks {lacking} of it"
+    raise UserError(f"{flag} {name}: {fault}, and {reason}; check the path, or {BRING_IT}")
 
 
 def on_this_node(accelerator: Accelerator, index: ShardIndex, folders: Sequence[str | Path], flag: str) -> None:
-    """Gives an index of the main process the paths of this one: ``folders`` are its own, which may differ by node.
-
-    UserError on all processes where a node without internet lacks shards of the hub.
-    """
+    """Gives the main process's index the paths of this one: ``folders`` are its own. UserError for lacking shards."""
     for there, here in zip(from_main_process(accelerator, lambda: list(map(str, folders))), map(str, folders)):
         index.urls = [here + url[len(there) :] if url.startswith(f"{there}/") else url for url in index.urls]
         index.cache_dir = here if index.cache_dir == there else index.cache_dir

@@ -8,7 +8,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -59,40 +59,27 @@ def model_card(
     notes: list[str],
     with_text: bool = True,
 ) -> str:
-    """Markdown with the hub's metadata header. ``evaluations`` are metrics rows that hold eval_ keys.
-
-    ``model_class``: the class of transformers that loads the model. ``with_text``: whether it has a text tower.
-    """
+    """Markdown with the hub's header. ``evaluations``: metrics rows with eval_ keys. ``model_class`` loads it."""
     processor_class = "AutoProcessor" if with_text else "AutoImageProcessor"
     is_of_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base_model) and not Path(base_model).exists()
-    lines = [
-        "---",
-        "library_name: transformers",
-        *([f"base_model: {base_model}"] if is_of_hub else []),
-        f"pipeline_tag: {'zero-shot-image-classification' if with_text else 'image-feature-extraction'}",
-        f"tags: [{', '.join(tags)}]",
-        "---",
-        "",
-        f"# {method} from {base_model}",
-        "",
-        f"Load it with `{model_class}.from_pretrained` and `{processor_class}.from_pretrained`. {about}",
-        "",
-    ]
+    lines = ["---", "library_name: transformers"]
+    lines += [f"base_model: {base_model}"] if is_of_hub else []
+    lines += [f"pipeline_tag: {'zero-shot-image-classification' if with_text else 'image-feature-extraction'}"]
+    lines += [f"tags: [{', '.join(tags)}]", "---", "", f"# {method} from {base_model}", ""]
+    lines += [f"Load it with `{model_class}.from_pretrained` and `{processor_class}.from_pretrained`. {about}", ""]
     if evaluations:
-        keys = [key for key in evaluations[-1] if key.startswith("eval_")]
-        lines += ["## Evaluations during training", "", "| step | " + " | ".join(keys) + " |"]
-        lines += ["|---" * (len(keys) + 1) + "|"]
-        for row in evaluations:
-            values = [f"{row[key]:.4f}" if isinstance(row.get(key), float) else str(row.get(key, "")) for key in keys]
-            lines.append(f"| {row['step']} | " + " | ".join(values) + " |")
-        lines.append("")
+        keys = ["step", *(key for key in evaluations[-1] if key.startswith("eval_"))]
+        found = [[row.get(key, "") for key in keys] for row in evaluations]
+        rows = [[f"{value:.4f}" if isinstance(value, float) else value for value in row] for row in found]
+        lines += ["## Evaluations during training", "", *_table(keys, rows)]
     lines += [*notes, ""] if notes else []
-    lines += ["## Command", "", "```", command_line(), "```", "", "## Settings", "", "| setting | value |", "|---|---|"]
-    lines += [f"| {name} | {_cell(value)} |" for name, value in settings.items()]
-    lines += ["", "## Versions", "", "| package | version |", "|---|---|"]
-    lines += [f"| {name} | {number} |" for name, number in versions().items()]
-    return "\n".join(map(printable, lines)) + "\n"
+    lines += ["## Command", "", "```", command_line(), "```", ""]
+    lines += ["## Settings", "", *_table(("setting", "value"), settings.items())]
+    lines += ["## Versions", "", *_table(("package", "version"), versions().items())]
+    return "\n".join(map(printable, lines))
 
 
-def _cell(value: Any) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")
+def _table(headings: Sequence[str], rows: Iterable[Iterable[Any]]) -> list[str]:
+    """The lines of a table in Markdown, and an empty one."""
+    cells = ([str(value).replace("|", "\\|").replace("\n", " ") for value in row] for row in rows)
+    return [*(f"| {' | '.join(line)} |" for line in (headings, ["---"] * len(headings), *cells)), ""]

@@ -15,7 +15,7 @@ from utils.methods.head import Head
 from utils.methods.preferences import BatchLogits, PreferenceBatch, candidate_logits, retention_kl
 from utils.models.encoders import ImageEncoder, TextEncoder
 from utils.models.published import text_embed_dim
-from utils.models.tokens import Tokens, fill_up, read_prompts
+from utils.models.tokens import Tokens, fill_in, fill_up, read_prompts
 from utils.models.zeroshot import ensemble, prompt_embeddings, refuse_non_finite_rows, to_pixel_values
 
 TRAINABLE = ("head", "image", "all")
@@ -24,29 +24,19 @@ Embed = Callable[[Tensor, Sequence[str]], tuple[Tensor, Tensor]]
 
 
 class Policy(nn.Module):
-    """Pictures and texts to embeddings, through those parts that are trained.
-
-    ``head``: both come as embeddings and pass the head. ``image``: pixels pass the image tower, texts come as
-    embeddings. ``all``: pixels and token ids pass both towers.
-    """
+    """Pictures and texts to embeddings, through those parts that are trained; the others' embeddings are given."""
 
     def __init__(
-        self,
-        image_encoder: ImageEncoder | None = None,
-        text_encoder: TextEncoder | None = None,
-        head: Head | None = None,
+        self, image_encoder: ImageEncoder | None, text_encoder: TextEncoder | None = None, head: Head | None = None
     ) -> None:
         super().__init__()
         self.image_encoder, self.text_encoder, self.head = image_encoder, text_encoder, head
 
     def forward(self, images: Tensor, texts: Tensor | Tokens) -> tuple[Tensor, Tensor]:
-        """(N, 3, H, W) in [0,1] or (N, D); tokens (T, P, L) or (T, P, D) -> (N, D) as it comes, unit (T, D), float32.
-
-        The P prompts of a text are averaged after the head, so that a folded head is exact.
-        """
+        """(N, 3, H, W) in [0,1] or (N, D); tokens (T, P, L) or (T, P, D) -> (N, D) as it is, unit (T, D), float32."""
         image_embeds = self.embed_images(images)
         prompt_embeds: Any = texts if self.text_encoder is None else self.text_encoder(*texts)
-        return image_embeds, ensemble(prompt_embeds if self.head is None else self.head(prompt_embeds))
+        return image_embeds, ensemble(prompt_embeds if self.head is None else self.head(prompt_embeds))  # as folded
 
     def embed_images(self, images: Tensor) -> Tensor:
         """image_embeds (N, D), float32, not normalised to unit length: what a constraint on distances measures."""
@@ -57,8 +47,7 @@ class Policy(nn.Module):
 class TextTable:
     """Embeddings of texts by the frozen text tower, (T, P, D): each text is encoded once, when it is first met.
 
-    ``per_prompt`` keeps the P prompts of a text apart, for a head that stands between them and their mean; else P = 1
-    and the mean is kept (``ensemble`` of one unit embedding is that embedding).
+    ``per_prompt`` keeps the P prompts of a text apart, for a head that stands before their mean; else P = 1, the mean.
     """
 
     def __init__(
@@ -83,9 +72,9 @@ class TextTable:
 
     def tokens(self, texts: Sequence[str], templates: Sequence[str]) -> Tokens:
         """(T, P, L) of the texts in P templates, for a text tower that is trained."""
-        prompts = [template.replace("{c}", text) for text in texts for template in templates]
         config = self._clip.config
-        ids, mask = fill_up(read_prompts(self.processor, config, prompts), self.processor, config, self.device)
+        rows = read_prompts(self.processor, config, fill_in(templates, texts))
+        ids, mask = fill_up(rows, self.processor, config, self.device)
         sizes = (len(texts), len(templates))
         return Tokens(ids.unflatten(0, sizes), None if mask is None else mask.unflatten(0, sizes))
 
@@ -102,14 +91,11 @@ class Views:
 
     def inputs(self, images: Tensor) -> Tensor:
         """uint8 pixels (N, 3, H, W) to [0,1], for a head on to embeddings (N, D); embeddings stay."""
-        device = self.text_table.device
         if images.dtype != torch.uint8:
-            return images.to(device)
-        pixel_values = to_pixel_values(images, device)
-        if self.trainable != "head":
-            return pixel_values
+            return images.to(self.text_table.device)
+        pixel_values = to_pixel_values(images, self.text_table.device)
         with torch.no_grad():
-            return self.reference(pixel_values)
+            return self.reference(pixel_values) if self.trainable == "head" else pixel_values
 
     def texts(self, texts: Sequence[str], template: int | None = None) -> Tensor | Tokens:
         """Prompts for the policy: embeddings, or for a trained text tower the tokens, in one template or in all."""
@@ -126,7 +112,6 @@ class Views:
 
     @torch.no_grad()
     def by_reference(self, inputs: Tensor, texts: Sequence[str], template: int | None = None) -> tuple[Tensor, Tensor]:
-        """The same of the reference."""
         image_embeds = inputs if self.trainable == "head" else self.reference(inputs)
         prompt_embeds = self.reference_text_table(texts)
         if self.trainable == "all" and template is not None:
@@ -150,21 +135,19 @@ def unit_images(embeds: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 def batch_logits(image_embeds: Tensor, text_embeds: Tensor, logit_scale: float, batch: dict[str, Any]) -> BatchLogits:
     """s * cos(I, T) of all rows of a batch, the regulariser's first. Unit (N, D), (T, D)."""
-    logits = logit_scale * image_embeds @ text_embeds.T
-    num_reg = len(batch["reg_chosen"])
-    reg, pairs = (
-        candidate_logits(rows, None if mask is None else mask.to(logits.device))
-        for rows, mask in ((logits[:num_reg], batch["reg_candidates"]), (logits[num_reg:], batch["candidates"]))
+    logits, num_reg = logit_scale * image_embeds @ text_embeds.T, len(batch["reg_chosen"])
+    masks = (
+        None if mask is None else mask.to(logits.device) for mask in (batch["reg_candidates"], batch["candidates"])
     )
-    return BatchLogits(reg, pairs)
+    return BatchLogits(*map(candidate_logits, (logits[:num_reg], logits[num_reg:]), masks))
 
 
 @torch.no_grad()
 def choices(logits: BatchLogits, ref_logits: BatchLogits | None, batch: dict[str, Any]) -> dict[str, Tensor]:
-    """What the policy chooses, row by row, on the CPU, (R,) of the regulariser's rows and (P,) of the preferences.
+    """What the policy chooses, on the CPU: clean and kl of the regulariser's rows, the rest of the preferences.
 
-    clean: the right text is the likeliest (rows without one are left out); kl: to the reference, nats. chosen: the
-    chosen text is the likeliest candidate; rejected: a rejected one is; pair: the chosen one beats every rejected one.
+    clean: the right text is the likeliest (rows without one are left out); chosen: the chosen text is the likeliest
+    candidate; rejected: a rejected one is; pair: the chosen one beats every rejected one.
     """
     device = logits.pairs.device
     reg_chosen, chosen, rejected = (batch[name].to(device) for name in ("reg_chosen", "chosen", "rejected"))
@@ -183,7 +166,7 @@ def choices(logits: BatchLogits, ref_logits: BatchLogits | None, batch: dict[str
 
 
 def row_names(batch: dict[str, Any]) -> list[str]:
-    """What a message calls the rows of an evaluation batch, the regulariser's first: the keys of their samples."""
+    """The samples' keys of an evaluation batch's rows, the regulariser's first."""
     keys = dict(zip(batch["sample_positions"], batch["keys"]))
     return [keys[position] for position in (*batch["reg_positions"].tolist(), *batch["positions"].tolist())]
 
@@ -208,9 +191,8 @@ def judge(
     for batch in batches:
         images = batch["images"]
         if not len(images):  # a process that has run out embeds a black image: under ZeRO-3 all make equal forwards
-            for function in (embed, ref_embed):
-                if function is not None:
-                    function(images.new_zeros(1, *images.shape[1:]), batch["texts"] or [""])
+            for function in filter(None, (embed, ref_embed)):
+                function(images.new_zeros(1, *images.shape[1:]), batch["texts"] or [""])
             continue
         logits = logits_of(batch, embed, "embeddings")
         ref_logits = None if ref_embed is None else logits_of(batch, ref_embed, "embeddings by the reference")

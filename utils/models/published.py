@@ -21,14 +21,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import (
-    CLIPImageProcessorPil,
-    CLIPVisionModel,
-    CLIPVisionModelWithProjection,
-    Dinov2ForImageClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import CLIPImageProcessorPil, Dinov2ForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
 
@@ -54,44 +47,29 @@ MODEL_TYPES = tuple(CLASSES)
 CONTRASTIVE_MODEL_TYPES = tuple(name for name, (_, _, with_text) in CLASSES.items() if with_text)
 # An image processor does what CLIP's does, by other defaults, or has steps of its own that ``ImageTransform`` knows.
 OWN_STEPS = ("ConvNextImageProcessor", "Siglip2ImageProcessor")
-STEPS: tuple[str, ...] = (
-    "preprocess",
-    "process_image",
-    "_preprocess",
-    "_preprocess_image_like_inputs",
-    "_prepare_image_like_inputs",
+STEPS = (
+    *("preprocess", "process_image", "_preprocess", "_preprocess_image_like_inputs", "_prepare_image_like_inputs"),
+    *("_standardize_kwargs", "convert_to_rgb", "resize", "center_crop", "rescale", "normalize", "pad"),
 )
-STEPS += ("_standardize_kwargs", "convert_to_rgb", "resize", "center_crop", "rescale", "normalize", "pad")
 # Of a vision-text-dual-encoder: a text tower that ``utils.models.tokens`` knows how to end and pad for.
 DUAL_ENCODER_PARTS = {"vision_config": ("convnext", "clip_vision_model"), "text_config": ("clip_text_model",)}
 FIXED_POSITIONS = ("clip_vision_model", "siglip_vision_model")  # towers that take images of one size only
 HUB_ID = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}(/[A-Za-z0-9][A-Za-z0-9_.-]{0,95})?"
 LFS_POINTER = b"version https://git-lfs"
-PROCESSOR_FILES = (
-    "*processor_config.json",
-    "tokenizer*.json",
-    "*_tokens*.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.jinja",
-)
+PROCESSOR_FILES = ("*processor_config.json", "*token*.json", "vocab.*", "merges.txt", "*.model", "*.jinja")
+OF_OTHER_PARTS = ("text_model", "text_projection", "visual_projection", "logit_scale", "logit_bias")
 
 
 def refuse_mistyped_path(name: str, flag: str) -> None:
     """``UserError`` for a name that is no model's directory and can be no id of the hub. Asks no hub."""
-    expected = "expected a directory saved by save_pretrained, or an id of the hub such as openai/clip-vit-base-patch32"
-    if not name.strip():
-        problem = "empty"
-    elif os.path.isdir(name):
-        if os.path.exists(os.path.join(name, "adapter_config.json")):
-            raise UserError(f"{flag} {name}: holds an adapter (LoRA), not a whole model; merge it into its model first")
-        if os.path.exists(os.path.join(name, "config.json")):
-            return
-        found = sorted(os.listdir(name))
-        inside = [entry for entry in found if os.path.exists(os.path.join(name, entry, "config.json"))]
-        hint = f"; {os.path.join(name, inside[-1])} holds one" if inside else "" if found else ", nor anything else"
-        problem = f"holds no config.json{hint}"
+    inside = os.listdir(name) if os.path.isdir(name) else []
+    if "adapter_config.json" in inside:
+        raise UserError(f"{flag} {name}: holds an adapter (LoRA), not a whole model; merge it into its model first")
+    if "config.json" in inside:
+        return
+    if os.path.isdir(name):
+        models = sorted(Path(name).glob("*/config.json"))
+        problem = "holds no config.json" + (f"; {models[-1].parent} holds one" if models else "")
     elif os.path.exists(name):
         problem = "a file"
     elif os.path.islink(name):
@@ -100,10 +78,11 @@ def refuse_mistyped_path(name: str, flag: str) -> None:
         problem = "a URL"
     elif name.startswith("~"):
         problem = "no such directory, ~ stands for none here; write the path in full"
-    elif not re.fullmatch(HUB_ID, name):
-        problem = f"no such directory{nearest(name)}"
-    else:
+    elif re.fullmatch(HUB_ID, name):
         return
+    else:
+        problem = f"no such directory{nearest(name)}" if name.strip() else "empty"
+    expected = "expected a directory saved by save_pretrained, or an id of the hub such as openai/clip-vit-base-patch32"
     raise UserError(f"{flag} {name}".rstrip() + f": {problem}; {expected}")
 
 
@@ -116,6 +95,16 @@ def nearest(name: str) -> str:
     return f" (did you mean {os.path.join(parent, close[0])}?)" if close else ""
 
 
+@contextmanager
+def _refusing(where: str) -> Iterator[None]:
+    """Whatever transformers, tokenizers, safetensors and torch raise of a damaged file is a ``UserError``."""
+    try:
+        with quiet_transformers():
+            yield
+    except Exception as error:
+        raise UserError(f"{where}: {_reason(error)}") from None
+
+
 def check_model(name_or_path: str, flag: str, supported: Sequence[str] = MODEL_TYPES) -> PreTrainedConfig:
     """The model's config, read before any weights. ``UserError`` where there is none, or one that is not supported.
 
@@ -123,59 +112,58 @@ def check_model(name_or_path: str, flag: str, supported: Sequence[str] = MODEL_T
     """
     refuse_mistyped_path(name_or_path, flag)
     where = f"{flag} {name_or_path}"
-    try:
-        with quiet_transformers():
-            config = transformers.AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-    except Exception as error:  # a damaged config.json makes TypeError, AttributeError, RecursionError and others
-        reason = _reason(error)
-        if os.path.isdir(name_or_path):
-            fault = (
-                f"config.json is none that transformers reads ({reason[:240]}); expected one saved by save_pretrained"
-            )
-        else:
-            fault = (
-                f"neither a local model directory{nearest(name_or_path)} nor a model that the hub gave ({reason[:160]})"
-            )
-            fault += f"; check the name; without internet {BRING_IT}"
-        raise UserError(f"{where}: {fault}") from None
+    fault = "config.json is none that transformers reads, expected one saved by save_pretrained"
+    if not os.path.isdir(name_or_path):
+        fault = f"neither a local model directory{nearest(name_or_path)} nor a model that the hub gave"
+        fault += f"; check the name, or without internet {BRING_IT}"
+    with _refusing(f"{where}: {fault}"):
+        config = transformers.AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
     if config.model_type not in supported:
         raise UserError(f"{where}: model type {config.model_type!r}; supported: {', '.join(supported)}")
     towers = (getattr(config, name, None) for name in ("vision_config", "text_config"))
     parts = [config, *(tower for tower in towers if isinstance(tower, PreTrainedConfig))]
-    for fault in _config_faults(config, parts):
-        raise UserError(f"{where}: {fault}")
+    with _refusing(where):
+        _check_config(config, parts)
     for part in parts:
         part.return_dict, part.output_attentions, part.output_hidden_states = True, False, False
         part._attn_implementation = None
     return config
 
 
-def _config_faults(config: PreTrainedConfig, parts: Sequence[PreTrainedConfig]) -> Iterator[str]:
-    """What the encoders here cannot do as a config says."""
+def _check_config(config: PreTrainedConfig, parts: Sequence[PreTrainedConfig]) -> None:
+    """``ValueError`` for what the encoders here cannot do as a config says."""
     if config.model_type == "vision-text-dual-encoder":
         for name, kinds in DUAL_ENCODER_PARTS.items():
             if (kind := getattr(config, name).model_type) not in kinds:
-                yield f"its {name} is a {kind!r}; of vision-text-dual-encoder supported: {', '.join(kinds)}"
+                raise ValueError(f"its {name} is a {kind!r}; of {config.model_type} supported: {', '.join(kinds)}")
     for part in parts:
         quantization = getattr(part, "quantization_config", None)
-        if quantization is not None:
-            method = (isinstance(quantization, dict) and quantization.get("quant_method")) or "of no named method"
-            yield f"config.json has a quantization_config ({method}), which is not supported; give the model without"
-        activation = getattr(part, "hidden_act", None)
-        if activation is not None and activation not in ACT2FN:
-            yield f"config.json: hidden_act {activation!r} is unknown to transformers"
-        if part.model_type.startswith("siglip") and getattr(part, "vision_use_head", True) is False:
-            yield "config.json: vision_use_head false leaves no embedding of an image"
-        patches = getattr(part, "num_patches", 1)  # SigLIP 2's table of positions is a square
-        if not isinstance(patches, int) or patches < 1 or math.isqrt(patches) ** 2 != patches:
-            yield f"config.json: num_patches is {patches}; expected a square number"
-        if getattr(part, "num_channels", 3) != 3:
-            yield f"config.json: num_channels is {part.num_channels}; expected 3, RGB"
+        method = (isinstance(quantization, dict) and quantization.get("quant_method")) or "of no named method"
+        activation, patches = getattr(part, "hidden_act", None), getattr(part, "num_patches", 1)
+        without_head = part.model_type.startswith("siglip") and not getattr(part, "vision_use_head", True)
+        channels = getattr(part, "num_channels", 3)
+        faults = (
+            (
+                quantization is not None,
+                f"quantization_config ({method}), which is not supported; give the model without",
+            ),
+            (activation and activation not in ACT2FN, f"hidden_act {activation!r} is unknown to transformers"),
+            (without_head, "vision_use_head false leaves no embedding of an image"),
+            (not _is_square(patches), f"num_patches is {patches}; expected a square number"),  # SigLIP 2's positions
+            (channels != 3, f"num_channels is {channels}; expected 3, RGB"),
+        )
+        for is_wrong, fault in faults:
+            if is_wrong:
+                raise ValueError(f"config.json: {fault}")
     if config.model_type in ("siglip", "siglip2"):  # no projection makes them the same
         image_dim, text_dim = config.vision_config.hidden_size, config.text_config.projection_size
         if image_dim != text_dim:
             equal = "expected hidden_size of vision_config to be projection_size of text_config"
-            yield f"config.json: images embed into {image_dim} dimensions, texts into {text_dim}; {equal}"
+            raise ValueError(f"config.json: images embed into {image_dim} dimensions, texts into {text_dim}; {equal}")
+
+
+def _is_square(number: Any) -> bool:
+    return isinstance(number, int) and number > 0 and math.isqrt(number) ** 2 == number
 
 
 def has_text(config: PreTrainedConfig) -> bool:
@@ -188,24 +176,17 @@ def has_own_head(config: PreTrainedConfig) -> bool:
     return config.model_type == "dinov2" and "Dinov2ForImageClassification" in (config.architectures or ())
 
 
-def square_side(size: int | list[int] | tuple[int, int] | None) -> int:
-    """An image's or a patch's side in a config, in pixels. ``UserError`` where it is not one number."""
-    if not isinstance(size, int):
-        raise UserError(f"config.json: a size of {size}; expected one number, the side of a square")
-    return size
-
-
 def load_model(
     name_or_path: str, flag: str = "--model_name_or_path", supported: Sequence[str] = MODEL_TYPES
 ) -> tuple[PreTrainedModel, Any]:
-    """The whole float32 model and its processor (without a text tower: its image processor).
-
-    Never partitioned, also under ZeRO-3; nothing in it is random in train mode. ``UserError`` for what does not fit.
-    """
+    """The whole float32 model, nothing random in train mode, and its processor (for images, without a text tower)."""
     config = check_model(name_or_path, flag, supported)
     where = f"{flag} {name_or_path}"
-    tokenizer = _load_tokenizer(name_or_path, config, where) if has_text(config) else None  # first: it takes no time
     name, _, processor_name = CLASSES[config.model_type]
+    if processor_name:  # first: it takes no time
+        with _refusing(f"{where}: the model does not load"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+            check_tokenizer(tokenizer, config)
     model_class = Dinov2ForImageClassification if has_own_head(config) else getattr(transformers, name)
     model = load_weights(model_class, name_or_path, flag, config)
     image_processor: Any = load_image_processor(name_or_path, config.model_type, flag)
@@ -218,16 +199,14 @@ def load_model(
     if tower.model_type in FIXED_POSITIONS and size != tower.image_size:
         sizes = f"{size} px, the model takes {tower.image_size} px"
         raise UserError(f"{where}: its image processor gives {sizes}; correct its crop_size")
-    if has_text(config) and not 0 < (scale := logit_scale(model)) < math.inf:
-        raise UserError(
-            f"{where}: {_weights_file(name_or_path, 'logit_scale')}: exp(logit_scale) is {scale:g}, the logits of all "
-            "classes would be alike or infinite; CLIP's is at most 100"
-        )
+    if processor_name and not 0 < (scale := logit_scale(model)) < math.inf:
+        fault = f"exp(logit_scale) is {scale:g}, the logits of all classes would be alike or infinite"
+        raise UserError(f"{where}: {_weights_file(name_or_path, 'logit_scale')}: {fault}; CLIP's is at most 100")
     silenced = switch_off_randomness(model)
     if silenced and int(os.environ.get("RANK", "0")) == 0:
         line = "%s: %s would make training random: switched off here, the saved config keeps them"
         logger.warning(line, name_or_path, ", ".join(silenced))
-    if processor_name is None:
+    if not processor_name:
         return model, image_processor
     return model, getattr(transformers, processor_name)(image_processor=image_processor, tokenizer=tokenizer)
 
@@ -235,39 +214,29 @@ def load_model(
 def load_weights(
     model_class: type[PreTrainedModel], name_or_path: str | Path, flag: str, config: PreTrainedConfig | None = None
 ) -> PreTrainedModel:
-    """A float32 model alone, never partitioned. ``UserError`` where it does not load, or lacks weights.
-
-    A CLIP vision model saved without its projection is a ``CLIPVisionModel``.
-    """
+    """A float32 model, never partitioned, also under ZeRO-3. ``UserError`` where it does not load or lacks weights."""
     where = f"{flag} {name_or_path}"
     for path in Path(name_or_path).glob("*.[sb]*"):  # .safetensors, .bin
         with path.open("rb") as file:
-            start = file.read(len(LFS_POINTER))
-        if start == LFS_POINTER:
-            raise UserError(f"{where}: {path.name} is a pointer of Git LFS, not the file itself; run `git lfs pull`")
-    try:
-        with unpartitioned(), quiet_transformers():
-            loaded: Any = model_class.from_pretrained(
-                name_or_path,
-                dtype=torch.float32,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # said below, with the name
-                config=copy.deepcopy(config),
-            )
-    except Exception as error:  # of transformers, safetensors and torch, depending on the file that is wrong
-        raise UserError(f"{where}: the model does not load: {_reason(error)}") from None
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                fault = "is a pointer of Git LFS, not the file itself; run `git lfs pull`"
+                raise UserError(f"{where}: {path.name} {fault}")
+    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False, "output_loading_info": True}
+    options["ignore_mismatched_sizes"] = True  # said below, with the name
+    with _refusing(f"{where}: the model does not load"), unpartitioned():
+        loaded: Any = model_class.from_pretrained(name_or_path, config=copy.deepcopy(config), **options)
     model, info = loaded
-    if isinstance(model, CLIPVisionModelWithProjection) and "visual_projection.weight" in info["missing_keys"]:
-        return load_weights(CLIPVisionModel, name_or_path, flag, config)
+    lacking = sorted(name for name in info["missing_keys"] if not name.endswith("mask_token"))
+    if (
+        isinstance(model, transformers.CLIPVisionModelWithProjection) and "visual_projection.weight" in lacking
+    ):  # saved without
+        return load_weights(transformers.CLIPVisionModel, name_or_path, flag, config)
     for name, fault in _weight_faults(model, info):
         raise UserError(f"{where}: {_weights_file(name_or_path, name)}: {name} {fault}")
-    lacking = sorted(name for name in info["missing_keys"] if not name.endswith("mask_token"))
     if lacking:  # they would be drawn at random
-        raise UserError(
-            f"{where}: {len(lacking)} weights of a {model.config.model_type} are missing, the first is {lacking[0]}; "
-            "expected a directory saved by save_pretrained"
-        )
+        kind = f"{len(lacking)} weights of a {model.config.model_type}"
+        expected = "expected a directory saved by save_pretrained"
+        raise UserError(f"{where}: {kind} are missing, the first is {lacking[0]}; {expected}")
     return model
 
 
@@ -275,33 +244,35 @@ def _weight_faults(model: PreTrainedModel, info: dict[str, Any]) -> Iterator[tup
     """Names of weights, and why no model can be made of them."""
     for name, there, here in sorted(info["mismatched_keys"]):
         yield name, f"is {tuple(there)}, by config.json {tuple(here)}; give the config of these weights"
-    # Not at fault: other parts of a whole model, old files' numbers of positions, the mask's token of pre-training.
-    of_others = ("text_model", "text_projection", "visual_projection", "logit_scale", "logit_bias")
     for name in sorted(info["unexpected_keys"]):
         part = name.split(".")[0]
-        if not name.endswith(("position_ids", "mask_token")) and (part not in of_others or hasattr(model, part)):
+        # Old files have numbers of positions, pre-training a token of the mask.
+        if not name.endswith(("position_ids", "mask_token")) and (part not in OF_OTHER_PARTS or hasattr(model, part)):
             yield name, f"has no place in a {type(model).__name__} by config.json; give the config of these weights"
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if not tensor.isfinite().all():
             yield name, "holds what is not finite (NaN or infinity); give whole weights, as of an earlier checkpoint"
 
 
-def _weights_file(folder: str | Path, name: str) -> str:
-    """The file of a model's directory that holds a tensor, as far as is known."""
+def weight_files(folder: str | Path) -> tuple[str, dict[str, str]]:
+    """The file of a model's weights; for weights in several files their index, and the file of each tensor."""
     for file in ("model.safetensors", "pytorch_model.bin"):
         if (Path(folder) / file).is_file():
-            return file
+            return file, {}
         index = Path(folder) / f"{file}.index.json"
         if index.is_file():
-            return json.loads(index.read_text(encoding="utf-8"))["weight_map"].get(name, index.name)
-    return "its weights"
+            return index.name, json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    return "its weights", {}
+
+
+def _weights_file(folder: str | Path, name: str) -> str:
+    """The file of a model's directory that holds a tensor, as far as is known."""
+    file, parts = weight_files(folder)
+    return parts.get(name, file)
 
 
 def switch_off_randomness(model: nn.Module) -> list[str]:
-    """Sets every probability of dropout and stochastic depth to 0, in place; returns their names, "dropout 0.1".
-
-    They are layers of torch, and numbers of a module that its forward hands on (attention's dropout, drop_prob).
-    """
+    """Sets dropout and drop_prob to 0, of layers and of what modules hand on, in place; returns them, "dropout 0.1"."""
     found: dict[str, None] = {}
     for module in model.modules():
         names = ["p"] if isinstance(module, nn.modules.dropout._DropoutNd) else []
@@ -313,49 +284,27 @@ def switch_off_randomness(model: nn.Module) -> list[str]:
     return list(found)
 
 
-def _load_tokenizer(name_or_path: str, config: PreTrainedConfig, where: str) -> Any:
-    """The tokenizer as its files have it. ``UserError`` where it cannot be the text tower's own."""
-    try:
-        with quiet_transformers():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-        check_tokenizer(tokenizer, config)
-    except Exception as error:  # of transformers and tokenizers, depending on the file that is wrong
-        raise UserError(f"{where}: the model does not load: {_reason(error)}") from None
-    return tokenizer
-
-
 def load_image_processor(name_or_path: str, model_type: str, flag: str) -> Any:
-    """The image processor that the directory's file describes, by Pillow: nothing here needs torchvision.
-
-    ``UserError`` for one that computes what ``ImageTransform`` and ``pixel_normalisation`` do not.
-    """
+    """A directory's image processor, by Pillow. ``UserError`` for one that ``ImageTransform`` does not compute."""
     nested = Path(name_or_path) / "processor_config.json"  # where it holds an image processor it goes first
     where = f"{flag} {name_or_path}: preprocessor_config.json"
-    try:
+    with _refusing(f"{where}: no image processor, expected one saved by save_pretrained"):
         if nested.is_file() and "image_processor" in json.loads(nested.read_text(encoding="utf-8")):
             where = f"{flag} {name_or_path}: {nested.name}"
-        with quiet_transformers():
-            found, _ = CLIPImageProcessorPil.get_image_processor_dict(name_or_path)
-        if not isinstance(found, dict):
-            raise ValueError(f"a {type(found).__name__} in place of its fields")
-    except Exception as error:  # OSError, ValueError and others, depending on what is wrong
-        reason = _reason(error)
-        raise UserError(f"{where}: no image processor ({reason}); expected one saved by save_pretrained") from None
-    kind = found.get("image_processor_type") or found.get("feature_extractor_type") or CLASSES[model_type][1] or None
+        found, _ = CLIPImageProcessorPil.get_image_processor_dict(name_or_path)
+        kind = found.get("image_processor_type") or found.get("feature_extractor_type") or CLASSES[model_type][1]
     base = re.sub("FeatureExtractor$", "ImageProcessor", str(kind).removesuffix("Pil").removesuffix("Fast"))
     processor_class = getattr(transformers, f"{base}Pil", None)
-    own = [
-        step for step in STEPS if getattr(processor_class, step, None) is not getattr(CLIPImageProcessorPil, step, None)
-    ]
-    if processor_class is None or (own and base not in OWN_STEPS):
+
+    def differs(step: str) -> bool:
+        return getattr(processor_class, step, None) is not getattr(CLIPImageProcessorPil, step, None)
+
+    if processor_class is None or (base not in OWN_STEPS and any(map(differs, STEPS))):
         raise UserError(f"{where}: image_processor_type {kind!r} is not supported; CLIP's, SigLIP's, ViT's kinds are")
-    try:
-        with quiet_transformers():
-            image_processor = processor_class.from_dict(found)
+    with _refusing(where):
+        image_processor = processor_class.from_dict(found)
         image_size(image_processor)
         pixel_normalisation(image_processor)
-    except Exception as error:  # UserError, and what transformers says of a field
-        raise UserError(f"{where}: {_reason(error)}") from None
     return image_processor
 
 
@@ -401,9 +350,8 @@ def save_model(directory: str | Path, model: PreTrainedModel, processor: Any, en
 
     ``encoder_state``: the full state dict of ``ImageEncoder``, gathered under ZeRO-3, maybe with ``TextEncoder``'s.
     """
-    tower, _ = image_tower(model)
-    inside = next(name for name, module in model.named_modules() if module is tower)  # "" for a tower alone
-    prefix = f"{inside}." if inside else ""
+    inside = next(name for name, module in model.named_modules() if module is image_tower(model)[0])
+    prefix = f"{inside}." if inside else ""  # "" for a tower alone
     state = model.state_dict()
     for name, tensor in encoder_state.items():
         state[re.sub(r"^vision_model\.", prefix, name)] = tensor.detach().to("cpu", torch.float32)
@@ -411,9 +359,8 @@ def save_model(directory: str | Path, model: PreTrainedModel, processor: Any, en
         if tensor.numel() == 0:
             raise RuntimeError(f"{name} is partitioned (shape {tuple(tensor.shape)}): refusing to save it")
         if not tensor.isfinite().all():
-            raise UserError(
-                f"{directory}: {name} is not finite, the model is not saved; metrics.jsonl has the loss before"
-            )
+            fault = f"{name} is not finite, the model is not saved; metrics.jsonl has the loss before"
+            raise UserError(f"{directory}: {fault}")
     with quiet_transformers():
         model.save_pretrained(directory, state_dict=state)
         _save_processor(Path(directory), model, processor)

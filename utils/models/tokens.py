@@ -1,8 +1,7 @@
 """Texts to the token ids that a text tower reads: cut, ended and filled up as the tower was trained.
 
-A tokenizer's files may ask for other things: padding on the left, no longest text. Here the tower decides: texts are
-cut at its positions and keep their end, padding comes on the right, no text depends on the others of its batch. The
-tokenizer itself stays as it was, and is saved so.
+A tokenizer's files may ask for padding on the left, or for no longest text. Here the tower decides: texts are cut at
+its positions and keep their end, padding comes on the right. The tokenizer itself stays as it was, and is saved so.
 """
 
 from __future__ import annotations
@@ -32,26 +31,25 @@ _said: set[str] = set()  # the notes of this process: each once, not once per ba
 
 
 class Tokens(NamedTuple):
-    """Of T texts in P prompts, or of n prompts."""
-
     input_ids: Tensor  # (..., L) int64
     attention_mask: Tensor | None = None  # (..., L) int64, 0 for padding; None where the tower sees it, or never can
 
 
+def fill_in(templates: Sequence[str], texts: Sequence[str]) -> list[str]:
+    """The prompts of T texts in P templates, text by text."""
+    return [template.replace("{c}", text) for text in texts for template in templates]
+
+
 def read_prompts(processor: Any, config: PreTrainedConfig, prompts: Sequence[str]) -> list[list[int]]:
     """The ids of every prompt, cut at what the tower takes, said once. ``UserError`` for ids that the tower lacks."""
-    tokenizer, length, size = (
-        processor.tokenizer,
-        text_length(processor.tokenizer, config),
-        config.text_config.vocab_size,
-    )
+    tokenizer, size = processor.tokenizer, config.text_config.vocab_size
+    length = text_length(tokenizer, config)
     rows = token_ids(tokenizer, prompts)
-    long = [(prompt, len(ids)) for prompt, ids in zip(prompts, rows) if len(ids) > length]
+    long = [place for place, ids in enumerate(rows) if len(ids) > length]
     if long:
         line = f"{len(long)} of {len(prompts)} texts are longer than the {length} tokens that the text tower takes"
-        longest = max(count for _, count in long)
-        end = f"the longest has {longest}; their ends are left out, the first is {long[0][0][:80]!r} (said once)"
-        _say_once("long", f"{line}, {end}")
+        end = f"the longest has {max(map(len, rows))}; their ends are left out, the first is {prompts[long[0]][:80]!r}"
+        _say_once("long", f"{line}, {end} (said once)")
         rows = _cut(rows, length, tokenizer)
     for prompt, ids in zip(prompts, rows):
         if max(ids, default=0) >= size:
@@ -65,8 +63,8 @@ def read_prompts(processor: Any, config: PreTrainedConfig, prompts: Sequence[str
 def fill_up(rows: Sequence[list[int]], processor: Any, config: PreTrainedConfig, device: torch.device | str) -> Tokens:
     """Ids (n, L) with padding on the right, on ``device``.
 
-    CLIP's towers pool the end of text and do not look ahead: up to the longest, with what is never seen. SigLIP pools
-    the last place: up to the full length, padding seen as in its training, unless the tokenizer's file asks for masks.
+    CLIP's towers pool the end of text and do not look ahead: up to the longest. SigLIP pools the last place: up to the
+    full length, padding seen as in its training, unless the tokenizer's file asks for masks.
     """
     tokenizer, siglip = processor.tokenizer, _is_siglip(config)
     if siglip:
@@ -85,11 +83,8 @@ def fill_up(rows: Sequence[list[int]], processor: Any, config: PreTrainedConfig,
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
-    """The ids of every prompt, as long as it is, with those of start and end. The tokenizer's own settings stay.
-
-    In small letters where the file asks for them: transformers loads SigLIP 2's as a class that does not look at that.
-    """
-    if tokenizer.init_kwargs.get("do_lower_case"):
+    """The ids of every prompt, as long as it is, with those of start and end. The tokenizer's own settings stay."""
+    if tokenizer.init_kwargs.get("do_lower_case"):  # which transformers overlooks where it loads SigLIP 2's
         small, large = _plain_ids(tokenizer, [PROBES[0][0], PROBES[0][0].upper()])
         prompts = prompts if small == large else [prompt.lower() for prompt in prompts]
     return _plain_ids(tokenizer, prompts)
@@ -99,14 +94,14 @@ def _plain_ids(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
     if not prompts:
         return []
     backend: Any = getattr(tokenizer, "_tokenizer", None)
-    kept = (getattr(backend, "truncation", None), getattr(backend, "padding", None))
+    truncation, padding = getattr(backend, "truncation", None), getattr(backend, "padding", None)
     try:
         return tokenizer(list(prompts), padding=False, truncation=False, verbose=False)["input_ids"]
     finally:  # they are part of the file that is saved with the model
-        if kept[0] is not None:
-            backend.enable_truncation(**kept[0])
-        if kept[1] is not None:
-            backend.enable_padding(**kept[1])
+        if truncation is not None:
+            backend.enable_truncation(**truncation)
+        if padding is not None:
+            backend.enable_padding(**padding)
 
 
 def text_length(tokenizer: Any, config: PreTrainedConfig) -> int:
@@ -121,18 +116,15 @@ def check_tokenizer(tokenizer: Any, config: PreTrainedConfig) -> None:
     """Raises ``ValueError`` where a tokenizer cannot be that of the model's text tower."""
     text, length, known = config.text_config, text_length(tokenizer, config), len(tokenizer)
     if length < SHORTEST:
-        raise ValueError(
-            f"its tokenizer cuts texts at {length} tokens (model_max_length); correct tokenizer_config.json"
-        )
+        cut = f"cuts texts at {length} tokens (model_max_length)"
+        raise ValueError(f"its tokenizer {cut}; correct tokenizer_config.json")
     vocabulary = tokenizer.get_vocab()
     special = {*getattr(tokenizer, "added_tokens_decoder", ()), *tokenizer.all_special_ids}
     ordinary = max(set(vocabulary.values()) - special, default=0)
     probes = [_cut(token_ids(tokenizer, pair), length, tokenizer) for pair in PROBES]
     if all(first == second for first, second in probes):
-        raise ValueError(
-            f"its tokenizer gives different texts the same tokens {PROBES[0]}, it knows {known} tokens; files are "
-            f"missing, damaged or another model's: {OWN_FILES}"
-        )
+        fault = f"gives different texts the same tokens {PROBES[0]}, it knows {known} tokens"
+        raise ValueError(f"its tokenizer {fault}; files are missing, damaged or another model's: {OWN_FILES}")
     texts = [ids for pair in probes for ids in pair]
     largest = max(ordinary, *(max(ids, default=0) for ids in texts))
     if largest >= text.vocab_size or known < text.vocab_size / 2:
@@ -146,10 +138,8 @@ def check_tokenizer(tokenizer: Any, config: PreTrainedConfig) -> None:
         raise ValueError(f"its tokenizer, {fault}; its class or its merges are another model's: {OWN_FILES}")
     if _is_siglip(config):
         if tokenizer.pad_token_id is None or not 0 <= tokenizer.pad_token_id < text.vocab_size:
-            raise ValueError(
-                f"its tokenizer has no pad_token among the {text.vocab_size} tokens of its text tower, which sees its "
-                "padding; name the one of its training in tokenizer_config.json"
-            )
+            fault = f"has no pad_token among the {text.vocab_size} tokens of its text tower, which sees its padding"
+            raise ValueError(f"its tokenizer {fault}; name the one of its training in tokenizer_config.json")
         return
     old = text.eos_token_id == ARGMAX_EOS
     for ids in texts:
@@ -166,13 +156,10 @@ def check_tokenizer(tokenizer: Any, config: PreTrainedConfig) -> None:
 
 
 def refuse_equal_texts(processor: Any, config: PreTrainedConfig, texts: Sequence[str], template: str) -> None:
-    """``UserError`` for different names that the tower cannot tell apart: cut, or made of unknown tokens.
-
-    Names that differ in what the tokenizer ignores, such as capitals, are said once.
-    """
+    """``UserError`` for names that are equal when cut, or in unknown letters. Those of equal tokens are said once."""
     tokenizer, length = processor.tokenizer, text_length(processor.tokenizer, config)
     names = list(dict.fromkeys(texts))
-    found = token_ids(tokenizer, [template.replace("{c}", name) for name in names])
+    found = token_ids(tokenizer, fill_in([template], names))
     seen: dict[tuple[int, ...], int] = {}
     places = [seen.setdefault(tuple(ids), place) for place, ids in enumerate(_cut(found, length, tokenizer))]
     equal = [(first, place) for place, first in enumerate(places) if first != place]
@@ -183,10 +170,9 @@ def refuse_equal_texts(processor: Any, config: PreTrainedConfig, texts: Sequence
     more = f" ({len(equal)} such names)" if len(equal) > 1 else ""
     if found[first] != found[second]:
         raise UserError(f"{shown} text to the model, which reads {length} tokens{more}; shorten names or templates")
+    end = None if _is_siglip(config) else -1  # CLIP's unknown token is the end of text
     alone = token_ids(tokenizer, [names[first], names[second]])
-    if not _is_siglip(config):  # CLIP's unknown token is the end of text
-        alone = [ids[:-1] for ids in alone]
-    unknown = any(tokenizer.unk_token_id in ids for ids in alone)
+    unknown = any(tokenizer.unk_token_id in ids[:end] for ids in alone)
     if unknown or len(seen) == 1:
         why = "whose tokenizer does not know their letters" if unknown else "and so are all others"
         raise UserError(f"{shown} tokens to the model, {why}{more}; give names in a language of the model")

@@ -17,7 +17,7 @@ from utils.methods.losses import cross_entropy
 from utils.models.classifiers import LinearClassifier, own_linear_head, read_linear_head
 from utils.models.encoders import ImageEncoder, TextEncoder
 from utils.models.published import has_text, logit_scale
-from utils.models.tokens import fill_up, read_prompts, refuse_equal_texts
+from utils.models.tokens import fill_in, fill_up, read_prompts, refuse_equal_texts
 from utils.sets.labelled import LabelledSet
 
 TEXTS_AT_ONCE = 256  # in a batch of the text tower
@@ -35,23 +35,20 @@ def set_classifier(
     """What tells the classes of a set apart: a linear head's file, else the text tower, else the model's own head.
 
     By the text tower: s * cos(z, t_c), s = exp(logit_scale); SigLIP's bias, equal for all classes, is left out.
-    ``UserError`` where there is none of them, or another number of classes.
     """
+    names = labelled.classnames
     if linear_head is not None:
-        return read_linear_head(linear_head, encoder.embed_dim, len(labelled.classnames)).to(device)
+        return read_linear_head(linear_head, encoder.embed_dim, len(names)).to(device)
     if not has_text(model.config):
-        return own_linear_head(model, len(labelled.classnames)).to(device)
-    embeds = class_embeddings(model, processor, labelled.classnames, labelled.templates, device)
+        return own_linear_head(model, len(names)).to(device)
+    embeds = class_embeddings(model, processor, names, labelled.templates, device)
     return LinearClassifier(embeds, scale=logit_scale(model), normalise=True)
 
 
 def class_embeddings(
     model: PreTrainedModel, processor: Any, classnames: Sequence[str], templates: Sequence[str], device: Device = "cpu"
 ) -> Tensor:
-    """t_c: the mean over templates of unit text embeddings, made unit again. -> (C, D), float32, on ``device``.
-
-    ``UserError`` for different names that are one to the model.
-    """
+    """t_c: ``ensemble`` of each class's prompts, (C, D). ``UserError`` for names that are one to the model."""
     refuse_equal_texts(processor, model.config, classnames, templates[0])
     return ensemble(prompt_embeddings(model, processor, classnames, templates, device))
 
@@ -65,14 +62,11 @@ def ensemble(prompt_embeds: Tensor) -> Tensor:
 def prompt_embeddings(
     model: PreTrainedModel, processor: Any, texts: Sequence[str], templates: Sequence[str], device: Device = "cpu"
 ) -> Tensor:
-    """Un-normalised embeddings of every text in every template, (T, P, D) float32 on ``device``.
-
-    The text tower visits ``device`` for this and returns to where it was.
-    """
+    """Un-normalised embeddings of T texts in P templates, (T, P, D) float32 on ``device``. The tower only visits it."""
     encoder = TextEncoder(model)
     home = next(encoder.text_model.parameters()).device
     encoder.to(device)
-    prompts = [template.replace("{c}", text) for text in texts for template in templates]
+    prompts = fill_in(templates, texts)
     rows = read_prompts(processor, model.config, prompts)
     parts = (rows[first : first + TEXTS_AT_ONCE] for first in range(0, len(rows), TEXTS_AT_ONCE))
     found = torch.cat([encoder(*fill_up(part, processor, model.config, device)) for part in parts])
@@ -91,10 +85,9 @@ def refuse_non_finite_rows(values: Tensor, keys: Sequence[str], what: str) -> No
     """``NonFiniteError`` that names the first of the rows (N, D) of ``keys`` that is not finite. Synchronises."""
     finite = values.isfinite().all(dim=1)
     if not finite.all():
-        raise NonFiniteError(
-            f"{keys[int((~finite).nonzero()[0])]}: its {what} are not finite; no figure is made of them; the model's "
-            "numbers overflow: try mixed_precision no or bf16, else give another checkpoint"
-        )
+        fault = f"{keys[int((~finite).nonzero()[0])]}: its {what} are not finite; no figure is made of them"
+        advice = "try mixed_precision no or bf16, else give another checkpoint"
+        raise NonFiniteError(f"{fault}; the model's numbers overflow: {advice}")
 
 
 class Classified(NamedTuple):
@@ -109,21 +102,21 @@ class Classified(NamedTuple):
 
 
 def classified(
-    logits_fn: Callable[[Tensor], Tensor],
+    logits_fn: Logits,
     batches: Iterable[dict[str, Any]],
     *,
     device: torch.device,
     perturb: Callable[[Tensor, Tensor, Sequence[int]], Tensor] | None = None,
 ) -> Iterator[Classified]:
-    """The batches of an evaluation loader, moved to the device, changed by ``perturb`` and classified.
+    """The batches of an evaluation loader, changed by ``perturb`` and classified: pixel_values -> logits (B, C).
 
-    batches: with ``images`` uint8 (B, 3, H, W), ``labels`` and ``positions`` (B,) int64, ``keys``. logits_fn:
-    pixel_values -> logits (B, C). perturb: (pixel_values, labels, positions) -> pixel_values, with gradients.
+    batches: with ``images`` uint8 (B, 3, H, W), ``labels`` and ``positions`` (B,) int64, ``keys``.
+    perturb: (pixel_values, labels, positions) -> pixel_values, with gradients.
     """
     for batch in batches:
-        count = len(batch["positions"])
         images, labels, places = batch["images"], batch["labels"], batch["positions"]
-        if count == 0:  # a rank that has run out goes on with a black image: under ZeRO-3 all must make equal forwards
+        count = len(places)
+        if not count:  # a rank that has run out goes on with a black image: under ZeRO-3 all must make equal forwards
             images, labels, places = (rows.new_zeros(1, *rows.shape[1:]) for rows in (images, labels, places))
         pixel_values, labels = to_pixel_values(images, device), labels.to(device)
         attacked = pixel_values if perturb is None else perturb(pixel_values, labels, places.tolist())
@@ -135,26 +128,11 @@ def classified(
 
 
 def pgd_images(
-    logits_fn: Callable[[Tensor], Tensor],
-    pixel_values: Tensor,
-    labels: Tensor,
-    positions: Sequence[int],
-    *,
-    eps: float,
-    step_size: float,
-    num_steps: int,
-    seed: int,
+    logits_fn: Logits, pixel_values: Tensor, labels: Tensor, positions: Sequence[int], *, seed: int, **options: Any
 ) -> Tensor:
-    """Images under PGD on the cross-entropy; the random start of the image at position i depends on (seed, i) alone.
-
-    pixel_values (B, 3, H, W) float32 in [0,1] -> the same; eps, step_size as shares of the pixel range.
-    """
-    start = uniform_start(pixel_values, eps, attack_seeds(seed, 0, positions))
-
-    def loss(adversarial: Tensor) -> Tensor:
-        return cross_entropy(logits_fn(adversarial), labels)
-
-    return pixel_values + pgd(loss, pixel_values, eps=eps, step_size=step_size, num_steps=num_steps, start=start)
+    """Images under PGD on the cross-entropy, ``options`` as of ``pgd``; image i starts as (seed, position i) says."""
+    start = uniform_start(pixel_values, options["eps"], attack_seeds(seed, 0, positions))
+    return pixel_values + pgd(lambda x: cross_entropy(logits_fn(x), labels), pixel_values, start=start, **options)
 
 
 def predictions(
@@ -164,12 +142,11 @@ def predictions(
     *,
     device: torch.device,
     eps: float | None = None,
-    num_steps: int = 10,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Whether each image is classified rightly: clean (``eps`` None) or under PGD with steps of eps / 4.
+    """Whether each image is classified rightly: clean (``eps`` None) or under PGD with 10 steps of eps / 4.
 
-    batches as in ``classified``; classifier: image_embeds (B, D) -> logits (B, C); eps: share of the pixel range.
+    batches as in ``classified``; classifier: image_embeds (B, D) -> logits (B, C).
     -> positions (n,) int64 and correct (n,) bool, on the CPU, of this process's images in the order read.
     """
 
@@ -178,7 +155,7 @@ def predictions(
 
     perturb = None
     if eps is not None:
-        perturb = partial(pgd_images, logits_fn, eps=eps, step_size=eps / 4, num_steps=num_steps, seed=seed)
+        perturb = partial(pgd_images, logits_fn, eps=eps, step_size=eps / 4, num_steps=10, seed=seed)
     positions, correct = [], []
     with frozen(encoder):
         for batch in classified(logits_fn, batches, device=device, perturb=perturb):

@@ -33,8 +33,7 @@ def measured_workers(
 ) -> tuple[int, str]:
     """Data workers for this process, and a line that says why: as many as an ideal device could use.
 
-    Samples of the first batch of ``order`` are timed. The device's rate is that of matrix products in ``dtype``, which
-    no training step reaches. Nothing random is drawn.
+    Samples of the first batch of ``order`` are timed, and matrix products in ``dtype``. Nothing random is drawn.
     """
     most = default_num_workers()
     seconds = seconds_per_sample(dataset, next(iter(order), []))
@@ -42,17 +41,14 @@ def measured_workers(
         return most, f"{most} data workers: no sample could be timed beforehand"
     rate = matmul_flops(device, dtype) / flops_per_sample
     workers = workers_needed(seconds, rate, most)
-    name = "data workers" if workers > 1 else "data worker"
-    return workers, f"{workers} {name}: {1000 * seconds:.1f} ms an image, up to {rate:,.0f} images/s"
+    speed = f"{1000 * seconds:.1f} ms an image, up to {rate:,.0f} images/s"
+    return workers, f"{workers} data worker{'s' if workers > 1 else ''}: {speed}"
 
 
 def seconds_per_sample(
     dataset: ShardDataset, references: Sequence[tuple[int, int, int]], patience: float = SECONDS
 ) -> float | None:
-    """Mean wall time to read and decode one of ``references`` (epoch, slot, position) here, alone, or None.
-
-    What cannot be read is left out, as are remote shards that would have to come first.
-    """
+    """Mean seconds to read and decode one of ``references`` (epoch, slot, position) that are here, or None."""
     urls, timed, started = dataset.index.urls, [], time.perf_counter()
     # A reader of its own: no descriptor and no prefetch thread is there when the workers are forked.
     with closing(ShardReader(dataset.index)) as reader, waited_for(lambda: NOTHING_READ):
@@ -71,13 +67,13 @@ def seconds_per_sample(
     return sum(timed) / len(timed) if timed else None
 
 
-def matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.05) -> float:
-    """FLOP/s of square matrix products on ``device``, warm, over about ``seconds``."""
+def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of square matrix products on ``device``, warm, over about 0.05 s."""
     side = 4096 if device.type == "cuda" else 512
     factor = torch.full((side, side), 1 / side, device=device, dtype=dtype)
     product = factor @ factor
     count, elapsed = 1, 0.0
-    while elapsed < seconds / 2:
+    while elapsed < 0.025:
         count *= 2
         product[0, 0].item()  # waits for the device, whichever it is
         clock = time.perf_counter()
@@ -115,7 +111,7 @@ class TimedBatches:
         if self.advised or self.intervals == 1 or fraction <= NOTABLE_WAIT:
             return None
         self.advised = True
-        return (
-            f"waiting for data takes {100 * fraction:.0f} % of the time: raise --num_workers (now {num_workers}), or "
-            "use --jpeg_draft true for large photographs, or local shards"
+        advice = (
+            f"raise --num_workers (now {num_workers}), use --jpeg_draft true for large photographs, or local shards"
         )
+        return f"waiting for data takes {100 * fraction:.0f} % of the time: {advice}"

@@ -1,8 +1,7 @@
 """Memory of a LORE step on one device: counted on tensors without data, then laid out as DDP or DeepSpeed's ZeRO would.
 
-Counted is what a step holds beside weights, gradients and optimizer: its phases run on fake tensors, which have shapes and
-lifetimes but no data. The rest is arithmetic on DeepSpeed's source. docs/memory.md compares both with real runs. GB is 10^9
-bytes, here and in every table.
+What a step holds beside weights, gradients and optimizer is counted on fake tensors, which have shapes and lifetimes
+but no data. The rest is arithmetic on DeepSpeed's source. docs/memory.md compares it with real runs. GB is 10^9 bytes.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import itertools
 import math
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,14 +25,17 @@ from torch.utils._pytree import tree_leaves
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from utils.methods.attacks import frozen, pgd
-from utils.methods.losses import squared_distance
-from utils.models.encoders import ImageEncoder, enable_gradient_checkpointing, keep_weights_in, square_side
+from utils.methods.lagrangian import Multiplier
+from utils.methods.lore import MicroBatch, Problem
+from utils.models.encoders import ImageEncoder, enable_gradient_checkpointing, keep_weights_in
 from utils.processes.progress import RunProgress, wide_console
 
 GB = 10**9
 DEVICES = (24, 40, 80, 141)  # GB
 FLOAT32 = 4  # bytes
 COUNTED = 4  # blocks; a deeper tower is continued from there
+KINDS = ["weights", "reference", "optimizer", "gradients", "buckets", "gathered weights", "pixels, perturbations"]
+KINDS += ["activations", "temporaries"]
 
 # The image towers of OpenAI's (B, L: quick_gelu) and LAION's models (H, bigG: gelu). Heads do not change the bytes.
 _FIELDS = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size", "image_size"]
@@ -55,24 +57,23 @@ def tower_config(name: str) -> CLIPVisionConfig:
 
 def random_encoder(config: CLIPVisionConfig, compute_dtype: torch.dtype) -> ImageEncoder:
     """The image tower of this config. Weights are random, or fake inside ``FakeTensorMode``."""
-    model = CLIPVisionModelWithProjection(config)
-    side, third = square_side(config.image_size), [1 / 3] * 3
+    model, third = CLIPVisionModelWithProjection(config), [1 / 3] * 3
+    side: Any = config.image_size
     encoder = ImageEncoder(model.vision_model, model.visual_projection, side, third, third, compute_dtype)
     encoder.vision_model.config._attn_implementation = "sdpa"  # flash attention, as on a GPU, in every precision
     return encoder
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside the block every tensor is watched: ``live`` is the bytes of all that exist, ``peak`` their highest.
+    """Inside the block ``live`` is the bytes of all storages that anything refers to, ``peak`` their highest.
 
-    A storage counts once, however many tensors view it, as long as anything refers to it. What a kernel allocates and frees
-    within itself is not seen. ``history`` has every operation and the live bytes after it.
+    What a kernel allocates and frees within itself is not seen.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self.history: list[tuple[Any, int]] = []
+        self.history: list[tuple[Any, int]] = []  # operations, and the live bytes after them
         self._known: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -115,7 +116,7 @@ class StepCount:
 
 @dataclass
 class _Segment:
-    """Operations that run through the blocks once, forwards or backwards: names, and (operations, columns) bytes."""
+    """Operations that run through the blocks once, forwards or backwards: names, and bytes as in ``StepCount``."""
 
     phase: str
     names: list[Any]
@@ -133,10 +134,11 @@ def count_step(
 ) -> StepCount:
     """Counts a LORE step of the image tower of this config. No weights are made, nothing is computed.
 
-    ``clean_in_primal``: whether the updates see the clean images too, a batch of 2B (LORE) and not B (FARE). ``momentum``:
-    whether the attack has one. The same operations run at every batch size, so the live bytes after each are a + b * images,
-    and two batch sizes give both. Blocks are alike, so two depths give all: exact, and many times as fast.
+    ``clean_in_primal``: whether the updates see the clean images too (LORE, not FARE). ``momentum``: the attack's.
+    The same operations run at every batch size, so the live bytes after each are a + b * images; two sizes give both.
+    Blocks are alike, so two depths give all: exact, and many times as fast.
     """
+    problem = Problem(constraint="embedding" if clean_in_primal else "none")
 
     def encoders(depth: int) -> tuple[ImageEncoder, ImageEncoder]:
         shallow = copy.deepcopy(config)
@@ -151,7 +153,7 @@ def count_step(
         traces = []
         for batch_size in (2, 3):
             with FakeTensorMode(), LiveBytes() as tensors:
-                traces.append(_trace(tensors, *encoders(depth), batch_size, clean_in_primal, momentum))
+                traces.append(_trace(tensors, *encoders(depth), problem, batch_size, momentum))
         for few, many in zip(*traces, strict=True):
             live, per_image = few.bytes[:, 0], many.bytes[:, 0] - few.bytes[:, 0]
             few.bytes = np.stack([live - 2 * per_image, per_image, few.bytes[:, 1]], axis=1)
@@ -182,8 +184,7 @@ def count_step(
 def _deepen(shorter: _Segment, longer: _Segment, more: int) -> np.ndarray:
     """The bytes of a segment with ``more`` blocks than the longer one, from two that differ by one block.
 
-    Operation i from the start, and operation i from the end, is the same one at both depths, and its bytes grow evenly
-    with the depth. Those in the middle of a deep tower lie between: bytes rise or fall evenly from block to block.
+    Operation i from the start, and from the end, is the same at both depths, and its bytes grow evenly with the depth.
     """
     block = len(longer.names) - len(shorter.names)
     parts = []
@@ -200,8 +201,8 @@ def _trace(
     tensors: LiveBytes,
     encoder: ImageEncoder,
     reference: ImageEncoder,
+    problem: Problem,
     batch_size: int,
-    clean_in_primal: bool,
     momentum: bool,
 ) -> list[_Segment]:
     """One step: by operation the live bytes beside weights and reference, and those of gradients among them."""
@@ -213,7 +214,7 @@ def _trace(
     for parameter in encoder.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: made.append((len(history), p.grad.nbytes)))
     cuts: list[tuple[str, int, int]] = []
-    for phase in _step(encoder, reference, batch_size, clean_in_primal, momentum):
+    for phase in _step(encoder, reference, problem, batch_size, momentum):
         ends.append(len(history))
         cuts += [(phase, first, end) for first, end in itertools.pairwise(ends)]
         ends[:] = ends[-1:]
@@ -231,38 +232,31 @@ def _trace(
 
 
 def _step(
-    encoder: ImageEncoder, reference: ImageEncoder, batch_size: int, clean_in_primal: bool, momentum: bool
+    encoder: ImageEncoder, reference: ImageEncoder, problem: Problem, batch_size: int, momentum: bool
 ) -> Iterator[str]:
-    """The step of train_lore.py with two attack steps and two updates. Yields the name of each phase when it is over."""
-    pixel_values = torch.zeros(batch_size, 3, encoder.image_size, encoder.image_size)
+    """The step of train_lore.py, two attack steps and two updates. Yields the name of each phase when it is over."""
+    multiplier = Multiplier("scalar", encoder.embed_dim)
+    batch = MicroBatch(torch.zeros(batch_size, 3, encoder.image_size, encoder.image_size))
     with torch.no_grad():
-        ref_image_embeds = reference(pixel_values)
-        margin = ref_image_embeds.square().sum(dim=-1)
+        batch.ref_image_embeds = reference(batch.pixel_values)
+        batch.margin = problem.margin(batch.ref_image_embeds)
     yield "reference"
-    with frozen(encoder):
-        delta = pgd(
-            lambda adversarial: squared_distance(encoder(adversarial), ref_image_embeds),
-            pixel_values,
-            eps=1 / 255,
-            step_size=1 / 255,
-            num_steps=2,
-            start=torch.zeros_like(pixel_values),
-            momentum=0.9 if momentum else 0.0,
-        )
+    options: dict[str, Any] = {
+        "eps": 1 / 255,
+        "step_size": 1 / 255,
+        "num_steps": 2,
+        "momentum": 0.9 if momentum else 0.0,
+    }
+    with frozen(encoder):  # not by ``attack``: its start is drawn image by image, by more operations for more images
+        start = torch.zeros_like(batch.pixel_values)
+        batch.delta = pgd(lambda x: problem.loss(encoder(x), batch), batch.pixel_values, start=start, **options)
+        del start
     yield "attack"
     for phase in ("first backward", "further backward"):  # the first makes the gradients, the second adds to them
-        adversarial = pixel_values + delta
-        if clean_in_primal:
-            image_embeds, adversarial_embeds = encoder(torch.cat([pixel_values, adversarial])).chunk(2)
-            distance = squared_distance(image_embeds, ref_image_embeds)
-            loss = (squared_distance(adversarial_embeds, ref_image_embeds) + distance - margin).mean()
-        else:
-            loss = squared_distance(encoder(adversarial), ref_image_embeds).mean()
-        loss.backward()
+        problem.primal(encoder, batch, multiplier).loss.backward()
         yield phase
     encoder.zero_grad()
-    with torch.no_grad():
-        squared_distance(encoder(pixel_values), ref_image_embeds)
+    problem.dual(encoder, batch, multiplier)
     yield "dual"
 
 
@@ -293,8 +287,7 @@ class Layout:
 def optimizer_bytes(optimizer: str, parameters: Sequence[int]) -> int:
     """Bytes of AdamW's two states for parameters of these many elements.
 
-    bitsandbytes keeps 8 bits of each for parameters of 4,096 elements and more, with a float32 scale for every block of
-    256; paged states are counted in full, although they move to the host where the device is short.
+    bitsandbytes: 8 bits and a float32 scale per 256 from 4,096 elements on. Paged states count in full.
     """
     if optimizer == "adamw":
         return 8 * sum(parameters)
@@ -305,10 +298,10 @@ Phase = tuple[str, dict[str, int], np.ndarray]
 
 
 def device_bytes(count: StepCount, layout: Layout) -> list[Phase]:
-    """What is on a device, by phase of a step: (name, bytes by kind whatever the batch, counted bytes as in ``StepCount``).
+    """What is on a device, by phase: (name, bytes by kind whatever the batch, counted bytes as in ``StepCount``).
 
-    Devices are taken to be alike; padding of their shares is left out. Sources: torch's DistributedDataParallel;
-    deepspeed/runtime/zero/stage_1_and_2.py, stage3.py and partitioned_param_coordinator.py of DeepSpeed 0.19.
+    Sources: torch's DistributedDataParallel; deepspeed/runtime/zero/stage_1_and_2.py, stage3.py and
+    partitioned_param_coordinator.py of DeepSpeed 0.19. Padding of shares is left out.
     """
     numel, stage = sum(count.parameters), layout.stage
     weights = FLOAT32 * numel
@@ -413,77 +406,57 @@ def largest_batch(count: StepCount, layout: Layout, capacity: float) -> int:
 
 def print_estimate(
     model: tuple[str, CLIPVisionConfig] | None,
+    run: Layout,
     *,
     batch_size: int,
     gradient_checkpointing: bool,
-    processes: int,
-    optimizer: str,
-    accumulation: int,
-    compute_dtype: torch.dtype,
-    reference_dtype: str,
-    clean_in_primal: bool,
-    momentum: bool,
-    gather_for_attack: bool = True,
-    shard_reference: bool = False,
+    **counted: Any,
 ) -> None:
     """Prints the peak of a step on one device, the largest batches, and what the peak is made of.
 
-    For all ``TOWERS`` and the ``model``, its name and config, where given; the breakdown is that model's, else ViT-L/14's,
-    with the given ``gradient_checkpointing``.
+    For all ``TOWERS`` and the ``model`` (name and config), where given; the breakdown is that model's, else ViT-L/14's.
+    ``run`` is laid out under every stage; ``counted``: what else ``count_step`` takes.
     """
     configs = {tower: tower_config(tower) for tower in TOWERS} | dict([model] if model else [])
-    shown = model[0] if model else "ViT-L/14"
-    counts = {}
+    shown, counts = model[0] if model else "ViT-L/14", {}
     with RunProgress("counting", 2 * len(configs), transient=True) as progress:
-        for tower, checkpointing in itertools.product(configs, (False, True)):
-            counts[tower, checkpointing] = count_step(
-                configs[tower],
-                compute_dtype=compute_dtype,
-                gradient_checkpointing=checkpointing,
-                reference_dtype=reference_dtype,
-                clean_in_primal=clean_in_primal,
-                momentum=momentum,
-            )
+        for tower, gc in itertools.product(configs, (False, True)):
+            counts[tower, gc] = count_step(configs[tower], gradient_checkpointing=gc, **counted)
             progress.update(len(counts))
-    layouts = {
-        name: Layout(stage, processes, optimizer, accumulation, gather_for_attack, shard_reference)
-        for stage, name in enumerate(["one process" if processes == 1 else "DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"])
-    }
+    names = ["one process" if run.processes == 1 else "DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"]
+    layouts = {name: replace(run, stage=stage) for stage, name in enumerate(names)}
 
     console = wide_console()
-    console.print(
-        f"{processes} processes, {batch_size} images each per micro-batch (x {accumulation}), {optimizer}, blocks in "
-        f"{str(compute_dtype).removeprefix('torch.')}, reference {reference_dtype}. GB = 10^9 bytes. + gc: gradient checkpointing."
+    step = (
+        f"{run.processes} processes, {batch_size} images each per micro-batch (x {run.accumulation}), {run.optimizer}"
     )
+    dtypes = f"blocks in {str(counted['compute_dtype']).removeprefix('torch.')}, reference {counted['reference_dtype']}"
+    console.print(f"{step}, {dtypes}. GB = 10^9 bytes. + gc: gradient checkpointing.")
 
-    def smallest_device(tower: str, checkpointing: bool, layout: Layout) -> str:
-        need = peak_bytes(counts[tower, checkpointing], layout, batch_size)["total"] / GB
+    def smallest_device(count: StepCount, layout: Layout) -> str:
+        need = peak_bytes(count, layout, batch_size)["total"] / GB
         return f"{need:.1f} -> {next((size for size in DEVICES if size >= need), 'none')}"
+
+    def largest(count: StepCount, layout: Layout) -> str:
+        return " / ".join(str(largest_batch(count, layout, size * GB)) for size in DEVICES)
 
     rows = [["image tower", *layouts, *(f"{name} + gc" for name in layouts)]]
     for tower in configs:
         columns = itertools.product((False, True), layouts.values())
-        rows.append([tower, *(smallest_device(tower, checkpointing, layout) for checkpointing, layout in columns)])
+        rows.append([tower, *(smallest_device(counts[tower, gc], layout) for gc, layout in columns)])
     _print_table(console, "Peak of a step per device, GB -> the smallest device that holds it", rows)
 
     devices = " / ".join(map(str, DEVICES))
-    for checkpointing in (False, True):
+    for gc in (False, True):
         rows = [["image tower", *layouts]]
-        for tower in configs:
-            count = counts[tower, checkpointing]
-            largest = [[largest_batch(count, layout, size * GB) for size in DEVICES] for layout in layouts.values()]
-            rows.append([tower, *(" / ".join(map(str, sizes)) for sizes in largest)])
-        title = f"Largest --per_device_train_batch_size on {devices} GB, gradient checkpointing "
-        _print_table(console, title + ("on" if checkpointing else "off"), rows)
+        rows += [[tower, *(largest(counts[tower, gc], layout) for layout in layouts.values())] for tower in configs]
+        title = f"Largest --per_device_train_batch_size on {devices} GB, gradient checkpointing {'on' if gc else 'off'}"
+        _print_table(console, title, rows)
 
     peaks = [peak_bytes(counts[shown, gradient_checkpointing], layout, batch_size) for layout in layouts.values()]
     rows = [["", *layouts], ["during", *(peak["phase"] for peak in peaks)]]
-    rows += [[kind, *(f"{peak.get(kind, 0) / GB:.2f}" for peak in peaks)] for kind in (*_KINDS, "total")]
+    rows += [[kind, *(f"{peak.get(kind, 0) / GB:.2f}" for peak in peaks)] for kind in (*KINDS, "total")]
     _print_table(console, f"Peak of {shown}, GB" + (", gradient checkpointing" if gradient_checkpointing else ""), rows)
-
-
-_KINDS = ["weights", "reference", "optimizer", "gradients", "buckets", "gathered weights", "pixels, perturbations"]
-_KINDS += ["activations", "temporaries"]
 
 
 def _print_table(console: Console, title: str, rows: Sequence[Sequence[str]]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import resource
 import sys
 from pathlib import Path
@@ -14,16 +14,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from utils.data.sources import write_whole
 from utils.errors import UserError
 from utils.models.encoders import ImageEncoder
 from utils.text_files import parse_json
 
 
 def violation_statistics(distance: Tensor, margin: Tensor, rho: float) -> dict[str, float]:
-    """Distribution of distance / margin over a batch (feasible: <= rho) and the share of images above rho.
-
-    Two (n,) float32 tensors. One device synchronisation.
-    """
+    """Distribution of distance / margin, (n,) both (feasible: <= rho), and the share above rho. One synchronisation."""
     ratio = distance.float() / margin.float().clamp_min(1e-12)
     quantiles = torch.quantile(ratio, torch.tensor([0.5, 0.95], device=ratio.device))
     violated = (distance > rho * margin).float().mean()
@@ -44,20 +42,17 @@ def forward_flops(encoder: ImageEncoder) -> int:
 def lore_flops_per_image(
     forward: int, attack_steps: int, primal_steps: int, clean_in_primal: bool, dual: bool, reference: bool = True
 ) -> int:
-    """FLOPs that one image needs in one step, in terms of one forward F (backward to the input F, with weights 2F).
+    """FLOPs that one image needs in one step, from those of a forward F (backward to the input F, with weights 2F).
 
-    Reference F, attack 2F a step, each primal update 3F for x + delta and 3F more where x takes part, dual F. LORE with
-    10 attack steps and K = 5: 52 F.
+    Reference F, attack 2F a step, each primal update 3F for x + delta and 3F more where x takes part, dual F.
     """
-    updates = primal_steps * (6 if clean_in_primal else 3)
-    return forward * (reference + 2 * attack_steps + updates + dual)
+    return forward * (reference + 2 * attack_steps + primal_steps * (6 if clean_in_primal else 3) + dual)
 
 
 def preference_flops_per_sample(forward: int, pictures: int, head: bool, dual: bool = False) -> int:
-    """FLOPs that one sample's pictures need in one step: reference F each, and 3F each where the image tower is trained.
+    """FLOPs that one sample's pictures need in one step: reference F each, and 3F each where no ``head`` is trained.
 
-    A ``head`` is trained on the reference's embeddings alone. ``dual``: F more for the clean picture; of pairs not every
-    sample is clean, so that is the most. Texts are left out: few in comparison.
+    ``dual``: F more for the clean picture. Texts are left out: few in comparison.
     """
     return forward * (pictures if head else 4 * pictures + dual)
 
@@ -93,31 +88,25 @@ class MetricsFile:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
         except OSError as error:
-            raise UserError(
-                f"{self.path}: step {row['step']} cannot be logged ({error.strerror}); mend that, then go on with "
-                "--resume_from_checkpoint latest"
-            ) from None
+            fault = f"step {row['step']} cannot be logged ({error.strerror})"
+            advice = "mend that, then go on with --resume_from_checkpoint latest"
+            raise UserError(f"{self.path}: {fault}; {advice}") from None
 
     def read(self) -> list[dict[str, Any]]:
         """The rows in order; what is no row of a step is left out."""
-        if not self.path.exists():
-            return []
         rows = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
-            try:
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+        for line in text.split("\n"):
+            with contextlib.suppress(ValueError):  # the last line of a killed run
                 row = parse_json(line)
-            except ValueError:
-                continue  # the last line of a killed run
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                rows.append(row)
+                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                    rows.append(row)
         return rows
 
     def cut_back(self, step: int) -> None:
         """Drops what was written after ``step``: a resumed run writes it again."""
         kept = [json.dumps(row) + "\n" for row in self.read() if row["step"] <= step]
-        aside = self.path.with_suffix(".jsonl.tmp")
         try:
-            aside.write_text("".join(kept), encoding="utf-8")
-            os.replace(aside, self.path)
+            write_whole(self.path, "".join(kept).encode())
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror}); mend that and start again") from None

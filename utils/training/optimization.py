@@ -1,17 +1,15 @@
-"""Optimizer, learning rate, number of steps.
-
-The learning rate is a pure function of the step: nothing to save, nothing that a launcher can advance twice.
-"""
+"""Optimizer, number of steps, and the learning rate, a pure function of the step: nothing to save."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate.utils import is_bnb_available
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from utils.errors import UserError
@@ -21,47 +19,41 @@ ADAMW = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 
 def make_optimizer(name: str, module: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
     """Over all parameters: ``adamax``, ``adamw``, or AdamW with 8-bit states."""
+    options: dict[str, Any] = {"params": module.parameters(), "lr": learning_rate, "weight_decay": weight_decay}
     if name == "adamw":  # fused: one pass over the weights, no temporaries of their size
-        return torch.optim.AdamW(module.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True)
+        return torch.optim.AdamW(**options, fused=True)
     if name == "adamax":
-        return torch.optim.Adamax(module.parameters(), lr=learning_rate, weight_decay=weight_decay)
+        return torch.optim.Adamax(**options)
     if not is_bnb_available():
         raise UserError(f"--optimizer {name}: needs the package bitsandbytes; install it or use adamw")
-    import bitsandbytes
+    from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
 
-    eight_bit = bitsandbytes.optim.PagedAdamW8bit if name.startswith("paged") else bitsandbytes.optim.AdamW8bit
-    return eight_bit(module.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    return (PagedAdamW8bit if name.startswith("paged") else AdamW8bit)(**options)
 
 
 def accumulation_steps(
     global_batch_size: int | None, per_device_batch_size: int, processes: int, given: int | None = None
 ) -> int:
-    """Micro-batches per step: N / (processes x per-device batch), or without a global batch N what was ``given``, else 1.
+    """Micro-batches per step: N / (processes x per-device batch); without a global batch N ``given``, else 1.
 
     Raises ``UserError`` with what would fit where that is no whole number, or not the ``given`` one.
     """
     if global_batch_size is None:
         return given or 1
-    at_once = processes * per_device_batch_size
+    at_once, flag = processes * per_device_batch_size, f"--global_batch_size {global_batch_size}"
     product = f"{processes} x {per_device_batch_size} (processes x --per_device_train_batch_size)"
     steps, rest = divmod(global_batch_size, at_once)
     if rest:
         batches = " or ".join(str(batch) for batch in (steps * at_once, (steps + 1) * at_once) if batch)
-        advice = f"try --global_batch_size {batches}"
-        share, indivisible = divmod(global_batch_size, processes)
-        sizes = range(min(share, per_device_batch_size, 1 << 16), 0, -1)
+        advice, (share, indivisible) = f"try --global_batch_size {batches}", divmod(global_batch_size, processes)
         if not indivisible:
+            sizes = range(min(share, per_device_batch_size, 1 << 16), 0, -1)
             smaller = next(size for size in sizes if share % size == 0)
             advice = f"--per_device_train_batch_size {smaller} would fit, or --global_batch_size {batches}"
-        raise UserError(
-            f"--global_batch_size {global_batch_size}: not a whole number of times {product} = {at_once}; {advice}"
-        )
+        raise UserError(f"{flag}: not a whole number of times {product} = {at_once}; {advice}")
     if given not in (None, steps):
-        raise UserError(
-            f"--gradient_accumulation_steps {given} with --global_batch_size {global_batch_size}: that is {steps} times "
-            f"{product}; leave --gradient_accumulation_steps out, or give --global_batch_size {given * at_once} (none: as "
-            "the others say)"
-        )
+        advice = f"leave it out, or give --global_batch_size {given * at_once} (none: as the others say)"
+        raise UserError(f"--gradient_accumulation_steps {given} with {flag}: that is {steps} times {product}; {advice}")
     return steps
 
 
@@ -70,15 +62,12 @@ def count_steps(
 ) -> int:
     """Steps of the whole run; a last partial batch of an epoch is dropped. Refuses an epoch that holds no batch."""
     if samples_per_epoch > num_samples:
-        raise UserError(
-            f"--train_num_samples {samples_per_epoch}: the shards hold {num_samples} samples, and an epoch reads each "
-            "at most once; lower it"
-        )
+        held = f"the shards hold {num_samples} samples, and an epoch reads each at most once"
+        raise UserError(f"--train_num_samples {samples_per_epoch}: {held}; lower it")
     if samples_per_epoch < global_batch_size:
-        raise UserError(
-            f"--per_device_train_batch_size: the global batch of {global_batch_size} (x processes x accumulation, or "
-            f"--global_batch_size) is larger than an epoch of {samples_per_epoch} samples; make it smaller"
-        )
+        batch = f"the global batch of {global_batch_size} (x processes x accumulation, or --global_batch_size)"
+        fault = f"{batch} is larger than an epoch of {samples_per_epoch} samples; make it smaller"
+        raise UserError(f"--per_device_train_batch_size: {fault}")
     return max_steps or epochs * (samples_per_epoch // global_batch_size)
 
 
@@ -91,14 +80,13 @@ def cosine_learning_rate(step: int, peak: float, total_steps: int, warmup_steps:
 
 
 class BetaAverage:
-    """Running average of a module's weights over a run: weight Beta(0.7, 0.7) at (k + 1/2) / (n + 1), k = 0 at the start.
+    """Running average of a module's weights over a run, float32: weight Beta(0.7, 0.7) at (k + 1/2) / (n + 1).
 
-    First and last moments weigh most, so it lies between the pretrained and the final model. float32, on the parameters'
-    device. Source: the official code of arXiv 2411.08923.
+    k = 0 at the start. First and last moments weigh most. Source: the official code of arXiv 2411.08923.
     """
 
-    def __init__(self, module: nn.Module, total_steps: int, beta: float = 0.7) -> None:
-        self.total_steps, self.beta = total_steps, beta
+    def __init__(self, module: nn.Module, total_steps: int) -> None:
+        self.total_steps = total_steps
         self.weights = [parameter.detach().float().clone() for parameter in module.parameters()]
         self.total = self._weight(0)
 
@@ -112,12 +100,13 @@ class BetaAverage:
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
         """Inside, the module has the average's weights."""
-        kept = [parameter.detach().clone() for parameter in module.parameters()]
-        _copy(self.weights, module)
+        parameters = [parameter.detach() for parameter in module.parameters()]
+        kept = [parameter.clone() for parameter in parameters]
+        torch._foreach_copy_(parameters, self.weights)
         try:
             yield
         finally:
-            _copy(kept, module)
+            torch._foreach_copy_(parameters, kept)
 
     def state_dict(self) -> dict:
         return {"weights": self.weights, "total": self.total}
@@ -128,13 +117,7 @@ class BetaAverage:
 
     def _weight(self, step: int) -> float:
         share = (step + 0.5) / (self.total_steps + 1)
-        return (share * (1 - share)) ** (self.beta - 1)  # Beta's density up to a factor
-
-
-def _copy(weights: list[Tensor], module: nn.Module) -> None:
-    with torch.no_grad():
-        for parameter, weight in zip(module.parameters(), weights, strict=True):
-            parameter.copy_(weight)
+        return (share * (1 - share)) ** (0.7 - 1)  # Beta's density up to a factor
 
 
 def load_optimizer_state(optimizer: Optimizer, state: dict) -> None:
@@ -143,6 +126,5 @@ def load_optimizer_state(optimizer: Optimizer, state: dict) -> None:
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
-    """The same learning rate for every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate

@@ -1,7 +1,6 @@
 """--prefetch: brings everything that a run needs into the caches, for compute nodes without internet.
 
-The functions that look for things are those of the run, so it will find what they keep. What is there is not brought
-again. With HF_HUB_OFFLINE=1 nothing comes from the hub: it is only checked that all is there.
+The run itself looks for things by the same functions. With HF_HUB_OFFLINE=1 it is only checked that all is there.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from utils.data.sources import (
 )
 from utils.data.tars import tar_index
 from utils.errors import UserError
-from utils.models.encoders import MODEL_TYPES, check_model
 from utils.models.hub import model_folder
+from utils.models.published import MODEL_TYPES, check_model
 from utils.processes.progress import RunProgress
 from utils.sets.labelled import find_classes, open_set
 from utils.training.settings import RunSettings
@@ -64,19 +63,18 @@ def prefetch_training(
         urls += found
     folder = Path(settings.cache_dir or default_cache_dir())
     cache = ShardCache(folder, settings.cache_limit_gb)
-    lacking = shards_to_fetch(urls, cache)
+    remote = [url for url in dict.fromkeys(urls) if is_remote(url)]
+    lacking = shards_to_fetch(remote, cache) if remote else {}
     lines = prefetch_models(named)
     fetch_shards(lacking, cache)
-    remote = [url for url in dict.fromkeys(urls) if is_remote(url)]
     gone = {url: "others took its room" for url in remote if not cache.copy_of(url).exists()}
     _refuse_lost(gone, len(remote), "raise --cache_limit_gb, or name fewer shards")
     for options in sets:
         index = open_set(**options).index
         lines.append(f"{options['flag']}: {index.num_samples} samples in {len(index.urls)} shards")
     if remote:
-        lines.append(
-            f"{len(remote)} shards from URLs, {_kept_bytes(remote, cache) / 1e9:.3g} GB, in {folder.resolve()}"
-        )
+        size = _kept_bytes(remote, cache) / 1e9
+        lines.append(f"{len(remote)} shards from URLs, {size:.3g} GB, in {folder.resolve()}")
     say_where(lines, folder)
 
 
@@ -93,15 +91,11 @@ def prefetch_models(models: Models) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def shards_to_fetch(urls: Sequence[str], cache: ShardCache) -> dict[str, int | None]:
-    """The remote shards that the cache lacks, with their bytes where the server states them.
+def shards_to_fetch(remote: Sequence[str], cache: ShardCache) -> dict[str, int | None]:
+    """Those that the cache lacks, with their bytes where the server states them.
 
-    UserError where one of them is not there, and where ``cache_limit_gb`` or the disk is too small for all shards of
-    the run: without internet it needs them all.
+    UserError where one of them is not there, and where ``cache_limit_gb`` or the disk is too small for all of the run.
     """
-    remote = [url for url in dict.fromkeys(urls) if is_remote(url)]
-    if not remote:
-        return {}
     where = f"--cache_dir {cache.cache_dir}"
     try:
         cache.cache_dir.mkdir(parents=True, exist_ok=True)
@@ -123,19 +117,15 @@ def shards_to_fetch(urls: Sequence[str], cache: ShardCache) -> dict[str, int | N
 
     sizes = dict(zip(lacking, side_by_side(ask, lacking, title="asking for sizes", count=QUESTIONS)))
     _refuse_lost(absent, len(remote), "correct the pattern")
-    new = sum(size or 0 for size in sizes.values())
-    total = _kept_bytes(present, cache) + new
-    if cache.limit_bytes is not None and total > cache.limit_bytes:
-        raise UserError(
-            f"--cache_limit_gb {cache.limit_bytes / 1e9:g}: the {len(remote)} shards of this run take "
-            f"{total / 1e9:.3g} GB; without internet all have to be there: raise it, or name fewer shards"
-        )
-    free = shutil.disk_usage(cache.cache_dir).free
+    new, free = sum(size or 0 for size in sizes.values()), shutil.disk_usage(cache.cache_dir).free
+    total, limit = _kept_bytes(present, cache) + new, cache.limit_bytes
+    if limit is not None and total > limit:
+        taken = f"the {len(remote)} shards of this run take {total / 1e9:.3g} GB"
+        advice = "without internet all have to be there: raise it, or name fewer shards"
+        raise UserError(f"--cache_limit_gb {limit / 1e9:g}: {taken}; {advice}")
     if new > free:
-        raise UserError(
-            f"{where}: {new / 1e9:.3g} GB of shards are still to come, {free / 1e9:.3g} GB are free; "
-            "make room, name a folder on another disk, or name fewer shards"
-        )
+        taken = f"{new / 1e9:.3g} GB of shards are still to come, {free / 1e9:.3g} GB are free"
+        raise UserError(f"{where}: {taken}; make room, name a folder on another disk, or name fewer shards")
     return sizes
 
 

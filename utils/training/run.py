@@ -19,9 +19,10 @@ from utils.data.order import TrainBatchSampler
 from utils.data.shards import eval_loader, keep_sizes, train_batches
 from utils.data.skipped import SkipCounter, count_skipped
 from utils.data.sources import default_cache_dir
-from utils.models.encoders import MODEL_TYPES, check_reference_dtype, has_text
+from utils.models.encoders import check_reference_dtype
 from utils.models.hub import fetch_model, on_this_node, refuse_mistyped_paths
 from utils.models.model_card import model_card, write_card
+from utils.models.published import MODEL_TYPES, has_text
 from utils.processes.distributed import (
     average_gradients,
     compute_dtype,

@@ -1,10 +1,10 @@
 """The state of training as whole, named tensors, the same under DDP and every ZeRO stage.
 
-A run goes on from them under any number of processes and any stage. The exception are 8-bit optimizers under ZeRO: their
-blocks are cut out of a process's share, so each process keeps its own.
+A run goes on from them under any number of processes and any stage. The exception are 8-bit optimizers under ZeRO:
+their blocks are cut out of a process's share, so each process keeps its own.
 
-    parameters.safetensors           {parameter: tensor}, float32
-    optimizer.<key>.safetensors      {parameter: tensor} for every key of the optimizer's state: exp_avg, exp_avg_sq, step
+    parameters.safetensors                  {parameter: tensor}, float32
+    optimizer.<key>.safetensors             {parameter: tensor} for exp_avg, exp_avg_sq, step or what the state holds
     optimizer.process-<rank>.safetensors    {<share>/<key>: tensor}, 8-bit optimizers under ZeRO only
 """
 
@@ -30,7 +30,7 @@ OWN_SHARE = "optimizer.process-{rank}"
 def flatten(
     nested: dict[Any, Any] | list[Any] | tuple[Any, ...], prefix: str = ""
 ) -> tuple[Tensors, dict[str, int | float]]:
-    """Nested dictionaries and lists -> tensors on the CPU by path ``a/b/c``, and plain numbers by path. None is left out."""
+    """Nested dictionaries and lists -> tensors on the CPU and numbers, both by path ``a/b/c``. None is left out."""
     tensors: Tensors = {}
     numbers: dict[str, int | float] = {}
     for key, value in nested.items() if isinstance(nested, dict) else enumerate(nested):
@@ -65,8 +65,7 @@ def collect(
 ) -> dict[str, Any]:
     """Hands parameters and optimizer state to ``write(file stem, tensors)``, file by file; returns its plain numbers.
 
-    Call on all processes with the prepared ``model`` and ``optimizer``: ZeRO gathers here. ``write`` is called on the main
-    process, and for shares of a process on each.
+    Call on all processes, with what is prepared: ZeRO gathers here. The main process writes, and each its own shares.
     """
     parameters = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
@@ -118,10 +117,9 @@ def read_tensors(path: Path) -> Tensors:
     tensors = load_file(path)
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise UserError(
-                f"--resume_from_checkpoint {path.parent}: {path.name}: {name} holds what is not finite (NaN or infinity); go "
-                "on from an earlier checkpoint, or begin anew with a lower --learning_rate"
-            )
+            fault = f"{path.name}: {name} holds what is not finite (NaN or infinity)"
+            advice = "go on from an earlier checkpoint, or begin anew with a lower --learning_rate"
+            raise UserError(f"--resume_from_checkpoint {path.parent}: {fault}; {advice}")
     return tensors
 
 
@@ -131,20 +129,15 @@ def load_parameters(module: nn.Module, checkpoint: Path) -> None:
     names = sorted(found.keys() ^ wanted.keys())
     names += [name for name in wanted if name in found and found[name].shape != wanted[name].shape]
     if names:
-        raise UserError(
-            f"--resume_from_checkpoint {checkpoint}: holds other parameters than the model, the first is {names[0]}; "
-            "expected a checkpoint of the same model"
-        )
+        fault = f"holds other parameters than the model, the first is {names[0]}"
+        raise UserError(f"--resume_from_checkpoint {checkpoint}: {fault}; expected a checkpoint of the same model")
     module.load_state_dict(found)
 
 
 def load_optimizer(
     accelerator: Accelerator, model: nn.Module, optimizer: Any, checkpoint: Path, numbers: dict[str, Any]
 ) -> None:
-    """Puts the checkpoint's optimizer state into the prepared ``optimizer``. Call on all processes.
-
-    ``numbers``: what ``collect`` returned. Raises ``UserError`` where shares of processes do not fit this run.
-    """
+    """Puts the state, and the ``numbers`` of ``collect``, into the prepared ``optimizer``. Call on all processes."""
     own_shares = list(checkpoint.glob(OWN_SHARE.format(rank="*") + ".safetensors"))
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if not own_shares:
@@ -178,11 +171,7 @@ def _load_own_share(accelerator: Accelerator, engine: Any, checkpoint: Path, num
 
 
 def _load_zero(accelerator: Accelerator, engine: Any, checkpoint: Path) -> None:
-    from deepspeed.utils import (
-        safe_get_local_optimizer_state,
-        safe_set_full_optimizer_state,
-        safe_set_local_optimizer_state,
-    )
+    from deepspeed import utils as parts
 
     zero, device = engine.optimizer, accelerator.device
     keys = []
@@ -203,14 +192,14 @@ def _load_zero(accelerator: Accelerator, engine: Any, checkpoint: Path) -> None:
         for name, parameter in engine.module.named_parameters():
             if hasattr(parameter, "ds_id"):
                 # Of its share alone: what sets whole tensors overruns where the processes do not divide a tensor.
-                size = safe_get_local_optimizer_state(parameter, key).numel()
+                size = parts.safe_get_local_optimizer_state(parameter, key).numel()
                 first = accelerator.process_index * size
                 values = tensors[name].flatten()[first : first + size]
                 share = torch.zeros(size)
                 share[: len(values)] = values
-                safe_set_local_optimizer_state(parameter, share.to(device), key)
+                parts.safe_set_local_optimizer_state(parameter, share.to(device), key)
             else:
-                safe_set_full_optimizer_state(parameter, tensors[name].to(device), key)
+                parts.safe_set_full_optimizer_state(parameter, tensors[name].to(device), key)
 
 
 def _shares(zero: Any) -> list[Tensor]:
@@ -239,7 +228,8 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 def _other_shares(checkpoint: Path) -> UserError:
-    return UserError(
-        f"--resume_from_checkpoint {checkpoint}: 8-bit optimizer state fits the sharding that it was saved under alone: go "
-        "on with the same number of processes and the same zero_stage, or without ZeRO where it was saved without"
+    fault = "8-bit optimizer state fits the sharding that it was saved under alone"
+    advice = (
+        "go on with the same number of processes and the same zero_stage, or without ZeRO where it was saved without"
     )
+    return UserError(f"--resume_from_checkpoint {checkpoint}: {fault}: {advice}")
