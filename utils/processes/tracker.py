@@ -17,6 +17,7 @@ from accelerate.utils import is_tensorboard_available, is_wandb_available
 
 from utils.errors import UserError
 from utils.redaction import printable
+from utils.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -83,13 +84,9 @@ def _run_id(file: Path) -> tuple[str, bool]:
     try:
         return str(json.loads(file.read_text(encoding="utf-8"))["id"]), True
     except (OSError, ValueError, KeyError, TypeError):
-        run_id, aside = secrets.token_hex(8), file.with_suffix(".json.tmp")
-    try:
-        aside.write_text(json.dumps({"id": run_id}), encoding="utf-8")
-        os.replace(aside, file)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written ({error.strerror}); mend that and start again") from None
-    return run_id, False
+        run_id = secrets.token_hex(8)
+        write_whole(file, json.dumps({"id": run_id}))
+        return run_id, False
 
 
 def log_row(accelerator: Accelerator, row: dict[str, Any]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from utils.errors import UserError
 from utils.sets.labelled import composed, fold
 from utils.sets.typographic import Draws, WordStyle, merge_names, write_word, wrong_words
 from utils.text_files import parse_json
+from utils.whole_files import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -267,10 +267,8 @@ def pack_pair_folder(folder: Path, cache_dir: str | None) -> str | None:
     shard = Path(cache_dir or default_cache_dir()) / "pair_folders" / f"{folder.resolve().name}-{digest}.tar"
     if not shard.exists():
         try:
-            shard.parent.mkdir(parents=True, exist_ok=True)
-            aside = shard.with_suffix(f".{os.getpid()}.tmp")
-            _write_shard(pictures, aside)
-            os.replace(aside, shard)
+            with whole_file(shard) as aside:
+                _write_shard(pictures, aside)
         except OSError as error:
             todo = f"the pictures of {folder} are packed into a shard in --cache_dir"
             raise UserError(f"{error.filename or shard}: {error.strerror}; {todo}") from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from utils.errors import UserError
 from utils.models.encoders import ImageEncoder
 from utils.text_files import parse_json
+from utils.whole_files import write_whole
 
 
 def violation_statistics(distance: Tensor, margin: Tensor, rho: float) -> dict[str, float]:
@@ -146,9 +146,4 @@ class MetricsFile:
     def cut_back(self, step: int) -> None:
         """Drops what was written after ``step``: a resumed run writes it again."""
         kept = [json.dumps(row) + "\n" for row in self.read() if row["step"] <= step]
-        aside = self.path.with_suffix(".jsonl.tmp")
-        try:
-            aside.write_text("".join(kept), encoding="utf-8")
-            os.replace(aside, self.path)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}); mend that and start again") from None
+        write_whole(self.path, "".join(kept))

@@ -1,0 +1,33 @@
+"""Files that are written whole or not at all, also where several processes write the same one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from utils.errors import UserError
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Where to write what becomes ``path`` at the end of the block; after an error nothing is left of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{secrets.token_hex(12)}.tmp")
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, data: str | bytes, todo: str = "mend that and start again") -> None:
+    """Writes a file and its folder. ``UserError``, which ends in ``todo``, where that fails."""
+    try:
+        with whole_file(path) as aside:
+            aside.write_bytes(data.encode() if isinstance(data, str) else data)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); {todo}") from None
