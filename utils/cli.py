@@ -133,13 +133,10 @@ def _read_command_line(argv: Sequence[str], flags: dict[str, Flag], description:
         name = (error.argument_name or "").lstrip("-")
         dash = f"one that begins with a dash: --{name}=-value"
         raise UserError(f"--{name}: expected {KINDS[flags[name].type][0]} after it ({dash})") from None
-    if others:
-        word, bare = others[0], others[0].lstrip("-")
-        name = bare.partition("=")[0]
-        if word.startswith("--") and name:
-            raise UserError(f"--{name}: no such flag{did_you_mean(name, flags, '--')}; --help lists all flags")
-        if word.startswith("-") and name in flags:
-            raise UserError(f"{_quoted(word)}: a flag has two dashes, did you mean --{bare}?")
+    for word in others:
+        if unknown := re.match(r"--?([^\d=-][^=]*)", word):
+            hint = did_you_mean(unknown[1], flags, "--")
+            raise UserError(f"{unknown[0]}: no such flag{hint}; --help lists all flags")
         raise UserError(f"{_quoted(word)}: an argument without a flag; write --flag value, or --flag=-value")
     given: dict[str, list[Any]] = vars(found)
     for name, texts in given.items():
@@ -152,7 +149,7 @@ def _read_command_line(argv: Sequence[str], flags: dict[str, Flag], description:
 
 
 def _parser(flags: dict[str, Flag], description: str) -> argparse.ArgumentParser:
-    columns = max(min(110, shutil.get_terminal_size((110, 24)).columns), 47)
+    columns = min(110, shutil.get_terminal_size((110, 24)).columns)
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--help] [--config recipe.yaml] [--flag value ...]",
         description=description.strip(),
@@ -195,27 +192,24 @@ def _read_recipe(path: str, flags: dict[str, Flag]) -> dict[str, list[Any]]:
         root = yaml.compose(text, yaml.SafeLoader)
     except (yaml.YAMLError, RecursionError) as error:
         # Not the whole text of the error, which shows the line: it may hold a token.
-        problem, mark = getattr(error, "problem", "nested too deeply"), getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", getattr(error, "reason", "nested too deeply"))
+        mark = getattr(error, "problem_mark", None)
         place = f" in line {mark.line + 1}" if mark else ""
         raise UserError(f"{where}: not valid YAML: {str(problem)[:100]}{place}") from None
     if root is None or root.tag == NULL:
         return {}
     if not isinstance(root, yaml.MappingNode):
-        found = "list" if isinstance(root, yaml.SequenceNode) else "text"
-        raise UserError(f"{where}: expected 'flag: value' lines, found a {found}")
+        raise UserError(f"{where}: expected 'flag: value' lines")
     recipe: dict[str, list[Any]] = {}
-    lines: dict[str, int] = {}
     for key_node, node in root.value:
-        line = key_node.start_mark.line + 1
         key = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a key that is no text"
         if key not in flags:
             hint = did_you_mean(key[:100], flags)
             raise UserError(f"{path}: {key[:100]}: no such setting{hint}; --help lists all settings")
         if not flags[key].in_recipe:
             raise UserError(f"{path}: {key}: not in a recipe, which may come from others; say --{key} yourself")
-        if key in lines:
-            raise UserError(f"{path}: {key}: in line {lines[key]} and again in line {line}; keep one of them")
-        lines[key] = line
+        if key in recipe:
+            raise UserError(f"{path}: {key}: again in line {key_node.start_mark.line + 1}; keep one of them")
         many = flags[key].many
         values = node.value if many and isinstance(node, yaml.SequenceNode) else [node]
         if not all(isinstance(value, yaml.ScalarNode) for value in values):

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -36,11 +37,7 @@ WORKING = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_
 PATIENCE = timedelta(minutes=10)  # for the other processes to start
 A_WHILE = 60.0  # seconds, then a line says what is waited for
 MIXED_PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_NOT_TRAINED: Numbers = {
-    "train_micro_batch_size_per_gpu": 1,
-    "gradient_accumulation_steps": 1,
-    "gradient_clipping": 0.0,
-}
+NOTHING_TRAINED = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0}
 _MEETING: list[Any] = []  # the store, which rank 0 serves to the others as long as the process lives
 
 logger = logging.getLogger(__name__)
@@ -49,7 +46,7 @@ logger = logging.getLogger(__name__)
 def start_accelerator(
     *,
     seed: int = 0,
-    numbers: Numbers | None = None,
+    numbers: Numbers = MappingProxyType({}),
     report_to: str = "none",
     output_dir: str | None = None,
     days_of_patience: float | None = None,
@@ -58,12 +55,12 @@ def start_accelerator(
 ) -> Accelerator:
     """The Accelerator for what ``accelerate launch``, ``torchrun`` or plain ``python`` set up; float32 stays float32.
 
-    ``numbers``: batch size of a process, accumulation and clipping by DeepSpeed's names; None where nothing is trained.
+    ``numbers``: batch size of a process, accumulation and clipping by DeepSpeed's names; none where nothing is trained.
     ``tf32``: products of float32 tensors keep 10 bits of mantissa on NVIDIA GPUs, at several times the speed.
     ``days_of_patience``: how long a process waits for the others in a collective (default: torch's 10 to 30 minutes).
     Raises ``UserError`` where the processes are no group, and for what is refused in utils/processes/environment.py.
     """
-    launched = check_launch(numbers or {}, compile)  # once: accelerate changes some of its variables
+    launched = check_launch(numbers, compile)  # once: accelerate changes some of its variables
     check_tracker(report_to)
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     # torch 2.13 calls the argument outdated, but accelerate passes no other.
@@ -83,7 +80,7 @@ def start_accelerator(
             handlers.append(InitProcessGroupKwargs(**group))
         if not torch.distributed.is_initialized():
             meet()
-    numbers = {**_NOT_TRAINED, **(numbers or {})}
+    numbers = NOTHING_TRAINED | dict(numbers)
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=int(numbers["gradient_accumulation_steps"]),
@@ -118,10 +115,12 @@ def meet(patience: timedelta = PATIENCE) -> None:
 
     torch alone would wait as long as for a collective, in an evaluation for days, also for a host without an address.
     """
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, ranks = os.environ["RANK"], [str(rank) for rank in range(int(os.environ["WORLD_SIZE"]))]
     host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     place = f"MASTER_ADDR={host} MASTER_PORT={port}"
-    told = threading.Timer(A_WHILE, logger.warning, [f"waiting for {size} processes at {place}, at most {patience}"])
+    told = threading.Timer(
+        A_WHILE, logger.warning, [f"waiting for {len(ranks)} processes at {place}, at most {patience}"]
+    )
     told.daemon = True
     told.start()
     try:
@@ -129,13 +128,13 @@ def meet(patience: timedelta = PATIENCE) -> None:
         store = next(torch.distributed.rendezvous("env://", timeout=patience))[0]
         _MEETING.append(store)
         store = torch.distributed.PrefixStore("meeting", store)
-        store.set(str(rank), "here")
+        store.set(rank, "here")
         try:
-            store.wait([str(number) for number in range(size)], patience)
+            store.wait(ranks, patience)
         except torch.distributed.DistStoreError:
-            missing = [str(number) for number in range(size) if not store.check([str(number)])]
+            missing = ", ".join([rank for rank in ranks if not store.check([rank])][:8])
             raise UserError(
-                f"{size} processes were to meet at {place}, but rank {', '.join(missing[:8])} has not come within "
+                f"{len(ranks)} processes were to meet at {place}, but rank {missing} has not come within "
                 f"{patience}; see what became of it, or correct WORLD_SIZE (num_processes, num_machines)"
             ) from None
     except (OSError, RuntimeError) as error:  # no address; DistNetworkError, DistStoreError

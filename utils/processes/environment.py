@@ -148,8 +148,8 @@ def check_launch(numbers: Numbers, compile: bool = False) -> int:
         if not rule and name.startswith("ACCELERATE_") and not name.startswith(REFUSED_ELSEWHERE):
             hint = did_you_mean(name, RULES)
             logger.warning("%s is no setting of accelerate that is known here%s; it is not obeyed", name, hint)
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:
-        os.environ["ACCELERATE_MIXED_PRECISION"] = os.environ["ACCELERATE_MIXED_PRECISION"].strip().lower()
+        if name == "ACCELERATE_MIXED_PRECISION":
+            os.environ[name] = os.environ[name].strip().lower()
     _check_gpus()
     if _says("ACCELERATE_USE_DEEPSPEED", TRUE):
         if numbers:
@@ -243,11 +243,9 @@ def _check_gpus() -> None:
     elif visible is not None:
         hidden = visible.strip() in ("", "-1", "NoDevFiles")
         if not hidden or _says("ACCELERATE_USE_CPU", FALSE):
-            said = (
-                f"CUDA_VISIBLE_DEVICES={visible!r} (or gpu_ids in the accelerate config) leaves no GPU that torch finds"
-            )
             raise UserError(
-                f"{said}; correct it, or run on the CPU with accelerate_configs/cpu.yaml (ACCELERATE_USE_CPU=true)"
+                f"CUDA_VISIBLE_DEVICES={visible!r} (or gpu_ids in the accelerate config) leaves no GPU that torch "
+                "finds; correct it, or use accelerate_configs/cpu.yaml (ACCELERATE_USE_CPU=true) to run on the CPU"
             )
 
 
