@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -29,25 +30,19 @@ _MOST_QUEUED = 1000  # events, one for each value of a row
 
 def check_tracker(report_to: str) -> None:
     """Raises ``UserError`` for a tracker whose package or key is missing, before a model is loaded."""
-    missing = {
-        "tensorboard": None if is_tensorboard_available() else "tensorboardX",
-        "wandb": None if is_wandb_available() else "wandb",
-    }.get(report_to)
-    if missing:
-        raise UserError(f"--report_to {report_to}: needs the package {missing}; install it or use --report_to none")
-    if report_to != "wandb":
-        return
+    found = {"tensorboardX": is_tensorboard_available, "wandb": is_wandb_available}
+    package = {"tensorboard": "tensorboardX", "wandb": "wandb"}.get(report_to)
+    if package and not found[package]():
+        raise UserError(f"--report_to {report_to}: needs the package {package}; install it or use --report_to none")
     offline = os.environ.get("WANDB_MODE", "").lower() in ("offline", "disabled", "dryrun")
-    if offline or os.environ.get("WANDB_API_KEY") or sys.stdin.isatty():  # at a terminal wandb asks for it
-        return
-    try:
-        import wandb  # type: ignore[import-not-found]
+    key = offline or os.environ.get("WANDB_API_KEY") or sys.stdin.isatty()  # at a terminal wandb asks for it
+    if report_to == "wandb" and not key:
+        with contextlib.suppress(Exception):
+            import wandb  # type: ignore[import-not-found]
 
-        key = wandb.api.api_key  # looks into its settings and ~/.netrc
-    except Exception:
-        return
-    if key is None:
-        raise UserError(f"--report_to wandb: {_WANDB_KEY}")
+            key = wandb.api.api_key  # looks into its settings and ~/.netrc
+        if key is None:
+            raise UserError(f"--report_to wandb: {_WANDB_KEY}")
 
 
 def start_tracker(

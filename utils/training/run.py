@@ -289,7 +289,7 @@ class Run:
         self.shown: dict[str, Any] = {}
         self.logged_step, self.seconds = self.first_step, 0.0
         with self.progress:
-            self.stop.loaded()
+            self.stop.loading = False
             yield
 
     def steps(self) -> Iterator[Step]:
