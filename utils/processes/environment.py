@@ -140,7 +140,11 @@ def check_launch(numbers: Numbers, compile: bool = False) -> int:
     """
     processes = launched_processes()
     for field in ("gradient_accumulation_steps", "gradient_clipping"):
-        _check_number(f"ACCELERATE_{field.upper()}", FLAGS[field], numbers.get(field))
+        name, flag, number = f"ACCELERATE_{field.upper()}", FLAGS[field], numbers.get(field)
+        if number is not None and not _says(name, ("auto", "none", "", f"{number:g}", str(float(number)))):
+            meant = f"write {flag} {os.environ[name]} if that is meant"
+            raise UserError(f"{_said(name)}, but {flag} is {number:g}; remove it there, and {meant}")
+        os.environ.pop(name, None)  # accelerate would let it win, and reads no "auto" outside of DeepSpeed
     for name in sorted(os.environ):
         rule = RULES.get(name)
         if rule and rule.allowed is not None and not _says(name, rule.allowed):
@@ -169,20 +173,6 @@ def _said(name: str) -> str:
     setting = re.sub("^ACCELERATE_(DEEPSPEED_)?", "", name).lower()
     in_config = f"{setting} in the accelerate config, or " if name.startswith("ACCELERATE_") else ""
     return f"{name}={os.environ[name]} ({in_config}in the environment)"
-
-
-def _check_number(name: str, flag: str, expected: float | None) -> None:
-    """accelerate's own accumulation and clipping: refused where they are not what the flag says."""
-    value = os.environ.get(name, "").strip().lower()
-    if expected is not None and value not in ("auto", "none", ""):
-        try:
-            same = float(value) == expected
-        except ValueError:
-            same = False
-        if not same:
-            meant = f"write {flag} {value} if that is meant"
-            raise UserError(f"{_said(name)}, but {flag} is {expected:g}; remove it there, and {meant}")
-    os.environ.pop(name, None)  # accelerate would let it win, and reads no "auto" outside of DeepSpeed
 
 
 def launched_processes() -> int:
