@@ -279,13 +279,10 @@ def with_home(text: str, where: str) -> str:
     if text[0] not in "~$" or there:
         return text
     expanded = os.path.expanduser(text)
-    if text[0] == "~" and expanded == text:
-        here = f"./{text.split('/')[0]}"
-        raise UserError(
-            f"{where}: {_quoted(text)}: no such user; write the path out, or {here} for a file of this name"
-        )
-    if re.match(r"\$(\w+|\{\w+\})(/|$)", text):
-        raise UserError(f"{where}: {_quoted(text)}: variables are not filled in here; write the path out")
+    if expanded == text and re.match(r"~|\$(\w+|\{\w+\})(/|$)", text):
+        wrong = "no such user" if text[0] == "~" else "variables are not filled in here"
+        here = f"write the path out, or ./{text.split('/')[0]} for a file of this name"
+        raise UserError(f"{where}: {_quoted(text)}: {wrong}; {here}")
     return expanded
 
 
