@@ -75,7 +75,6 @@ REFUSED = [
     (DEEPSPEED | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme"}, r"\(offload_optimizer_device in .*: write none or cpu"),
     (DEEPSPEED | {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "nvme"}, "write none or cpu"),
     (DEEPSPEED | {"ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES": "X"}, "no encoder here has such layers"),
-    (DEEPSPEED | {"ACCELERATE_USE_CPU": "true"}, "leave use_cpu out of the config"),
     (DEEPSPEED | {"ACCELERATE_MIXED_PRECISION": "fp16"}, "fp16 is not supported with DeepSpeed"),
     (DEEPSPEED | {"ACCELERATE_GRADIENT_CLIPPING": "1.0"}, "--max_grad_norm is 0"),
     (DEEPSPEED | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "/nowhere.json"}, r"/nowhere.json \(deepspeed_config_file .*cannot be read"),

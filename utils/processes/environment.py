@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import is_deepspeed_available
 
 from utils.cli import did_you_mean
 from utils.errors import OwnError, UserError
@@ -255,14 +254,9 @@ def _check_compiler() -> None:
 
 
 def _check_deepspeed(numbers: Numbers) -> None:
-    asked = "ACCELERATE_USE_DEEPSPEED=true (DeepSpeed in the accelerate config)"
-    if not is_deepspeed_available():
-        raise UserError(f"{asked}: it is not installed; install it, or use accelerate_configs/ddp.yaml")
     if "RANK" not in os.environ:
-        raise UserError(f"{asked}: DeepSpeed needs a launcher; start with accelerate launch or torchrun")
-    if _says("ACCELERATE_USE_CPU", TRUE):
-        both = "leave use_cpu out of the config and ACCELERATE_USE_CPU out of the environment"
-        raise UserError(f"{asked}, but accelerate leaves it out where the CPU is asked for; {both}")
+        asked = "ACCELERATE_USE_DEEPSPEED=true (DeepSpeed in the accelerate config)"
+        raise UserError(f"{asked}: DeepSpeed needs a launcher; start with {LAUNCHERS}")
     if _says("ACCELERATE_MIXED_PRECISION", ("fp16",)):
         raise UserError(f"mixed_precision: {NO_FP16}")
     if not torch.cuda.is_available():
