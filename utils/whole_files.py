@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from utils.errors import UserError
+from utils.errors import os_errors
 
 
 @contextlib.contextmanager
@@ -26,8 +26,5 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 def write_whole(path: Path, data: str | bytes, todo: str = "mend that and start again") -> None:
     """Writes a file and its folder. ``UserError``, which ends in ``todo``, where that fails."""
-    try:
-        with whole_file(path) as aside:
-            aside.write_bytes(data.encode() if isinstance(data, str) else data)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); {todo}") from None
+    with os_errors(f"{path}: cannot be written", todo), whole_file(path) as aside:
+        aside.write_bytes(data.encode() if isinstance(data, str) else data)

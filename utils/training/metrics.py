@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from utils.errors import UserError
+from utils.errors import os_errors
 from utils.models.encoders import ImageEncoder
 from utils.text_files import parse_json
 from utils.whole_files import write_whole
@@ -120,14 +120,10 @@ class MetricsFile:
         self.path = Path(path)
 
     def write(self, row: dict[str, Any]) -> None:
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, allow_nan=False) + "\n")
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: step {row['step']} cannot be logged ({error.strerror}); mend that, then go on with "
-                "--resume_from_checkpoint latest"
-            ) from None
+        cannot = f"{self.path}: step {row['step']} cannot be logged"
+        todo = "mend that, then go on with --resume_from_checkpoint latest"
+        with os_errors(cannot, todo), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
         """The rows in order; what is no row of a step is left out."""
