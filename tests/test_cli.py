@@ -71,8 +71,8 @@ def test_a_flag_that_asks_for_something_else_than_a_run_waives_the_required_ones
         (["--model", "m", "--eps"], r"--eps: expected"),
         (["--eps", "4"], r"--model: missing; a model"),
         (["--model", "m", "--eps"], r"--eps: expected a number after it"),
-        (["--model", "m", "-eps", "4"], r"'-eps': a flag has two dashes, did you mean --eps\?"),
-        (["--shards", "a", "-eps", "4"], r"'-eps': a flag has two dashes"),
+        (["--model", "m", "-eps", "4"], r"^-eps: no such flag, did you mean --eps\?"),
+        (["--shards", "a", "-eps", "4"], r"^-eps: no such flag"),
         (["--model", "-x"], r"--model: expected a text after it \(one that begins with a dash: --model=-value\)"),
         (["--model", "m", "--"], r"'--': an argument without a flag"),
         (["--model", "m", "--ep", "4"], r"--ep: no such flag"),
@@ -108,15 +108,15 @@ def test_a_flag_that_comes_again_adds_to_a_list_and_takes_the_place_of_one_value
         ("eps: [1, 2]", r"recipe.yaml: eps: expected a number, found a list"),
         ("steps: true", r"recipe.yaml: steps: 'true' is not a whole number"),
         ("eps:", r"recipe.yaml: eps: empty; expected a number"),
-        ("just text", r"expected 'flag: value' lines, found a text"),
+        ("just text", r"expected 'flag: value' lines"),
         ("eps: [", r"not valid YAML"),
         (
             "eps: 4\nsteps: 3\n'eps': 8",
-            r"recipe.yaml: eps: in line 1 and again in line 3; keep one of them",
+            r"recipe.yaml: eps: again in line 3; keep one of them",
         ),  # pyyaml#165
-        ("{eps: 4, eps: 4}", r"recipe.yaml: eps: in line 1 and again in line 1"),
+        ("{eps: 4, eps: 4}", r"recipe.yaml: eps: again in line 1"),
         ("eps: 4\n<<: {eps: 8}", r"<<: no such setting"),
-        ("shards: [a, ]\nshards:\n- b", r"shards: in line 1 and again in line 2"),
+        ("shards: [a, ]\nshards:\n- b", r"shards: again in line 2"),
         ("eps: 4 # a\u2028steps: 3", r"line 1: holds U\+2028, which looks like a space"),
         ("? [eps]\n: 4", r"a key that is no text: no such setting"),
         ("output: a\n---\noutput: b", r"not valid YAML"),
@@ -246,7 +246,7 @@ def test_null_of_yaml_is_none(empty, tmp_path):
 def test_a_byte_order_mark_is_not_part_of_the_first_key(tmp_path):
     assert parse("--model", "m", recipe="\ufeffeps: 8\r\nsteps: 3\r\n", tmp_path=tmp_path).eps == 8
     (tmp_path / "recipe.yaml").write_bytes("eps: 8".encode("utf-16"))
-    with pytest.raises(UserError, match=r"recipe.yaml: not valid YAML: UTF-16, expected UTF-8"):
+    with pytest.raises(UserError, match=r"recipe.yaml: UTF-16, expected UTF-8"):
         parse("--config", str(tmp_path / "recipe.yaml"))
 
 

@@ -5,12 +5,13 @@
         eps: float = flag(4.0, "attack radius, in 1/255", group="attack", minimum=0)
 
 A script calls ``parse_settings(Settings)`` inside ``run(main)``. Flags win over ``--config recipe.yaml``, which wins
-over the defaults. Both give texts as they were written, and ``_convert`` alone reads them: YAML's own idea of types
-(``010`` is 8, ``no`` is false, ``1:30`` is 90) has no say.
+over the defaults. argparse and YAML find the texts as they were written, and ``_convert`` alone reads them: YAML's own
+idea of types (``010`` is 8, ``no`` is false, ``1:30`` is 90) has no say.
 """
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import dataclasses
 import difflib
@@ -22,7 +23,6 @@ import os
 import re
 import shutil
 import sys
-import textwrap
 import threading
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -34,14 +34,12 @@ import yaml
 from utils.errors import UserError
 from utils.redaction import shown_setting
 from utils.streams import outlive_streams
-from utils.text_files import decode_text
+from utils.text_files import read_text_file
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 logger = logging.getLogger(__name__)
-
-MAX_RECIPE_BYTES = 1 << 20  # a recipe has some hundred lines
 
 SettingsT = TypeVar("SettingsT", bound="DataclassInstance")
 
@@ -80,20 +78,19 @@ def required(help: str, *, group: str, many: bool = False, path: bool = False) -
 
 
 def parse_settings(
-    settings_class: type[SettingsT], argv: Sequence[str] | None = None, *, description: str | None = None
+    settings_class: type[SettingsT], argv: Sequence[str] | None = None, *, description: str = ""
 ) -> SettingsT:
     """Reads ``argv`` (default: the process's own) and the recipe it names. Raises ``UserError`` for any mistake."""
-    flags = _flags(settings_class)
-    given = _read_command_line(sys.argv[1:] if argv is None else argv, flags)
-    if given is None:
-        print(_help(flags, description or ""))
-        sys.exit(0)
+    flags, hints = {"config": CONFIG}, typing.get_type_hints(settings_class)
+    for field in dataclasses.fields(settings_class):
+        flags[field.name] = Flag(**{**field.metadata, **_type_of(hints[field.name])})
+    typed = _read_command_line(sys.argv[1:] if argv is None else argv, flags, description)
     written = {}
-    if "config" in given:
-        recipe = with_home(given.pop("config"), "--config")
-        written = {name: (value, f"{recipe}: {name}") for name, value in _read_recipe(recipe, flags).items()}
-    written |= {name: (value, f"--{name}") for name, value in given.items()}
-    settings = settings_class(**{name: _convert(value, flags[name], where) for name, (value, where) in written.items()})
+    if "config" in typed:
+        recipe = _convert(typed.pop("config"), CONFIG, "--config")
+        written = {name: (texts, f"{recipe}: {name}") for name, texts in _read_recipe(recipe, flags).items()}
+    written |= {name: (texts, f"--{name}") for name, texts in typed.items()}
+    settings = settings_class(**{name: _convert(texts, flags[name], where) for name, (texts, where) in written.items()})
     if not any(flag.waives_required and getattr(settings, name) for name, flag in flags.items()):
         for name, flag in flags.items():
             if flag.required and getattr(settings, name) in (None, []):
@@ -101,17 +98,16 @@ def parse_settings(
     return settings
 
 
-def _flags(settings_class: type[DataclassInstance]) -> dict[str, Flag]:
-    flags, hints = {}, typing.get_type_hints(settings_class)
-    for field in dataclasses.fields(settings_class):
-        hint, arguments = hints[field.name], typing.get_args(hints[field.name])
-        optional = type(None) in arguments
-        if optional:
-            hint = next(argument for argument in arguments if argument is not type(None))
-        many = typing.get_origin(hint) is list
-        of_type = {"type": typing.get_args(hint)[0] if many else hint, "many": many, "optional": optional}
-        flags[field.name] = Flag(**{**field.metadata, **of_type})
-    return flags
+CONFIG = Flag(None, "YAML recipe with defaults for the flags below", "options", path=True, in_recipe=False)
+
+
+def _type_of(hint: Any) -> dict[str, Any]:
+    """What a field's type says of a flag: float, list[str], int | None, list[str] | None, ..."""
+    optional = type(None) in typing.get_args(hint)
+    if optional:
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    many = typing.get_origin(hint) is list
+    return {"type": typing.get_args(hint)[0] if many else hint, "many": many, "optional": optional}
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -125,216 +121,151 @@ def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     return f", did you mean {prefix}{match}?" if match else ""
 
 
-_VALUE = re.compile(r"(?!-)|-(\Z|\d|\.|_|inf|nan)", re.IGNORECASE)  # -5e-1 and -.5 are numbers, no flags
-
-
-def _read_command_line(argv: Sequence[str], flags: dict[str, Flag]) -> dict[str, Any] | None:
-    """{flag: text, or list of texts where it takes many} as typed; None for ``--help``.
-
-    A flag of many values may come again and adds to them. Of any other the last value counts, with a warning. argparse
-    takes -5e-1 for a flag and drops the first of two lists.
-    """
-    flags = {"config": Flag(None, "", ""), **flags}
-    words, given = list(argv), {}  # type: list[str], dict[str, Any]
-    while words:
-        word = words.pop(0)
-        name, equals, value = word.removeprefix("--").partition("=")
-        if word in ("--help", "-h"):
-            return None
-        if not word.startswith("--") or not name:
-            bare = word.lstrip("-")
-            if word.startswith("-") and bare.partition("=")[0] in flags:
-                raise UserError(f"{_quoted(word)}: a flag has two dashes, did you mean --{bare}?")
-            raise UserError(f"{_quoted(word)}: an argument without a flag; write --flag value, or --flag=-value")
-        if name not in flags:
-            raise UserError(f"--{name}: no such flag{did_you_mean(name, flags, '--')}; --help lists all flags")
-        kind, many = flags[name].type, flags[name].many
-        values = [value] if equals else []
-        while words and not equals and (many or not values) and _VALUE.match(words[0]):
-            values.append(words.pop(0))
-        if not values and kind is bool:
-            values = ["true"]
-        if not values:
-            dash = f"one that begins with a dash: --{name}=-value"
-            raise UserError(f"--{name}: expected {EXPECTED[kind]} after it ({dash})")
-        if many:
-            given.setdefault(name, []).extend(values)
+def _read_command_line(argv: Sequence[str], flags: dict[str, Flag], description: str) -> dict[str, list[Any]]:
+    """{flag: its texts}. Where a flag comes again, a list goes on; of any other the last value counts, with a warning."""
+    parser = _parser(flags, description)
+    if {"-h", "--help"} & set(argv):
+        parser.print_help()
+        sys.exit(0)
+    try:
+        found, others = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:  # a flag without its value
+        name = (error.argument_name or "").lstrip("-")
+        dash = f"one that begins with a dash: --{name}=-value"
+        raise UserError(f"--{name}: expected {KINDS[flags[name].type][0]} after it ({dash})") from None
+    for word in others:
+        if unknown := re.match(r"--?([^\d=-][^=]*)", word):
+            hint = did_you_mean(unknown[1], flags, "--")
+            raise UserError(f"{unknown[0]}: no such flag{hint}; --help lists all flags")
+        raise UserError(f"{_quoted(word)}: an argument without a flag; write --flag value, or --flag=-value")
+    given: dict[str, list[Any]] = vars(found)
+    for name, texts in given.items():
+        if flags[name].many:
             continue
-        if given.get(name, values[0]) != values[0] and launched_rank() == 0:
-            both = f"{_quoted(given[name])} and {_quoted(values[0])}"
-            logger.warning("--%s: given twice, %s; the last one counts", name, both)
-        given[name] = values[0]
+        if len(set(texts)) > 1 and launched_rank() == 0:
+            logger.warning("--%s: given twice, %s; the last one counts", name, " and ".join(map(_quoted, texts)))
+        given[name] = texts[-1:]
     return given
 
 
-def _help(flags: dict[str, Flag], description: str) -> str:
-    """What ``--help`` prints: the description as it is, then the flags of each group in two columns."""
-    rows = {"options": [("-h, --help", "show this help message and exit")]}
-    rows["options"].append(("--config FILE", "YAML recipe with defaults for the flags below"))
+def _parser(flags: dict[str, Flag], description: str) -> argparse.ArgumentParser:
+    columns = min(110, shutil.get_terminal_size((110, 24)).columns)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--help] [--config recipe.yaml] [--flag value ...]",
+        description=description.strip(),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=columns),
+        argument_default=argparse.SUPPRESS,
+        add_help=False,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    # argparse takes -5e-1, -.5 and -inf for flags.
+    parser._negative_number_matcher = re.compile(r"-(\d|\.|_|inf|nan)", re.IGNORECASE)
+    groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(flag.group for flag in flags.values())}
     for name, flag in flags.items():
-        values = "{" + ",".join(flag.choices) + "}" if flag.choices else flag.type.__name__.upper()
-        if flag.many:
-            values += " ..."
-        elif flag.type is bool:
-            values = f"[{values}]"
         text = flag.help
         if flag.required:
             text += " (required)"
         elif flag.default not in (None, []):
-            typed = " ".join(map(str, flag.default)) if flag.many else str(flag.default)
-            text += f" (default: {typed.lower() if flag.type is bool else typed})"
-        rows.setdefault(flag.group, []).append((f"--{name} {values}", text))
-    column = min(36, 4 + max(len(words) for group in rows.values() for words, _ in group))
-    width = max(min(110, shutil.get_terminal_size((110, 24)).columns), column + 11)
-    lines = [f"usage: {Path(sys.argv[0]).name} [--config recipe.yaml] [--flag value ...]", "", description.strip()]
-    for title, group in rows.items():
-        lines += ["", f"{title}:"]
-        for words, text in group:
-            start = f"  {words}  ".ljust(column)
-            if len(start) > column:
-                lines.append(start.rstrip())
-                start = " " * column
-            lines += textwrap.wrap(text, width, initial_indent=start, subsequent_indent=" " * column)
-    return "\n".join(lines)
+            default = " ".join(map(str, flag.default)) if flag.many else str(flag.default)
+            text += f" (default: {default.lower() if flag.type is bool else default})"
+        switch = flag.type is bool and not flag.many
+        groups[flag.group].add_argument(
+            f"--{name}",
+            metavar="{" + ",".join(flag.choices) + "}" if flag.choices else flag.type.__name__.upper(),
+            action="extend" if flag.many else "append",
+            nargs="+" if flag.many else "?" if switch else None,
+            const="true" if switch else None,
+            help=text.replace("%", "%%"),
+        )
+    return parser
 
 
-_OTHER_LINE_ENDS = re.compile("[\x85\u2028\u2029]")  # of YAML 1.1 and PyYAML; no editor shows them
-
-
-class _RecipeLoader(yaml.SafeLoader):
-    """Refuses what no recipe needs: a kilobyte of aliases can stand for gigabytes, deep nesting breaks PyYAML."""
-
-    depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event, found = self.peek_event(), None
-        if isinstance(event, yaml.AliasEvent):
-            found = "an alias (*)"
-        elif event.tag is not None:
-            found = "a tag (!)"
-        elif self.depth == 2 and isinstance(event, yaml.CollectionStartEvent):
-            found = "nested"
-        if found:
-            where = f"{event.start_mark.name}: line {event.start_mark.line + 1}"
-            raise UserError(f"{where}: {found}; expected 'flag: value' or 'flag: [value, ...]' lines")
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-
-def _read_recipe(path: str, flags: dict[str, Flag]) -> dict[str, Any]:
-    """{setting: text, list of texts, None where it is empty or null, or {} where it is something nested}."""
-    flag_text = f"--config {path}"
+def _read_recipe(path: str, flags: dict[str, Flag]) -> dict[str, list[Any]]:
+    """{setting: its texts, None for null}."""
+    where = f"--config {path}"
+    text = read_text_file(path, where, limit=1 << 20)  # a recipe has some hundred lines
+    if hidden := re.search("[\x85\u2028\u2029]", text):  # ends of lines to YAML 1.1 and PyYAML
+        line, code = text.count("\n", 0, hidden.start()) + 1, f"U+{ord(hidden[0]):04X}"
+        raise UserError(f"{where}: line {line}: holds {code}, which looks like a space; remove it")
     try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_RECIPE_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"{flag_text}: cannot be read ({error.strerror}); give the path of a YAML file") from None
-    if len(data) > MAX_RECIPE_BYTES:
-        raise UserError(f"{flag_text}: more than {MAX_RECIPE_BYTES >> 20} MiB; expected 'flag: value' lines")
-    text = decode_text(data, f"{flag_text}: not valid YAML")
-    if other := _OTHER_LINE_ENDS.search(text):
-        line, code = text.count("\n", 0, other.start()) + 1, f"U+{ord(other[0]):04X}"
-        raise UserError(f"{flag_text}: line {line}: holds {code}, which looks like a space; remove it")
-    try:
-        loader = _RecipeLoader(text)
-        loader.name = flag_text
-        root = loader.get_single_node()
-    except yaml.YAMLError as error:
+        root = yaml.compose(text, yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError) as error:
         # Not the whole text of the error, which shows the line: it may hold a token.
-        problem, mark = getattr(error, "problem", error), getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", getattr(error, "reason", "nested too deeply"))
+        mark = getattr(error, "problem_mark", None)
         place = f" in line {mark.line + 1}" if mark else ""
-        raise UserError(f"{flag_text}: not valid YAML: {str(problem)[:100]}{place}") from None
-    if root is None or _written(root) is None:
+        raise UserError(f"{where}: not valid YAML: {str(problem)[:100]}{place}") from None
+    if root is None or root.tag == NULL:
         return {}
     if not isinstance(root, yaml.MappingNode):
-        found = "list" if isinstance(root, yaml.SequenceNode) else "text"
-        raise UserError(f"{flag_text}: expected 'flag: value' lines, found a {found}")
-    recipe: dict[str, Any] = {}
-    lines: dict[str, int] = {}
-    for key_node, value_node in root.value:
-        line = key_node.start_mark.line + 1
+        raise UserError(f"{where}: expected 'flag: value' lines")
+    recipe: dict[str, list[Any]] = {}
+    for key_node, node in root.value:
         key = key_node.value if isinstance(key_node, yaml.ScalarNode) else "a key that is no text"
         if key not in flags:
             hint = did_you_mean(key[:100], flags)
             raise UserError(f"{path}: {key[:100]}: no such setting{hint}; --help lists all settings")
         if not flags[key].in_recipe:
             raise UserError(f"{path}: {key}: not in a recipe, which may come from others; say --{key} yourself")
-        if key in lines:
-            raise UserError(f"{path}: {key}: in line {lines[key]} and again in line {line}; keep one of them")
-        recipe[key], lines[key] = _written(value_node), line
+        if key in recipe:
+            raise UserError(f"{path}: {key}: again in line {key_node.start_mark.line + 1}; keep one of them")
+        many = flags[key].many
+        values = node.value if many and isinstance(node, yaml.SequenceNode) else [node]
+        if not all(isinstance(value, yaml.ScalarNode) for value in values):
+            expected = f"{'a list of values, each ' if many else ''}{KINDS[flags[key].type][0]}"
+            raise UserError(f"{path}: {key}: expected {expected}, found a list or something nested")
+        recipe[key] = [None if value.tag == NULL else value.value for value in values]
     return recipe
 
 
-def _written(node: yaml.Node) -> Any:
-    """The texts of the file. Of YAML's types null alone counts, which no flag can say."""
-    if isinstance(node, yaml.SequenceNode):
-        return [_written(item) for item in node.value]
-    if isinstance(node, yaml.MappingNode):
-        return {}
-    return None if node.tag == "tag:yaml.org,2002:null" else node.value
-
-
-TRUE = ("true", "yes", "on", "1")
-# Stricter than int() and float(), which also take "1_000", " 4 " and the digits of other scripts.
-_GRAMMAR = {
-    bool: re.compile("true|yes|on|1|false|no|off|0", re.IGNORECASE | re.ASCII),
-    int: re.compile("[+-]?[0-9]+"),
-    float: re.compile(
-        r"[+-]?(([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|\.?(inf(inity)?|nan))", re.IGNORECASE | re.ASCII
-    ),
+NULL = "tag:yaml.org,2002:null"
+_BOOLS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
+# What is expected of a text of each type, and its reader, which raises ValueError or KeyError.
+KINDS: dict[type, tuple[str, Callable[[str], Any]]] = {
+    int: ("a whole number", int),
+    float: ("a number", float),
+    bool: ("true or false", lambda text: _BOOLS[text.lower()]),
+    str: ("a text", lambda text: os.fsdecode(os.fsencode(text))),
 }
-EXPECTED = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
-def _convert(value: Any, flag: Flag, where: str) -> Any:
-    """A text, a list of texts or None -> what the field's type says. An error line begins with ``where``."""
-    items = value if isinstance(value, list) else [value]
-    said_none = len(items) == 1 and isinstance(items[0], str) and items[0].lower() == "none"
-    if flag.optional and (value is None or said_none):
+def _convert(texts: list[str | None], flag: Flag, where: str) -> Any:
+    """Texts -> what the field's type says. An error line begins with ``where``."""
+    if flag.optional and len(texts) == 1 and (texts[0] is None or texts[0].lower() == "none"):
         return None
-    expected = EXPECTED[flag.type]
-    if not flag.many and isinstance(value, (list, dict)):
-        raise UserError(f"{where}: expected {expected}, found a {type(value).__name__}")
-    if any(isinstance(item, (list, dict)) for item in items):
-        raise UserError(f"{where}: expected a list of values ({expected} each), found something nested")
-    converted = [_convert_one(item, flag, where) for item in items]
-    return converted if flag.many else converted[0]
+    values = [_convert_one(text, flag, where) for text in texts]
+    return values if flag.many else values[0]
 
 
-def _convert_one(value: str | None, flag: Flag, where: str) -> Any:
-    kind, expected, shown = flag.type, EXPECTED[flag.type], f"{where}: {_quoted(value)}"
-    if not value:
+def _convert_one(text: str | None, flag: Flag, where: str) -> Any:
+    expected, read = KINDS[flag.type]
+    if not text:
         raise UserError(f"{where}: empty; expected {expected}")
-    if kind in _GRAMMAR and not _GRAMMAR[kind].fullmatch(value):
-        raise UserError(f"{shown} is not {expected}")
-    if kind is bool:
-        return value.lower() in TRUE
-    converted: Any = value
-    if kind is float:
-        converted = float(re.sub(r"\.(?=[in])", "", value, flags=re.IGNORECASE))  # .inf of YAML
-        if not math.isfinite(converted):
-            raise UserError(f"{shown} is not finite; expected {expected}")
-    elif kind is int:
-        # Python turns no text of more than 4300 digits into a whole number.
-        if len(value) > 400 or abs(int(value)) >= 2**63:
-            raise UserError(f"{shown} is too large; expected {expected} of at most 63 bits")
-        converted = int(value)
-    elif "\0" in value or not _encodable(value):
-        raise UserError(f"{shown} holds a character that no file name or text can have")
+    shown = f"{where}: {_quoted(text)}"
+    # int() and float() also take "1_000", " 4 " and the digits of other scripts.
+    allowed = "[^\0]+" if flag.type is str else "[0-9A-Za-z.+-]+"
+    try:
+        if not re.fullmatch(allowed, text):
+            raise ValueError
+        value = read(text)
+    except (ValueError, KeyError):
+        raise UserError(f"{shown} is not {expected}") from None
+    if flag.type is float and not math.isfinite(value):
+        raise UserError(f"{shown} is not finite; expected {expected}")
+    if flag.type is int and abs(value) >= 2**63:
+        raise UserError(f"{shown} is too large; expected {expected} of at most 63 bits")
     if flag.path:
-        converted = with_home(value, where)
-    if flag.choices and converted not in flag.choices:
-        hint = did_you_mean(value, flag.choices)
-        raise UserError(f"{where}: {_quoted(converted)} is not one of {', '.join(flag.choices)}{hint}")
-    if flag.minimum is not None and converted < flag.minimum:
-        raise UserError(f"{where}: {converted} is too small; expected at least {flag.minimum}")
-    if flag.above is not None and converted <= flag.above:
-        raise UserError(f"{where}: {converted} is too small; expected more than {flag.above}")
-    if flag.maximum is not None and converted > flag.maximum:
-        raise UserError(f"{where}: {converted} is too large; expected at most {flag.maximum}")
-    return converted
+        value = with_home(value, where)
+    if flag.choices and value not in flag.choices:
+        raise UserError(f"{shown} is not one of {', '.join(flag.choices)}{did_you_mean(text, flag.choices)}")
+    if flag.minimum is not None and value < flag.minimum:
+        raise UserError(f"{where}: {value} is too small; expected at least {flag.minimum}")
+    if flag.above is not None and value <= flag.above:
+        raise UserError(f"{where}: {value} is too small; expected more than {flag.above}")
+    if flag.maximum is not None and value > flag.maximum:
+        raise UserError(f"{where}: {value} is too large; expected at most {flag.maximum}")
+    return value
 
 
 def with_home(text: str, where: str) -> str:
@@ -343,19 +274,15 @@ def with_home(text: str, where: str) -> str:
     A shell does it for a word of its own, but not in a recipe, in quotes or after ``--flag=``. Raises ``UserError`` for
     an unknown user and for a variable of the shell: nobody wants a folder of that name.
     """
-    if text[:1] not in ("~", "$") or "\0" in text:
-        return text
     known = re.split(r"[*?\[{]", text)[0]  # of a pattern the folder in front of it
-    if os.path.lexists(text) or (known != text and os.path.lexists(os.path.dirname(known))):
+    there = os.path.lexists(text) or (known != text and os.path.lexists(os.path.dirname(known)))
+    if text[0] not in "~$" or there:
         return text
     expanded = os.path.expanduser(text)
-    if expanded == text and text[0] == "~":
-        here = f"./{text.split('/')[0]}"
-        raise UserError(
-            f"{where}: {_quoted(text)}: no such user; write the path out, or {here} for a file of this name"
-        )
-    if re.match(r"\$(\w+|\{\w+\})(/|$)", text):
-        raise UserError(f"{where}: {_quoted(text)}: variables are not filled in here; write the path out")
+    if expanded == text and re.match(r"~|\$(\w+|\{\w+\})(/|$)", text):
+        wrong = "no such user" if text[0] == "~" else "variables are not filled in here"
+        here = f"write the path out, or ./{text.split('/')[0]} for a file of this name"
+        raise UserError(f"{where}: {_quoted(text)}: {wrong}; {here}")
     return expanded
 
 
@@ -365,12 +292,30 @@ def _quoted(value: Any) -> str:
     return text if len(text) <= 100 else text[:97] + "..."
 
 
-def _encodable(text: str) -> bool:
+def run(main: Callable[[], Any]) -> None:
+    """Calls ``main``. ``UserError`` becomes one line on stderr and exit status 2, Ctrl-C status 130.
+
+    Of several processes rank 0 speaks for all, another rank for an error of its own. Where a partner or a data worker
+    has died, one line says so and the status is 1. A process of several always ends here.
+    """
+    outlive_streams()
     try:
-        os.fsencode(text)
-    except UnicodeEncodeError:
-        return False
-    return True
+        main()
+    except SystemExit as error:
+        stuck = bool(multiprocessing.active_children())  # a data worker that is stuck would be waited for
+        if isinstance(error.code, int) and (stuck or "RANK" in os.environ):
+            _leave(error.code, at_once=stuck)
+        raise
+    except BaseException as error:
+        status, line = _verdict(error)
+        if not status:
+            raise
+        if line:
+            print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
+        # Other ranks may wait in a collective: do not wait for them. The launcher ends them.
+        _leave(status, at_once=True)
+    if "RANK" in os.environ:
+        _leave(0)
 
 
 # How gloo, NCCL and the rendezvous store say that a partner is gone.
@@ -381,59 +326,28 @@ _PARTNER_LOST = re.compile(
 )
 
 
-def run(main: Callable[[], Any]) -> None:
-    """Calls ``main``. ``UserError`` becomes one line on stderr and exit status 2, Ctrl-C status 130.
-
-    Of several processes rank 0 speaks for all, another rank for an error of its own. Where a partner or a data worker
-    has died, one line says so and the status is 1. A process of several always ends here.
-    """
-    outlive_streams()
-    rank = launched_rank()
-    try:
-        try:
-            main()
-        except OSError as error:
-            if error.errno != errno.ENAMETOOLONG:
-                raise
-            # Any flag may be a path, and the first to look at it meets this.
-            raise UserError(f"{str(error.filename)[:100]}: a file name that is too long; correct the path") from None
-    except UserError as error:
-        if rank == 0 or not error.every_rank:
-            _say(f"error: {error}")
-        # Other ranks may wait in a collective: do not wait for them. The launcher ends them.
-        _leave(2, at_once=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:160]
-        if "DataLoader worker (pid" in str(error):
-            advice = "if memory runs out, use fewer --num_workers; start again"
-            _say(f"error: a data worker has died ({reason}); {advice}")
-        elif "RANK" in os.environ and _PARTNER_LOST.search(str(error)):
-            advice = "see its message above or in its node's log; go on with --resume_from_checkpoint latest"
-            _say(f"rank {rank}: another process of the run has ended or does not answer ({reason}); {advice}")
-        else:
-            raise
-        _leave(1, at_once=True)
-    except KeyboardInterrupt:
-        _say("interrupted")
-        _leave(130, at_once=True)
-    except SystemExit as error:
-        if isinstance(error.code, int) and multiprocessing.active_children():
-            _leave(error.code, at_once=True)  # a data worker that is stuck would be waited for
-        if "RANK" not in os.environ or not isinstance(error.code, int):
-            raise
-        _leave(error.code)
-    if "RANK" in os.environ:
-        _leave(0)
+def _verdict(error: BaseException) -> tuple[int, str]:
+    """Exit status and line (or "") for an error that says all; status 0 where its traceback is needed."""
+    said, rank = " ".join(str(error).split()), launched_rank()
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # any flag may be a path
+        error = UserError(f"{str(error.filename)[:100]}: a file name that is too long; correct the path")
+    if isinstance(error, UserError):
+        return 2, "" if rank and error.every_rank else f"error: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(error, RuntimeError) and "DataLoader worker (pid" in said:
+        advice = "if memory runs out, use fewer --num_workers; start again"
+        return 1, f"error: a data worker has died ({said[:160]}); {advice}"
+    if isinstance(error, RuntimeError) and "RANK" in os.environ and _PARTNER_LOST.search(said):
+        advice = "see its message above or in its node's log; go on with --resume_from_checkpoint latest"
+        return 1, f"rank {rank}: another process of the run has ended or does not answer ({said[:160]}); {advice}"
+    return 0, ""
 
 
 def launched_rank() -> int:
     """The rank that the launcher gave, 0 without one. Its check refuses what is no number."""
     rank = os.environ.get("RANK", "0")
     return int(rank) if rank.isascii() and rank.isdigit() else 0
-
-
-def _say(line: str) -> None:
-    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
 
 
 def _leave(status: int, at_once: bool = False) -> NoReturn:

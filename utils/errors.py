@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from utils.redaction import printable, without_addresses, without_secrets
 
 
@@ -18,3 +21,12 @@ class OwnError(UserError):
     """A mistake that this process may be the only one to meet: it speaks for itself."""
 
     every_rank = False
+
+
+@contextlib.contextmanager
+def os_errors(cannot: str, todo: str) -> Iterator[None]:
+    """An ``OSError`` of the block becomes the line "<cannot> (No space left on device); <todo>"."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{cannot} ({error.strerror}); {todo}") from None

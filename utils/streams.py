@@ -19,32 +19,21 @@ def outlive_streams() -> None:
     What cannot be written is dropped, with a line on stderr where stdout is full. Characters that the stream's encoding
     lacks, and bytes of a path that are not UTF-8, become escapes. Streams that were replaced, as by a test, stay.
     """
-    for number in (0, 1, 2):
-        _occupy(number)
+    # A file that is opened gets the lowest number that is free: /dev/null before anything of the run.
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
     if sys.stdin is None:
-        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
+        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     for name, number in (("stdout", 1), ("stderr", 2)):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, _lasting_stream(number, "utf-8", True))
-        elif isinstance(stream, io.TextIOWrapper) and _number_of(stream) == number:
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-            lines = stream.line_buffering or stream.write_through
-            setattr(sys, name, _lasting_stream(number, stream.encoding, lines))
-
-
-def _occupy(number: int) -> None:
-    """Opens /dev/null where a standard stream is closed: else the next file gets its number, and what is printed."""
-    try:
-        os.fstat(number)
-    except OSError:
-        opened = os.open(os.devnull, os.O_RDWR)
-        os.dup2(opened, number)
-        if opened == number:
-            os.set_inheritable(number, True)
-        else:
-            os.close(opened)
+        stream = getattr(sys, name) or open(number, "w", 1, encoding="utf-8", closefd=False)  # noqa: SIM115
+        if not isinstance(stream, io.TextIOWrapper) or _number_of(stream) != number:
+            continue
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+        buffer = io.BufferedWriter(_Lasting(number))  # type: ignore[type-var]
+        lines = stream.line_buffering or stream.write_through
+        setattr(sys, name, io.TextIOWrapper(buffer, stream.encoding, "backslashreplace", line_buffering=lines))
 
 
 def _number_of(stream: io.TextIOWrapper) -> int | None:
@@ -52,11 +41,6 @@ def _number_of(stream: io.TextIOWrapper) -> int | None:
         return stream.fileno()
     except (OSError, ValueError):
         return None
-
-
-def _lasting_stream(number: int, encoding: str, line_buffering: bool) -> io.TextIOWrapper:
-    buffer = io.BufferedWriter(_Lasting(number))  # type: ignore[type-var]
-    return io.TextIOWrapper(buffer, encoding=encoding, errors="backslashreplace", line_buffering=line_buffering)
 
 
 class _Lasting(io.FileIO):

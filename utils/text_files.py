@@ -13,7 +13,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
-from utils.errors import UserError
+from utils.errors import UserError, os_errors
 
 BYTE_ORDER_MARK = "\ufeff"
 
@@ -63,12 +63,12 @@ def parse_label(data: bytes) -> int:
     return int(text)
 
 
-def read_text_file(path: str | Path, where: str) -> str:
-    """A local text file whole. ``UserError`` naming ``where`` if it cannot be read or is not UTF-8."""
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{where}: cannot be read ({error.strerror}); check the path and its permissions") from None
+def read_text_file(path: str | Path, where: str, limit: int = 64 << 20) -> str:
+    """A local text file whole. ``UserError`` where it cannot be read, holds more than ``limit`` bytes or is no UTF-8."""
+    with os_errors(f"{where}: cannot be read", "check the path and its permissions"), open(path, "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise UserError(f"{where}: more than {limit >> 20} MiB; give the path of a text file")
     return decode_text(data, where)
 
 

@@ -276,7 +276,7 @@ def test_two_writes_give_equal_bytes(full: Path) -> None:
     before = [(full / name).read_bytes() for name in names]
     write_report(full)
     assert before == [(full / name).read_bytes() for name in names]
-    assert not list(full.glob("*.tmp"))
+    assert not list(full.glob(".*.part"))
 
 
 def test_everything_shows_where_everything_was_measured(full: Path) -> None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from utils.errors import UserError
+from utils.errors import os_errors
 
 # By the formats of Pillow; what a file is in truth its first bytes say.
 SUFFIXES = {
@@ -47,11 +47,8 @@ def kind_of(entry: os.DirEntry) -> str:
 
 def entries_of(folder: str | Path, where: str = "") -> list[os.DirEntry]:
     """What is in a folder, sorted by name. UserError about ``where`` (default: the folder) if it cannot be read."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
-    except OSError as error:
-        raise UserError(f"{where or folder}: cannot be read ({error.strerror}); check its permissions") from None
+    with os_errors(f"{where or folder}: cannot be read", "check its permissions"), os.scandir(folder) as entries:
+        return sorted(entries, key=lambda entry: entry.name)
 
 
 def subfolders(folder: Path, left_out: LeftOut | None = None, root: Path | None = None) -> list[str]:

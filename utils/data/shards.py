@@ -44,7 +44,7 @@ from utils.data.sources import (
 )
 from utils.data.tars import MAX_MEMBERS, TarIndex, tar_index
 from utils.data.workers import PatientLoader, worker_died
-from utils.errors import UserError
+from utils.errors import UserError, os_errors
 from utils.processes.progress import RunProgress
 from utils.redaction import display_url
 from utils.text_files import parse_json, parse_label
@@ -92,10 +92,8 @@ def index_shards(
     without sizes.json is fetched. UserError if no sample is left.
     """
     cache_dir = str(cache_dir or default_cache_dir())
-    try:
+    with os_errors(f"--cache_dir {cache_dir}: cannot be made", "name a writable folder"):
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--cache_dir {cache_dir}: cannot be made ({error.strerror}); name a writable folder") from None
     cache = ShardCache(cache_dir, cache_limit_gb)
     refuse_lacking_shards(urls, cache, flag)
     promises: dict[str | None, dict[str, int]] = {}  # of each sizes.json

@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import re
-import secrets
 import select
 import subprocess
 import tempfile
@@ -36,6 +35,7 @@ from utils.data.folders import entries_of, kind_of
 from utils.errors import UserError
 from utils.redaction import display_url, url_scheme, without_addresses, without_secrets
 from utils.text_files import decode_text, parse_json
+from utils.whole_files import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -421,7 +421,7 @@ class ShardCache:
         with _locked(self._lock_of(target), wait) as held:
             if held and not target.exists():
                 # A fixed name: what a killed process leaves is overwritten by the next.
-                with into_place(target, target.with_name(target.name + ".part")) as part:
+                with whole_file(target, target.with_name(target.name + ".part")) as part:
                     _download(url, part)
                     with open(part, "rb") as stream:
                         os.fsync(stream.fileno())
@@ -494,31 +494,10 @@ def digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:24]
 
 
-@contextlib.contextmanager
-def into_place(target: Path, aside: Path | None = None) -> Iterator[Path]:
-    """Where to write what becomes ``target`` at the end of the block; nothing is left of it after an error.
-
-    Several processes, on several nodes, may write the same target: ``aside`` has a name of its own unless it is given.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = aside or target.with_name(f"{secrets.token_hex(12)}.part")
-    try:
-        yield aside
-        os.replace(aside, target)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Whole or not at all, also where several processes write the same."""
-    with into_place(path) as aside:
-        aside.write_bytes(data)
-
-
 def remember(path: Path, found: dict[str, Any]) -> None:
     """Keeps what took long to find. A full or read-only cache costs the next process the same again, no more."""
-    with contextlib.suppress(OSError):
-        write_whole(path, json.dumps(found).encode())
+    with contextlib.suppress(OSError), whole_file(path) as aside:
+        aside.write_text(json.dumps(found), encoding="utf-8")
 
 
 def remembered(path: Path) -> dict[str, Any]:
@@ -687,7 +666,7 @@ def _text_copy(url: str, cache_dir: Path) -> Path | None:
     # A node without internet should not wait long for what it has.
     patience: dict[str, Any] = {"timeout": QUICK_TIMEOUT, "retries": 0} if known else {}
     try:
-        with into_place(copy) as aside:
+        with whole_file(copy) as aside:
             _download(url, aside, limit=MAX_TEXT_BYTES, **patience)
         absent.unlink(missing_ok=True)
     except UnavailableShard as error:

@@ -32,6 +32,7 @@ from utils.data.sources import one_line
 from utils.errors import UserError
 from utils.models.model_card import versions
 from utils.text_files import parse_json
+from utils.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -508,18 +509,8 @@ def attempt(what: str, draw: Callable[[], T], undrawn: list[str]) -> T | None:
 
 def replace_file(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all. Raises ``UserError``."""
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_bytes(data)
-        os.replace(aside, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}); mend that, then give the same command again: what results.json "
-            "holds is not measured again"
-        ) from None
+    again = "mend that, then give the same command again: what results.json holds is not measured again"
+    write_whole(path, data, again)
 
 
 def column_name(cell: Cell) -> str:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,10 @@ from transformers import PreTrainedModel
 from utils.errors import UserError
 from utils.methods.losses import class_logits, unit
 from utils.models.published import has_own_head
+from utils.whole_files import whole_file
 
-CLIP_PROBE_L2 = (
-    1 / 0.316
-)  # C = 0.316 of CLIP's linear probe (arXiv 2103.00020) weighs the losses, l2 = 1 / C the weights
+# C = 0.316 of CLIP's linear probe (arXiv 2103.00020) weighs the losses, l2 = 1 / C the weights.
+CLIP_PROBE_L2 = 1 / 0.316
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,10 +101,8 @@ def save_linear_head(path: str | Path, classifier: LinearClassifier) -> None:
     if classifier.bias is not None:
         tensors["bias"] = classifier.bias.float()
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(path).with_suffix(".tmp")
-    save_file(tensors, aside, metadata={"normalise": str(classifier.normalise).lower()})
-    os.replace(aside, path)  # whole or not at all
+    with whole_file(Path(path)) as aside:
+        save_file(tensors, aside, metadata={"normalise": str(classifier.normalise).lower()})
 
 
 def fit_linear_probe(

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,21 +29,24 @@ from accelerate.utils import (
 )
 from torch import Tensor, nn
 
-from utils.errors import UserError
-from utils.processes.environment import NO_FP16, check_launch
-from utils.processes.launcher import meet
+from utils.errors import OwnError, UserError
+from utils.processes.environment import Numbers, check_launch
 from utils.processes.tracker import check_tracker
 
 WORKING = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.DEEPSPEED)
+PATIENCE = timedelta(minutes=10)  # for the other processes to start
+A_WHILE = 60.0  # seconds, then a line says what is waited for
 MIXED_PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NOTHING_TRAINED = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0}
+_MEETING: list[Any] = []  # the store, which rank 0 serves to the others as long as the process lives
+
+logger = logging.getLogger(__name__)
 
 
 def start_accelerator(
     *,
     seed: int = 0,
-    per_device_batch_size: int | None = None,
-    gradient_accumulation_steps: int | None = None,
-    max_grad_norm: float | None = None,
+    numbers: Numbers = MappingProxyType({}),
     report_to: str = "none",
     output_dir: str | None = None,
     days_of_patience: float | None = None,
@@ -49,17 +55,12 @@ def start_accelerator(
 ) -> Accelerator:
     """The Accelerator for what ``accelerate launch``, ``torchrun`` or plain ``python`` set up; float32 stays float32.
 
+    ``numbers``: batch size of a process, accumulation and clipping by DeepSpeed's names; none where nothing is trained.
     ``tf32``: products of float32 tensors keep 10 bits of mantissa on NVIDIA GPUs, at several times the speed.
     ``days_of_patience``: how long a process waits for the others in a collective (default: torch's 10 to 30 minutes).
-    Batch, accumulation and clipping are None where nothing is trained. Raises ``UserError`` where the processes are no
-    group, and for what an accelerate config or the environment cannot ask for here (utils/processes/environment.py).
+    Raises ``UserError`` where the processes are no group, and for what is refused in utils/processes/environment.py.
     """
-    launched = check_launch(  # once: accelerate changes some of its variables
-        per_device_batch_size=per_device_batch_size,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        max_grad_norm=max_grad_norm,
-        compile=compile,
-    )
+    launched = check_launch(numbers, compile)  # once: accelerate changes some of its variables
     check_tracker(report_to)
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     # torch 2.13 calls the argument outdated, but accelerate passes no other.
@@ -79,9 +80,10 @@ def start_accelerator(
             handlers.append(InitProcessGroupKwargs(**group))
         if not torch.distributed.is_initialized():
             meet()
+    numbers = NOTHING_TRAINED | dict(numbers)
     try:
         accelerator = Accelerator(
-            gradient_accumulation_steps=gradient_accumulation_steps or 1,
+            gradient_accumulation_steps=int(numbers["gradient_accumulation_steps"]),
             kwargs_handlers=handlers,
             log_with=None if report_to == "none" else report_to,
             project_dir=output_dir,
@@ -93,12 +95,11 @@ def start_accelerator(
         asked = f"{launched} processes{' with DeepSpeed' if deepspeed else ''} were started"
         raise UserError(
             f"{asked}, but accelerate formed a group of {formed} of kind {chosen.value}, which would train wrongly; "
-            "use a config of accelerate_configs/ (cpu_2proc.yaml for CPUs; with torch_xla set USE_TORCH_XLA=0)"
+            "use a config of accelerate_configs/ (cpu_2proc.yaml for CPUs, no use_cpu with DeepSpeed; with torch_xla set "
+            "USE_TORCH_XLA=0)"
         )
     if chosen == DistributedType.DEEPSPEED:
-        _configure_deepspeed(
-            accelerator, per_device_batch_size or 1, gradient_accumulation_steps or 1, max_grad_norm or 0.0
-        )
+        _configure_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config, numbers)
     # The patch embedding is the only convolution of a ViT, and pixels lose an attack's steps in TF32's 10 bits.
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = tf32
@@ -110,21 +111,54 @@ def start_accelerator(
     return accelerator
 
 
-def _configure_deepspeed(accelerator: Accelerator, batch_size: int, accumulation: int, max_grad_norm: float) -> None:
-    """One meaning of every flag with and without DeepSpeed: settings of the command line go into its config."""
-    config = accelerator.state.deepspeed_plugin.deepspeed_config
+def meet(patience: timedelta = PATIENCE) -> None:
+    """Waits until all processes of the launcher have started; ``UserError`` where they do not within ``patience``.
+
+    torch alone would wait as long as for a collective, in an evaluation for days, also for a host without an address.
+    """
+    rank, ranks = os.environ["RANK"], [str(rank) for rank in range(int(os.environ["WORLD_SIZE"]))]
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    place = f"MASTER_ADDR={host} MASTER_PORT={port}"
+    told = threading.Timer(
+        A_WHILE, logger.warning, [f"waiting for {len(ranks)} processes at {place}, at most {patience}"]
+    )
+    told.daemon = True
+    told.start()
+    try:
+        socket.getaddrinfo(host, port)
+        store = next(torch.distributed.rendezvous("env://", timeout=patience))[0]
+        _MEETING.append(store)
+        store = torch.distributed.PrefixStore("meeting", store)
+        store.set(rank, "here")
+        try:
+            store.wait(ranks, patience)
+        except torch.distributed.DistStoreError:
+            missing = ", ".join([rank for rank in ranks if not store.check([rank])][:8])
+            raise UserError(
+                f"{len(ranks)} processes were to meet at {place}, but rank {missing} has not come within "
+                f"{patience}; see what became of it, or correct WORLD_SIZE (num_processes, num_machines)"
+            ) from None
+    except (OSError, RuntimeError) as error:  # no address; DistNetworkError, DistStoreError
+        said = " ".join(str(error).split())
+        if isinstance(error, OSError):
+            reason = f"the host has no address here ({error.strerror})"
+        elif "EADDRINUSE" in said or "address already in use" in said.lower():
+            reason = "the port is in use; choose another MASTER_PORT (--main_process_port)"
+        else:
+            reason = f"rank {rank} does not reach rank 0 within {patience} ({said[:160]})"
+        raise OwnError(f"{place}: {reason}; address and port are those of rank 0, the same for all processes") from None
+    finally:
+        told.cancel()
+
+
+def _configure_deepspeed(config: dict[str, Any], numbers: Numbers) -> None:
+    """One meaning of every flag with and without DeepSpeed: numbers of the command line go into its config."""
     # With a json the precision stands there; accelerate then forbids it in the yaml.
-    for precision in ("bf16", "fp16"):
-        if str(config.get(precision, {}).get("enabled")).lower() == "true":
-            os.environ["ACCELERATE_MIXED_PRECISION"] = precision
-    if compute_dtype(accelerator) == torch.float16:
-        raise UserError(f"mixed_precision: {NO_FP16}")
-    config["train_micro_batch_size_per_gpu"] = batch_size
-    config["gradient_accumulation_steps"] = accumulation
-    config["gradient_clipping"] = max_grad_norm
+    if str(config.get("bf16", {}).get("enabled")).lower() == "true":
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+    config |= numbers
     # DeepSpeed's own bf16 would turn the patch embedding to bf16 and weaken the attack; see utils/models/encoders.py.
-    config["bf16"] = {"enabled": False}
-    config["fp16"] = {"enabled": False}
+    config |= {"bf16": {"enabled": False}, "fp16": {"enabled": False}}
     config["zero_force_ds_cpu_optimizer"] = False  # accelerate would put its own in place of --optimizer
     config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True  # in float32, as they are
 

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -38,39 +38,36 @@ class GivenUp(WaitEnded):
 class StopRequest:
     """Whether one of the signals has reached any process of the run, from now on until ``close``.
 
-    Schedulers differ in whom they signal: one process, all of them, or those of one node. A single one is enough. Until
-    ``loaded`` is called there is nothing to save: a process that does not come so far within seconds just ends.
+    Schedulers differ in whom they signal: one process, all of them, or those of one node. A single one is enough. While
+    ``loading`` there is nothing to save: a process that does not come so far within seconds just ends.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.signal: signal.Signals | None = None  # that reached this process
-        self._loading, self._waiting, self._gave_up = True, False, False
+        self.loading = True  # until the first step is about to begin: from then on the end is orderly
+        self._waiting = self._gave_up = False
         self._answer: tuple[torch.Tensor, torch.cuda.Event | None] | None = None  # of several processes
         self._over = threading.Event()
         self._reminder: threading.Thread | None = None
         hung_up = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]  # ignored under nohup
-        self._before = {number: signal.signal(number, self._receive) for number in (*SIGNALS, *hung_up)}
+        self._before: dict[int, Any] = {number: signal.signal(number, self._receive) for number in (*SIGNALS, *hung_up)}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal = signal.Signals(number)
             # Processes that load wait for each other in places that no signal reaches; most will leave together.
-            pause = 4 * GRACE if self._loading and self.accelerator.num_processes > 1 else GRACE
+            pause = 4 * GRACE if self.loading and self.accelerator.num_processes > 1 else GRACE
             self._reminder = threading.Thread(target=_remind, args=(number, self._over, pause), daemon=True)
             self._reminder.start()
         elif self._waiting:
             raise GivenUp
-        elif self._loading:
+        elif self.loading:
             line = f"{self.signal.name} before the first step: nothing new to save (exit status {REQUEUE})\n"
             with contextlib.suppress(OSError):
                 os.write(2, line.encode())  # a handler may have interrupted a print
             self._over.set()
             raise SystemExit(REQUEUE)
-
-    def loaded(self) -> None:
-        """The first step is about to begin: from now on the end is orderly."""
-        self._loading = False
 
     def unless_told(self, fetch: Callable[[], T]) -> T | None:
         """``fetch()``, or None where this process was told to stop and it takes longer than GRACE."""
@@ -127,22 +124,18 @@ class StopRequest:
         """Ends the process with REQUEUE. Call on all processes; ``state`` says in words what was saved."""
         say(f"{told.name} {state}; --resume_from_checkpoint latest goes on (exit status {REQUEUE})")
         # A launcher signals the slower processes when the first one has left: they keep their exit status.
-        self._stop_reminding()
-        for number in self._before:
-            signal.signal(number, signal.SIG_IGN)
+        self._before = dict.fromkeys(self._before, signal.SIG_IGN)
+        self.close()
         end_training(self.accelerator)
         sys.exit(REQUEUE)
 
     def close(self) -> None:
         """The run is over: signals mean what they meant before."""
-        self._stop_reminding()
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _stop_reminding(self) -> None:
         self._over.set()
         if self._reminder is not None:
             self._reminder.join()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 def _remind(number: int, over: threading.Event, pause: float) -> None:

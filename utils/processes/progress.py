@@ -26,10 +26,9 @@ class RunProgress:
     """
 
     def __init__(self, title: str, total: int, *, done: int = 0, enabled: bool = True, transient: bool = False) -> None:
-        self.title, self.total, self.done, self.enabled = escaped(title), total, done, enabled
-        self.console = Console(file=sys.stderr, highlight=False, emoji=False)
-        self.live = enabled and self.console.is_terminal
-        self.first = done
+        self.title, self.total, self.first, self.done, self.enabled = escaped(title), total, done, done, enabled
+        console = Console(file=sys.stderr, highlight=False, emoji=False)
+        self.live = enabled and console.is_terminal
         self.started = self.spoken = time.monotonic()
         self.fields: dict[str, Any] = {}
         self.progress = Progress(
@@ -38,14 +37,14 @@ class RunProgress:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[shown]}", markup=False, table_column=Column()),
-            console=self.console,
+            console=console,
             transient=transient,
         )
+        self.task = self.progress.add_task(self.title, total=total, completed=done, shown="")
 
     def __enter__(self) -> RunProgress:
         if self.live:
             self.progress.start()
-            self.task = self.progress.add_task(self.title, total=self.total, completed=self.done, shown="")
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -57,9 +56,14 @@ class RunProgress:
         self.done, self.fields = done, self.fields if fields is None else fields
         if self.live:
             self.progress.update(self.task, completed=done, shown=_join(self.fields))
-        elif self.enabled and (report or self._silent()):
-            parts = [f"{self.title} {done}/{self.total}", _join(fields or {}), self._left()]
-            self._print("  ".join(filter(None, parts)))
+            return
+        now = time.monotonic()
+        if report or now - self.spoken >= max(SILENCE, (now - self.started) / 20):
+            parts = [f"{self.title} {done}/{self.total}", _join(fields or {})]
+            if self.first < done < self.total:
+                seconds = int((now - self.started) / (done - self.first) * (self.total - done))
+                parts.append(f"left {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}")
+            self.note("  ".join(filter(None, parts)))
 
     def within(self, what: str, batches: Iterable[T], total: int) -> Iterator[T]:
         """Passes batches on and shows how many are done, while the units of the run stand still."""
@@ -72,23 +76,10 @@ class RunProgress:
     def note(self, line: str) -> None:
         """A line that stays on the screen and in the log."""
         if self.live:
-            self.console.print(printable(line), markup=False)
+            self.progress.console.print(printable(line), markup=False)
         elif self.enabled:
-            self._print(line)
-
-    def _print(self, line: str) -> None:
-        print(printable(line), file=sys.stderr, flush=True)
-        self.spoken = time.monotonic()
-
-    def _silent(self) -> bool:
-        now = time.monotonic()
-        return now - self.spoken >= max(SILENCE, (now - self.started) / 20)
-
-    def _left(self) -> str:
-        if not self.first < self.done < self.total:
-            return ""
-        seconds = int((time.monotonic() - self.started) / (self.done - self.first) * (self.total - self.done))
-        return f"left {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+            print(printable(line), file=sys.stderr, flush=True)
+            self.spoken = time.monotonic()
 
 
 class _TableConsole(Console):

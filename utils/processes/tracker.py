@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from accelerate.utils import is_tensorboard_available, is_wandb_available
 
 from utils.errors import UserError
 from utils.redaction import printable
+from utils.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -28,25 +30,19 @@ _MOST_QUEUED = 1000  # events, one for each value of a row
 
 def check_tracker(report_to: str) -> None:
     """Raises ``UserError`` for a tracker whose package or key is missing, before a model is loaded."""
-    missing = {
-        "tensorboard": None if is_tensorboard_available() else "tensorboardX",
-        "wandb": None if is_wandb_available() else "wandb",
-    }.get(report_to)
-    if missing:
-        raise UserError(f"--report_to {report_to}: needs the package {missing}; install it or use --report_to none")
-    if report_to != "wandb":
-        return
+    found = {"tensorboardX": is_tensorboard_available, "wandb": is_wandb_available}
+    package = {"tensorboard": "tensorboardX", "wandb": "wandb"}.get(report_to)
+    if package and not found[package]():
+        raise UserError(f"--report_to {report_to}: needs the package {package}; install it or use --report_to none")
     offline = os.environ.get("WANDB_MODE", "").lower() in ("offline", "disabled", "dryrun")
-    if offline or os.environ.get("WANDB_API_KEY") or sys.stdin.isatty():  # at a terminal wandb asks for it
-        return
-    try:
-        import wandb  # type: ignore[import-not-found]
+    key = offline or os.environ.get("WANDB_API_KEY") or sys.stdin.isatty()  # at a terminal wandb asks for it
+    if report_to == "wandb" and not key:
+        with contextlib.suppress(Exception):
+            import wandb  # type: ignore[import-not-found]
 
-        key = wandb.api.api_key  # looks into its settings and ~/.netrc
-    except Exception:
-        return
-    if key is None:
-        raise UserError(f"--report_to wandb: {_WANDB_KEY}")
+            key = wandb.api.api_key  # looks into its settings and ~/.netrc
+        if key is None:
+            raise UserError(f"--report_to wandb: {_WANDB_KEY}")
 
 
 def start_tracker(
@@ -83,13 +79,9 @@ def _run_id(file: Path) -> tuple[str, bool]:
     try:
         return str(json.loads(file.read_text(encoding="utf-8"))["id"]), True
     except (OSError, ValueError, KeyError, TypeError):
-        run_id, aside = secrets.token_hex(8), file.with_suffix(".json.tmp")
-    try:
-        aside.write_text(json.dumps({"id": run_id}), encoding="utf-8")
-        os.replace(aside, file)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written ({error.strerror}); mend that and start again") from None
-    return run_id, False
+        run_id = secrets.token_hex(8)
+        write_whole(file, json.dumps({"id": run_id}))
+        return run_id, False
 
 
 def log_row(accelerator: Accelerator, row: dict[str, Any]) -> None:

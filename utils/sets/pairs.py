@@ -24,11 +24,12 @@ from utils.data.folders import LeftOut, describe, leave, pictures
 from utils.data.images import MAX_IMAGE_BYTES, ImageError, ImageTransform, as_shard_member
 from utils.data.shards import ShardDataset, ShardIndex, ShardReader
 from utils.data.skipped import BadSample, Skipped
-from utils.data.sources import default_cache_dir, digest, into_place, known_path
+from utils.data.sources import default_cache_dir, digest, known_path
 from utils.errors import UserError
 from utils.sets.labelled import composed, fold
 from utils.sets.typographic import Draws, WordStyle, merge_names, write_word, wrong_words
 from utils.text_files import parse_json
+from utils.whole_files import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -255,7 +256,7 @@ def pack_pair_folder(folder: Path, cache_dir: str | None) -> str | None:
     shard = Path(cache_dir or default_cache_dir()) / "pair_folders" / f"{folder.resolve().name}-{made_of}.tar"
     if not shard.exists():
         try:
-            with into_place(shard) as aside:
+            with whole_file(shard) as aside:
                 _write_shard(named, aside)
         except OSError as error:
             todo = f"the pictures of {folder} are packed into a shard in --cache_dir"

@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from utils.errors import UserError
+from utils.errors import UserError, os_errors
 from utils.processes.distributed import gather_objects
 from utils.training import state as training_state
 
@@ -320,7 +320,7 @@ def best_so_far(
 _LOCKS: list[IO[str]] = []  # open for as long as the process lives, and so do their locks
 
 # Of what a run writes into its output_dir, by the ends of their names: files. The rest are folders.
-FILE_ENDINGS = (".safetensors", ".json", ".jsonl", ".txt", ".md", ".model", ".jinja", ".tmp")
+FILE_ENDINGS = (".safetensors", ".json", ".jsonl", ".txt", ".md", ".model", ".jinja", ".part")
 # Characters that a run adds to output_dir: checkpoints/.step-<n>.incomplete/model/<file>, events of a tracker.
 LONGEST_NAME = 150
 
@@ -334,13 +334,9 @@ def take_output_dir(output_dir: str | Path) -> None:
     output_dir = Path(output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir}: is a file; give a directory")
-    try:
+    with os_errors(f"--output_dir {output_dir}: cannot be written", "name a directory that can"):
         output_dir.mkdir(parents=True, exist_ok=True)
         lock = open(output_dir / LOCK_FILE, "a+", encoding="utf-8")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(
-            f"--output_dir {output_dir}: cannot be written ({error.strerror}); name a directory that can"
-        ) from None
     try:
         # A record lock, not flock: data workers do not inherit it, and it dies with this process alone.
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from utils.data.sources import write_whole
-from utils.errors import UserError
+from utils.errors import os_errors
 from utils.models.encoders import ImageEncoder
 from utils.text_files import parse_json
+from utils.whole_files import write_whole
 
 
 def violation_statistics(distance: Tensor, margin: Tensor, rho: float) -> dict[str, float]:
@@ -84,13 +84,10 @@ class MetricsFile:
         self.path = Path(path)
 
     def write(self, row: dict[str, Any]) -> None:
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, allow_nan=False) + "\n")
-        except OSError as error:
-            fault = f"step {row['step']} cannot be logged ({error.strerror})"
-            advice = "mend that, then go on with --resume_from_checkpoint latest"
-            raise UserError(f"{self.path}: {fault}; {advice}") from None
+        cannot = f"{self.path}: step {row['step']} cannot be logged"
+        todo = "mend that, then go on with --resume_from_checkpoint latest"
+        with os_errors(cannot, todo), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
         """The rows in order; what is no row of a step is left out."""
@@ -106,7 +103,4 @@ class MetricsFile:
     def cut_back(self, step: int) -> None:
         """Drops what was written after ``step``: a resumed run writes it again."""
         kept = [json.dumps(row) + "\n" for row in self.read() if row["step"] <= step]
-        try:
-            write_whole(self.path, "".join(kept).encode())
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}); mend that and start again") from None
+        write_whole(self.path, "".join(kept))

@@ -25,7 +25,7 @@ from utils.data.sources import (
     remote_size,
 )
 from utils.data.tars import tar_index
-from utils.errors import UserError
+from utils.errors import UserError, os_errors
 from utils.models.hub import model_folder
 from utils.models.published import MODEL_TYPES, check_model
 from utils.processes.progress import RunProgress
@@ -97,10 +97,8 @@ def shards_to_fetch(remote: Sequence[str], cache: ShardCache) -> dict[str, int |
     UserError where one of them is not there, and where ``cache_limit_gb`` or the disk is too small for all of the run.
     """
     where = f"--cache_dir {cache.cache_dir}"
-    try:
+    with os_errors(f"{where}: cannot be made", "name a folder that can be written"):
         cache.cache_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{where}: cannot be made ({error.strerror}); name a folder that can be written") from None
     present = [url for url in remote if cache.copy_of(url).exists()]
     for url in present:
         with cache.local(url):  # marks the copy as used: others go first when room is needed

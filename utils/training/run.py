@@ -31,8 +31,8 @@ from utils.processes.distributed import (
     gather_objects,
     start_accelerator,
 )
+from utils.processes.environment import launched_processes
 from utils.processes.interruption import GivenUp, StopRequest
-from utils.processes.launcher import launched_processes
 from utils.processes.progress import RunProgress
 from utils.processes.tracker import end_training, log_row, start_tracker
 from utils.redaction import shown_setting
@@ -129,9 +129,11 @@ class Run:
         self.updates_per_step = updates * settings.gradient_accumulation_steps
         self.accelerator = start_accelerator(
             seed=settings.seed,
-            per_device_batch_size=settings.per_device_train_batch_size,
-            gradient_accumulation_steps=settings.gradient_accumulation_steps,
-            max_grad_norm=settings.max_grad_norm,
+            numbers={
+                "train_micro_batch_size_per_gpu": settings.per_device_train_batch_size,
+                "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+                "gradient_clipping": settings.max_grad_norm,
+            },
             report_to=settings.report_to,
             output_dir=settings.output_dir,
             tf32=settings.tf32,
@@ -295,7 +297,7 @@ class Run:
         self.shown: dict[str, Any] = {}
         self.logged_step, self.seconds = self.first_step, 0.0
         with self.progress:
-            self.stop.loaded()
+            self.stop.loading = False
             yield
 
     def steps(self) -> Iterator[Step]:
