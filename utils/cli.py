@@ -122,7 +122,7 @@ def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def _read_command_line(argv: Sequence[str], flags: dict[str, Flag], description: str) -> dict[str, list[Any]]:
-    """{flag: its texts}. Where a flag comes again, a list goes on; of any other the last value counts, with a warning."""
+    """{flag: its texts}. Where a flag comes again, a list goes on; else the last value counts, with a warning."""
     parser = _parser(flags, description)
     if {"-h", "--help"} & set(argv):
         parser.print_help()

@@ -64,7 +64,7 @@ def parse_label(data: bytes) -> int:
 
 
 def read_text_file(path: str | Path, where: str, limit: int = 64 << 20) -> str:
-    """A local text file whole. ``UserError`` where it cannot be read, holds more than ``limit`` bytes or is no UTF-8."""
+    """A local text file whole. ``UserError`` where it cannot be read, is above ``limit`` bytes or no UTF-8."""
     with os_errors(f"{where}: cannot be read", "check the path and its permissions"), open(path, "rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:

@@ -281,8 +281,8 @@ def t_sweep(
 def inline_svg(figure: Figure, name: str, title: str) -> str:
     """A figure as an <svg> element of a page that holds many; it says ``title`` (none: decoration).
 
-    Its ids begin with ``name``; the same figure gives the same characters. Styles, metadata and namespaces would act on the
-    whole page or point out of it: they are left out, as are ids that nothing refers to.
+    Its ids begin with ``name``; the same figure gives the same characters. Styles, metadata and namespaces would act on
+    the whole page or point out of it: they are left out, as are ids that nothing refers to.
     """
     file = io.StringIO()
     with matplotlib.rc_context(STYLE):

@@ -1,4 +1,4 @@
-"""What is asked for, as jobs, and what is measured beside accuracy under attacks: texts, embeddings, the head, fairness."""
+"""Jobs, and what is measured beside accuracy under attacks: texts, embeddings, the head, fairness."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """report.html, benchmark.csv and the tables of the terminal: what an evaluation found, made from its directory.
 
-They can be made again at any time. The page is one file that opens offline: figures and pictures are inside it, it has no
-script. Its words stand in report.html.jinja.
+They can be made again at any time. The page is one file that opens offline: figures and pictures are inside it, it has
+no script. Its words stand in report.html.jinja.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ PICTURE_SIDE = 128  # larger pictures are reduced: a page, not an archive
 CURVE_POINTS = 400  # of a training curve; longer ones are averaged in pieces
 BROKEN = ("wrong before", "cross-entropy", "targets", "standing")  # what became of an image under APGD
 
-# A cell with its figures; on the page also: ``place`` and ``label`` of its model, ``set`` (the short name), ``variant``,
-# and ``clean``, the clean accuracy of the same images by the same classifier, or None.
+# A cell with its figures; on the page also: ``place`` and ``label`` of its model, ``set`` (the short name),
+# ``variant``, and ``clean``, the clean accuracy of the same images by the same classifier, or None.
 Result = dict[str, Any]
 Table = dict[str, Any]
 Cells = dict[tuple[str, str, str], list[dict[str, Any]]]  # (set, row, column): what stands there, mostly one thing
@@ -252,7 +252,7 @@ def joined(*parts: str) -> str:
     return ", ".join(filter(None, parts))
 
 
-# Tables: groups of rows, a group per set. What stands in a cell has ``value``, and maybe ``small``, ``best``, ``shade``.
+# Tables: groups of rows, a group per set. A cell's content has ``value``, and maybe ``small``, ``best``, ``shade``.
 
 
 def table(sets: Iterable[str], columns: Sequence[str], cells: Cells) -> Table | None:
@@ -343,7 +343,7 @@ def summary_table(shown: Shown) -> Table | None:
 
 
 def mark_best(cells: Sequence[dict[str, Any]], comparisons: Sequence[Result]) -> None:
-    """Sets ``best`` on the highest of a column's cells and on those that McNemar's test does not tell from it (p >= 0.05).
+    """Sets ``best`` on a column's highest cell and on those that McNemar's test does not tell from it (p >= 0.05).
 
     On none where a test is missing (no records, other images, not an accuracy) or where nothing is told apart.
     """
@@ -672,7 +672,7 @@ def picture_groups(shown: Shown) -> list[dict[str, Any]]:
 
 
 def example(clean: Tensor, attacked: Tensor, caption: Mapping[str, str], eps: float) -> dict[str, Any]:
-    """One image with its attacked copy; under an l_inf attack also 1/2 + delta / (2 eps): grey where nothing changed."""
+    """An image, its attacked copy, and under an l_inf attack 1/2 + delta / (2 eps): grey where nothing changed."""
     magnified = png(0.5 + (attacked - clean) * (255 / (2 * eps)), smooth=False) if eps else ""
     sources = {"clean": png(clean), "attacked": png(attacked), "magnified": magnified}
     return {**caption, **sources, "small": is_small(clean)}
@@ -753,7 +753,7 @@ def record_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What the records of an accuracy say besides the share of right answers; None where they do not say it.
 
     acc5: share of images with the class among the five likeliest, of five classes or more. mean_per_class_recall: the
-    mean over classes of the share that is right. broken: how many images each of ``BROKEN`` has. forwards: mean per image.
+    mean over classes of the share that is right. broken: images of each of ``BROKEN``. forwards: mean per image.
     """
     labelled = [row for row in rows if row.get("label") is not None and "correct" in row]
     by_class: dict[int, list[bool]] = defaultdict(list)

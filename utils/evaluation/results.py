@@ -314,8 +314,8 @@ class Results:
     def compare(self) -> None:
         """Compares every two models on the same images by McNemar's exact test: cells alike in all but the model.
 
-        ``compared`` becomes a list of dicts with the keys of ``COMPARISON``: ``only_first`` images are right for the first
-        model alone. Corruptions are left out: 75 tests of one question would prove nothing.
+        ``compared`` becomes a list of dicts with the keys of ``COMPARISON``: ``only_first`` images are right for the
+        first model alone. Corruptions are left out: 75 tests of one question would prove nothing.
         """
         groups: dict[str, list[Cell]] = defaultdict(list)
         for result in self.current():
@@ -343,10 +343,10 @@ def read_alike(result: Cell) -> str:
 
 
 def sanity_warnings(results: Sequence[Cell]) -> Iterator[tuple[Cell, str]]:
-    """(the doubtful result, what is wrong with it): AutoAttack's checks of accuracies under l_inf attacks on one another.
+    """(the doubtful result, what is wrong with it): accuracies under l_inf attacks checked against one another.
 
-    Croce and Hein 2020, arXiv 2003.01690; Carlini et al. 2019, arXiv 1902.06705. measures.py notices what shows in a single
-    pass: random outputs, zero gradients.
+    As AutoAttack does. Croce and Hein 2020, arXiv 2003.01690; Carlini et al. 2019, arXiv 1902.06705. measures.py
+    notices what shows in a single pass: random outputs, zero gradients.
     """
     groups: dict[str, dict[str, list[Cell]]] = defaultdict(lambda: defaultdict(list))
     for result in results:
@@ -456,7 +456,7 @@ def _without(cell: Cell, *names: str) -> str:
 
 
 def file_name(text: str) -> str:
-    """``text`` as part of a file name: a digest tells apart what had to be cut, or to lose letters other than a slash."""
+    """``text`` as part of a file name: a digest tells apart what had to be cut or lost other letters than a slash."""
     slashless = text.replace("/", "-")
     plain = re.sub("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "-", slashless)
     short = plain.encode()[:100].decode(errors="ignore")
@@ -498,7 +498,7 @@ def refuse_unwritable(output_dir: str) -> None:
 
 
 def attempt(what: str, draw: Callable[[], T], undrawn: list[str]) -> T | None:
-    """``draw()``; None where it fails, for whatever reason: a picture must not cost the figures. It is said and noted."""
+    """``draw()``; None where it fails, which is said and noted: a picture must not cost the figures."""
     try:
         return draw()
     except Exception as error:

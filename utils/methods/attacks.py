@@ -90,7 +90,7 @@ def uniform_start(pixel_values: Tensor, eps: float, seeds: Sequence[int]) -> Ten
 
 
 def attack_seeds(seed: int, step: int | str, positions: Sequence[int]) -> list[int]:
-    """A 63-bit seed for every sample from (run's seed, training step or another purpose, position in the global batch)."""
+    """A 63-bit seed for every sample, from (the run's seed, training step or purpose, position in the global batch)."""
     return [seed_from(seed, step, position) for position in positions]
 
 

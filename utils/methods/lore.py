@@ -1,6 +1,7 @@
-"""The step of LORE and its relatives: what an attack maximises, what an update minimises, what the multiplier ascends on.
+"""A step of LORE and its relatives: what attacks maximise, updates minimise, and the multiplier ascends on.
 
-    minimise over phi   E[objective(phi(x + delta))]   subject to   distance(phi(x)) <= rho * margin(x) for every image x
+    minimise over phi   E[objective(phi(x + delta))]
+    subject to          distance(phi(x)) <= rho * margin(x)   for every image x
 
 An encoder is any function from pixel_values (B, 3, H, W) in [0,1] to image_embeds (B, D); a classifier turns those into
 logits (B, C). Nothing here knows settings, files or processes. Source: Khodabandeh, Afzali et al. (arXiv 2505.18884).
@@ -31,7 +32,7 @@ Encoder = Callable[[Tensor], Tensor]
 
 @dataclass
 class MicroBatch:
-    """Pixels, their perturbation, and the reference's view of them: the K updates of a step see the same. None until known."""
+    """Pixels, their perturbation and the reference's view, the same in all K updates of a step. None until known."""
 
     pixel_values: Tensor  # (B, 3, H, W), float32 in [0,1]
     labels: Any = None  # (B,), int64
@@ -117,7 +118,7 @@ class Problem:
         return OBJECTIVES[self.objective].loss(image_embeds, batch, self.classifier)
 
     def distance(self, image_embeds: Tensor, batch: MicroBatch) -> Tensor:
-        """How far each clean embedding (or, under kl, each prediction) is from the reference's, (B, D) -> (B,), >= 0."""
+        """How far each clean embedding (under kl, each prediction) is from the reference's, (B, D) -> (B,), >= 0."""
         if self.constraint == "kl":
             return kl_divergence(self.classifier(batch.ref_image_embeds), self.classifier(image_embeds))
         return squared_distance(image_embeds, batch.ref_image_embeds)
@@ -156,8 +157,8 @@ class Problem:
     def dual(self, encoder: Encoder, batch: MicroBatch, multiplier: Multiplier, count: Any = None) -> Tensor:
         """What the multiplier ascends on: mean[lambda * violation], the violation of the updated encoder a constant.
 
-        ``count``: what the sum is divided by in place of B. A batch of no images is a forward of a black one: under ZeRO-3
-        all processes make equal forwards.
+        ``count``: what the sum is divided by in place of B. A batch of no images is a forward of a black one: under
+        ZeRO-3 all processes make equal forwards.
         """
         pixel_values, size = batch.pixel_values, len(batch.pixel_values)
         if not size:
@@ -169,7 +170,7 @@ class Problem:
 
     @torch.no_grad()
     def measure(self, primal: Primal, batch: MicroBatch, multiplier: Any) -> Tensor:
-        """What a log row is made of, (B, 5): distances of perturbed and clean images, what is constrained, margin, lambda."""
+        """For a log row, (B, 5): distances of perturbed and clean images, what is constrained, margin, lambda."""
         columns = [
             squared_distance(primal.adversarial_embeds, batch.ref_image_embeds),
             squared_distance(primal.image_embeds, batch.ref_image_embeds),

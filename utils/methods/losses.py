@@ -17,7 +17,7 @@ def class_logits(image_embeds: Tensor, class_embeds: Tensor, logit_scale: float 
 
 
 def unit(embeds: Tensor) -> Tensor:
-    """z / ||z||, (..., D) -> (..., D), float32. NaN where the length is beyond float32: zeros would pass for an answer."""
+    """z / ||z||, (..., D) -> (..., D), float32. NaN for a length beyond float32: zeros would pass for an answer."""
     z = embeds.float()
     return F.normalize(z, dim=-1) + 0 * z.detach().norm(dim=-1, keepdim=True)  # 0 times infinity is NaN
 
@@ -40,6 +40,6 @@ def kl_divergence(ref_logits: Tensor, logits: Tensor) -> Tensor:
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """H(p) = -sum_c p log p: (B, C) -> (B,), in nats, in [0, ln C]. A class whose logit is -inf has no share: 0 log 0 = 0."""
+    """H(p) = -sum_c p log p: (B, C) -> (B,), nats, in [0, ln C]. Of a logit of -inf, 0 log 0 = 0."""
     logps = F.log_softmax(logits.float(), dim=-1)
     return -(logps.exp() * logps.masked_fill(logps == float("-inf"), 0.0)).sum(dim=-1)

@@ -1,11 +1,11 @@
 """Preference losses for contrastive models: one decision per image among a list of texts.
 
-The policy is pi(y|x) = softmax over the candidate texts y of s * cos(I(x), T(y)), the reference pi_ref the same of the frozen
-model. Everything starts from logits, in float32: log pi(y_w) - log pi(y_l) is a difference of two logits, the
+The policy is pi(y|x) = softmax over the candidate texts y of s * cos(I(x), T(y)), the reference pi_ref the same of the
+frozen model. Everything starts from logits, in float32: log pi(y_w) - log pi(y_l) is a difference of two logits, the
 normaliser cancels. Nothing is the log of a softmax, which underflows at s = 100.
 
-Source: Afzali, Khodabandeh et al., ICLR 2025 (arXiv 2411.08923); DPO: arXiv 2305.18290, IPO: arXiv 2310.12036, KTO: arXiv
-2402.01306. Several rejected texts of one image are pairs of their own, averaged within the image.
+Source: Afzali, Khodabandeh et al., ICLR 2025 (arXiv 2411.08923); DPO: arXiv 2305.18290, IPO: arXiv 2310.12036, KTO:
+arXiv 2402.01306. Several rejected texts of one image are pairs of their own, averaged within the image.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def log_ratios(logits: Tensor, chosen: Tensor, rejected: Tensor) -> Tensor:
 def _gather(values: Tensor, texts: Tensor) -> Tensor:
     """The values (N, T) of some texts (N, R), 0 where the index is -1 -> (N, R).
 
-    Filled before any arithmetic: the text in place of an absent one may be no candidate, and -inf minus -inf is NaN, whose
-    gradient 0 * NaN no mask behind it takes out (pytorch#64305).
+    Filled before any arithmetic: the text in place of an absent one may be no candidate, and -inf minus -inf is NaN,
+    whose gradient 0 * NaN no mask behind it takes out (pytorch#64305).
     """
     return values.gather(1, texts.clamp_min(0)).masked_fill(texts < 0, 0.0)
 
@@ -123,12 +123,12 @@ def preference_loss(
 
 
 def retention_kl(ref_logits: Tensor, logits: Tensor) -> Tensor:
-    """KL(pi_ref || pi), reference first, over the candidates (the others are -inf in both). (N, T) twice -> (N,), nats."""
+    """KL(pi_ref || pi) over the candidates (the others are -inf in both). (N, T), (N, T) -> (N,), nats."""
     return kl_divergence(ref_logits, logits)
 
 
 def kto_baseline(batch: PreferenceBatch, logits: BatchLogits, total: Callable[[Tensor], Tensor]) -> Tensor:
-    """z: the mean KL over the clean images of this micro-batch on all processes, a constant. ``total`` sums over processes."""
+    """z: the mean KL over this micro-batch's clean images on all processes, a constant. ``total`` sums over those."""
     kl = retention_kl(batch.ref_logits.reg, logits.reg).detach()
     summed, count = total(torch.stack([kl.sum(), kl.new_tensor(float(len(kl)))])).unbind()
     return (summed / count.clamp_min(1)).clamp_min(0)
@@ -228,7 +228,7 @@ class PreferenceProblem:
 
     @torch.no_grad()
     def measure(self, primal: PreferencePrimal, batch: PreferenceBatch, logits: BatchLogits) -> Tensor:
-        """Sums over the rows of a batch of what ``MEASURED`` names, (7,): over the preferences, the last over the clean rows."""
+        """What ``MEASURED`` names, (7,): sums over the batch's preferences, the last over its clean rows."""
         pairs, ref_pairs, chosen, rejected = logits.pairs, batch.ref_logits.pairs, batch.chosen, batch.rejected
         h = margin(pairs, ref_pairs, chosen, rejected)
         ordered = pairs.gather(1, chosen[:, None]) > pairs.gather(1, rejected.clamp_min(0))

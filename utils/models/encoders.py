@@ -125,7 +125,7 @@ def frozen_copy(encoder: ImageEncoder) -> ImageEncoder:
 
 
 def load_reference(name_or_path: str | None, encoder: ImageEncoder) -> tuple[ImageEncoder, PreTrainedModel | None]:
-    """phi0 of --reference_model_name_or_path, frozen, and its whole model; without a name a copy of ``encoder`` alone."""
+    """phi0 of --reference_model_name_or_path, frozen, and its whole model; without a name a copy of ``encoder``."""
     if name_or_path is None:
         return frozen_copy(encoder), None
     model, processor = load_model(name_or_path, "--reference_model_name_or_path")

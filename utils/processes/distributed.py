@@ -95,8 +95,8 @@ def start_accelerator(
         asked = f"{launched} processes{' with DeepSpeed' if deepspeed else ''} were started"
         raise UserError(
             f"{asked}, but accelerate formed a group of {formed} of kind {chosen.value}, which would train wrongly; "
-            "use a config of accelerate_configs/ (cpu_2proc.yaml for CPUs, no use_cpu with DeepSpeed; with torch_xla set "
-            "USE_TORCH_XLA=0)"
+            "use a config of accelerate_configs/ (cpu_2proc.yaml for CPUs, no use_cpu with DeepSpeed; with "
+            "torch_xla set USE_TORCH_XLA=0)"
         )
     if chosen == DistributedType.DEEPSPEED:
         _configure_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config, numbers)

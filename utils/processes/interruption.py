@@ -103,7 +103,7 @@ class StopRequest:
         return 0 if self.signal is None else int(self.signal) + (GIVEN_UP if self._gave_up else 0)
 
     def _agreed_number(self) -> int:
-        """The highest number of any process at the last ``ask``. Waits for the device to come as far as that, no further."""
+        """The highest number of any process at the last ``ask``. Waits for the device to come as far as that."""
         if self._answer is None:
             return self._number()
         answer, arrived = self._answer

@@ -82,7 +82,7 @@ class FolderWriting:
 
 @contextlib.contextmanager
 def writing_folder(accelerator: Accelerator, what: str, aside: Path, checkpoints: Path) -> Iterator[FolderWriting]:
-    """Makes ``aside`` anew; the body fills it and puts it in place. What fails ends in one ``UserError`` on all processes."""
+    """Makes ``aside`` anew; the body fills it and puts it in place. A failure is one ``UserError`` on all processes."""
     steps = _checkpoint_steps(checkpoints)
     writing = FolderWriting(accelerator, what, aside, steps[max(steps)] if steps else None)
     with writing.attempt():
@@ -244,7 +244,8 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Restores the prepared ``optimizer``; returns ``extra_state``, its tensors on the CPU, its lists as dictionaries.
 
-    Call on all processes, with the ``state`` from ``read_state``. The parameters come before ``prepare``: ``load_parameters``.
+    Call on all processes, with the ``state`` from ``read_state``. The parameters come before ``prepare``:
+    ``load_parameters``.
     """
     training_state.load_optimizer(accelerator, model, optimizer, checkpoint, state["optimizer_numbers"])
     if accelerator.scaler is not None and state["scaler"] is not None:
@@ -269,7 +270,7 @@ def find_checkpoint(output_dir: str | Path, resume: str | None) -> Path | None:
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
-    """The whole checkpoint with the highest step; None where there is none. Damaged ones are passed over with a warning.
+    """The whole checkpoint with the highest step, or None. Damaged ones are passed over with a warning.
 
     Raises ``UserError`` where all of them are damaged: a run must not begin anew over another one.
     """
@@ -283,8 +284,8 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
         problems.append(problem)
     if problems:
         raise UserError(
-            f"--resume_from_checkpoint latest: none of the {len(found)} checkpoints in {found[0][1].parent} is whole (of the "
-            f"newest: {problems[0]}); start anew in another --output_dir, or move that folder away"
+            f"--resume_from_checkpoint latest: none of the {len(found)} checkpoints in {found[0][1].parent} is whole "
+            f"(of the newest: {problems[0]}); start anew in another --output_dir, or move that folder away"
         )
     return None
 
@@ -299,7 +300,7 @@ def _checkpoint_steps(checkpoints: Path) -> dict[int, Path]:
 
 
 def set_aside_later(output_dir: str | Path, step: int) -> None:
-    """Renames checkpoints after ``step``, from where a run goes on: it writes its own, and must not meet these again."""
+    """Renames the checkpoints after ``step``, where a run goes on: it writes its own and must not meet these again."""
     for later, path in sorted(_checkpoint_steps(Path(output_dir) / "checkpoints").items()):
         if later > step:
             names = (path.with_name(f"{path.name}.aside-{number}") for number in itertools.count(1))
@@ -311,7 +312,7 @@ def set_aside_later(output_dir: str | Path, step: int) -> None:
 def best_so_far(
     resumed: dict[str, Any], settings: dict[str, Any], output_dir: Path, fresh: dict[str, Any]
 ) -> dict[str, Any]:
-    """The checkpoint's best value, where it is ``of`` the same images and texts and its model is still there; else ``fresh``."""
+    """The checkpoint's best value, if it is ``of`` the same images and texts and its model is there; else ``fresh``."""
     best = resumed["best"]
     same = best.get("of") == fresh["of"] and best.get("metric") == settings["keep_best"]
     return best if same and (output_dir / "best").is_dir() else fresh
@@ -328,8 +329,8 @@ LONGEST_NAME = 150
 def take_output_dir(output_dir: str | Path) -> None:
     """Makes the directory and locks it for this process, until the process ends, however it ends.
 
-    Call on the main process. Deletes what a killed run left half-written. Raises ``UserError`` where the directory cannot
-    be written, or where another run holds the lock.
+    Call on the main process. Deletes what a killed run left half-written. Raises ``UserError`` where the directory
+    cannot be written, or where another run holds the lock.
     """
     output_dir = Path(output_dir)
     if output_dir.exists() and not output_dir.is_dir():
@@ -372,8 +373,9 @@ def _clear_leftovers(folder: Path) -> None:
 def refuse_unwritable(output_dir: str | Path, folders: Sequence[str] = ()) -> None:
     """Raises ``UserError`` where the run could not write later. Call on the main process, at the start.
 
-    Tried: a checkpoint's folder with the longest name is made, renamed and deleted. Looked at: what stands in the way of
-    checkpoints/, best/, ``folders`` and files; whether the path is UTF-8, for safetensors and tokenizers open no other.
+    Tried: a checkpoint's folder with the longest name is made, renamed and deleted. Looked at: what stands in the way
+    of checkpoints/, best/, ``folders`` and files; whether the path is UTF-8: safetensors and tokenizers open nothing
+    else.
     """
     output_dir = Path(output_dir)
     checkpoints = output_dir / "checkpoints"
@@ -426,12 +428,13 @@ def refuse_changed_settings(before: dict[str, Any], now: dict[str, Any], free: s
         )
         raise UserError(
             f"--resume_from_checkpoint: the run was started with other settings ({'; '.join(changed)}); give the "
-            f"same ones{batch if 'global_batch_size' in ' '.join(changed) else ''}, or start a new run in another --output_dir"
+            f"same ones{batch if 'global_batch_size' in ' '.join(changed) else ''}, or start a new run in "
+            "another --output_dir"
         )
 
 
 def _known_by(value: Any) -> Any:
-    """A setting as it is compared: of web addresses without the mark of their query, which signs them for hours or days.
+    """A setting as it is compared: a web address without the mark of its query, which signs it for hours or days.
 
     Older checkpoints hold ``~`` as it was typed.
     """
@@ -456,8 +459,8 @@ def refuse_non_finite(
     """Stops the run on all processes where a loss up to step ``done``, or the last step's gradient, is not finite.
 
     ``losses``: of the micro-batches, each the loss, () or (1 + terms,) with the ``terms`` it is made of behind it.
-    ``first_step``: before which no update was made, so that no learning rate can be at fault. ``grad_norm``: not looked at
-    under fp16, whose scaler leaves out updates that overflow.
+    ``first_step``: before which no update was made, so that no learning rate can be at fault. ``grad_norm``: not looked
+    at under fp16, whose scaler leaves out updates that overflow.
     """
     means = accelerator.reduce(torch.stack(losses), reduction="mean").view(len(losses), -1)
     bad = (~means.isfinite()).any(dim=1).nonzero().flatten().tolist()
@@ -483,8 +486,8 @@ def refuse_non_finite(
         )
     else:
         advice = (
-            "where it rose before (metrics.jsonl), begin from its model/ as --model_name_or_path, with the start model as "
-            "--reference_model_name_or_path, a lower --learning_rate or --max_grad_norm 1, in a new --output_dir; where it "
-            f"did not, {look}"
+            "where it rose before (metrics.jsonl), begin from its model/ as --model_name_or_path, with the start model "
+            "as --reference_model_name_or_path, a lower --learning_rate or --max_grad_norm 1, in a new --output_dir; "
+            f"where it did not, {look}"
         )
     raise UserError(f"step {step}: {what}; {rescue}; {advice}")

@@ -87,7 +87,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a checkpoint is made of. ``write_model(directory)`` is called on all processes; it may have to gather weights."""
+    """What a checkpoint is made of. All processes call ``write_model(directory)``: it may have to gather weights."""
 
     model: nn.Module  # prepared
     optimizer: Any  # prepared
@@ -102,8 +102,8 @@ class Trained:
 class Run:
     """A run from its launch on. Call every method on all processes, in the same order.
 
-    ``script``: the trainer's file. ``updates``: of the encoder, for each batch. ``free``: settings that may change on resume,
-    beside FREE_SETTINGS. ``supported``: model types. Raises ``UserError`` before any model is loaded.
+    ``script``: the trainer's file. ``updates``: of the encoder, for each batch. ``free``: settings that may change on
+    resume, beside FREE_SETTINGS. ``supported``: model types. Raises ``UserError`` before any model is loaded.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class Run:
     ) -> tuple[LabelledSet, LabelledSet | None]:
         """The sets of training and evaluation from the arguments of ``open_set``; None where nothing is evaluated.
 
-        The steps are counted, and a resumed run's settings are compared; ``earlier``: those that older checkpoints lack.
+        The steps are counted, and a resumed run's settings are compared; ``earlier``: what older ones lack.
         """
         opened = (
             self.on_main(lambda: open_set(**train)),
@@ -205,7 +205,7 @@ class Run:
         """The folder of a model, which the first process of every node brings; None for None."""
         return None if name is None else fetch_model(self.accelerator, name, flag, self.supported)
 
-    # ----------------------------------------------------------------------------------------------- the model, and data
+    # ------------------------------------------------------------------------------------------- the model, and data
 
     def prepare(self, model: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
         """Both as the launch wants them, with the checkpoint's parameters: engines copy them when they start."""
@@ -236,7 +236,10 @@ class Run:
         self.all_skips = self.skips
 
     def _share(self) -> dict[str, int]:
-        """All global batches follow from the seed, the shards' sizes and the global batch size: the step is the position."""
+        """Global batches follow from the seed, the shards' sizes and the global batch size:
+
+        the step is the position.
+        """
         return {
             "samples_per_epoch": self.samples_per_epoch,
             "global_batch_size": self.global_batch_size,
@@ -264,7 +267,7 @@ class Run:
         self.batches = TimedBatches(count_skipped(batches, self.skips))
         return self.batches
 
-    # ------------------------------------------------------------------------------------------------------------- steps
+    # --------------------------------------------------------------------------------------------------------- steps
 
     @contextlib.contextmanager
     def begun(self, shown: dict[str, str], what: str = "images") -> Iterator[None]:
@@ -368,7 +371,7 @@ class Run:
         optimizer.zero_grad()
 
     def trained(self, step: Step) -> bool:
-        """Ends the training part of a step. Whether more is due, all of which waits for the device and the processes."""
+        """Ends the training part of a step. Whether more is due, which waits for the device and the processes."""
         self.seconds += time.perf_counter() - self._clock
         self.done = step.done
         if not step.due:
@@ -453,7 +456,7 @@ class Run:
         """Ends the run where too many samples of the evaluation are lost."""
         self.eval_skips.merge(gather_objects(self.accelerator, self.eval_skips.state())).check()
 
-    # ------------------------------------------------------------------------------------------------------------- files
+    # --------------------------------------------------------------------------------------------------------- files
 
     def save(self, step: Step, row: dict[str, Any], trained: Trained) -> None:
         """What is due after a step: the best model so far, a checkpoint."""
