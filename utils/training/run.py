@@ -236,10 +236,7 @@ class Run:
         self.all_skips = self.skips
 
     def _share(self) -> dict[str, int]:
-        """Global batches follow from the seed, the shards' sizes and the global batch size:
-
-        the step is the position.
-        """
+        """Seed, sizes of the shards and global batch size give all global batches: the step is the position."""
         return {
             "samples_per_epoch": self.samples_per_epoch,
             "global_batch_size": self.global_batch_size,
