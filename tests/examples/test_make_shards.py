@@ -1,4 +1,4 @@
-"""examples/make_shards.py: folders, datasets and shards become shards that are whole, complete, and the same every time."""
+"""examples/make_shards.py: folders, datasets and shards become shards: whole, complete, the same every time."""
 
 from __future__ import annotations
 
@@ -59,16 +59,9 @@ def write_folder(root: Path, counts: dict[str, int], classes: list[str] = CLASSE
 def make(data: Path, out: Path, *arguments: object) -> Path:
     given = () if "--num_workers" in arguments else ("--num_workers", 1)
     call(
-        make_shards,
-        "--data",
-        data,
-        "--output_dir",
-        out,
-        "--cache_dir",
-        out.parent / "cache",
-        *given,
-        *map(str, arguments),
-    )
+        make_shards, "--data", data, "--output_dir", out,
+        "--cache_dir", out.parent / "cache", *given, *map(str, arguments),
+    )  # fmt: skip
     return out
 
 
@@ -688,7 +681,7 @@ def test_the_recipe_of_pairs_makes_pairs(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_recipe_of_imagenets_validation_images_sorts_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A development kit of the official form: its numbers are not in the order of the WordNet ids, groups follow them."""
+    """A development kit of the official form: its numbers do not follow the WordNet ids; groups come after them."""
     monkeypatch.chdir(tmp_path)
     kit = Path("ILSVRC2012_devkit_t12/data")
     kit.mkdir(parents=True)
@@ -859,7 +852,7 @@ def display_p3() -> bytes:
 def test_what_is_read_from_shards_is_what_the_pictures_show(
     tmp_path: Path, source: str, image_size: int | None
 ) -> None:
-    """Turned, of 16 bits, of wide gamut, transparent (datasets#6252, 11ty/image#49, Pillow#2574): the same from both."""
+    """Turned, 16 bits, wide gamut, transparent (datasets#6252, 11ty/image#49, Pillow#2574): the same from both."""
     pictures = odd_pictures()
     (tmp_path / "data/x").mkdir(parents=True)
     if source == "folder":
@@ -1006,24 +999,13 @@ def test_all_that_is_not_taken_is_counted_and_links_are_followed(tmp_path: Path,
     """Symlinked folders were skipped (pytorch/vision#1580), @eaDir and the like were classes."""
     data = tmp_path / "data"
     inside = [
-        "dog/a.jpg",
-        "dog/deep/b.JPG",
-        "dog/@eaDir/a.jpg/thumb.jpg",
-        "dog/.hidden.jpg",
-        "dog/c.HEIC",
-        "dog/d.heic",
-        "dog/e.txt",
-        "dog/f",
-    ]
+        "dog/a.jpg", "dog/deep/b.JPG", "dog/@eaDir/a.jpg/thumb.jpg",
+        "dog/.hidden.jpg", "dog/c.HEIC", "dog/d.heic", "dog/e.txt", "dog/f",
+    ]  # fmt: skip
     junk = [
-        "@eaDir",
-        "__MACOSX",
-        "$RECYCLE.BIN",
-        ".ipynb_checkpoints",
-        "lost+found",
-        "#recycle",
-        "System Volume Information",
-    ]
+        "@eaDir", "__MACOSX", "$RECYCLE.BIN", ".ipynb_checkpoints",
+        "lost+found", "#recycle", "System Volume Information",
+    ]  # fmt: skip
     elsewhere = ["../more/g.jpeg", "../whole/h.png", "../one.webp"]
     for number, name in enumerate([*inside, *(f"{folder}/x.jpg" for folder in junk), *elsewhere, "loose.jpg"]):
         path = data / name
