@@ -1,10 +1,11 @@
 """LORE beside FARE from one start model: FARE as published, FARE with as many updates as LORE makes, LORE.
 
-  python benchmarks/compare_methods.py --model runs/small-clip --data data/cifar10 --seeds 0 1 2 --output_dir runs/compare
+  python benchmarks/compare_methods.py --model runs/small-clip --data data/cifar10 --seeds 0 1 2 \\
+    --output_dir runs/compare
 
-Starts the real train_lore.py for every method and seed, then evaluate.py on all models, prints a table (mean and standard
-deviation over seeds) and the clean accuracy over the first steps, and writes table.md and curves.png. All methods get the
-same batches, attacks of the same strength, and the same learning rate; what is left free is given to all alike.
+Starts the real train_lore.py for every method and seed, then evaluate.py on all models. Prints a table (mean and
+standard deviation over seeds) and the clean accuracy over the first steps; writes table.md and curves.png. All methods
+get the same batches, attacks of the same strength, and the same learning rate; what is left free is given to all alike.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -37,16 +39,19 @@ from utils.training.metrics import MetricsFile
 LINES = [(":", "o"), ("--", "s"), ("-", "^"), ("-.", "v"), ("-", "D")]  # of the methods in turn
 
 
+evaluation_flag = partial(flag, group="evaluation")
+
+
 @dataclass
 class Settings(LoreSettings):
-    # fmt: off
     eps: float = flag(4.0, "radius of the training attack, in 1/255", group="training", above=0, maximum=255)
     rho: list[float] = flag([0.1], "LORE's tolerance; several are several methods", group="training", minimum=0)
     steps: int = flag(60, "training steps", group="training", minimum=1)
-    curve_steps: int = flag(10, "steps between evaluations during training", group="evaluation", minimum=1)
-    curve_num_samples: int = flag(200, "test images of those", group="evaluation", minimum=1)
-    eval_eps: list[float] = flag([2.0, 4.0], "radii of the final PGD evaluation, in 1/255", group="evaluation", above=0, maximum=255)
-    # fmt: on
+    curve_steps: int = evaluation_flag(10, "steps between evaluations during training", minimum=1)
+    curve_num_samples: int = evaluation_flag(200, "test images of those", minimum=1)
+    eval_eps: list[float] = evaluation_flag(
+        [2.0, 4.0], "radii of the final PGD evaluation, in 1/255", above=0, maximum=255
+    )
 
 
 def main() -> None:

@@ -1,9 +1,10 @@
 """Preference optimisation against typographic attacks: CE, DPO, IPO and KTO from one start model, side by side.
 
-  python benchmarks/compare_preferences.py --model runs/reading-clip --data data/cifar10 --seeds 0 1 2 --output_dir runs/preferences
+  python benchmarks/compare_preferences.py --model runs/reading-clip --data data/cifar10 --seeds 0 1 2 \\
+    --output_dir runs/preferences
 
-Starts the real train_po.py for every method and seed, then evaluate.py on all models, and prints a table per evaluation set
-(mean and standard deviation over seeds): accuracy on original and on attacked images, how often the written word is
+Starts the real train_po.py for every method and seed, then evaluate.py on all models, and prints a table per evaluation
+set (mean and standard deviation over seeds): accuracy on original and on attacked images, how often the written word is
 followed, KL to the start model on original images. Training and evaluation have word settings of their own, so that the
 words of the evaluation can be in fonts, sizes and places that were never trained on.
 """
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,35 +32,51 @@ FIGURES = [("accuracy", "clean"), ("accuracy", "typographic"), ("follows_word", 
 HEADINGS = ["original", "typographic", "follows the word", "KL to the start, nats"]
 
 
+what_flag = partial(flag, group="what")
+training_flag = partial(flag, group="training")
+evaluation_flag = partial(flag, group="evaluation")
+
+
 @dataclass
 class Settings:
-    # fmt: off
     model: str = required("the model that every run starts from; one that can read", group="what", path=True)
     data: str = required("labelled set whose train/ is trained on", group="what", path=True)
-    eval_data: list[str] = flag([], "labelled sets whose test/ is evaluated on (default: --data)", group="what", path=True)
-    preferences: list[str] = flag(["ce", "dpo", "ipo", "kto"], "methods", group="what", choices=PREFERENCES)
-    seeds: list[int] = flag([0], "one run of each method per seed", group="what", minimum=0)
+    eval_data: list[str] = what_flag([], "labelled sets whose test/ is evaluated on (default: --data)", path=True)
+    preferences: list[str] = what_flag(["ce", "dpo", "ipo", "kto"], "methods", choices=PREFERENCES)
+    seeds: list[int] = what_flag([0], "one run of each method per seed", minimum=0)
     output_dir: str = required("runs, evaluation and table.md go here", group="what", path=True)
 
-    steps: int = flag(150, "training steps", group="training", minimum=1)
-    batch_size: int = flag(64, "images per step, each clean and attacked", group="training", minimum=1)
-    learning_rate: float = flag(3e-4, "the same for every method", group="training", minimum=0)
-    beta: list[float] = flag([], "one for each of --preferences (default: dpo 1, ipo 0.1, kto 1.5); ce has none, write 1", group="training", above=0)
-    reg_weight: float = flag(1.0, "weight of the KL on clean images, the same for every method but ipo", group="training", minimum=0)
-    ipo_reg_weight: float = flag(10.0, "ipo's, whose loss grows with 1/beta^2: 25 at the start with beta 0.1", group="training", minimum=0)
-    fonts: list[str] = flag(["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"], "of the words trained on", group="training", path=True)
-    word_size_min: float = flag(40.0, "letters, in pixels at an image side of 224", group="training", above=0)
-    word_size_max: float = flag(50.0, "in the same unit", group="training", above=0)
-    word_place: str = flag("bottom", "of the words trained on", group="training", choices=PLACES)
-    word_kind: str = flag("label", "of all words", group="training", choices=KINDS)
+    steps: int = training_flag(150, "training steps", minimum=1)
+    batch_size: int = training_flag(64, "images per step, each clean and attacked", minimum=1)
+    learning_rate: float = training_flag(3e-4, "the same for every method", minimum=0)
+    beta: list[float] = training_flag(
+        [], "one for each of --preferences (default: dpo 1, ipo 0.1, kto 1.5); ce has none, write 1", above=0
+    )
+    reg_weight: float = training_flag(
+        1.0, "weight of the KL on clean images, the same for every method but ipo", minimum=0
+    )
+    ipo_reg_weight: float = training_flag(
+        10.0, "ipo's, whose loss grows with 1/beta^2: 25 at the start with beta 0.1", minimum=0
+    )
+    fonts: list[str] = training_flag(
+        ["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"], "of the words trained on", path=True
+    )
+    word_size_min: float = training_flag(40.0, "letters, in pixels at an image side of 224", above=0)
+    word_size_max: float = training_flag(50.0, "in the same unit", above=0)
+    word_place: str = training_flag("bottom", "of the words trained on", choices=PLACES)
+    word_kind: str = training_flag("label", "of all words", choices=KINDS)
 
-    eval_fonts: list[str] = flag(["Aileron", "cmr10", "cmtt10"], "of the words evaluated on", group="evaluation", path=True)
-    eval_word_size_min: float = flag(50.0, "letters, in pixels at an image side of 224", group="evaluation", above=0)
-    eval_word_size_max: float = flag(60.0, "in the same unit", group="evaluation", above=0)
-    eval_word_place: str = flag("top", "of the words evaluated on", group="evaluation", choices=PLACES)
-    num_samples: int | None = flag(None, "test images per set (default: all)", group="evaluation", minimum=1)
-    jobs: int = flag(1, "runs at a time, one thread each where more than one; then processes of the evaluation", group="run", minimum=1)
-    # fmt: on
+    eval_fonts: list[str] = evaluation_flag(["Aileron", "cmr10", "cmtt10"], "of the words evaluated on", path=True)
+    eval_word_size_min: float = evaluation_flag(50.0, "letters, in pixels at an image side of 224", above=0)
+    eval_word_size_max: float = evaluation_flag(60.0, "in the same unit", above=0)
+    eval_word_place: str = evaluation_flag("top", "of the words evaluated on", choices=PLACES)
+    num_samples: int | None = evaluation_flag(None, "test images per set (default: all)", minimum=1)
+    jobs: int = flag(
+        1,
+        "runs at a time, one thread each where more than one; then processes of the evaluation",
+        group="run",
+        minimum=1,
+    )
 
 
 def main() -> None:
@@ -69,7 +87,10 @@ def main() -> None:
         )
     started = time.monotonic()
     output_dir = Path(settings.output_dir)
-    kept = ("model", "data", "steps", "batch_size", "learning_rate", "beta", "reg_weight", "ipo_reg_weight", "fonts", "word_size_min", "word_size_max", "word_place", "word_kind")  # fmt: skip
+    kept = (
+        "model", "data", "steps", "batch_size", "learning_rate", "beta", "reg_weight", "ipo_reg_weight", "fonts",
+        "word_size_min", "word_size_max", "word_place", "word_kind",
+    )  # fmt: skip
     claim_directory(output_dir, {name: getattr(settings, name) for name in kept})
     runs = {
         (preference, seed): output_dir / f"{preference}-seed{seed}"
@@ -128,7 +149,11 @@ def evaluation_command(settings: Settings, models: Sequence[str]) -> list[str]:
 
 def read_figures(settings: Settings, output_dir: Path) -> dict[tuple[str, str, str, str], float]:
     """(model, set, measure, attack) -> value."""
-    words = {"fonts": settings.eval_fonts, "size": [settings.eval_word_size_min, settings.eval_word_size_max], "place": settings.eval_word_place}  # fmt: skip
+    words = {
+        "fonts": settings.eval_fonts,
+        "size": [settings.eval_word_size_min, settings.eval_word_size_max],
+        "place": settings.eval_word_place,
+    }
     found = {}
     report = json.loads((output_dir / "eval" / "results.json").read_text(encoding="utf-8"))
     for cell in report["results"]:

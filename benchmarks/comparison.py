@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +33,32 @@ COMMANDS = "commands.jsonl"  # in an output directory: what each command that wa
 Flags = Mapping[str, Any]  # of a script, without the dashes
 
 
+what_flag = partial(flag, group="what")
+
+
 @dataclass
 class LoreSettings:
     """Flags of every comparison that is made of runs of train_lore.py."""
 
-    # fmt: off
     model: str = required("the model that every run starts from", group="what", path=True)
     data: str = required("labelled set with train/ and test/", group="what", path=True)
-    seeds: list[int] = flag([0], "one run of each variant per seed", group="what", minimum=0)
-    output_dir: str = required("runs and evaluations go here; scripts that train alike can share it", group="what", path=True)
-    numbers_dir: str | None = flag(None, "what was found goes here, for benchmarks/results.py (default: --output_dir)", group="what", path=True)
-    numbers_name: str | None = flag(None, "as NAME.json (default: the script's)", group="what")
+    seeds: list[int] = what_flag([0], "one run of each variant per seed", minimum=0)
+    output_dir: str = required(
+        "runs and evaluations go here; scripts that train alike can share it", group="what", path=True
+    )
+    numbers_dir: str | None = what_flag(
+        None, "what was found goes here, for benchmarks/results.py (default: --output_dir)", path=True
+    )
+    numbers_name: str | None = what_flag(None, "as NAME.json (default: the script's)")
     batch_size: int = flag(64, "images per step", group="training", minimum=1)
     learning_rate: float = flag(3e-4, "of the encoder, the same for every variant", group="training", minimum=0)
     num_samples: int = flag(500, "test images of the evaluation", group="evaluation", minimum=1)
-    jobs: int = flag(1, "runs at a time, one thread each where more than one; then processes of the evaluation", group="run", minimum=1)
-    # fmt: on
+    jobs: int = flag(
+        1,
+        "runs at a time, one thread each where more than one; then processes of the evaluation",
+        group="run",
+        minimum=1,
+    )
 
     def __post_init__(self) -> None:
         self.model, self.data = as_in_results(self.model), as_in_results(self.data)
@@ -85,7 +96,7 @@ def content(name: str) -> str:
 
 
 def launcher(script: str, processes: int = 1, config: str | None = None, precision: str | None = None) -> list[str]:
-    """The start of the command, with the project's files as seen from where the user is; on CPUs unless ``config`` is given."""
+    """The start of the command, with paths as seen from where the user is; on CPUs unless ``config`` is given."""
     config = config or ("cpu.yaml" if processes == 1 else "cpu_2proc.yaml")
     config, script = (os.path.relpath(ROOT / path) for path in (f"accelerate_configs/{config}", script))
     more = ["--num_processes", str(processes)] if processes > 2 else []
@@ -106,8 +117,9 @@ def lore_runs(
 ) -> dict[str, list[Path]]:
     """Trains what is not there yet: label -> the run's directory for each seed.
 
-    A run is called by its flags: two labels, or two scripts with one --output_dir, that ask for the same share it. ``names``
-    are shorter ones by label, which need the other settings in ``kept`` to be the same when the script is started again.
+    A run is called by its flags: two labels, or two scripts with one --output_dir, that ask for the same share it.
+    ``names`` are shorter ones by label, which need the other settings in ``kept`` to be the same when the script is
+    started again.
     """
     output_dir = Path(settings.output_dir)
     kept = ("model", "data", "batch_size", "learning_rate", *kept)
@@ -188,7 +200,7 @@ def _text(value: Any) -> str:
 
 
 def in_parallel(jobs: int, commands: list[list[str]], log: Path | None = None) -> None:
-    """Runs the commands, ``jobs`` at a time; each is shown as a user would type it. ``log``: takes a line per command."""
+    """Runs the commands, ``jobs`` at a time, each shown as a user would type it. ``log``: takes a line per command."""
     at_a_time = max(1, min(jobs, len(commands)))
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
 
