@@ -387,7 +387,7 @@ def _refuse_unknown(left: State, where: str, what: str) -> None:
 
 
 def _count(state: State, pattern: str) -> int:
-    """One more than the largest number that ``pattern`` finds in the names, at least one: missing ones have a name."""
+    """One more than the largest number that ``pattern`` finds in the names; 1 if none: an error names the first."""
     return max((int(match[1]) + 1 for name in state if (match := re.match(pattern, name))), default=1)
 
 
