@@ -1,4 +1,4 @@
-"""Can the attacks be trusted? Trained encoders under PGD, APGD here and by its authors' code, Square; attacks in bfloat16.
+"""Can the attacks be trusted? PGD, Square, APGD here and by its authors' code, attacks in bfloat16.
 
   python benchmarks/attack_check.py --model runs/small-clip --data data/cifar10 --seeds 0 1 2 --output_dir runs/results
 
@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,6 +36,9 @@ EXACT, HALF = "LORE", "LORE, trained in bfloat16"
 COLUMNS = {"clean": "clean", "pgd": "PGD", "apgd": "APGD", "square": "Square"}
 
 
+training_flag, evaluation_flag = partial(flag, group="training"), partial(flag, group="evaluation")
+
+
 @dataclass
 class Settings(StepSettings):
     # fmt: off
@@ -52,7 +56,8 @@ def main() -> None:
     runs = lore_runs(settings, make_variants(settings))
     models = [str(folder) for folders in runs.values() for folder in folders]
     asked = {
-        "attack": list(COLUMNS), "eps": settings.eps, "square_queries": settings.square_queries, "apgd_steps": settings.apgd_steps,
+        "attack": list(COLUMNS), "eps": settings.eps,
+        "square_queries": settings.square_queries, "apgd_steps": settings.apgd_steps,
     }  # fmt: skip
     cells = evaluate(settings, "attack-check", models, asked)
     asked = {"attack": "apgd", "eps": settings.eps, "apgd_steps": settings.apgd_steps, "attack_dtype": "bfloat16"}
@@ -106,7 +111,7 @@ def by_authors_code(settings: Settings, name: str) -> tuple[float, int]:
 
 
 def attack_strength(settings: Settings, name: str, eps: float) -> float:
-    """Embedding distance that training attacks in bfloat16 reach, as a share of the float32 ones', both judged in float32."""
+    """Embedding distance that training attacks reach in bfloat16, as a share of float32's; both judged in float32."""
     exact, _, images, _ = side_by_side.load(name, settings.data, min(128, settings.num_samples), torch.device("cpu"))
     rounded = make_encoder(*load_model(name, "--model"), torch.bfloat16).eval()
     start = uniform_start(images, eps / 255, attack_seeds(0, 0, range(len(images))))
@@ -158,8 +163,11 @@ def draw(numbers: Numbers) -> Figure:
         means = [100 * statistics.mean(of[column]) for of in found.values()]
         errors = [100 * 1.96 * (m / 100 * (1 - m / 100) / n) ** 0.5 for m in means]
         xs = [index + (place - (len(columns) - 1) / 2) * width for index in range(len(found))]
-        bars.bar(xs, means, width, yerr=errors, capsize=1.5, error_kw={"elinewidth": 0.7}, color="white",
-                 edgecolor=COLORS[place], hatch=HATCHES[place], label=COLUMNS.get(column, "APGD in bfloat16"))  # fmt: skip
+        label = COLUMNS.get(column, "APGD in bfloat16")
+        bars.bar(
+            xs, means, width, yerr=errors, capsize=1.5, error_kw={"elinewidth": 0.7}, color="white",
+            edgecolor=COLORS[place], hatch=HATCHES[place], label=label,
+        )  # fmt: skip
     bars.set(ylabel="accuracy, %")
     bars.set_xticks(range(len(found)), list(found), fontsize=7)
     evidence.legend_below(figure, bars, len(columns))
@@ -180,11 +188,13 @@ def claims(numbers: Numbers) -> list[Claim]:
             NOT_CONFIRMED if differ else CONFIRMED,
         ),
         Claim(
-            "this project", "robustness here is not masked gradients", f"broken by Square alone: {sum(alone.values())} of {total}",
+            "this project", "robustness here is not masked gradients",
+            f"broken by Square alone: {sum(alone.values())} of {total}",
             CONFIRMED if sum(alone.values()) <= 0.005 * total else NOT_CONFIRMED,
         ),
         Claim(
-            "this project", "training attacks in bfloat16 are as strong as in float32", f"at least {100 * weakest:.1f} % of the distance; "
+            "this project", "training attacks in bfloat16 are as strong as in float32",
+            f"at least {100 * weakest:.1f} % of the distance; "
             f"APGD accuracy, trained in bfloat16 less in float32: {gap} points",
             CONFIRMED if weakest >= 0.98 and gap.low <= 0 <= gap.high else NOT_CONFIRMED,
         ),

@@ -1,10 +1,11 @@
 """LORE beside FARE from one start model: FARE as published, FARE with as many updates as LORE makes, LORE.
 
-  python benchmarks/compare_methods.py --model runs/small-clip --data data/cifar10 --seeds 0 1 2 --output_dir runs/compare
+  python benchmarks/compare_methods.py --model runs/small-clip --data data/cifar10 --seeds 0 1 2 \\
+    --output_dir runs/compare
 
-Starts the real train_lore.py for every method and seed, then evaluate.py on all models, prints a table (mean and standard
-deviation over seeds) and the clean accuracy over the first steps, and writes table.md and curves.png. All methods get the
-same batches, attacks of the same strength, and the same learning rate; what is left free is given to all alike.
+Starts the real train_lore.py for every method and seed, then evaluate.py on all models. Prints a table (mean and
+standard deviation over seeds) and the clean accuracy over the first steps; writes table.md and curves.png. All methods
+get the same batches, attacks of the same strength, and the same learning rate; what is left free is given to all alike.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -35,6 +37,9 @@ from utils.cli import flag, parse_settings, run
 from utils.training.metrics import MetricsFile
 
 LINES = [(":", "o"), ("--", "s"), ("-", "^"), ("-.", "v"), ("-", "D")]  # of the methods in turn
+
+
+evaluation_flag = partial(flag, group="evaluation")
 
 
 @dataclass

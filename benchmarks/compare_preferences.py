@@ -1,9 +1,10 @@
 """Preference optimisation against typographic attacks: CE, DPO, IPO and KTO from one start model, side by side.
 
-  python benchmarks/compare_preferences.py --model runs/reading-clip --data data/cifar10 --seeds 0 1 2 --output_dir runs/preferences
+  python benchmarks/compare_preferences.py --model runs/reading-clip --data data/cifar10 --seeds 0 1 2 \\
+    --output_dir runs/preferences
 
-Starts the real train_po.py for every method and seed, then evaluate.py on all models, and prints a table per evaluation set
-(mean and standard deviation over seeds): accuracy on original and on attacked images, how often the written word is
+Starts the real train_po.py for every method and seed, then evaluate.py on all models, and prints a table per evaluation
+set (mean and standard deviation over seeds): accuracy on original and on attacked images, how often the written word is
 followed, KL to the start model on original images. Training and evaluation have word settings of their own, so that the
 words of the evaluation can be in fonts, sizes and places that were never trained on.
 """
@@ -16,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -36,6 +38,11 @@ from utils.sets.typographic import PLACES
 
 FIGURES = [("accuracy", "clean"), ("accuracy", "typographic"), ("follows_word", "typographic"), ("retention", "clean")]
 HEADINGS = ["original", "typographic", "follows the word", "KL to the start, nats"]
+
+
+what_flag = partial(flag, group="what")
+training_flag = partial(flag, group="training")
+evaluation_flag = partial(flag, group="evaluation")
 
 
 @dataclass
@@ -65,7 +72,10 @@ def main() -> None:
         )
     started = time.monotonic()
     output_dir = Path(settings.output_dir)
-    kept = ("model", "data", "steps", "batch_size", "learning_rate", "beta", "reg_weight", "ipo_reg_weight", "fonts", "word_size_min", "word_size_max", "word_place", "word_kind")  # fmt: skip
+    kept = (
+        "model", "data", "steps", "batch_size", "learning_rate", "beta", "reg_weight", "ipo_reg_weight", "fonts",
+        "word_size_min", "word_size_max", "word_place", "word_kind",
+    )  # fmt: skip
     claim_directory(output_dir, {name: getattr(settings, name) for name in kept})
     runs = {
         (preference, seed): output_dir / f"{preference}-seed{seed}"
@@ -124,7 +134,11 @@ def evaluation_command(settings: Settings, models: Sequence[str]) -> list[str]:
 
 def read_figures(settings: Settings, output_dir: Path) -> dict[tuple[str, str, str, str], float]:
     """(model, set, measure, attack) -> value."""
-    words = {"fonts": settings.eval_fonts, "size": [settings.eval_word_size_min, settings.eval_word_size_max], "place": settings.eval_word_place}  # fmt: skip
+    words = {
+        "fonts": settings.eval_fonts,
+        "size": [settings.eval_word_size_min, settings.eval_word_size_max],
+        "place": settings.eval_word_place,
+    }
     found = {}
     report = json.loads((output_dir / "eval" / "results.json").read_text(encoding="utf-8"))
     for cell in report["results"]:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +34,24 @@ COMMANDS = "commands.jsonl"  # in an output directory: what each command that wa
 Flags = Mapping[str, Any]  # of a script, without the dashes
 
 
+what_flag = partial(flag, group="what")
+
+
 @dataclass
 class Settings:
     """Flags of every comparison of training runs."""
 
-    # fmt: off
     model: str = required("the model that every run starts from", group="what", path=True)
     data: str = required("labelled set: train/ is trained on, test/ is evaluated on", group="what", path=True)
     seeds: list[int] = flag([0], "one run of each variant per seed", group="what", minimum=0)
     output_dir: str = required("runs, evaluations and tables go here", group="what", path=True)
     batch_size: int = flag(64, "images per step", group="training", minimum=1)
-    jobs: int = flag(1, "runs at a time, one thread each where more than one; then processes of the evaluation", group="run", minimum=1)
+    jobs: int = flag(
+        1,
+        "runs at a time, one thread each where more than one; then processes of the evaluation",
+        group="run",
+        minimum=1,
+    )
     # fmt: on
 
 
@@ -127,7 +135,7 @@ def content(name: str) -> str:
 
 
 def launcher(script: str, processes: int = 1, config: str | None = None, precision: str | None = None) -> list[str]:
-    """The start of the command, with the project's files as seen from where the user is; on CPUs unless ``config`` is given."""
+    """The start of the command, with paths as seen from where the user is; on CPUs unless ``config`` is given."""
     config = config or ("cpu.yaml" if processes == 1 else "cpu_2proc.yaml")
     config, script = (os.path.relpath(ROOT / path) for path in (f"accelerate_configs/{config}", script))
     more = ["--num_processes", str(processes)] if processes > 2 else []
@@ -148,8 +156,9 @@ def lore_runs(
 ) -> dict[str, list[Path]]:
     """Trains what is not there yet: label -> the run's directory for each seed.
 
-    A run is called by its flags: two labels, or two scripts with one --output_dir, that ask for the same share it. ``names``
-    are shorter ones by label, which need the other settings in ``kept`` to be the same when the script is started again.
+    A run is called by its flags: two labels, or two scripts with one --output_dir, that ask for the same share it.
+    ``names`` are shorter ones by label, which need the other settings in ``kept`` to be the same when the script is
+    started again.
     """
     output_dir = Path(settings.output_dir)
     kept = ("model", "data", "batch_size", "learning_rate", *kept)
@@ -230,7 +239,7 @@ def _text(value: Any) -> str:
 
 
 def in_parallel(jobs: int, commands: list[list[str]], log: Path | None = None) -> None:
-    """Runs the commands, ``jobs`` at a time; each is shown as a user would type it. ``log``: takes a line per command."""
+    """Runs the commands, ``jobs`` at a time, each shown as a user would type it. ``log``: takes a line per command."""
     at_a_time = max(1, min(jobs, len(commands)))
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
 

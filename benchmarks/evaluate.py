@@ -1,11 +1,12 @@
 """The same APGD evaluation by this project and by the reference code, side by side: forwards, seconds, robust accuracy.
 
-  python benchmarks/evaluate.py --model runs/small-clip runs/lore4 --data data/cifar10 --eps 2 4 --output_dir runs/bench-evaluate
+  python benchmarks/evaluate.py --model runs/small-clip runs/lore4 --data data/cifar10 --eps 2 4 \\
+    --output_dir runs/bench-evaluate
 
 Both attack the same images from the same starts with APGD-CE and then APGD-T, in one process and in float32: first the
-authors' code (pyautoattack, one restart), then utils/methods/attacks.py. The floor is what the reference's own trajectories
-needed: a clean forward of every image, forwards until a point is first classified wrongly, whole runs for who holds out.
-Prints a table and writes table.md.
+authors' code (pyautoattack, one restart), then utils/methods/attacks.py. The floor is what the reference's own
+trajectories needed: a clean forward of every image, forwards until a point is first classified wrongly, whole runs for
+who holds out. Prints a table and writes table.md.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,20 +36,22 @@ from utils.models.published import load_model
 from utils.models.zeroshot import set_classifier, to_pixel_values
 from utils.sets.labelled import open_set
 
+what_flag = partial(flag, group="what")
+
 
 @dataclass
 class Settings:
-    # fmt: off
-    model: list[str] = required("CLIP models, say one that is robust and one that is not", group="what", path=True, many=True)
+    model: list[str] = required(
+        "CLIP models, say one that is robust and one that is not", group="what", path=True, many=True
+    )
     data: str = required("labelled set with test/", group="what", path=True)
-    eps: list[float] = flag([2.0, 4.0], "radii, in 1/255", group="what", above=0, maximum=255)
-    num_samples: int = flag(500, "the first N test images", group="what", minimum=1)
-    num_steps: int = flag(100, "steps of each run", group="what", minimum=1)
-    batch_size: int = flag(128, "images per forward, of both", group="what", minimum=1)
-    seed: int = flag(0, "of the starts", group="what", minimum=0)
+    eps: list[float] = what_flag([2.0, 4.0], "radii, in 1/255", above=0, maximum=255)
+    num_samples: int = what_flag(500, "the first N test images", minimum=1)
+    num_steps: int = what_flag(100, "steps of each run", minimum=1)
+    batch_size: int = what_flag(128, "images per forward, of both", minimum=1)
+    seed: int = what_flag(0, "of the starts", minimum=0)
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device", group="run")
     output_dir: str = required("table.md is written here", group="run", path=True)
-    # fmt: on
 
 
 Logits = Callable[[Tensor], Tensor]
@@ -180,9 +184,10 @@ def main() -> None:
                 n = len(images)
                 rows.append(
                     [
-                        Path(name).name, f"{eps:g}/255", f"{100 * reference.float().mean():.1f} %", f"{100 * mine.float().mean():.1f} %",
-                        str(int((reference.cpu() != mine).sum())), f"{counts[0] / n:.1f}", f"{counts[1] / n:.1f}",
-                        f"{floor / n:.1f}", f"{counts[1] / floor:.3f}", f"{counts[0] / counts[1]:.2f} x",
+                        Path(name).name, f"{eps:g}/255", f"{100 * reference.float().mean():.1f} %",
+                        f"{100 * mine.float().mean():.1f} %", str(int((reference.cpu() != mine).sum())),
+                        f"{counts[0] / n:.1f}", f"{counts[1] / n:.1f}", f"{floor / n:.1f}",
+                        f"{counts[1] / floor:.3f}", f"{counts[0] / counts[1]:.2f} x",
                         f"{seconds[0]:.1f}", f"{seconds[1]:.1f}", f"{seconds[0] / seconds[1]:.2f} x",
                     ]
                 )  # fmt: skip

@@ -60,9 +60,9 @@ class Claim(NamedTuple):
 def difference(first: Sequence[float], second: Sequence[float], n: int | None, scale: float = 100.0) -> Difference:
     """first - second, times ``scale``; one value per seed: shares of ``n`` images, or with n None any other figure.
 
-    Several seeds: the mean of paired differences and its t-interval over seeds (the images are the same ones). One seed:
-    Newcombe's interval of two shares of n images as if they were independent, which is wide where they are the same images;
-    of other figures everything is possible.
+    Several seeds: the mean of paired differences and its t-interval over seeds (the images are the same ones). One
+    seed: Newcombe's interval of two shares of n images as if they were independent, which is wide where they are the
+    same images; of other figures everything is possible.
     """
     from scipy.stats import t
 
@@ -110,7 +110,7 @@ def number(values: Sequence[float], digits: int = 1, scale: float = 1.0) -> str:
 
 
 def dominated_area(points: Sequence[tuple[float, float]], corner: tuple[float, float]) -> float:
-    """Area of what lies between ``corner`` and any of the points: their hypervolume in two dimensions, both better upwards."""
+    """Area between ``corner`` and the points: their hypervolume in two dimensions, both better upwards."""
     area, reached = 0.0, corner[1]
     for x, y in sorted(points, reverse=True):
         if x > corner[0] and y > reached:
@@ -127,8 +127,8 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 def write_numbers(settings: Any, folders: Sequence[str | Path], results: dict[str, Any]) -> Numbers:
     """<numbers_dir>/<numbers_name>.json: ``results`` with the command, settings, machine and the minutes that it took.
 
-    ``folders``: runs and evaluations that it is made of. Minutes add up what their commands took, those of earlier calls and
-    of other scripts with the same --output_dir included; where several ran at a time, their share.
+    ``folders``: runs and evaluations that it is made of. Minutes add up what their commands took, those of earlier
+    calls and of other scripts with the same --output_dir included; where several ran at a time, their share.
     """
     minutes = 0.0
     wanted = set(map(str, folders))
@@ -206,7 +206,7 @@ def error_bars(per_label: Sequence[Sequence[float]]) -> list[float] | None:
 
 
 def plain_log(axis: Axes, which: str) -> None:
-    """A logarithmic axis with 0.1 written as 0.1: STYLE takes every text as it is, and 10^-1 would be shown as mathematics."""
+    """A logarithmic axis with 0.1 written as 0.1: STYLE takes texts as they are and would draw 10^-1 as mathematics."""
     axis.set(**{f"{which}scale": "log"})
     ticks = getattr(axis, f"{which}axis")
     ticks.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))

@@ -46,9 +46,9 @@ def main() -> None:
         run_dir = output_dir / f"run-{len(rows)}"
         command = [
             *launcher("train_po.py"), "--model_name_or_path", settings.model, "--trainable", "head",
-            "--train_shards", f"{settings.data}/train", "--cache_features", str(kept).lower(), "--max_steps", str(steps),
-            "--per_device_train_batch_size", str(settings.batch_size), "--logging_steps", str(steps),
-            "--checkpoint_steps", "0", "--num_workers", "0", "--report_to", "none",
+            "--train_shards", f"{settings.data}/train", "--cache_features", str(kept).lower(),
+            "--max_steps", str(steps), "--per_device_train_batch_size", str(settings.batch_size),
+            "--logging_steps", str(steps), "--checkpoint_steps", "0", "--num_workers", "0", "--report_to", "none",
             "--cache_dir", str(output_dir / "cache"), "--output_dir", str(run_dir),
         ]  # fmt: skip
         started = time.monotonic()

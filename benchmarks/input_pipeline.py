@@ -1,11 +1,11 @@
-"""Images per second from shards to pixels: the Hugging Face image processor, this project, and this project with drafts.
+"""Images per second from shards to pixels: Hugging Face's image processor, this project, this project with drafts.
 
     python benchmarks/input_pipeline.py --output_dir runs/input-pipeline
 
-Three things, in one run: CPU time of reading, decoding and resizing to 224 pixels, on one core, in turns, the same samples
-by the same loader; images per second through ``train_batches`` by the number of data workers; and the share of time that
-real ``train_lore.py`` runs wait for data. The images are made from a seed: 1/f noise with shapes in it, JPEG of quality 90.
-The processor is used as users write it, ``Image.open`` and a call, which gives normalised float32.
+Three things, in one run: CPU time of reading, decoding and resizing to 224 pixels, on one core, in turns, the same
+samples by the same loader; images per second through ``train_batches`` by the number of data workers; and the share of
+time that real ``train_lore.py`` runs wait for data. The images are made from a seed: 1/f noise with shapes in it, JPEG
+of quality 90. The processor is used as users write it, ``Image.open`` and a call, which gives normalised float32.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import tarfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,21 +45,32 @@ PROCESSOR, EXACT, DRAFT = "Hugging Face", "here", "here, --jpeg_draft"
 WARM_UP = 2  # rounds that are not counted
 
 
+data_flag, measure_flag = partial(flag, group="data"), partial(flag, group="measure")
+
+
 @dataclass
 class Settings:
-    # fmt: off
-    image_sizes: list[str] = flag(["32x32", "64x64", "500x375", "2048x1536"], "width x height of the images that are made", group="data")
-    data: str | None = flag(None, "a directory of .tar shards to read in place of made images", group="data", path=True)
-    seed: int = flag(0, "of the images", group="data", minimum=0)
-    num_images: int = flag(32, "images of each size", group="measure", minimum=1)
-    batch_size: int = flag(16, "images per batch", group="measure", minimum=1)
-    rounds: int = flag(7, "rounds; the table shows medians", group="measure", minimum=1)
-    seconds: float = flag(4.0, "of reading with each number of workers, after their start; the fastest of three such readings counts", group="measure", above=0)
-    workers: list[int] = flag([0, 1, 2], "numbers of data workers", group="measure", minimum=0)
+    image_sizes: list[str] = data_flag(
+        ["32x32", "64x64", "500x375", "2048x1536"], "width x height of the images that are made"
+    )
+    data: str | None = data_flag(None, "a directory of .tar shards to read in place of made images", path=True)
+    seed: int = data_flag(0, "of the images", minimum=0)
+    num_images: int = measure_flag(32, "images of each size", minimum=1)
+    batch_size: int = measure_flag(16, "images per batch", minimum=1)
+    rounds: int = measure_flag(7, "rounds; the table shows medians", minimum=1)
+    seconds: float = measure_flag(
+        4.0,
+        "of reading with each number of workers, after their start; the fastest of three such readings counts",
+        above=0,
+    )
+    workers: list[int] = measure_flag([0, 1, 2], "numbers of data workers", minimum=0)
     model: str = flag("examples/reading_clip", "CLIP that train_lore.py trains here", group="training", path=True)
-    train_steps: int = flag(20, "steps of each training run, 0 for none; the first half is not counted", group="training", minimum=0)
-    output_dir: str = required("made images, runs, results.json and table.md; must not exist yet", group="output", path=True)
-    # fmt: on
+    train_steps: int = flag(
+        20, "steps of each training run, 0 for none; the first half is not counted", group="training", minimum=0
+    )
+    output_dir: str = required(
+        "made images, runs, results.json and table.md; must not exist yet", group="output", path=True
+    )
 
 
 class ProcessorDataset(ShardDataset):
@@ -87,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "versions": library_versions(),
         "sets": {},
     }
-    decoding = [["images", "KiB", *(f"{name}, ms" for name in (PROCESSOR, EXACT, DRAFT)), "images/s here", "faster", "with draft", "draft, dB"]]  # fmt: skip
+    times = [f"{name}, ms" for name in (PROCESSOR, EXACT, DRAFT)]
+    decoding = [["images", "KiB", *times, "images/s here", "faster", "with draft", "draft, dB"]]
     reading = [["images", *(f"workers: {count}, images/s" for count in settings.workers)]]
     for name, folder in folders.items():
         index = index_shards(expand_shards([str(folder)]), cache_dir=output_dir / "cache", flag="--data")
@@ -252,7 +265,7 @@ def make_sets(settings: Settings, output_dir: Path) -> dict[str, str]:
 
 
 def photograph(width: int, height: int, seed: Sequence[int]) -> Image.Image:
-    """1/f noise, mostly the same in the three colours, with flat discs and boxes: as costly to decode as a photograph."""
+    """1/f noise, mostly the same in all three colours, with flat discs and boxes: it costs a photograph's decoding."""
     rng = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None] * height, np.fft.rfftfreq(width)[None] * width).clip(1)
     planes = []

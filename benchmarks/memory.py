@@ -2,10 +2,11 @@
 
   python benchmarks/memory.py --models ViT-B/32 ViT-L/14 --batch_size 4 --output_dir runs/memory
 
-Every step is a run of train_lore.py in a process of its own: a whole CLIP of the published size (the text tower stays on
-the host), noise as images, blocks in bfloat16. On a GPU the measure is torch.cuda.max_memory_allocated; on a CPU it is the
-bytes of all tensors alive at a time, and beside it what the process had in memory, which also holds the libraries, the
-text tower and what kernels allocate for themselves. GB is 10^9 bytes. The models, up to 10 GB each, are deleted afterwards.
+Every step is a run of train_lore.py in a process of its own: a whole CLIP of the published size (the text tower stays
+on the host), noise as images, blocks in bfloat16. On a GPU the measure is torch.cuda.max_memory_allocated; on a CPU it
+is the bytes of all tensors alive at a time, and beside it what the process had in memory, which also holds the
+libraries, the text tower and what kernels allocate for themselves. GB is 10^9 bytes. The models take up to 10 GB each
+and are deleted afterwards.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import tarfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +41,21 @@ from utils.training.metrics import MetricsFile, peak_memory_gib
 TEXT_TOWERS = {"B": (512, 12, 8), "L": (768, 12, 12), "H": (1024, 24, 16), "b": (1280, 32, 20)}
 
 
+step_flag = partial(flag, group="step")
+
+
 @dataclass
 class Settings:
-    # fmt: off
     models: list[str] = flag(["ViT-B/32", "ViT-L/14"], "image towers", group="what", choices=tuple(TOWERS))
     output_dir: str = required("models and runs go here, table.md stays; must not exist yet", group="what", path=True)
-    batch_size: int = flag(4, "images per step", group="step", minimum=1)
-    gradient_checkpointing: list[str] = flag(["false", "true"], "without, with, or both", group="step", choices=("false", "true"))
-    optimizer: str = flag("adamw", "of the encoder", group="step", choices=("adamw", "adamw_8bit"))
-    reference_dtype: str = flag("float32", "weights of the reference's blocks", group="step", choices=("float32", "bfloat16"))
-    attack_steps: int = flag(2, "PGD steps; more take time, not memory", group="step", minimum=1)
-    primal_steps: int = flag(2, "K; likewise", group="step", minimum=2)
-    # fmt: on
+    batch_size: int = step_flag(4, "images per step", minimum=1)
+    gradient_checkpointing: list[str] = step_flag(
+        ["false", "true"], "without, with, or both", choices=("false", "true")
+    )
+    optimizer: str = step_flag("adamw", "of the encoder", choices=("adamw", "adamw_8bit"))
+    reference_dtype: str = step_flag("float32", "weights of the reference's blocks", choices=("float32", "bfloat16"))
+    attack_steps: int = step_flag(2, "PGD steps; more take time, not memory", minimum=1)
+    primal_steps: int = step_flag(2, "K; likewise", minimum=2)
 
 
 def main() -> None:
@@ -84,7 +89,8 @@ def main() -> None:
                 (output_dir / "table.md").write_text(markdown(rows), encoding="utf-8")
             shutil.rmtree(model)
     print_table(
-        f"One LORE step, {settings.batch_size} images, {settings.optimizer}, reference {settings.reference_dtype}, {device}",
+        f"One LORE step, {settings.batch_size} images, {settings.optimizer}, reference {settings.reference_dtype}, "
+        f"{device}",
         rows,
     )
 
@@ -103,9 +109,10 @@ def make_model_and_images(
     }
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = CLIPConfig(
-        vision_config=vision.to_dict(), text_config=text | ids | {"pad_token_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer)},
+        vision_config=vision.to_dict(),
+        text_config=text | ids | {"pad_token_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer)},
         projection_dim=vision.projection_dim,
-    )  # fmt: skip
+    )
     size = vision.image_size
     image_processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     CLIPModel(config).save_pretrained(directory)
@@ -130,12 +137,12 @@ def measure(settings: Settings, model: Path, checkpointing: str) -> dict[str, An
     with LiveBytes() as tensors:
         train_lore.main(
             [
-                "--model_name_or_path", str(model), "--train_shards", str(model / "images"), "--output_dir", str(run_dir),
-                "--per_device_train_batch_size", str(settings.batch_size), "--max_steps", "1", "--checkpoint_steps", "0",
-                "--gradient_checkpointing", checkpointing, "--optimizer", settings.optimizer,
-                "--reference_dtype", settings.reference_dtype, "--attack_steps", str(settings.attack_steps),
-                "--primal_steps", str(settings.primal_steps), "--num_workers", "0", "--report_to", "none",
-                "--cache_dir", str(model / "cache"),
+                "--model_name_or_path", str(model), "--train_shards", str(model / "images"),
+                "--output_dir", str(run_dir), "--per_device_train_batch_size", str(settings.batch_size),
+                "--max_steps", "1", "--checkpoint_steps", "0", "--gradient_checkpointing", checkpointing,
+                "--optimizer", settings.optimizer, "--reference_dtype", settings.reference_dtype,
+                "--attack_steps", str(settings.attack_steps), "--primal_steps", str(settings.primal_steps),
+                "--num_workers", "0", "--report_to", "none", "--cache_dir", str(model / "cache"),
             ]
         )  # fmt: skip
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else tensors.peak

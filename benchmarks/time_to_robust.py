@@ -1,13 +1,14 @@
-"""Minutes of training until a model withstands APGD: FARE as published code trains it, FARE and LORE as this project does.
+"""Minutes of training until a model withstands APGD: FARE as published code trains it, FARE and LORE as here.
 
   python benchmarks/time_to_robust.py --model runs/small-clip --data data/cifar10 --target 0.25 --eval_eps 2 \\
     --output_dir runs/time-to-robust
 
-All start from the same model and see the same batches in the same order, at the same learning rate. "FARE, plain" is the first
-rung of benchmarks/train_step.py: float32, transformers' own layers, parameters that require gradients during the attack.
-"FARE" and "LORE" are train_lore.py. Every --check_steps steps a copy of the model is kept; afterwards evaluate.py attacks the copies
-in their order until one reaches the target. Minutes are steps times the run's median step: without start, compiling (a minute
-or two), copies and evaluation. Writes table.md and results.json; an interrupted comparison goes on.
+All start from the same model and see the same batches in the same order, at the same learning rate. "FARE, plain" is
+the first rung of benchmarks/train_step.py: float32, transformers' own layers, parameters that require gradients during
+the attack. "FARE" and "LORE" are train_lore.py. Every --check_steps steps a copy of the model is kept; afterwards
+evaluate.py attacks the copies in their order until one reaches the target. Minutes are steps times the run's median
+step: without start, compiling (a minute or two), copies and evaluation. Writes table.md and results.json; an
+interrupted comparison goes on.
 """
 
 from __future__ import annotations
@@ -48,7 +49,6 @@ METHODS = {  # name -> folder, flags of train_lore.py
 
 @dataclass
 class Settings:
-    # fmt: off
     model: str = required("the model that every run starts from", group="what", path=True)
     data: str = required("labelled set with train/ and test/", group="what", path=True)
     target: float = flag(0.25, "accuracy under APGD to reach", group="what", minimum=0, maximum=1)
@@ -64,7 +64,6 @@ class Settings:
     compile: bool = flag(True, "compile this project's runs", group="training")
     seed: int = flag(0, "of data order and attack starts", group="training", minimum=0)
     output_dir: str = required("runs, evaluations and table.md go here", group="run", path=True)
-    # fmt: on
 
 
 def main() -> None:
@@ -98,7 +97,7 @@ def main() -> None:
 
 
 def train_plainly(settings: Settings, run_dir: Path) -> None:
-    """FARE with K = 1 by the plain step, on the batches of train_lore.py; copies and metrics.jsonl as train_lore.py leaves them."""
+    """FARE with K = 1 by the plain step, on the batches of train_lore.py; leaves the same copies and metrics.jsonl."""
     device = "cuda" if ON_GPU else "cpu"
     clip, processor = load_model(settings.model, "--model")
     step = PlainSettings(seed=settings.seed, device=device)
@@ -113,7 +112,8 @@ def train_plainly(settings: Settings, run_dir: Path) -> None:
     )
     batches = train_batches(
         dataset, samples_per_epoch=train_set.index.num_samples, global_batch_size=settings.batch_size,
-        per_device_batch_size=settings.batch_size, rank=0, world_size=1, first_step=0, num_steps=settings.steps, num_workers=1,
+        per_device_batch_size=settings.batch_size, rank=0, world_size=1,
+        first_step=0, num_steps=settings.steps, num_workers=1,
     )  # fmt: skip
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "metrics.jsonl").unlink(missing_ok=True)
@@ -136,7 +136,7 @@ def train_plainly(settings: Settings, run_dir: Path) -> None:
 
 @dataclass
 class PlainSettings:
-    """What a ``Trainee`` asks of the settings of benchmarks/train_step.py: FARE as published, 10 attack steps, one update."""
+    """The settings of a ``Trainee`` of benchmarks/train_step.py: FARE as published, 10 attack steps, one update."""
 
     seed: int
     device: str
@@ -147,10 +147,11 @@ class PlainSettings:
 
 def train_command(settings: Settings, run_dir: Path, method: list[str]) -> list[str]:
     return [
-        *launcher("train_lore.py", config=CONFIG), "--model_name_or_path", settings.model, "--train_shards", f"{settings.data}/train",
-        "--eps", f"{settings.eps:g}", "--rho", f"{settings.rho:g}", "--max_steps", str(settings.steps),
-        "--per_device_train_batch_size", str(settings.batch_size), "--learning_rate", f"{settings.learning_rate:g}",
-        "--logging_steps", "1", "--checkpoint_steps", str(settings.check_steps), "--checkpoints_total_limit", "0",
+        *launcher("train_lore.py", config=CONFIG), "--model_name_or_path", settings.model,
+        "--train_shards", f"{settings.data}/train", "--eps", f"{settings.eps:g}", "--rho", f"{settings.rho:g}",
+        "--max_steps", str(settings.steps), "--per_device_train_batch_size", str(settings.batch_size),
+        "--learning_rate", f"{settings.learning_rate:g}", "--logging_steps", "1",
+        "--checkpoint_steps", str(settings.check_steps), "--checkpoints_total_limit", "0",
         "--resume_from_checkpoint", "latest", "--report_to", "none", "--compile", str(settings.compile).lower(),
         "--seed", str(settings.seed), "--output_dir", str(run_dir), *method,
     ]  # fmt: skip

@@ -33,15 +33,15 @@ WARM_UP = 2  # rounds that are not counted: files come into memory, the first wo
 
 @dataclass
 class Settings:
-    # fmt: off
     data: str = required("set directory: classnames.txt and <split>/*.tar", group="data", path=True)
     split: str = flag("test", "folder of the shards", group="data")
-    cache_dir: str | None = flag(None, "where indexes of shards are kept (default: the system's cache)", group="data", path=True)
+    cache_dir: str | None = flag(
+        None, "where indexes of shards are kept (default: the system's cache)", group="data", path=True
+    )
     image_size: list[int] = flag([64, 224], "sides of the images, in pixels", group="measure", minimum=8)
     word_kind: list[str] = flag(["outlined", "label"], "kinds of words", group="measure", choices=KINDS)
     num_images: int = flag(100, "images per round", group="measure", minimum=1)
     rounds: int = flag(10, "rounds; the table shows the medians", group="measure", minimum=1)
-    # fmt: on
 
 
 def main() -> None:

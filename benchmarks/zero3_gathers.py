@@ -1,9 +1,9 @@
-"""Collectives of one LORE step under ZeRO-3, counted: parameters gathered once per attack, or in every forward and backward.
+"""Counts collectives of one LORE step under ZeRO-3: parameters gathered once per attack, or in every pass.
 
   python benchmarks/zero3_gathers.py --model runs/demo/base --data runs/demo/digits --output_dir runs/zero3-gathers
 
-Two CPU processes with accelerate_configs/zero3_cpu_2proc.yaml; counts do not depend on the device. The seconds are those
-of a CPU, where gathering is a copy in memory.
+Two CPU processes with accelerate_configs/zero3_cpu_2proc.yaml; counts do not depend on the device. The seconds are
+those of a CPU, where gathering is a copy in memory.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,19 +22,24 @@ from benchmarks.comparison import ROOT, in_parallel, markdown, print_table
 from utils.cli import flag, parse_settings, required, run
 from utils.errors import UserError
 
+runs_flag = partial(flag, group="runs")
+
 
 @dataclass
 class Settings:
     """What is counted."""
 
-    # fmt: off
     model: str = required("CLIP model to train", group="runs", path=True)
     data: str = required("data set with train/", group="runs", path=True)
     output_dir: str = required("directory for runs and counts", group="runs", path=True)
-    attack_steps: int = flag(10, "PGD steps", group="runs", minimum=1)
-    primal_steps: int = flag(5, "K", group="runs", minimum=1)
-    steps: int = flag(4, "training steps; the first two, in which DeepSpeed learns the order of the layers, and the last are not counted", group="runs", minimum=4)
-    # fmt: on
+    attack_steps: int = runs_flag(10, "PGD steps", minimum=1)
+    primal_steps: int = runs_flag(5, "K", minimum=1)
+    steps: int = runs_flag(
+        4,
+        "training steps; the first two, in which DeepSpeed learns the order of the layers, "
+        "and the last are not counted",
+        minimum=4,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -80,7 +86,8 @@ def count(argv: Sequence[str]) -> None:
     from safetensors import safe_open
 
     with safe_open(Path(settings.output_dir) / "model.safetensors", framework="pt") as model:
-        vision = [name for name in model.keys() if name.startswith(("vision_model", "visual_projection"))]  # noqa: SIM118
+        names = list(model.keys())
+        vision = [name for name in names if name.startswith(("vision_model", "visual_projection"))]
         parameters = sum(model.get_tensor(name).numel() for name in vision)
     first, last = marks[2], marks[settings.max_steps - 1]
     steps = settings.max_steps - 3

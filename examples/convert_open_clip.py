@@ -8,8 +8,8 @@ What it reads of open_clip is a state dict (.safetensors, or .pt and .bin, of wh
 with one, and open_clip_config.json where that lies beside it. What it writes is a directory: config.json,
 model.safetensors, processor and tokenizer; or open_clip_model.safetensors and open_clip_config.json, which
 open_clip.create_model("local-dir:<directory>") takes. ViT towers become a CLIPModel, ConvNeXt towers a
-VisionTextDualEncoderModel. Sizes come from the weights. What weights do not show is asked for: the activation, the image
-size of a ConvNeXt, and heads where a width is none of open_clip's. Weights are written as float32.
+VisionTextDualEncoderModel. Sizes come from the weights. What weights do not show is asked for: the activation, the
+image size of a ConvNeXt, and heads where a width is none of open_clip's. Weights are written as float32.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,21 +78,45 @@ ONLY_FROM_OPEN_CLIP = ("activation", "vision_heads", "text_heads", "image_size",
 State = dict[str, Tensor]
 
 
+conversion_required = partial(required, group="conversion")
+from_open_clip_flag = partial(flag, group="open_clip to transformers")
+
+
 @dataclass
 class Settings:
-    # fmt: off
-    to: str = required("transformers or open_clip: the layout that is written", group="conversion")
-    input: str = required("to transformers: a state dict of open_clip, or a folder with one; to open_clip: a directory that from_pretrained loads", group="conversion", path=True)
-    output_dir: str = required("where the model goes", group="conversion", path=True)
-    activation: str | None = flag(None, "to transformers: quick_gelu (OpenAI's weights, and names with -quickgelu) or gelu (LAION's and most others)", group="open_clip to transformers", choices=("quick_gelu", "gelu"))
-    vision_heads: int | None = flag(None, "attention heads of the image tower (default: width / 64; 16 for widths 1280, 1408, 1664, 1792)", group="open_clip to transformers", minimum=1)
-    text_heads: int | None = flag(None, "attention heads of the text tower (default: width / 64)", group="open_clip to transformers", minimum=1)
-    image_size: int | None = flag(None, "side of the images in pixels, for a ConvNeXt; a ViT's follows from its weights", group="open_clip to transformers", minimum=1)
-    image_mean: list[float] = flag([], "of the normalisation, three numbers (default: OpenAI's)", group="open_clip to transformers")
-    image_std: list[float] = flag([], "of the normalisation, three numbers (default: OpenAI's)", group="open_clip to transformers")
-    tokenizer: str = flag("openai/clip-vit-base-patch32", "Hugging Face id or directory that the tokenizer is taken from", group="open_clip to transformers", path=True)
-    custom_text: bool = flag(False, "to open_clip: put the text tower under text., as open_clip's CustomTextCLIP has it", group="transformers to open_clip")
-    # fmt: on
+    to: str = conversion_required("transformers or open_clip: the layout that is written")
+    input: str = conversion_required(
+        "to transformers: a state dict of open_clip, or a folder with one; to open_clip: a directory that "
+        "from_pretrained loads",
+        path=True,
+    )
+    output_dir: str = conversion_required("where the model goes", path=True)
+    activation: str | None = from_open_clip_flag(
+        None,
+        "quick_gelu (OpenAI's weights, and names with -quickgelu) or gelu (LAION's and most others)",
+        choices=("quick_gelu", "gelu"),
+    )
+    vision_heads: int | None = from_open_clip_flag(
+        None,
+        "attention heads of the image tower (default: width / 64; 16 for widths 1280, 1408, 1664, 1792)",
+        minimum=1,
+    )
+    text_heads: int | None = from_open_clip_flag(
+        None, "attention heads of the text tower (default: width / 64)", minimum=1
+    )
+    image_size: int | None = from_open_clip_flag(
+        None, "side of the images in pixels, for a ConvNeXt; a ViT's follows from its weights", minimum=1
+    )
+    image_mean: list[float] = from_open_clip_flag([], "of the normalisation, three numbers (default: OpenAI's)")
+    image_std: list[float] = from_open_clip_flag([], "of the normalisation, three numbers (default: OpenAI's)")
+    tokenizer: str = from_open_clip_flag(
+        "openai/clip-vit-base-patch32", "Hugging Face id or directory with the tokenizer", path=True
+    )
+    custom_text: bool = flag(
+        False,
+        "put the text tower under text., as open_clip's CustomTextCLIP has it",
+        group="transformers to open_clip",
+    )
 
 
 def main() -> None:
@@ -323,8 +348,9 @@ def to_transformers(
 
 
 def to_open_clip(state: State, *, text_prefix: str = "") -> State:
-    """The state dict of a ``CLIPModel`` or ``VisionTextDualEncoderModel`` -> open_clip's; inverse of ``to_transformers``.
+    """The inverse of ``to_transformers``: a state dict of transformers becomes open_clip's.
 
+    state: of a ``CLIPModel`` or a ``VisionTextDualEncoderModel``.
     text_prefix: "text." for the layout of CustomTextCLIP. Raises ``UserError`` for keys that are missing or unknown.
     """
     left = {name: tensor for name, tensor in state.items() if not name.endswith("embeddings.position_ids")}
@@ -361,7 +387,7 @@ def _refuse_unknown(left: State, where: str, what: str) -> None:
 
 
 def _count(state: State, pattern: str) -> int:
-    """One more than the largest number that ``pattern`` finds in the names, and at least one: what is missing gets a name."""
+    """One more than the largest number that ``pattern`` finds in the names; 1 if none: an error names the first."""
     return max((int(match[1]) + 1 for name in state if (match := re.match(pattern, name))), default=1)
 
 
@@ -404,8 +430,8 @@ def _config(
     eos_token_id = vocab_size - 1 if eos_token_id is None else eos_token_id
     if eos_token_id == HIGHEST_ID != vocab_size - 1:
         raise UserError(
-            f"the text is pooled at id {HIGHEST_ID}, which transformers' CLIPTextModel reads as the highest id of a text; "
-            "this model cannot be said in its config"
+            f"the text is pooled at id {HIGHEST_ID}, which transformers' CLIPTextModel reads as the highest id of a "
+            "text; this model cannot be said in its config"
         )
     text_config = CLIPTextConfig(
         vocab_size=vocab_size,
@@ -456,7 +482,8 @@ def _config(
 def _convnext_config(state: State, depths: Depths, image_size: int | None) -> ConvNextConfig:
     if image_size is None:
         raise UserError(
-            "--image_size: missing, and a ConvNeXt's weights do not show it; 256 for convnext_base_w, 320 for convnext_base_w_320"
+            "--image_size: missing, and a ConvNeXt's weights do not show it; 256 for convnext_base_w, "
+            "320 for convnext_base_w_320"
         )
     sizes = [
         len(state[f"vision_model.encoder.stages.{stage}.layers.0.dwconv.weight"]) for stage in range(len(depths.vision))
@@ -527,8 +554,8 @@ def state_file(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     raise UserError(
-        f"--input {path}: {'holds neither ' + ' nor '.join(STATE_FILES) if path.is_dir() else 'no such file'}; expected a "
-        "state dict of open_clip (.safetensors, .pt, .bin)"
+        f"--input {path}: {'holds neither ' + ' nor '.join(STATE_FILES) if path.is_dir() else 'no such file'}; "
+        "expected a state dict of open_clip (.safetensors, .pt, .bin)"
     )
 
 
@@ -594,7 +621,8 @@ def read_open_clip_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise UserError(
-            f"{path}: not a config of open_clip ({type(error).__name__}: {str(error)[:100]}); correct it or move it away"
+            f"{path}: not a config of open_clip ({type(error).__name__}: {str(error)[:100]}); "
+            "correct it or move it away"
         ) from None
     if odd:
         raise UserError(f"{path}: {odd[0][0]} is {odd[0][1]!r}, which a CLIPModel does not do; not converted")
@@ -609,7 +637,8 @@ def open_clip_config(
     dual = config.model_type == DUAL_ENCODER
     if dual and (vision.model_type, text.model_type) != ("convnext", "clip_text_model"):
         raise UserError(
-            f"--input: a {vision.model_type} with a {text.model_type}; expected a convnext with a clip_text_model, or a CLIPModel"
+            f"--input: a {vision.model_type} with a {text.model_type}; expected a convnext with a clip_text_model, "
+            "or a CLIPModel"
         )
     odd = [
         f"{tower}'s {name} is {value}, open_clip's is {usual}"
@@ -678,7 +707,8 @@ def processor_normalisation(directory: Path) -> dict[str, list[float]]:
             except (ValueError, TypeError, AttributeError, UserError):
                 continue
     raise UserError(
-        f"--input {directory}: no image processor with image_mean and image_std; open_clip needs them, save the processor too"
+        f"--input {directory}: no image processor with image_mean and image_std; open_clip needs them, "
+        "save the processor too"
     )
 
 
@@ -690,13 +720,14 @@ def load_tokenizer(name_or_path: str, text_config: CLIPTextConfig) -> Any:
     except Exception as error:  # of the hub, transformers and tokenizers
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise UserError(
-            f"--tokenizer {name_or_path}: cannot be had ({reason}); give a directory that holds the tokenizer's files, or "
-            "bring it into the cache where there is internet"
+            f"--tokenizer {name_or_path}: cannot be had ({reason}); give a directory that holds the tokenizer's files, "
+            "or bring it into the cache where there is internet"
         ) from None
     if len(tokenizer) != text_config.vocab_size or tokenizer.eos_token_id != text_config.eos_token_id:
         raise UserError(
-            f"--tokenizer {name_or_path}: {len(tokenizer)} tokens, the end of text is {tokenizer.eos_token_id}; the weights "
-            f"have {text_config.vocab_size} tokens and pool at {text_config.eos_token_id}; name the model's own tokenizer"
+            f"--tokenizer {name_or_path}: {len(tokenizer)} tokens, the end of text is {tokenizer.eos_token_id}; "
+            f"the weights have {text_config.vocab_size} tokens and pool at {text_config.eos_token_id}; "
+            "name the model's own tokenizer"
         )
     return tokenizer
 

@@ -20,8 +20,8 @@ training, 270 validation and 450 test images, the same in all three sets below. 
     captions/{train,test}/      labelled with 30 classes, "red digit zero" ... "blue digit zero" ... "digit zero" ...,
                                 for examples/pretrain_small_clip.py: a small CLIP that knows class and attribute
 
-Each of the labelled sets has classnames.txt and templates that give the same texts as ``pairs``; captions/words.txt names
-the words that teach the small CLIP to read.
+Each of the labelled sets has classnames.txt and templates that give the same texts as ``pairs``; captions/words.txt
+names the words that teach the small CLIP to read.
 
 The bias is made for the purpose. In captions/train every image appears once as its coloured class. It appears a second
 time as the neutral class always if it is red, but only with probability 1 - caption_bias if it is blue. So the neutral

@@ -5,9 +5,9 @@ r"""Turns an image folder, a Hugging Face dataset or some classes of existing sh
       --output_dir data/imagenet
     python examples/make_shards.py --data data/imagenet --classes imagenet100.txt --output_dir data/imagenet-100
 
---data is an image folder (<split>/<class>/*, or <class>/* alone), shards in the project's layout (<split>/*.tar), or what
-the library `datasets` reads: a saved dataset, .parquet files, a name on the hub. Images are copied byte for byte. Each
-is decoded once; one that cannot be is left out and named in skipped.txt.
+--data is an image folder (<split>/<class>/*, or <class>/* alone), shards in the project's layout (<split>/*.tar), or
+what the library `datasets` reads: a saved dataset, .parquet files, a name on the hub. Images are copied byte for byte.
+Each is decoded once; one that cannot be is left out and named in skipped.txt.
 
 What goes where is planned first and kept in <output_dir>/make_shards: started again after any interruption, the script
 keeps the shards that are there, which are always whole, and makes those that are missing, and those again whose images
@@ -38,6 +38,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,36 +91,91 @@ FORMAT = 2  # of what is written; shards of another are made again
 UNREADABLE = "unreadable image"  # a file that the system does not give: perhaps it does the next time
 FULL_SIZE = ImageTransform(resize=None, crop=None)
 # Flags that say where and how fast, or whose effect is in the classes and samples of the plan.
-NOT_IN_PLAN = {"data", "splits", "classes", "classnames", "templates", "cache_dir", "max_bad_fraction", "output_dir", "num_workers"}  # fmt: skip
+NOT_IN_PLAN = {
+    "data", "splits", "classes", "classnames", "templates",
+    "cache_dir", "max_bad_fraction", "output_dir", "num_workers",
+}  # fmt: skip
+
+
+data_flag, classes_flag = partial(flag, group="data"), partial(flag, group="classes")
+images_flag, output_flag = partial(flag, group="images"), partial(flag, group="output")
 
 
 @dataclass
 class Settings:
-    # fmt: off
-    data: str = required("an image folder, a set of shards, a saved Hugging Face dataset, .parquet files, or a dataset's name on the hub", group="data", path=True)
-    splits: list[str] | None = flag(None, "splits to take, as NAME or NAME=NEW_NAME; default those that are there; of a folder of classes alone, the one split that it becomes", group="data")
-    labelled: bool = flag(True, "write the class of each image; false: all images below a split's folder, and no classes", group="data")
-    dataset_config: str | None = flag(None, "configuration of a dataset on the hub that has several", group="data")
-    image_column: str | None = flag(None, "of a Hugging Face dataset (default: its only column of images)", group="data")
-    label_column: str | None = flag(None, "of a Hugging Face dataset (default: its only column of class labels, or the one named label)", group="data")
-    caption_column: str | None = flag(None, "of a Hugging Face dataset: texts to be written as .txt", group="data")
-    cache_dir: str | None = flag(None, "where indexes of shards, and what the library datasets prepares, are kept (default: the user's caches)", group="data", path=True)
+    data: str = required(
+        "an image folder, a set of shards, a saved Hugging Face dataset, .parquet files, or a name on the hub",
+        group="data",
+        path=True,
+    )
+    splits: list[str] | None = data_flag(
+        None,
+        "splits to take, as NAME or NAME=NEW_NAME (default: those that are there; "
+        "a folder of classes alone becomes the one split given here)",
+    )
+    labelled: bool = data_flag(
+        True, "write the class of each image; false: all images below a split's folder, and no classes"
+    )
+    dataset_config: str | None = data_flag(None, "configuration of a dataset on the hub that has several")
+    image_column: str | None = data_flag(None, "of a Hugging Face dataset (default: its only column of images)")
+    label_column: str | None = data_flag(
+        None, "of a Hugging Face dataset (default: its only column of class labels, or the one named label)"
+    )
+    caption_column: str | None = data_flag(None, "of a Hugging Face dataset: texts to be written as .txt")
+    cache_dir: str | None = data_flag(
+        None, "for indexes of shards and what the library datasets prepares (default: the user's caches)", path=True
+    )
 
-    classes: list[str] | None = flag(None, "classes to take, in the order of the new labels: names, folders or ImageNet's WordNet ids, or one file with one a line (default: all)", group="classes", path=True)
-    classnames: str | None = flag(None, "file with a name per class of --data, in the order of its labels, or imagenet for CLIP's names of the 1000 classes (default: that where all classes are WordNet ids of ImageNet's, else the set's own names or the folders', underscores as spaces)", group="classes", path=True)
-    templates: str | None = flag(None, "file of prompt templates to be put beside the names, or imagenet for CLIP's 80 (default: the set's own; imagenet where the names are)", group="classes", path=True)
+    classes: list[str] | None = classes_flag(
+        None,
+        "classes to take, in the order of the new labels: names, folders or ImageNet's WordNet ids, "
+        "or one file with one a line (default: all)",
+        path=True,
+    )
+    classnames: str | None = classes_flag(
+        None,
+        "file with a name per class of --data, in the order of its labels, or imagenet for CLIP's names of the "
+        "1000 classes (default: imagenet where all classes are its WordNet ids, else the set's own names "
+        "or the folders', underscores as spaces)",
+        path=True,
+    )
+    templates: str | None = classes_flag(
+        None,
+        "file of prompt templates to be put beside the names, or imagenet for CLIP's 80 "
+        "(default: the set's own; imagenet where the names are)",
+        path=True,
+    )
 
-    verify: bool = flag(True, "decode every image fully once", group="images")
-    image_size: int | None = flag(None, f"make the shorter edge of larger images so many pixels long, bicubic, JPEG of quality {JPEG_QUALITY} (default: bytes stay as they are)", group="images", minimum=1, maximum=4096)
-    max_bad_fraction: float = flag(0.01, "share of images left out past which the script stops", group="images", minimum=0, maximum=1)
+    verify: bool = images_flag(True, "decode every image fully once")
+    image_size: int | None = images_flag(
+        None,
+        f"shrink larger images to this shorter edge in pixels: bicubic, JPEG of quality {JPEG_QUALITY} "
+        "(default: bytes stay as they are)",
+        minimum=1,
+        maximum=4096,
+    )
+    max_bad_fraction: float = images_flag(
+        0.01, "share of images left out past which the script stops", minimum=0, maximum=1
+    )
 
-    output_dir: str = required("where the set goes; the same flags go on with an interrupted one", group="output", path=True)
-    samples_per_shard: int = flag(1000, "samples per .tar", group="output", minimum=1)
-    shuffle: str = flag("train", "splits whose samples are shuffled over their shards; others keep the order", group="output", choices=("train", "all", "none"))
-    test_fraction: float = flag(0.0, "share of each class that a set without a test split gives up for one, at most 0.9; what is drawn depends on --seed alone", group="output", minimum=0, maximum=0.9)
-    seed: int = flag(0, "of the shuffling, and of what --test_fraction draws", group="output", minimum=0)
-    num_workers: int | None = flag(None, "processes (default: one per CPU core)", group="output", minimum=1)
-    # fmt: on
+    output_dir: str = required(
+        "where the set goes; the same flags go on with an interrupted one", group="output", path=True
+    )
+    samples_per_shard: int = output_flag(1000, "samples per .tar", minimum=1)
+    shuffle: str = output_flag(
+        "train",
+        "splits whose samples are shuffled over their shards; others keep the order",
+        choices=("train", "all", "none"),
+    )
+    test_fraction: float = output_flag(
+        0.0,
+        "share of each class that a set without a test split gives up for one, at most 0.9; "
+        "what is drawn depends on --seed alone",
+        minimum=0,
+        maximum=0.9,
+    )
+    seed: int = output_flag(0, "of the shuffling, and of what --test_fraction draws", minimum=0)
+    num_workers: int | None = output_flag(None, "processes (default: one per CPU core)", minimum=1)
 
 
 @dataclass
@@ -189,7 +245,8 @@ def main() -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES):
             raise
         raise UserError(
-            f"--output_dir {output_dir}: {error.strerror}; make room, or mend it, and start again: finished shards are kept"
+            f"--output_dir {output_dir}: {error.strerror}; make room, or mend it, and start again: "
+            "finished shards are kept"
         ) from None
     print_summary(output_dir, shards, names, source, unshuffled, kept, again)
 
@@ -209,22 +266,23 @@ def open_source(settings: Settings) -> FolderSource | ShardSource | DatasetSourc
             return DatasetSource(settings)
         if has_shards(path):
             raise UserError(
-                f"--data {settings.data}: .tar files without a split; expected <split>/*.tar: move them into a folder train"
+                f"--data {settings.data}: .tar files without a split; expected <split>/*.tar: "
+                "move them into a folder train"
             )
         return FolderSource(path, settings)
     if path.suffix == ".parquet" or re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", settings.data):
         return DatasetSource(settings)
     raise UserError(
-        f"--data {settings.data}: no such directory, and no name on the hub; expected an image folder, a set of shards, "
-        "a saved dataset, a .parquet file, or <org>/<name>"
+        f"--data {settings.data}: no such directory, and no name on the hub; expected an image folder, "
+        "a set of shards, a saved dataset, a .parquet file, or <org>/<name>"
     )
 
 
 class FolderSource:
     """<root>/<split>/<class>/*, where a folder has the name of a usual or given split; else <root>/<class>/*.
 
-    The number of a class is its place among the sorted folders of all splits, whose names are compared in NFC. Images are
-    searched in subfolders too, and behind links. <image>.txt and <image>.json beside an image come along.
+    The number of a class is its place among the sorted folders of all splits, whose names are compared in NFC. Images
+    are searched in subfolders too, and behind links. <image>.txt and <image>.json beside an image come along.
     """
 
     def __init__(self, root: Path, settings: Settings) -> None:
@@ -254,8 +312,8 @@ class FolderSource:
             for name in subfolders(root) if self.labelled else ():
                 if name.lower() in SPLIT_NAMES and subfolders(root / name):
                     raise UserError(
-                        f"--data {root}: {name}/ holds folders and would be one class; expected splits in small letters; say "
-                        f"--splits {name}={name.lower()}, or rename it"
+                        f"--data {root}: {name}/ holds folders and would be one class; "
+                        f"expected splits in small letters; say --splits {name}={name.lower()}, or rename it"
                     )
             name = next(iter(wanted.values()), "train")
             self.splits, self.folders, all_folders = {name: name}, {name: root}, [root]
@@ -409,7 +467,10 @@ class ShardSource:
     def marks(self, split: str, references: Sequence[str]) -> Iterator[str]:
         """Of the shards that the samples come from."""
         urls = self.indexes[split].urls
-        marks = {shard: f"{Path(urls[shard]).name} {mark(Path(urls[shard]))}" for shard in {int(text.partition("/")[0]) for text in references}}  # fmt: skip
+        marks = {
+            shard: f"{Path(urls[shard]).name} {mark(Path(urls[shard]))}"
+            for shard in {int(text.partition("/")[0]) for text in references}
+        }
         return (marks[int(reference.partition("/")[0])] for reference in references)
 
     def _label(self, members: Members, where: str, split: str) -> int:
@@ -430,7 +491,7 @@ class ShardSource:
 
 
 class DatasetSource:
-    """A Hugging Face dataset: a saved one, .parquet files, or a name on the hub. Images as the bytes that are stored."""
+    """A Hugging Face dataset: a saved one, .parquet files, or a name on the hub. Its images stay as stored bytes."""
 
     def __init__(self, settings: Settings) -> None:
         self.labelled, self.caption_column = settings.labelled, settings.caption_column
@@ -466,8 +527,9 @@ class DatasetSource:
             for split in self.splits:
                 if lists and split not in lists:
                     raise UserError(
-                        f"--data {settings.data}: {self.label_column} of {split} has no class names, that of {next(iter(lists))} "
-                        "has; leave the split out by naming the others with --splits, or give it the names"
+                        f"--data {settings.data}: {self.label_column} of {split} has no class names, "
+                        f"that of {next(iter(lists))} has; leave the split out by naming the others with --splits, "
+                        "or give it the names"
                     )
             self.names = [clean_name(name, f"class {name!r}") for name in self.class_ids]
         if self.caption_column is not None:
@@ -476,8 +538,8 @@ class DatasetSource:
             for column in filter(None, (self.image_column, self.label_column, self.caption_column)):
                 if column not in loaded[split].features:
                     raise UserError(
-                        f"--data {settings.data}: its {split} has no column {column}; leave the split out by naming the others with "
-                        "--splits"
+                        f"--data {settings.data}: its {split} has no column {column}; "
+                        "leave the split out by naming the others with --splits"
                     )
         # Not decoded: what is stored is what is written.
         self.loaded = {
@@ -496,11 +558,13 @@ class DatasetSource:
         for row, label in enumerate(labels):
             if not isinstance(label, int) or not 0 <= label < len(places):
                 raise UserError(
-                    f"--data, {split}, row {row}: {self.label_column} is {label!r}; expected 0 ... {len(places) - 1}; a "
-                    "split without labels is left out by naming the others with --splits, or needs --labelled false"
+                    f"--data, {split}, row {row}: {self.label_column} is {label!r}; expected 0 ... {len(places) - 1}; "
+                    "a split without labels is left out by naming the others with --splits, or needs --labelled false"
                 )
         labels = [places[label] for label in labels]
-        return [Sample(f"{row:08d}", new_labels[label], str(row)) for row, label in enumerate(labels) if label in new_labels]  # fmt: skip
+        return [
+            Sample(f"{row:08d}", new_labels[label], str(row)) for row, label in enumerate(labels) if label in new_labels
+        ]
 
     def read(self, split: str, reference: str) -> tuple[str, bytes, dict[str, bytes]]:
         row = self.rows[split][int(reference)]
@@ -537,13 +601,14 @@ def import_datasets(data: str) -> Any:
         import datasets
     except ImportError:
         raise UserError(
-            f"--data {data}: {'' if Path(data).exists() else 'nothing is there, and '}a Hugging Face dataset is read with the library "
-            "datasets, which is not installed; correct the path, or pip install datasets"
+            f"--data {data}: {'' if Path(data).exists() else 'nothing is there, and '}a Hugging Face dataset is read "
+            "with the library datasets, which is not installed; correct the path, or pip install datasets"
         ) from None
     if int(datasets.__version__.partition(".")[0]) < 4:
         # They run a script that comes with a dataset; later ones refuse it.
         raise UserError(
-            f"--data {data}: datasets {datasets.__version__} may run code of a dataset's author; expected 4 or later: pip install -U datasets"
+            f"--data {data}: datasets {datasets.__version__} may run code of a dataset's author; expected 4 or later: "
+            "pip install -U datasets"
         )
     return datasets
 
@@ -560,20 +625,24 @@ def load_dataset(datasets: Any, settings: Settings) -> Any:
         if path.is_file():
             return datasets.load_dataset("parquet", data_files={"train": str(path)}, cache_dir=cache)["train"]
         if path.is_dir() and (files := parquet_files_with_other_classes(datasets, path, settings)):
-            return {split: datasets.load_dataset("parquet", data_files=names, split="train", cache_dir=cache) for split, names in files.items()}  # fmt: skip
+            return {
+                split: datasets.load_dataset("parquet", data_files=names, split="train", cache_dir=cache)
+                for split, names in files.items()
+            }
         where = str(path) if path.is_dir() else settings.data
         return datasets.load_dataset(where, settings.dataset_config, cache_dir=cache)
     except UserError:
         raise
     except Exception as error:  # its own errors, the hub's, pyarrow's, OSError
         raise UserError(
-            f"--data {settings.data}: {'' if path.exists() else 'no such directory, and '}the library datasets cannot read it "
-            f"({one_line(error)}); correct the path or the name; a gated one needs its terms accepted on its page and `hf auth login`"
+            f"--data {settings.data}: {'' if path.exists() else 'no such directory, and '}the library datasets cannot "
+            f"read it ({one_line(error)}); correct the path or the name; a gated one needs its terms accepted on its "
+            "page and `hf auth login`"
         ) from None
 
 
 def without_magic(path: Path, cache_dir: Path) -> Path:
-    """The path, or in the cache a copy of its tree with links for files, where the library would read it as a pattern."""
+    """The path; or in the cache a copy of its tree, of links, where the library would read the path as a pattern."""
 
     def is_pattern(path: Path) -> bool:
         return glob.has_magic(str(path)) or "::" in str(path)
@@ -598,8 +667,8 @@ def without_magic(path: Path, cache_dir: Path) -> Path:
 def parquet_files_with_other_classes(datasets: Any, path: Path, settings: Settings) -> dict[str, list[str]]:
     """The .parquet files of each split of a directory, where their class names differ; else nothing.
 
-    Each file has the names of its own labels in its schema. The library takes those of the first for all, and the numbers as
-    they are.
+    Each file has the names of its own labels in its schema. The library takes those of the first for all, and the
+    numbers as they are.
     """
     import pyarrow.parquet  # comes with the library
 
@@ -612,17 +681,21 @@ def parquet_files_with_other_classes(datasets: Any, path: Path, settings: Settin
         for name in names:
             note = json.loads((pyarrow.parquet.read_schema(name).metadata or {}).get(b"huggingface", b"{}"))
             features = note.get("info", {}).get("features") or {}
-            classes = {column: kind["names"] for column, kind in features.items() if isinstance(kind, dict) and kind.get("names")}  # fmt: skip
+            classes = {
+                column: kind["names"]
+                for column, kind in features.items()
+                if isinstance(kind, dict) and kind.get("names")
+            }
             if classes != found.setdefault(split, classes):
                 raise UserError(
-                    f"--data {settings.data}: {name} has other class names, or another order of them, than {names[0]}, of the "
-                    "same split; write them with one list of names"
+                    f"--data {settings.data}: {name} has other class names, or another order of them, than {names[0]}, "
+                    "of the same split; write them with one list of names"
                 )
     return files if any(classes != next(iter(found.values())) for classes in found.values()) else {}
 
 
 def mark(path: Path) -> str:
-    """Size and time of a file's last change: what tells that its content is no longer the same. "-" where there is none."""
+    """Size and time of a file's last change, which tell that its content is no longer the same. "-" without a file."""
     try:
         status = path.stat()
     except OSError:
@@ -640,7 +713,10 @@ def parse_splits(asked: list[str] | None) -> dict[str, str]:
         name, _, new_name = word.partition("=")
         new_name = new_name or name
         if not re.fullmatch(r"\w[\w.-]*", new_name) or new_name == PLAN_FOLDER or new_name in splits.values():
-            raise UserError(f"--splits {word}: {new_name!r} is no name for a folder here, or given twice; expected NAME or NAME=NEW_NAME")  # fmt: skip
+            raise UserError(
+                f"--splits {word}: {new_name!r} is no name for a folder here, or given twice; "
+                "expected NAME or NAME=NEW_NAME"
+            )
         splits[name] = new_name
     return splits
 
@@ -717,8 +793,9 @@ def choose_classes(source: Any, settings: Settings) -> tuple[list[str], dict[int
             names = [names[imagenet_ids.index(name)] for name in ids]
         elif ids and len(ids) != len(names):
             raise UserError(
-                f"--classnames imagenet: {settings.data} has {len(ids)} classes, the first is {ids[0]!r}; expected folders "
-                "named by WordNet ids such as n01440764, or 1000 classes in ImageNet's order; give a file of names"
+                f"--classnames imagenet: {settings.data} has {len(ids)} classes, the first is {ids[0]!r}; "
+                "expected folders named by WordNet ids such as n01440764, or 1000 classes in ImageNet's order; "
+                "give a file of names"
             )
         else:
             aliases.append(imagenet_ids)
@@ -726,8 +803,8 @@ def choose_classes(source: Any, settings: Settings) -> tuple[list[str], dict[int
         names = read_classnames(settings.classnames)
         if ids and len(names) != len(ids):
             raise UserError(
-                f"--classnames {settings.classnames}: {len(names)} names for {len(ids)} classes; expected one for each, in "
-                f"order: {', '.join(ids[:3])}, ..."
+                f"--classnames {settings.classnames}: {len(names)} names for {len(ids)} classes; "
+                f"expected one for each, in order: {', '.join(ids[:3])}, ..."
             )
     elif source.names:
         names = source.names
@@ -751,8 +828,8 @@ def refuse_twins(source: Any, settings: Settings) -> None:
             if len(same) > 1:
                 one, two = (repr(source.class_ids[other]) for other in same[:2])
                 raise UserError(
-                    f"--data {settings.data}: the classes {one} and {two} have one name, {source.names[place]!r}; put them together, "
-                    "rename one, or give a name to each with --classnames"
+                    f"--data {settings.data}: the classes {one} and {two} have one name, {source.names[place]!r}; "
+                    "put them together, rename one, or give a name to each with --classnames"
                 )
 
 
@@ -775,8 +852,8 @@ def renumber(settings: Settings, aliases: list[list[str]]) -> tuple[list[str], d
             raise UserError(f"{flag_text} {word!r}: no such class in {settings.data}; {hint}")
         if len(found) > 1:
             raise UserError(
-                f"{flag_text} {word!r}: the name of {len(found)} classes of {settings.data}; give their folders or WordNet "
-                "ids, or make the names differ"
+                f"{flag_text} {word!r}: the name of {len(found)} classes of {settings.data}; "
+                "give their folders or WordNet ids, or make the names differ"
             )
         label = found.pop()
         if label in new_labels:
@@ -880,8 +957,8 @@ def hold_out(samples: list[Sample], split: str, settings: Settings, source: Any)
     """What is left for training, in its order, and the shards of the test split, whose classes are mixed."""
     if list(source.splits.values()) != ["train"]:
         raise UserError(
-            f"--test_fraction {settings.test_fraction:g}: {settings.data} becomes {', '.join(source.splits.values())}; expected "
-            "train alone to take a test split from"
+            f"--test_fraction {settings.test_fraction:g}: {settings.data} becomes {', '.join(source.splits.values())}; "
+            "expected train alone to take a test split from"
         )
     order = permutation(len(samples), settings.seed, 1)
     by_class: dict[int | None, list[int]] = {}
@@ -890,8 +967,8 @@ def hold_out(samples: list[Sample], split: str, settings: Settings, source: Any)
     held = {place for places in by_class.values() for place in places[: round(settings.test_fraction * len(places))]}
     if not held or len(held) == len(samples):
         raise UserError(
-            f"--test_fraction {settings.test_fraction:g}: leaves {len(samples) - len(held)} images for train and {len(held)} for "
-            "test; expected some of both: give a larger or a smaller share"
+            f"--test_fraction {settings.test_fraction:g}: leaves {len(samples) - len(held)} images for train and "
+            f"{len(held)} for test; expected some of both: give a larger or a smaller share"
         )
     left = [sample for place, sample in enumerate(samples) if place not in held]
     return left, deal([samples[place] for place in order if place in held], split, TEST, settings)
@@ -900,8 +977,8 @@ def hold_out(samples: list[Sample], split: str, settings: Settings, source: Any)
 def keep_plan(output_dir: Path, shards: dict[str, list[Shard]], names: list[str], settings: Settings) -> None:
     """Writes the plan, or compares it with the one that is there. UserError where they differ.
 
-    make_shards/<split>.tsv: shard, key, label, source of every sample; make_shards/plan.json: settings, class names, and
-    the SHA-256 of each .tsv.
+    make_shards/<split>.tsv: shard, key, label, source of every sample; make_shards/plan.json: settings, class names,
+    and the SHA-256 of each .tsv.
     """
     digests = {split: hashlib.sha256() for split in shards}
     for split, made in shards.items():
@@ -931,8 +1008,8 @@ def keep_plan(output_dir: Path, shards: dict[str, list[Shard]], names: list[str]
         raise UserError(f"{path}: damaged; give another --output_dir, or delete this one") from None
     if differences:
         raise UserError(
-            f"--output_dir {output_dir}: begun with other settings or data ({'; '.join(differences)}); give the same ones, or "
-            "another directory"
+            f"--output_dir {output_dir}: begun with other settings or data ({'; '.join(differences)}); "
+            "give the same ones, or another directory"
         )
 
 
@@ -971,8 +1048,8 @@ def plan_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def make(shards: dict[str, list[Shard]], source: Any, settings: Settings) -> tuple[int, int]:
     """Makes the shards that are missing or outdated, keeps count of what is left out, writes skipped.txt.
 
-    Returns how many it kept, and how many it made although they were there. UserError past ``max_bad_fraction``, on a full
-    disk, where a worker dies. Shards that are done stay.
+    Returns how many it kept, and how many it made although they were there. UserError past ``max_bad_fraction``, on a
+    full disk, where a worker dies. Shards that are done stay.
     """
     work = [shard for made in shards.values() for shard in made]
     total = sum(len(shard.samples) for shard in work)
@@ -998,7 +1075,8 @@ def make(shards: dict[str, list[Shard]], source: Any, settings: Settings) -> tup
                     skips.check()
                 except UserError as error:
                     raise UserError(
-                        f"{error}; {list_file} names them; finished shards are kept, and those of mended images made again"
+                        f"{error}; {list_file} names them; finished shards are kept, and those of mended images "
+                        "made again"
                     ) from None
     finally:
         write_skipped(list_file, work)
@@ -1018,8 +1096,8 @@ def results(work: list[Shard], source: Any, num_workers: int) -> Iterator[dict[s
             yield future.result()
     except BrokenProcessPool:
         raise UserError(
-            f"--num_workers {num_workers}: a worker has died, perhaps for want of memory; use fewer and start again: finished "
-            "shards are kept"
+            f"--num_workers {num_workers}: a worker has died, perhaps for want of memory; use fewer and start again: "
+            "finished shards are kept"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -1054,10 +1132,10 @@ def write_in_worker(shard: Shard) -> dict[str, Any]:
 def write_shard(source: Any, shard: Shard) -> dict[str, Any]:
     """The shard's record, with "kept": whether it was there already; and "again": whether there was another.
 
-    {"samples": how many are in it, "skipped": [[kind, where, detail], ...], "made_of": ``content_mark``, "pillow": its version
-    where the bytes or what is left out depend on it, else null}. A shard that is there, with a record that fits what its
-    headers say and what it is made of now, is kept. Otherwise it is written aside, its headers are read again and compared
-    with the plan, and it gets its name when it lies on the disk.
+    {"samples": how many are in it, "skipped": [[kind, where, detail], ...], "made_of": ``content_mark``, "pillow": its
+    version where the bytes or what is left out depend on it, else null}. A shard that is there, with a record that fits
+    what its headers say and what it is made of now, is kept. Otherwise it is written aside, its headers are read again
+    and compared with the plan, and it gets its name when it lies on the disk.
     """
     made_of = content_mark(source, shard)  # before anything is read: what changes meanwhile is seen at the next start
     kept = finished(shard, made_of)
@@ -1091,8 +1169,8 @@ def write_shard(source: Any, shard: Shard) -> dict[str, Any]:
         found = scan_tar(aside)
         if found.damage or found.notes or found.keys != keys:
             raise UserError(
-                f"{aside}: holds {len(found)} samples ({found.damage or 'other keys'}), {len(keys)} were written; check the "
-                "disk and start again"
+                f"{aside}: holds {len(found)} samples ({found.damage or 'other keys'}), {len(keys)} were written; "
+                "check the disk and start again"
             )
         record = {
             "samples": len(keys),
@@ -1109,7 +1187,7 @@ def write_shard(source: Any, shard: Shard) -> dict[str, Any]:
 
 
 def content_mark(source: Any, shard: Shard) -> str:
-    """A hash of what a shard's bytes depend on: which samples, how they are written, and their sources' sizes and times."""
+    """A hash of what a shard's bytes depend on: the samples, how they are written, their sources' sizes and times."""
     found = hashlib.sha256(f"{FORMAT} {shard.verify} {shard.image_size}".encode())
     for sample in shard.samples:
         found.update(f"\n{sample.key}\t{sample.label}\t{sample.reference}".encode("utf-8", "backslashreplace"))
@@ -1142,7 +1220,7 @@ def finished(shard: Shard, made_of: str) -> dict[str, Any] | None:
 
 
 def make_members(source: Any, shard: Shard, sample: Sample) -> tuple[dict[str, bytes], bool]:
-    """Extension -> bytes of a sample, and whether its image was written anew. BadSample where its image cannot be used."""
+    """Extension -> bytes of a sample; and whether its image was written anew. BadSample if its image cannot be used."""
     extension, stored, members = source.read(shard.split, sample.reference)
     data = stored
     try:
@@ -1235,7 +1313,8 @@ def print_summary(
         print(f"Class folders without an image, which stay classes: {', '.join(sorted(source.empty)[:5])}{more}.")
     for split in unshuffled:
         print(
-            f"{split} is sorted by class: the first N samples of an evaluation are of the first classes; --shuffle all mixes them."
+            f"{split} is sorted by class: the first N samples of an evaluation are of the first classes; "
+            "--shuffle all mixes them."
         )
     train = next((split for split in shards if split == "train"), next(iter(shards)))
     evaluated = next((split for split in shards if split in SPLIT_NAMES and split != "train"), None) if names else None

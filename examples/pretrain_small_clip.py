@@ -6,9 +6,9 @@ published weights can be had, in tests, in the demo and on a laptop.
 
 The captions are the class names in the set's templates. Each step draws some of the templates, and the image embeddings
 are classified against the text embeddings of the classes in each of them (the image-to-text half of CLIP's loss, where
-images of one class do not count as each other's negatives). Several sets are one with the classes of all. The whole is decoded once and kept in memory as
-uint8. What --output_dir holds in the end is a complete Hugging Face directory: CLIPModel.from_pretrained and
-CLIPProcessor.from_pretrained load it. One process, one GPU if there is one, float32.
+images of one class do not count as each other's negatives). Several sets are one with the classes of all. The whole is
+decoded once and kept in memory as uint8. What --output_dir holds in the end is a complete Hugging Face directory:
+CLIPModel.from_pretrained and CLIPProcessor.from_pretrained load it. One process, one GPU if there is one, float32.
 """
 
 from __future__ import annotations
@@ -319,7 +319,7 @@ def open_split(settings: Settings, split: str) -> list[LabelledSet]:
 def decode(
     sets: list[LabelledSet], classnames: list[str], settings: Settings, limit: int | None, progress_title: str
 ) -> tuple[Tensor, Tensor]:
-    """All (or the first ``limit``) images of each set, in order: uint8 (n, 3, S, S), int64 labels (n,) into ``classnames``."""
+    """All (or the first ``limit``) images of each set, in order: uint8 (n, 3, S, S); int64 (n,) into ``classnames``."""
     size = settings.image_size
     counts = [min(limit or one.index.num_samples, one.index.num_samples) for one in sets]
     if (num_bytes := sum(counts) * 3 * size * size) > MAX_SET_BYTES:
@@ -481,9 +481,9 @@ def print_words(
 ) -> tuple[Tensor, Tensor]:
     """Pictures of printed words: uint8 (n, 3, S, S), and a class for each (n,).
 
-    On plain colours, and a share of them on ``images`` (N, 3, S, S) of classes ``image_labels`` (N,). A word on plain colour
-    is its class. On an image the caption names the word as often as what the image shows, as captions of the web do: that is
-    why a CLIP follows written words, and why it still knows what they are written on.
+    On plain colours, and a share of them on ``images`` (N, 3, S, S) of classes ``image_labels`` (N,). A word on plain
+    colour is its class. On an image the caption names the word as often as what the image shows, as captions of the web
+    do: that is why a CLIP follows written words, and why it still knows what they are written on.
     """
     pictures, labels = [], []
     for number in range(settings.words_per_step):

@@ -2,16 +2,20 @@ r"""Segmentation on frozen patch tokens, clean and with the encoder under attack
 
     python examples/segmentation.py --model runs/small-clip runs/fare4 runs/lore4 --output_dir runs/segmentation
 
-A linear head learns, for each encoder, the class of every pixel from the patch tokens of clean training images; the encoder
-stays as it is. Then the test images are attacked without any knowledge of the head: PGD moves what the encoder puts out away
-from what it puts out for the clean image, --attack patch_tokens: sum over patches of ||t_p(x + delta) - t_p(x)||^2, or
---attack embedding: ||phi(x + delta) - phi(x)||^2, the image embedding that FARE and LORE are trained on. Every model is
-attacked through itself. Printed and kept in results.json: mIoU and pixel accuracy; predictions.png shows images.
+A linear head learns, for each encoder, the class of every pixel from the patch tokens of clean training images; the
+encoder stays as it is. Then the test images are attacked without any knowledge of the head. PGD moves the
+encoder's output away from that of the clean image:
+
+    --attack patch_tokens    sum over patches of ||t_p(x + delta) - t_p(x)||^2
+    --attack embedding       ||phi(x + delta) - phi(x)||^2, the image embedding that FARE and LORE are trained on
+
+Every model is attacked through itself. mIoU and pixel accuracy are printed and kept in results.json; predictions.png
+shows images.
 
 The images are made here, from the seed: discs, squares, triangles and crosses of random colours and places, each with a
-texture of its own, on smooth backgrounds. They are no photographs. Their textures have a contrast of about 140/255, which
-asks for larger radii than photographs do; figures on them compare models with each other alone. CLIP's tokens are its
-last hidden state after the post layer norm, DINOv2's its last hidden state.
+texture of its own, on smooth backgrounds. They are no photographs. Their textures have a contrast of about 140/255,
+which asks for larger radii than photographs do; figures on them compare models with each other alone. CLIP's tokens are
+its last hidden state after the post layer norm, DINOv2's its last hidden state.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,23 +51,27 @@ PALETTE = [(40, 40, 40), (0, 114, 178), (213, 94, 0), (0, 158, 115), (240, 228, 
 SUPPORTED = ("clip", "clip_vision_model", "dinov2")  # towers with a class token before those of the patches
 PICTURES = 6  # rows of predictions.png
 
+attack_flag = partial(flag, group="attack")
+
 
 @dataclass
 class Settings:
-    # fmt: off
-    model: list[str] = required("directories (or Hugging Face ids): CLIP, CLIP vision models, DINOv2", group="what", path=True, many=True)
+    model: list[str] = required("directories or ids of CLIP, CLIP vision or DINOv2", group="what", path=True, many=True)
     output_dir: str = required("results.json and predictions.png go there", group="what", path=True)
     num_train: int = flag(1000, "images that the head learns from", group="data", minimum=1)
     num_test: int = flag(200, "images that are measured", group="data", minimum=1)
     seed: int = flag(0, "of the images, the head's batches and the attack's starts", group="data", minimum=0)
     head_epochs: int = flag(20, "passes of the head over the training images", group="head", minimum=1)
     head_learning_rate: float = flag(1e-2, "AdamW's, cosine to 0", group="head", above=0)
-    attack: str = flag("patch_tokens", "what is moved away: all patch tokens, or the image embedding", group="attack", choices=("patch_tokens", "embedding"))
-    eps: list[float] = flag([4.0, 8.0, 16.0], "radii of l_inf PGD, in 1/255", group="attack", above=0, maximum=255)
-    attack_steps: int = flag(10, "PGD steps", group="attack", minimum=1)
-    attack_step_size: float | None = flag(None, "PGD step, in 1/255 (default: eps/4)", group="attack", above=0)
+    attack: str = attack_flag(
+        "patch_tokens",
+        "what is moved away: all patch tokens, or the image embedding",
+        choices=("patch_tokens", "embedding"),
+    )
+    eps: list[float] = attack_flag([4.0, 8.0, 16.0], "radii of l_inf PGD, in 1/255", above=0, maximum=255)
+    attack_steps: int = attack_flag(10, "PGD steps", minimum=1)
+    attack_step_size: float | None = attack_flag(None, "PGD step, in 1/255 (default: eps/4)", above=0)
     batch_size: int = flag(32, "images at a time", group="what", minimum=1)
-    # fmt: on
 
 
 def main() -> None:
@@ -116,7 +125,7 @@ def load_encoder(name: str) -> ImageEncoder:
 
 
 def make_images(count: int, size: int, seed: int, split: str) -> tuple[Tensor, Tensor]:
-    """Pictures (count, 3, size, size) float32 in [0,1] and their masks (count, size, size) int64, classes of ``CLASSES``.
+    """Pictures (count, 3, size, size) float32 in [0,1] and masks (count, size, size) int64 of ``CLASSES``.
 
     An image depends on (seed, split, its number, size) alone.
     """
@@ -128,8 +137,8 @@ def make_images(count: int, size: int, seed: int, split: str) -> tuple[Tensor, T
 def make_image(size: int, seed: int) -> tuple[Tensor, Tensor]:
     """One to three shapes on a smooth background: (3, size, size) float32 in [0,1], (size, size) int64.
 
-    A shape is 0.5 to 0.8 of the side across. Its two colours and its contrast are drawn anew each time, so that colour says
-    nothing of the class: form and texture do.
+    A shape is 0.5 to 0.8 of the side across. Its two colours and its contrast are drawn anew each time, so that colour
+    says nothing of the class: form and texture do.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -169,7 +178,7 @@ def _shape(kind: int, y: Tensor, x: Tensor) -> Tensor:
 
 
 def _texture(kind: int, axis: Tensor, size: int, phase: int) -> Tensor:
-    """The share of the light colour, (H, W) in [0,1]: across, upright, slanting and checked, with a period of size / 8."""
+    """The share of the light colour, (H, W) in [0,1]: across, upright, slanting or checked; the period is size / 8."""
     y, x = (axis[:, None] + phase) * 16 / size, (axis[None, :] + phase) * 16 / size
     stripes = {1: y + 0 * x, 2: x + 0 * y, 3: x + y}
     if kind in stripes:
@@ -243,8 +252,8 @@ def predict(encoder: ImageEncoder, head: SegmentationHead, images: Tensor, batch
 def attack(encoder: ImageEncoder, images: Tensor, eps: float, settings: Settings) -> Tensor:
     """Images (N, 3, H, W) in [0,1] with |x' - x| <= eps/255, on the CPU, that the encoder sees as something else.
 
-    Maximises the squared distance of the tokens or of the embedding to the clean image's by PGD. The start is random, from
-    (seed, number of the image) alone: at the image itself the gradient is zero.
+    Maximises the squared distance of the tokens or of the embedding to the clean image's by PGD. The start is random,
+    from (seed, number of the image) alone: at the image itself the gradient is zero.
     """
 
     def output(pixel_values: Tensor) -> Tensor:

@@ -3,10 +3,11 @@ r"""Puts a robust CLIP image tower into a LLaVA: a copy of the directory in whic
     python examples/swap_vision_tower.py --llava models/llava-1.5-7b-hf --model runs/lore4-l14-336 \
       --output_dir models/llava-1.5-7b-lore4
 
---llava is a directory of a LlavaForConditionalGeneration or LlavaNextForConditionalGeneration with safetensors, --model the
-output_dir of train_lore.py or another directory with the image half of a CLIP, of the same architecture as LLaVA's tower.
-Nothing of the language model is loaded: files are copied, and the bytes of the tower's tensors written over in the copies
-that hold them, rounded to the file's precision. So a 13B model needs the memory of one tower, and every other byte stays.
+--llava is a directory of a LlavaForConditionalGeneration or LlavaNextForConditionalGeneration with safetensors, --model
+the output_dir of train_lore.py or another directory with the image half of a CLIP, of the same architecture as LLaVA's
+tower. Nothing of the language model is loaded: files are copied, and the bytes of the tower's tensors written over in
+the copies that hold them, rounded to the file's precision. So a 13B model needs the memory of one tower, and every
+other byte stays.
 """
 
 from __future__ import annotations
@@ -33,12 +34,15 @@ from utils.models.published import check_model, load_weights, quiet_transformers
 from utils.text_files import parse_json
 from utils.training.checkpoint import replace_directory
 
-ARCHITECTURE = ("hidden_size", "num_hidden_layers", "patch_size", "image_size", "hidden_act", "num_attention_heads", "intermediate_size", "layer_norm_eps")  # fmt: skip
+ARCHITECTURE = (
+    "hidden_size", "num_hidden_layers", "patch_size", "image_size",
+    "hidden_act", "num_attention_heads", "intermediate_size", "layer_norm_eps",
+)  # fmt: skip
 CLIP_TYPES = ("clip", "clip_vision_model")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
-# transformers 5 writes vision_tower.embeddings..., 4 wrote vision_tower.vision_model.embeddings..., and inside of a whole
-# model it may stand under model. too.
+# transformers 5 writes vision_tower.embeddings..., 4 wrote vision_tower.vision_model.embeddings..., and inside of a
+# whole model it may stand under model. too.
 TOWER = re.compile(r"(?:^|\.)vision_tower\.(?:vision_model\.)?(.+)$")
 
 
@@ -86,8 +90,8 @@ def main() -> None:
         raise UserError(f"--output_dir {output_dir}: cannot be written ({error.strerror})") from None
     files = len({slot.file for slot in slots.values()})
     print(
-        f"{output_dir}: {len(slots)} tensors of the image tower replaced in {files} of {copied} weight files; the tower moved by "
-        f"{100 * (moved / norm) ** 0.5:.2f} % of its length"
+        f"{output_dir}: {len(slots)} tensors of the image tower replaced in {files} of {copied} weight files; "
+        f"the tower moved by {100 * (moved / norm) ** 0.5:.2f} % of its length"
     )
 
 
@@ -113,8 +117,8 @@ def check_architecture(there: PreTrainedConfig, model: str) -> None:
     for name in ARCHITECTURE:
         if getattr(here, name) != getattr(there, name):
             raise UserError(
-                f"--model {model}: {name} is {getattr(here, name)}, LLaVA's image tower has {getattr(there, name)}; give a "
-                "model that was fine-tuned from LLaVA's own encoder"
+                f"--model {model}: {name} is {getattr(here, name)}, LLaVA's image tower has {getattr(there, name)}; "
+                "give a model that was fine-tuned from LLaVA's own encoder"
             )
 
 
@@ -123,8 +127,8 @@ def check_normalisation(llava: Path, model: Path) -> None:
     there, here = normalisation(llava), normalisation(model)
     if there and here and there != here:
         raise UserError(
-            f"--model {model}: normalises with {here[0]} and {here[1]}, LLaVA with {there[0]} and {there[1]}; the tower would see "
-            "other images than it was trained on"
+            f"--model {model}: normalises with {here[0]} and {here[1]}, LLaVA with {there[0]} and {there[1]}; "
+            "the tower would see other images than it was trained on"
         )
 
 
@@ -164,8 +168,8 @@ def find_tower(llava: Path) -> dict[str, Slot]:
                 raise UserError(f"--llava {llava}: {key} and {slots[match[1]].key} are the same tensor of the tower")
             if entry["dtype"] not in DTYPES:
                 raise UserError(
-                    f"--llava {llava}: {key} is stored as {entry['dtype']}; expected one of {', '.join(DTYPES)}, a model that is "
-                    "not quantised"
+                    f"--llava {llava}: {key} is stored as {entry['dtype']}; expected one of {', '.join(DTYPES)}, "
+                    "a model that is not quantised"
                 )
             first, last = entry["data_offsets"]
             dtype = DTYPES[entry["dtype"]]
@@ -182,7 +186,8 @@ def weight_files(llava: Path) -> list[str]:
         if (llava / "model.safetensors").is_file():
             return ["model.safetensors"]
         raise UserError(
-            f"--llava {llava}: neither model.safetensors nor model.safetensors.index.json; save it by transformers' save_pretrained"
+            f"--llava {llava}: neither model.safetensors nor model.safetensors.index.json; "
+            "save it by transformers' save_pretrained"
         )
     try:
         files = sorted(set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -231,7 +236,7 @@ def load_tower(model: str) -> dict[str, Tensor]:
 
 
 def check_tensors(slots: dict[str, Slot], tower: dict[str, Tensor], settings: Settings) -> None:
-    """Raises ``UserError`` unless the two towers have the same tensors, of the same shapes, that fit into the precision."""
+    """Raises ``UserError`` unless both towers have the same tensors, of the same shapes, that fit the precision."""
     for name in sorted(set(slots) | set(tower)):
         if name not in slots:
             raise UserError(
@@ -241,17 +246,18 @@ def check_tensors(slots: dict[str, Slot], tower: dict[str, Tensor], settings: Se
             raise UserError(f"--model {settings.model}: lacks {name}, LLaVA's {slots[name].key}")
         if slots[name].shape != tuple(tower[name].shape):
             raise UserError(
-                f"--model {settings.model}: {name} is {tuple(tower[name].shape)}, LLaVA's {slots[name].key} {slots[name].shape}"
+                f"--model {settings.model}: {name} is {tuple(tower[name].shape)}, LLaVA's {slots[name].key} "
+                f"{slots[name].shape}"
             )
         if tower[name].abs().max() > torch.finfo(slots[name].dtype).max:
             raise UserError(
-                f"--model {settings.model}: {name} reaches {tower[name].abs().max():.3g}, more than the {slots[name].dtype} of "
-                "LLaVA's file can hold; save LLaVA in bfloat16 or float32 first"
+                f"--model {settings.model}: {name} reaches {tower[name].abs().max():.3g}, "
+                f"more than the {slots[name].dtype} of LLaVA's file can hold; save LLaVA in bfloat16 or float32 first"
             )
 
 
 def copy_files(llava: Path, aside: Path, changed: set[str], hard_links: bool) -> int:
-    """Copies the directory; links weight files outside of ``changed`` where that is wished. -> number of safetensors files.
+    """Copies the directory, or links the weight files that are not in ``changed``. -> number of safetensors files.
 
     A second copy of the weights in .bin files would keep the old tower, and is left out.
     """

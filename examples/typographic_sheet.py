@@ -1,4 +1,4 @@
-"""Draws a contact sheet of typographic attacks: images of a labelled set, clean and with a wrong class name written on them.
+"""Draws a contact sheet of typographic attacks: images, clean and with a wrong class name written on them.
 
     python examples/typographic_sheet.py --data data/imagenet-100 --image_size 224 --output sheet.png
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -25,22 +26,25 @@ from utils.sets.typographic import KINDS, PLACES, word_style
 IMAGES_PER_ROW = 4
 
 
+data_flag, word_flag = partial(flag, group="data"), partial(flag, group="words")
+
+
 @dataclass
 class Settings:
-    # fmt: off
     data: str = required("set directory: classnames.txt and <split>/*.tar", group="data", path=True)
-    split: str = flag("test", "folder of the shards", group="data")
-    num_images: int = flag(24, "images, drawn from the whole split", group="data", minimum=1)
-    image_size: int = flag(64, "side of the images, in pixels", group="data", minimum=8)
-    cache_dir: str | None = flag(None, "where indexes of shards are kept (default: the system's cache)", group="data", path=True)
-    fonts: list[str] = flag(["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"], "fonts of matplotlib, Aileron, or .ttf files", group="words", path=True)
-    word_size_min: float = flag(20.0, "smallest letters, in pixels at an image side of 224", group="words", above=0)
-    word_size_max: float = flag(40.0, "largest letters, in the same unit", group="words", above=0)
-    word_kind: str = flag("outlined", "coloured letters with an outline, or black on a white label", group="words", choices=KINDS)
-    word_place: str = flag("anywhere", "which half of the image words are written in", group="words", choices=PLACES)
-    seed: int = flag(0, "of the images and the words", group="words", minimum=0)
+    split: str = data_flag("test", "folder of the shards")
+    num_images: int = data_flag(24, "images, drawn from the whole split", minimum=1)
+    image_size: int = data_flag(64, "side of the images, in pixels", minimum=8)
+    cache_dir: str | None = data_flag(None, "where indexes of shards are kept (default: the system's cache)", path=True)
+    fonts: list[str] = word_flag(
+        ["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"], "fonts of matplotlib, Aileron, or .ttf files", path=True
+    )
+    word_size_min: float = word_flag(20.0, "smallest letters, in pixels at an image side of 224", above=0)
+    word_size_max: float = word_flag(40.0, "largest letters, in the same unit", above=0)
+    word_kind: str = word_flag("outlined", "coloured letters with an outline, or black on a label", choices=KINDS)
+    word_place: str = word_flag("anywhere", "which half of the image words are written in", choices=PLACES)
+    seed: int = word_flag(0, "of the images and the words", minimum=0)
     output: str = required("the sheet, a .png", group="output", path=True)
-    # fmt: on
 
 
 def main() -> None:

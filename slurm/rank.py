@@ -31,7 +31,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def main() -> None:
-    # Until the script has handlers of its own there is nothing to save: a rank that is told to go is to be started again.
+    # Until the script has its own handlers there is nothing to save: a rank that is stopped has to start again.
     for number in SIGNALS:
         signal.signal(number, leave)
     ranks = rank_environment(os.environ)
@@ -66,10 +66,11 @@ def leave(number: int, frame: object) -> None:
 
 
 def rank_environment(slurm: dict[str, str] | os._Environ) -> dict[str, str]:
-    """RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE of this task. Raises ``UserError`` outside of a step of srun."""
+    """RANK, LOCAL_RANK, WORLD_SIZE and LOCAL_WORLD_SIZE of this task. Raises ``UserError`` outside a step of srun."""
     if "SLURM_STEP_ID" not in slurm:  # a batch script has the other variables too, but is not a task
         raise UserError(
-            "SLURM_STEP_ID is not set; expected srun to start this, one task per process; without SLURM use accelerate launch"
+            "SLURM_STEP_ID is not set; expected srun to start this, one task per process; "
+            "without SLURM use accelerate launch"
         )
     return {
         "RANK": slurm["SLURM_PROCID"],
@@ -108,7 +109,8 @@ def master(env: dict[str, str] | os._Environ) -> dict[str, str]:
         socket.getaddrinfo(address, None)
     except OSError:
         raise UserError(
-            f"{address}, where rank 0 runs, has no address here; set MASTER_ADDR to a name or an address that all nodes can reach"
+            f"{address}, where rank 0 runs, has no address here; set MASTER_ADDR to a name or an "
+            "address that all nodes can reach"
         ) from None
     # Below the ephemeral ports. Of 32 steps each, jobs meet where their numbers are a multiple of 619 apart.
     port = 10000 + (int(env["SLURM_JOB_ID"]) + 619 * int(env["SLURM_STEP_ID"])) % 20000

@@ -27,8 +27,9 @@ from tests.conftest import flags, two_processes  # noqa: E402
 TIMINGS = {"images_per_second", "data_wait_fraction", "peak_memory_gib", "model_flops_utilisation"}
 STEPS = 4
 COMMON = {
-    "max_steps": STEPS, "logging_steps": 1, "num_workers": 0, "learning_rate": 1e-3, "checkpoint_steps": 2, "eval_steps": 2,
-    "checkpoints_total_limit": 0, "eval_num_samples": 20, "per_device_train_batch_size": 6, "report_to": "none",
+    "max_steps": STEPS, "logging_steps": 1, "num_workers": 0, "learning_rate": 1e-3,
+    "checkpoint_steps": 2, "eval_steps": 2, "checkpoints_total_limit": 0,
+    "eval_num_samples": 20, "per_device_train_batch_size": 6, "report_to": "none",
 }  # fmt: skip
 LORE = {"train_shards": "digits/train", "eval_shards": "digits/test", "attack_steps": 2, "primal_steps": 2, "eps": 8}
 WORDS = {"train_shards": "digits/train", "eval_shards": "digits/test", "fonts": "DejaVuSans"}
@@ -82,7 +83,7 @@ def start(checkout: Path, folder: Path, name: str, output_dir: Path, **changes: 
 
 
 def digest(output_dir: Path) -> dict[str, str]:
-    """Digests of the weights of the run, of its best and last checkpoints' models, and of its metrics without timings."""
+    """Digests of a run's weights, of the models of its best and last checkpoints, of its metrics without timings."""
     from safetensors.torch import load_file
 
     found = {}

@@ -68,7 +68,7 @@ def save_small_clip(directory: Path, seed: int = 0, num_layers: int = 2, hidden_
 
 
 def save_scaled(directory: Path, other: Path, name: str, largest: float) -> None:
-    """The model of ``directory`` with the projection ``name`` so large that its weights are finite and embeddings are not."""
+    """The model of ``directory`` with finite weights, and a projection ``name`` so large that embeddings overflow."""
     shutil.copytree(directory, other)
     tensors = load_file(other / "model.safetensors")
     weight = tensors[f"{name}.weight"]
@@ -99,8 +99,9 @@ KINDS = (*TEXT_KINDS, "clip_vision_model", "siglip_vision_model", "dinov2", "din
 def save_small_model(directory: Path, kind: str, num_classes: int = 10) -> None:
     """A model of any supported kind with random weights for 32 px, and its processor, as a user's model would be saved.
 
-    ``convnext`` is CLIP ConvNeXt as a vision-text-dual-encoder; ``dinov2_head`` is DINOv2 with a head of ``num_classes``,
-    made for 64 px. SigLIP's tower has a probe that attends, DINOv2's layer scale is 1 so that all layers matter.
+    ``convnext`` is CLIP ConvNeXt as a vision-text-dual-encoder; ``dinov2_head`` is DINOv2 with a head of
+    ``num_classes``, made for 64 px. SigLIP's tower has a probe that attends. DINOv2's layer scale is 1, so all layers
+    matter.
     """
     if kind == "clip":
         return save_small_clip(directory)
@@ -133,7 +134,8 @@ def save_small_model(directory: Path, kind: str, num_classes: int = 10) -> None:
             ),
             CLIPTextConfig(
                 **tower, intermediate_size=64, hidden_act="gelu", vocab_size=len(tokenizer),
-                bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+                bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
             ),
             projection_dim=24,
         )  # fmt: skip

@@ -67,7 +67,8 @@ def test_a_flag_that_asks_for_something_else_than_a_run_waives_the_required_ones
         (["--model", "m", "--steps", "1.5"], r"--steps: '1.5' is not a whole number"),
         (["--model", "m", "--limit", "0"], r"--limit: 0 is too small; expected at least 1"),
         (["--model", "m", "--compile", "maybe"], r"--compile: 'maybe' is not true or false"),
-        (["--model", "m", "--objective", "embeding"], r"'embeding' is not one of embedding, tecoa, did you mean embedding\?"),
+        (["--model", "m", "--objective", "embeding"],
+         r"'embeding' is not one of embedding, tecoa, did you mean embedding\?"),
         (["--model", "m", "--eps"], r"--eps: expected"),
         (["--eps", "4"], r"--model: missing; a model"),
         (["--model", "m", "--eps"], r"--eps: expected a number after it"),
@@ -97,7 +98,8 @@ def test_a_flag_that_comes_again_adds_to_a_list_and_takes_the_place_of_one_value
     assert not caplog.records
     assert parse("--model", "m", "--eps", "4", "--eps=8", "--compile", "--compile", "false") == Settings("m", eps=8.0)
     assert caplog.messages == [
-        "--eps: given twice, '4' and '8'; the last one counts", "--compile: given twice, 'true' and 'false'; the last one counts",
+        "--eps: given twice, '4' and '8'; the last one counts",
+        "--compile: given twice, 'true' and 'false'; the last one counts",
     ]  # fmt: skip
 
 
@@ -194,8 +196,9 @@ def test_a_recipe_and_the_command_line_have_one_grammar(name, tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "value"),
     [
-        ("model", "1.10", "1.10"), ("model", "2024_05_01", "2024_05_01"), ("model", "no", "no"), ("model", "1:30", "1:30"),
-        ("model", "2024-05-01", "2024-05-01"), ("model", "0x10", "0x10"), ("model", "1e3", "1e3"), ("folder", "on", "on"),
+        ("model", "1.10", "1.10"), ("model", "2024_05_01", "2024_05_01"), ("model", "no", "no"),
+        ("model", "1:30", "1:30"), ("model", "2024-05-01", "2024-05-01"), ("model", "0x10", "0x10"),
+        ("model", "1e3", "1e3"), ("folder", "on", "on"),
         ("steps", "010", 10), ("steps", "+4", 4), ("eps", "1e-5", 1e-5), ("eps", ".5", 0.5), ("eps", "5.", 5.0),
         ("compile", "no", False), ("compile", "ON", True), ("compile", "1", True), ("limit", "none", None),
         ("t", "-5e-1", [-0.5]), ("t", "-.5", [-0.5]), ("names", "none", None), ("names", "1.10", ["1.10"]),
@@ -276,13 +279,16 @@ def test_a_rule_that_does_not_exist_is_a_mistake_of_the_script():
         flag(1, "steps", group="a", minimun=0)
 
 
-PATHS = "output_dir cache_dir classnames linear_head model_name_or_path train_shards eval_shards resume_from_checkpoint data model"
+PATHS = (
+    "output_dir", "cache_dir", "classnames", "linear_head", "model_name_or_path",
+    "train_shards", "eval_shards", "resume_from_checkpoint", "data", "model",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("script", [train_lore, train_po, evaluate])
 def test_what_names_a_path_is_marked_so(script):
     fields = {field.name: field.metadata["path"] for field in dataclasses.fields(script.Settings)}
-    assert [name for name in PATHS.split() if fields.get(name) is False] == []
+    assert [name for name in PATHS if fields.get(name) is False] == []
 
 
 def test_the_command_of_a_card_gives_the_same_settings(monkeypatch):
@@ -336,7 +342,8 @@ def test_mistakes_are_found_before_a_model_is_loaded(never_loads, small_clip, di
     }
     wrong = [
         ({"train_shards": tmp_path / "nowhere"}, r"--train_shards .*nowhere: nothing is there"),
-        ({"train_shards": digits}, r"--train_shards .*: a folder without .tar files; .* name its train/ or test/ folder"),
+        ({"train_shards": digits},
+         r"--train_shards .*: a folder without .tar files; .* name its train/ or test/ folder"),
         ({"train_shards": "pipe:cat x.tar"}, r"--train_shards pipe:cat .*: runs a shell command"),
         ({"model_name_or_path": bert}, r"--model_name_or_path .*bert: model type 'bert'; supported: clip"),
         ({"model_name_or_path": "no/such"}, r"--model_name_or_path no/such: neither a local model directory"),
@@ -368,7 +375,7 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path):
 
 @pytest.mark.parametrize("status", [0, 85])
 def test_a_process_of_several_ends_without_the_interpreters_end(status, tmp_path):
-    """There gloo's threads would abort it. What else happens at the end happens: threads, handlers, what is still in a buffer."""
+    """There gloo's threads would abort it. All else at the end still happens: threads, handlers, buffers."""
     script = tmp_path / "ends.py"
     script.write_text(f"""
 import atexit, os, sys, threading, time

@@ -71,8 +71,9 @@ def test_report_follows_its_schema(arguments, small_clip, digits, tmp_path, caps
 @pytest.mark.parametrize(
     "changes",
     [
-        {"attack": ["clean"]}, {"attack": ["apgd"], "eps": 1}, {"attack": ["typographic"]}, {"measure": ["interpretability"]},
-        {"measure": ["fidelity"]}, {"measure": ["retention"]}, {"classifier": "knn"}, {"classifier": "linear_probe"},
+        {"attack": ["clean"]}, {"attack": ["apgd"], "eps": 1}, {"attack": ["typographic"]},
+        {"measure": ["interpretability"]}, {"measure": ["fidelity"]}, {"measure": ["retention"]},
+        {"classifier": "knn"}, {"classifier": "linear_probe"},
     ],
     ids=str,
 )  # fmt: skip
@@ -174,7 +175,8 @@ def value(directory, measure, attack="clean", **settings):
 def test_words_and_retention_do_not_depend_on_processes_or_batch_size(arguments, small_clip, tmp_path):
     save_small_clip(tmp_path / "other", seed=1)
     common = {
-        "model": [small_clip, tmp_path / "other"], "attack": ["clean", "typographic"], "eps": 4, "measure": ["accuracy", "retention"],
+        "model": [small_clip, tmp_path / "other"], "attack": ["clean", "typographic"],
+        "eps": 4, "measure": ["accuracy", "retention"],
         "reference_model_name_or_path": small_clip, "word_size_min": 40, "word_size_max": 60,
     }  # fmt: skip
     evaluate.main(arguments(output_dir=tmp_path / "one", **common))
@@ -226,9 +228,10 @@ def head_run(small_clip, attribute_digits, tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs") / "head"
     train_po.main(
         [
-            "--model_name_or_path", str(small_clip), "--train_shards", str(attribute_digits / "pairs/train"), "--task", "pairs",
-            "--trainable", "head", "--max_steps", "150", "--learning_rate", "0.02", "--num_workers", "0", "--report_to", "none",
-            "--per_device_train_batch_size", "64", "--cache_dir", str(directory.parent / "cache"), "--output_dir", str(directory),
+            "--model_name_or_path", str(small_clip), "--train_shards", str(attribute_digits / "pairs/train"),
+            "--task", "pairs", "--trainable", "head", "--max_steps", "150", "--learning_rate", "0.02",
+            "--num_workers", "0", "--report_to", "none", "--per_device_train_batch_size", "64",
+            "--cache_dir", str(directory.parent / "cache"), "--output_dir", str(directory),
         ]
     )  # fmt: skip
     return directory
@@ -342,7 +345,7 @@ def test_mistakes_about_measures_are_one_line(arguments, small_clip, digits, att
 
 @pytest.fixture
 def tiny(small_clip, tmp_path, monkeypatch):
-    """A set of 6 images in 3 classes, a model of its own, and what is measured of them; the page costs a second each time."""
+    """A set of 6 images in 3 classes, a model of its own, and their results; each page costs a second."""
     samples = [(f"s{i}", {"jpg": image_bytes(i, (32, 32)), "cls": str(i % 3).encode()}) for i in range(6)]
     for split in ("train", "test"):
         write_shard(tmp_path / "set" / split / "0.tar", samples)
@@ -397,8 +400,10 @@ def test_figures_follow_what_they_were_computed_from(tiny, tmp_path, caplog):
     steps = [
         (lambda: rewrite(shard, relabelled(shard, predicted)), everything, "--data .*set: has changed; 8 figures"),
         (lambda: None, [], None),
-        (lambda: replaced("set/classnames.txt", b"cat", b"cow"), everything[:2], "the class names or templates of --data"),
-        (lambda: replaced("set/zeroshot_classification_templates.txt", b"a {c}", b"A {c}"), everything[:2], "the class names or templates"),
+        (lambda: replaced("set/classnames.txt", b"cat", b"cow"), everything[:2],
+         "the class names or templates of --data"),
+        (lambda: replaced("set/zeroshot_classification_templates.txt", b"a {c}", b"A {c}"), everything[:2],
+         "the class names or templates"),
         (lambda: replaced(f"model/{processor.name}", b"0.48", b"0.18"), everything, "--model .*model: has changed; 8"),
         (other_weights, ["clean"], "--reference_model_name_or_path: has changed; 5 figures"),
         (lambda: replaced("words.ttf", b"Version", b"version"), ["typographic"], "--fonts: has changed; 2 figures"),
@@ -489,7 +494,7 @@ NASTY = "lo$\\frac$ <b>x</b>|[bold][red]:heart:\x1b[31m 😀\u200d" + "é" * 40
 
 
 def test_names_of_any_kind_are_shown_and_cost_no_figure(small_clip, tmp_path, monkeypatch):
-    """nine-or-null#14, ownphotos#112, scarches#25, fertilizer#47: dollars, markup, bytes that are not UTF-8, ASCII stdout."""
+    """nine-or-null#14, ownphotos#112, scarches#25, fertilizer#47: dollars, markup, no UTF-8, ASCII stdout."""
     model, data = tmp_path / NASTY, tmp_path / (os.fsdecode(b"set\xff$_$|") + "x" * 200)
     out = tmp_path / os.fsdecode(b"out\xff|$\\frac$")
     samples = [(f"s{i}", {"jpg": image_bytes(i, (32, 32)), "cls": str(i % 3).encode()}) for i in range(6)]

@@ -1,6 +1,6 @@
-"""What goes wrong in long runs, done to real ones: each ends in one clear line, or goes on to the same end. Nothing is lost.
+"""What goes wrong in long runs, done to real ones: each ends in one clear line or goes on to the same end.
 
-docs/reliability.md has the table of what is done here and how it ends.
+Nothing is lost. docs/reliability.md has the table of what is done here and how it ends.
 """
 
 import errno
@@ -447,7 +447,10 @@ def test_a_full_disk_keeps_the_last_checkpoint(arguments, tmp_path, monkeypatch)
 
         monkeypatch.setattr(utils.training.checkpoint, "save_file", save)
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        message = r"the checkpoint of step 4 cannot be written \(No space left on device\); the last one is .*step-2; make room"
+        message = (
+            r"the checkpoint of step 4 cannot be written \(No space left on device\); "
+            r"the last one is .*step-2; make room"
+        )
         with pytest.raises(UserError, match=message):
             train_lore.main(arguments())
         assert checkpoints(tmp_path / "run") == ["step-2"]
@@ -539,8 +542,10 @@ def broken_tracker(self, values, step=None, **more):
 def test_what_presents_a_model_cannot_take_it_along(
     arguments, small_clip, digits, tmp_path, monkeypatch, caplog, trainer
 ):
-    """nine-or-null#14, ownphotos#112, fertilizer#47: markup in names, bytes that are no text, a tokenizer, card and tracker
-    that fail: everything is saved, and what could not be is said in a line each."""
+    """nine-or-null#14, ownphotos#112, fertilizer#47: all is saved; what could not be is said in a line each.
+
+    Names with markup, bytes that are no text; a tokenizer, a card and a tracker that fail.
+    """
     model = shutil.copytree(small_clip, tmp_path / "m $x$ [/b] ünï")
     shards = os.fsdecode(os.fsencode(tmp_path) + b"/tr\xff$x$")
     os.mkdir(shards)
@@ -594,7 +599,7 @@ IN_THE_WAY = [
 
 @pytest.mark.parametrize("name", [*IN_THE_WAY, b"run\xff", "n" * 200 + "/", "pipe metrics.jsonl"])
 def test_an_output_that_cannot_be_written_is_refused_before_data_is_opened(arguments, tmp_path, name):
-    """scarches#25: what stands in the way of checkpoints or of the model at the end; a path that is no UTF-8 or too long."""
+    """scarches#25: what stands in the way of checkpoints or of the final model; a path that is no UTF-8 or too long."""
     run = tmp_path / "run"
     expected = r"is in the way, the run writes a f\w+ of that name; move it away"
     if isinstance(name, bytes):

@@ -1,6 +1,6 @@
-"""Files from outside, damaged at random: every one ends in a declared error or a skipped sample, soon and in bounded memory.
+"""Files damaged at random: each ends in a declared error or a skipped sample, soon and in bounded memory.
 
-A failing mutant is known by its target and its seed, which the test's message gives. To see it again, and to try others:
+The message of a failing test gives the mutant's target and seed. To see it again, and to try others:
 
     python -m tests.test_fuzz shard 1234          # one mutant
     python -m tests.test_fuzz all 0 20000         # the seeds 0 ... 19999 of every target
@@ -278,7 +278,10 @@ def fuzz_metrics(draw: random.Random, folder: Path) -> None:
 def fuzz_tensors(draw: random.Random, folder: Path) -> None:
     """Heads, linear heads, and published corruptions."""
     eye = torch.eye(4)
-    save_file({"weight": eye, "visual_projection": torch.ones(4, 6), "text_projection": torch.ones(4, 5)}, folder / "head.safetensors")  # fmt: skip
+    save_file(
+        {"weight": eye, "visual_projection": torch.ones(4, 6), "text_projection": torch.ones(4, 5)},
+        folder / "head.safetensors",
+    )
     save_file({"weight": torch.ones(5, 4), "bias": torch.ones(5)}, folder / "linear", metadata={"normalise": "true"})
     published = folder / "CIFAR-10-C"
     published.mkdir()
@@ -394,7 +397,8 @@ def main() -> None:
             slowest = max(slowest, time.perf_counter() - started)
         seconds = time.perf_counter() - clock
         print(
-            f"{name}: {len(seeds)} mutants, {seconds:.0f} s, the slowest {slowest:.1f} s, peak {peak_gib():.2f} GiB, {ends}"
+            f"{name}: {len(seeds)} mutants, {seconds:.0f} s, the slowest {slowest:.1f} s, "
+            f"peak {peak_gib():.2f} GiB, {ends}"
         )
 
 

@@ -26,7 +26,7 @@ OUTSIDE = {"torch", "pyautoattack"}  # Square is its authors' own code
 
 
 def imports(path: Path) -> set[str]:
-    """The modules that a file imports, those inside functions too; ``from utils.data import shards`` is utils.data.shards."""
+    """The modules that a file imports, inside functions too; ``from utils.data import shards`` is utils.data.shards."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

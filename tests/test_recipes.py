@@ -1,4 +1,4 @@
-"""recipes/: every file is accepted by its trainer, makes a step with exactly its settings, and says what the papers say."""
+"""recipes/: a trainer accepts every file, makes a step with exactly its settings, and they are the papers'."""
 
 import dataclasses
 import importlib
@@ -151,7 +151,7 @@ def test_every_row_of_the_papers_settings_has_its_command():
 
 
 def test_siblings_differ_in_what_is_compared_and_in_nothing_else():
-    """FARE from LORE, an ablation from LORE, a preference from DPO: another batch or rate would decide the comparison."""
+    """FARE and ablations from LORE, preferences from DPO: another batch or rate would decide the comparison."""
     rhythm = {"output_dir", "eval_steps", "checkpoint_steps", "logging_steps"}
 
     def differences(name, other):

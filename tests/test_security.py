@@ -98,8 +98,9 @@ def test_the_scan_of_the_source_finds_what_it_looks_for():
         "AutoModel.from_pretrained(name, trust_remote_code=True)", "gopen(url)", "accelerator.load_state(folder)",
     ]  # fmt: skip
     good = [
-        "torch.load(path, weights_only=True)", "np.load(path, allow_pickle=False)", "model.eval()", "yaml.safe_load(text)",
-        "AutoModel.from_pretrained(name, trust_remote_code=False)", "subprocess.run(words)", "module.load_state_dict(x)",
+        "torch.load(path, weights_only=True)", "np.load(path, allow_pickle=False)", "model.eval()",
+        "yaml.safe_load(text)", "AutoModel.from_pretrained(name, trust_remote_code=False)",
+        "subprocess.run(words)", "module.load_state_dict(x)",
     ]  # fmt: skip
     assert [call for call in bad if not dangerous_calls(call)] == []
     assert [call for call in good if dangerous_calls(call)] == []
@@ -533,10 +534,12 @@ def test_a_report_of_somebody_else_is_checked(tmp_path):
 def test_urls_are_shown_without_what_may_be_a_token(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "SECRETinTheEnvironment")
     secrets = [
-        "https://user:SECRET@host/a.tar", "https://SECRET@host/a.tar", "https://host/a.tar?token=SECRET", "s3://key:SECRET@b/a",
-        "https://host/a.tar?a=1#b?SECRET=3 SECRET", "https://user:p?SECRET@host/a.tar", "https://user:p#SECRET@host/a.tar",
+        "https://user:SECRET@host/a.tar", "https://SECRET@host/a.tar", "https://host/a.tar?token=SECRET",
+        "s3://key:SECRET@b/a", "https://host/a.tar?a=1#b?SECRET=3 SECRET", "https://user:p?SECRET@host/a.tar",
+        "https://user:p#SECRET@host/a.tar",
         "pipe:curl -H 'Authorization: Bearer SECRET' https://host", "pipe:TOKEN=SECRET curl https://host/a.tar",
-        "pipe:SECRET;x", "hf_" + "SECRET" * 6, "xSECRETinTheEnvironmentx", "hf://datasets/o/n@hf_" + "SECRET" * 6 + "/a.tar",
+        "pipe:SECRET;x", "hf_" + "SECRET" * 6, "xSECRETinTheEnvironmentx",
+        "hf://datasets/o/n@hf_" + "SECRET" * 6 + "/a.tar",
     ]  # fmt: skip
     for secret in secrets:
         assert "SECRET" not in str(shown_setting(secret)).replace("pipe:SECRET;x", ""), secret
@@ -606,9 +609,10 @@ def test_a_run_leaves_no_token(small_clip, digits, tmp_path, monkeypatch, capfd,
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(f"eval_shards: ['pipe:cat {shard} #SECRETinPipe']\neval_num_samples: 8\n")
         argv = [
-            *flags({"model_name_or_path": small_clip, "config": recipe, "output_dir": run, "cache_dir": cache, "max_steps": 1}),
+            *flags({"model_name_or_path": small_clip, "config": recipe, "output_dir": run, "cache_dir": cache}),
             *("--allow_pipe_urls", f"--train_shards={server.url}/train/{shard.name}?token=SECRETinQuery"),
             *("--classnames", f"{server.url}/classnames.txt?token=SECRETinNames", "--num_workers", "0"),
+            *("--max_steps", "1"),
             *flags({"per_device_train_batch_size": 4, "attack_steps": 1, "primal_steps": 1, "checkpoint_steps": 1}),
             *("--report_to", "tensorboard", "--keep_best", "eval_accuracy_clean"),
         ]  # fmt: skip

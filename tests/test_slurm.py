@@ -47,7 +47,8 @@ def slowly():
 
 
 atexit.register(slowly)
-accelerator.end_training()  # or a thread of the group may meet the interpreter's end: abort in 2 of 40 runs, 0 of 200 with it
+# Without this a thread of the group may meet the interpreter's end: abort in 2 of 40 runs, with it in 0 of 200.
+accelerator.end_training()
 sys.exit(85)
 """
 
@@ -129,7 +130,8 @@ def test_a_config_means_the_same_to_a_task_as_to_accelerate_launch(config, tmp_p
     script = tmp_path / "script.py"
     script.write_text(
         "import json, os\nif os.environ.get('RANK', '0') == '0':\n    print('environment', json.dumps(\n"
-        "        {k: v for k, v in sorted(os.environ.items()) if k.startswith(('ACCELERATE_', 'FSDP_', 'OMP_', 'RANK'))}), flush=True)\n"
+        "        {k: v for k, v in sorted(os.environ.items())\n"
+        "         if k.startswith(('ACCELERATE_', 'FSDP_', 'OMP_', 'RANK'))}), flush=True)\n"
     )
     processes = re.search(r"num_processes: (\d+)", (ROOT / "accelerate_configs" / config).read_text()).group(1)
     env = task(0, int(processes), tmp_path) | {"OMP_NUM_THREADS": "1"}
@@ -211,7 +213,7 @@ def fake(folder: Path, name: str, body: str) -> None:
 
 @pytest.fixture
 def submit(tmp_path):
-    """submit(script, *flags, status=..., state=..., **env) -> Popen of the job; its calls are lines of tmp_path/calls."""
+    """submit(script, *flags, status=, state=, **env) -> the job's Popen; its calls are lines in tmp_path/calls."""
     shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
     (tmp_path / ".venv/bin").mkdir(parents=True)
     (tmp_path / ".venv/bin/activate").touch()

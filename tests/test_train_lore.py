@@ -182,7 +182,7 @@ def test_accumulated_micro_batches_equal_one_batch(arguments, tmp_path, monkeypa
 
 
 def test_accumulated_micro_batches_ascend_as_one_batch(arguments, tmp_path, monkeypatch):
-    """AdamW sees no factor in a gradient: gradient ascent shows whether the dual loss is a mean over the micro-batches."""
+    """AdamW sees no factor in a gradient; gradient ascent shows whether the dual loss is a mean over micro-batches."""
     with_sgd(monkeypatch)
     monkeypatch.setattr(
         train_lore,

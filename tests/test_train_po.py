@@ -1,4 +1,4 @@
-"""train_po.py as users start it, and its invariants: processes, accumulation, kept embeddings, exported heads, resume, constraint."""
+"""train_po.py as users start it, and its invariants: processes, accumulation, kept embeddings, heads, resume."""
 
 import json
 import math
@@ -132,12 +132,14 @@ def test_a_run_from_the_command_line_ends_in_a_model_that_loads(arguments, small
         ({"preference": "ipo"}, 25, "image"),
         ({"preference": "kto", "attacks_per_image": 3}, 0.5, "image"),
         ({"preference": "ce", "gradient_checkpointing": "true", "optimizer": "adamw"}, None, "image"),
-        ({"preference": "dpo", "max_grad_norm": 0.1, "weight_average": "beta", "word_kind": "label"}, math.log(2), "all"),
+        ({"preference": "dpo", "max_grad_norm": 0.1, "weight_average": "beta", "word_kind": "label"}, math.log(2),
+         "all"),
         ({"preference": "kto", "orthogonality_weight": 0.1}, 0.5, "head"),
         ({"preference": "ipo", "task": "pairs"}, 25, "head"),
         ({"preference": "dpo", "task": "pairs"}, math.log(2), "all"),
         # With rho 0 nothing is violated at the reference.
-        ({"preference": "kto", "constraint": "embedding", "rho": 0, "multiplier": "linear", "margin": "fixed"}, 0.5, "image"),
+        ({"preference": "kto", "constraint": "embedding", "rho": 0, "multiplier": "linear", "margin": "fixed"}, 0.5,
+         "image"),
         ({"preference": "dpo", "constraint": "embedding", "rho": 0, "multiplier": "scalar"}, math.log(2), "head"),
     ],
 )  # fmt: skip
@@ -462,8 +464,11 @@ def seen(monkeypatch):
 
 
 def plain_run(directory, trainable, steps, rate, dual_rate, rho):
-    """DPO + KL + lambda v and the dual ascent as an algorithm box, float32: transformers' own layers, SGD, AdamW operation by
-    operation. ``steps``: the micro-batches of every step. -> what was trained by name, the multiplier, a row per step."""
+    """DPO + KL + lambda v and the dual ascent as an algorithm box, in float32.
+
+    transformers' own layers, SGD, AdamW operation by operation. ``steps``: the micro-batches of every step.
+    -> what was trained by name, the multiplier, a row per step.
+    """
     with quiet_transformers():
         clip = CLIPModel.from_pretrained(directory, dtype=torch.float32)
         processor = CLIPProcessor.from_pretrained(directory)
@@ -625,7 +630,8 @@ def test_a_step_reads_no_value_from_the_device(arguments, tmp_path, constraint):
         with ScalarsRead() as read:
             train_po.main(
                 arguments(
-                    constraint=constraint, optimizer="adamw", max_steps=steps, logging_steps=100, output_dir=tmp_path / str(steps)
+                    constraint=constraint, optimizer="adamw", max_steps=steps,
+                    logging_steps=100, output_dir=tmp_path / str(steps),
                 )
             )  # fmt: skip
         counts.append(read.count)

@@ -1,4 +1,4 @@
-"""train_lore.py with its collectives counted: process 0 writes those of the last step but one to a file named by the first argument."""
+"""train_lore.py with its collectives counted: process 0 writes those of the last step but one to the file argv[1]."""
 
 import json
 import os

@@ -3,8 +3,9 @@ from tests.conftest import run_script
 
 def test_all_methods_are_trained_evaluated_and_tabulated(small_clip, digits, tmp_path):
     output = run_script(
-        "benchmarks/compare_preferences.py", "--model", small_clip, "--data", digits, "--output_dir", tmp_path / "compare",
-        "--preferences", "ipo", "--seeds", 0, 1, "--steps", 2, "--batch_size", 8, "--num_samples", 20, "--jobs", 2,
+        "benchmarks/compare_preferences.py", "--model", small_clip, "--data", digits,
+        "--output_dir", tmp_path / "compare", "--preferences", "ipo", "--seeds", 0, 1,
+        "--steps", 2, "--batch_size", 8, "--num_samples", 20, "--jobs", 2,
     )  # fmt: skip
     lines = (tmp_path / "compare/table.md").read_text().splitlines()
     assert lines[:3] == [

@@ -39,7 +39,10 @@ from utils.methods.losses import squared_distance
 from utils.training.memory import TOWERS, random_encoder, tower_config
 from utils.training.metrics import forward_flops, preference_flops_per_sample
 
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8, "projection_dim": 24}  # fmt: skip
+SMALL = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "image_size": 32, "patch_size": 8, "projection_dim": 24,
+}  # fmt: skip
 CONFIGS = [
     SMALL,
     SMALL | {"num_hidden_layers": 5, "patch_size": 4},
@@ -165,7 +168,8 @@ def test_every_cost_grows_with_k_and_attack_steps(large):
         assert by_k == sorted(set(by_k))
         assert by_n == sorted(set(by_n))
         for stage in range(4):
-            sent = [bytes_per_step(step_collectives(large, method, stage=stage, processes=8, attack_steps=10, primal_steps=k), 8) for k in (1, 5, 10)]  # fmt: skip
+            settings = {"stage": stage, "processes": 8, "attack_steps": 10}
+            sent = [bytes_per_step(step_collectives(large, method, primal_steps=k, **settings), 8) for k in (1, 5, 10)]
             assert sent == sorted(set(sent))
 
 
@@ -209,12 +213,8 @@ def test_bytes_of_lore_by_hand(large, stage, accumulation, passes):
 
 def test_the_attack_sends_something_under_zero_3_alone(large):
     for stage in range(4):
-        sent = [
-            bytes_per_step(
-                step_collectives(large, "LORE", stage=stage, processes=8, attack_steps=n, primal_steps=5, gather_for_attack=False), 8
-            )
-            for n in (5, 20)
-        ]  # fmt: skip
+        settings = {"stage": stage, "processes": 8, "primal_steps": 5, "gather_for_attack": False}
+        sent = [bytes_per_step(step_collectives(large, "LORE", attack_steps=n, **settings), 8) for n in (5, 20)]
         assert (sent[0] < sent[1]) == (stage == 3)
 
 
@@ -233,11 +233,10 @@ def test_the_small_collectives_are_small(large):
 def test_zero_3_gathers_what_was_measured(gather, calls, passes):
     """docs/log.md, "Gathering once per attack": a tower of 4 blocks, no reuse distance, two processes."""
     tower = tower_cost(CLIPVisionConfig(**SMALL | {"num_hidden_layers": 4}))
-    gathers = [
-        one
-        for one in step_collectives(tower, "LORE", stage=3, processes=2, gather_for_attack=gather, reuse_distance=0, **LORE)
-        if one.what.startswith("weights")
-    ]  # fmt: skip
+    collectives = step_collectives(
+        tower, "LORE", stage=3, processes=2, gather_for_attack=gather, reuse_distance=0, **LORE
+    )
+    gathers = [one for one in collectives if one.what.startswith("weights")]
     assert sum(one.calls for one in gathers) == pytest.approx(calls, rel=0.01)
     assert sum(one.calls * one.message for one in gathers) / (4 * tower.parameters) == pytest.approx(passes, rel=0.01)
 
@@ -255,10 +254,11 @@ def test_seconds_by_hand():
 @pytest.mark.parametrize("stage", range(4))
 def test_overlap_lies_between_all_hidden_and_nothing_hidden(large, stage):
     for batch_size in (1, 16, 256):
+        settings = {"rate": 4e14, "batch_size": batch_size, "stage": stage, "network": Network(), **LORE}
         times = [
-            step_time(large, "LORE", rate=4e14, batch_size=batch_size, stage=stage, processes=n, network=Network(), spread=spread, **LORE)
+            step_time(large, "LORE", processes=n, spread=spread, **settings)
             for n, spread in ((8, True), (64, True), (64, False))
-        ]  # fmt: skip
+        ]
         for one in times:
             assert one.compute < one.with_overlap < one.without_overlap
         assert times[0].communication < times[1].communication < times[2].communication
@@ -268,7 +268,9 @@ def test_from_the_hidden_batch_size_on_the_bytes_hide(large):
     network = Network(latency=0.0)
     needed = hidden_batch_size(large, rate=4e14, processes=64, network=network)
     for factor, hides in ((0.9, False), (1.1, True)):
-        times = step_time(large, "LORE", rate=4e14, batch_size=factor * needed, stage=0, processes=64, network=network, **LORE)  # fmt: skip
+        times = step_time(
+            large, "LORE", rate=4e14, batch_size=factor * needed, stage=0, processes=64, network=network, **LORE
+        )
         gradients = next(one for one in step_collectives(large, "LORE", stage=0, processes=64, **LORE))
         last = network.seconds(gradients, 64) * 5 / gradients.calls
         assert (times.exposed < 1.2 * last + 1e-4) == hides
@@ -289,7 +291,8 @@ def test_the_command(tmp_path, capsys):
     doc.write_text("before\n<!-- cost_model.py -->\nan earlier table\n<!-- end -->\nafter\n")
     cost_model.main(
         [
-            "--encoders", "ViT-B/32", "--gpus", "8", "64", "--matmul_tflops", "700", "--memory", "false", "--output", str(tmp_path / "cost.json"),
+            "--encoders", "ViT-B/32", "--gpus", "8", "64", "--matmul_tflops", "700", "--memory", "false",
+            "--output", str(tmp_path / "cost.json"),
             "--measured", measured_rates(tmp_path / "rates.json", [slower, row]), "--markdown", str(doc),
         ]
     )  # fmt: skip
@@ -330,8 +333,9 @@ def test_two_processes_send_what_is_estimated(digits, tmp_path, config, accumula
     """A step of train_lore.py on two gloo processes with its collectives counted, by kind."""
     save_small_clip(tmp_path / "clip", num_layers=4, hidden_size=64)
     words = {
-        "model_name_or_path": tmp_path / "clip", "train_shards": digits / "train", "output_dir": tmp_path / "run", "report_to": "none",
-        "max_steps": 4, "logging_steps": 1000, "num_workers": 0, "per_device_train_batch_size": 8, "checkpoint_steps": 0,
+        "model_name_or_path": tmp_path / "clip", "train_shards": digits / "train", "output_dir": tmp_path / "run",
+        "report_to": "none", "max_steps": 4, "logging_steps": 1000, "num_workers": 0, "checkpoint_steps": 0,
+        "per_device_train_batch_size": 8,
         "gradient_accumulation_steps": accumulation, "cache_dir": tmp_path / "cache",
     }  # fmt: skip
     run_script(

@@ -10,9 +10,9 @@ from tests.conftest import run_script
 @pytest.mark.slow
 def test_both_stages_are_trained_evaluated_and_tabulated(small_clip, digits, tmp_path):
     words = [
-        "benchmarks/robust_and_aligned.py", "--model", small_clip, "--data", f"{digits}/", "--output_dir", tmp_path / "out",
-        "--methods", "lore_po_l2", "po_l2", "--lore_steps", 1, "--po_steps", 1, "--batch_size", 8, "--num_samples", 12,
-        "--apgd_steps", 2, "--jobs", 2,
+        "benchmarks/robust_and_aligned.py", "--model", small_clip, "--data", f"{digits}/",
+        "--output_dir", tmp_path / "out", "--methods", "lore_po_l2", "po_l2", "--lore_steps", 1, "--po_steps", 1,
+        "--batch_size", 8, "--num_samples", 12, "--apgd_steps", 2, "--jobs", 2,
     ]  # fmt: skip
     output = run_script(*words)
     assert output.count("$ accelerate launch") == 3 + 1  # the first stage that is not asked for too

@@ -49,8 +49,9 @@ def test_wrong_settings_of_the_benchmark_are_named(tmp_path, monkeypatch):
 def test_minutes_to_a_target_are_found(small_clip, digits, tmp_path):
     """A target of 0 is reached by the first copy of every run; one of 1 by none, from the copies that are kept."""
     words = [
-        "benchmarks/time_to_robust.py", "--model", str(small_clip), "--data", str(digits), "--steps", "4", "--check_steps", "2",
-        "--batch_size", "8", "--num_samples", "10", "--compile", "false", "--output_dir", str(tmp_path / "out"),
+        "benchmarks/time_to_robust.py", "--model", str(small_clip), "--data", str(digits),
+        "--steps", "4", "--check_steps", "2", "--batch_size", "8", "--num_samples", "10",
+        "--compile", "false", "--output_dir", str(tmp_path / "out"),
     ]  # fmt: skip
     run_script(*words, "--target", "0")
     results = json.loads((tmp_path / "out/results.json").read_text())["results"]

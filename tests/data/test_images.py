@@ -79,7 +79,7 @@ def test_pixels_equal_those_of_the_image_processor(processor):
     transform = ImageTransform.from_processor(processor)
     for name, data in pictures():
         transparent = "transparen" in name or name.startswith(("RGBA", "LA"))
-        # transformers 5.17 drops the alpha channel and shows the colour below it; 5.23 lays the image on white, as here.
+        # transformers 5.17 drops the alpha channel and shows the colour below; 5.23 lays the image on white, as here.
         if transparent and Version(transformers.__version__) < Version("5.23"):
             continue
         expected = processor(Image.open(io.BytesIO(data)), return_tensors="np")["pixel_values"][0]
@@ -202,7 +202,7 @@ def test_transforms_can_be_sent_to_workers():
     assert pickle.loads(pickle.dumps(transform)) == transform
 
 
-# ------------------------------------------------------------------------------- what files hold beside eight bits of RGB
+# ----------------------------------------------------------------------------- what files hold beside eight bits of RGB
 
 FULL = ImageTransform(None, None)
 

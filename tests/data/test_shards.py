@@ -402,6 +402,7 @@ ENDED = WHOLE + bytes(-(len(WHOLE) + 1024) % 10240 + 1024)
 EMPTY, BARE = bytes(10240), WHOLE + bytes(1024)  # an archive of nothing; one that is not filled up
 SIXTH, EIGHTH = (len(files(*PLAIN[: 2 * sample])) for sample in (5, 7))
 HELD = files(("a.jpg", SAMPLES[0][1]["jpg"]))
+SIZE = str(len(SAMPLES[0][1]["jpg"]))
 CLS = files(("b.cls", b"0"))
 LONG = "l" * 120
 
@@ -424,18 +425,23 @@ ABSENCES = {
     "two archives": (ENDED + ENDED, 24, [("joined archives", 0), ("repeated key", 0)]),
     "two that are not filled up": (BARE + BARE, 24, [("joined archives", 0), ("repeated key", 0)]),
     "nothing, then one": (EMPTY + ENDED, 12, [("joined archives", 0)]),
-    "one and half of one": (ENDED + ENDED[:SIXTH], 17, [("damaged shard", 1), ("joined archives", 0), ("repeated key", 0)]),
+    "one and half of one": (ENDED + ENDED[:SIXTH], 17,
+        [("damaged shard", 1), ("joined archives", 0), ("repeated key", 0)]),
     # webdataset#157: links
     "a hard link": (HELD + CLS + special("b.jpg", b"1", "a.jpg") + EMPTY, 2, []),
     "a link to what comes later": (special("s/b.jpg", b"2", "../a.jpg") + HELD + EMPTY, 2, []),
     "links to links": (HELD + special("b.jpg", b"1", "c.jpg") + special("c.jpg", b"2", "./a.jpg") + EMPTY, 3, []),
     "a long link": (files((f"{LONG}.jpg", HELD[512:])) + special("b.jpg", b"1", f"{LONG}.jpg") + EMPTY, 2, []),
     "a long link in pax": (HELD + special("b.jpg", b"1", "x", pax={"linkpath": "a.jpg"}) + EMPTY, 2, []),
-    "links to elsewhere": (HELD + special("b.jpg", b"2", "/etc/passwd") + special("c.jpg", b"1", "d.jpg") + EMPTY, 1, [("unread member", 2)]),
-    "a label that is a link to elsewhere": (HELD + special("a.cls", b"2", "/etc/passwd") + EMPTY, 1, [("unread member", 0)]),
+    "links to elsewhere": (HELD + special("b.jpg", b"2", "/etc/passwd") + special("c.jpg", b"1", "d.jpg") + EMPTY, 1,
+        [("unread member", 2)]),
+    "a label that is a link to elsewhere": (HELD + special("a.cls", b"2", "/etc/passwd") + EMPTY, 1,
+        [("unread member", 0)]),
     # members that are none
-    "a sparse file": (HELD + special("b.jpg", b"S", size=512) + bytes(512) + files(("c.cls", b"0")) + EMPTY, 2, [("unread member", 1)]),
-    "a sparse file in pax": (HELD + special("GNUSparse.1/b.jpg", b"0", pax={"GNU.sparse.name": "b.jpg"}) + EMPTY, 1, [("unread member", 1)]),
+    "a sparse file": (HELD + special("b.jpg", b"S", size=512) + bytes(512) + files(("c.cls", b"0")) + EMPTY, 2,
+        [("unread member", 1)]),
+    "a sparse file in pax": (HELD + special("GNUSparse.1/b.jpg", b"0", pax={"GNU.sparse.name": "b.jpg"}) + EMPTY, 1,
+        [("unread member", 1)]),
     "a device": (HELD + special("b.jpg", b"3") + EMPTY, 1, [("unread member", 1)]),
     "an unknown type": (HELD + special("b.jpg", b"Z", size=3) + bytes(512) + EMPTY, 1, [("unread member", 1)]),
     # webdataset#142: the same name twice
@@ -445,8 +451,8 @@ ABSENCES = {
     "a member twice, then damage": (HELD + CLS + CLS + b"x" * 512, 1, [("damaged shard", 11)]),
     "members apart": (files(*PLAIN[0::2], *PLAIN[1::2]) + EMPTY, 24, [("repeated key", 0)]),
     # numbers and names that stand elsewhere
-    "a size in pax": (special("a.jpg", b"0", pax={"size": str(len(SAMPLES[0][1]["jpg"]))}) + HELD[512:] + CLS + EMPTY, 2, []),
-    "a name in pax": (special("x", b"0", pax={"path": "a.jpg", "size": str(len(SAMPLES[0][1]["jpg"]))}) + HELD[512:] + EMPTY, 1, []),
+    "a size in pax": (special("a.jpg", b"0", pax={"size": SIZE}) + HELD[512:] + CLS + EMPTY, 2, []),
+    "a name in pax": (special("x", b"0", pax={"path": "a.jpg", "size": SIZE}) + HELD[512:] + EMPTY, 1, []),
 }  # fmt: skip
 
 
@@ -507,9 +513,11 @@ def test_an_index_of_older_rules_is_not_believed(tmp_path):
 @pytest.mark.parametrize(
     ("promised", "sizes", "told"),
     [
-        ({"0.tar": 0, "1.tar": 6}, [6, 6], {("outdated sizes.json", "0.tar", 0)}),  # else its samples would be lost unread
+        # Else its samples would be lost unread.
+        ({"0.tar": 0, "1.tar": 6}, [6, 6], {("outdated sizes.json", "0.tar", 0)}),
         ({"0.tar": 4, "1.tar": 6}, [4, 6], {("outdated sizes.json", "0.tar", 2)}),
-        ({"0.tar": 8, "1.tar": 6}, [8, 6], {("outdated sizes.json", "0.tar#6", 1), ("outdated sizes.json", "0.tar#7", 1)}),
+        ({"0.tar": 8, "1.tar": 6}, [8, 6],
+         {("outdated sizes.json", "0.tar#6", 1), ("outdated sizes.json", "0.tar#7", 1)}),
         ({"0.tar": 6, "1.tar": 6, "2.tar": 6}, [6, 6], {("outdated sizes.json", "sizes.json", 0)}),
         ({"0.tar": 6}, [6, 6], set()),
         ({"0.tar": 6, "1.tar": 6}, [6, 6], set()),

@@ -193,8 +193,8 @@ def test_no_forward_is_made_for_a_broken_point(model):
 
 def test_runs_side_by_side_tell_what_runs_in_turn_tell(model):
     """With places for all runs at once, a point is decided by the same run, at the same step, with the same image."""
-    # Logits so large that the cross-entropy has no gradient in float32, and the likeliest class last: later runs decide,
-    # and some of them are faster than the one before them.
+    # Logits so large that the cross-entropy has no gradient in float32, and the likeliest class last: later runs
+    # decide, and some of them are faster than the one before them.
     logits, eps, num_steps = classifier(model, scale=10_000), 3 / 255, 15
     x, labels = labelled(logits, 24)
     in_turn, together = (attacked_points(logits, x, labels, eps, num_steps, size, backwards=True) for size in (1, 400))

@@ -1,4 +1,4 @@
-"""evaluate.py under strong attacks, noise and corruptions; other classifiers; what makes a figure doubtful; killed runs."""
+"""evaluate.py: strong attacks, noise, corruptions, other classifiers, doubtful figures, killed runs."""
 
 import html
 import json
@@ -314,8 +314,8 @@ def test_a_model_with_a_head_of_its_own_is_measured_by_it(arguments, dinov2, dig
         evaluate.main(few)
     evaluate.main(
         arguments(
-            model=tmp_path / "headed", data=digits, num_samples=60, classifier="linear_head", attack=["clean", "pgd"], eps=1,
-            output_dir=tmp_path / "own",
+            model=tmp_path / "headed", data=digits, num_samples=60, classifier="linear_head",
+            attack=["clean", "pgd"], eps=1, output_dir=tmp_path / "own",
         )
     )  # fmt: skip
     clean, attacked = results(tmp_path / "own")
@@ -453,16 +453,20 @@ def test_mistakes_are_one_line_and_leave_nothing(arguments, tmp_path):
     bare = tmp_path / "bare"
     write_shard(bare / "test/0.tar", [("0", {"png": image_bytes(0, (32, 32), "PNG"), "cls": b"0"})])
     wrong = [
-        ({"data": bare, "attack": "clean"}, r"--data .*bare: labelled samples without class names; put classnames.txt there"),
+        ({"data": bare, "attack": "clean"},
+         r"--data .*bare: labelled samples without class names; put classnames.txt there"),
         ({"data": bare, "classnames": tmp_path / "none.txt"}, r"none.txt: no such file; expected class names"),
-        ({"classnames": tmp_path / "names.txt"}, r"--max_bad_fraction 0.01: .*bad label.*there are 4 classes \(0 ... 3\)"),
+        ({"classnames": tmp_path / "names.txt"},
+         r"--max_bad_fraction 0.01: .*bad label.*there are 4 classes \(0 ... 3\)"),
         ({"eps": 0}, r"--eps: 0.0 is too small; expected more than 0"),
         ({"sigma": 0}, r"--sigma: 0.0 is too small"),
         ({"attack": "agpd"}, r"--attack: 'agpd' is not one of .*, did you mean apgd\?"),
         ({"corruptions": "foggy"}, r"--corruptions: 'foggy' is not one of .*, did you mean fog\?"),
         ({"severities": 6}, r"--severities: 6 is too large; expected at most 5"),
-        ({"split": "validation"}, r"--data .*: no split 'validation'; found .*, test, train, val; name one with --split"),
-        ({"data": "clip-benchmark/wds_cifar10"}, r"--data clip-benchmark/wds_cifar10: .*HF_HUB_OFFLINE is set; download"),
+        ({"split": "validation"},
+         r"--data .*: no split 'validation'; found .*, test, train, val; name one with --split"),
+        ({"data": "clip-benchmark/wds_cifar10"},
+         r"--data clip-benchmark/wds_cifar10: .*HF_HUB_OFFLINE is set; download"),
         ({"data": "cifar10"}, r"--data cifar10: no such directory; expected .* or the name of one on the hub"),
         ({"measure": "fidelity"}, r"--measure fidelity: compared with what\? name the original"),
     ]  # fmt: skip

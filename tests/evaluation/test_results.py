@@ -148,7 +148,7 @@ def test_a_revision_changes_with_all_that_is_loaded_and_with_that_alone(tmp_path
 
 
 def test_what_was_read_before_is_history_until_it_is_read_again(tmp_path):
-    """datasets#2956. Two contents of one set, then the first one again; beside another set, and a cell of an earlier version."""
+    """datasets#2956. Two contents of one set, then the first again; another set; a cell of an earlier version."""
     results = Results(tmp_path)
 
     def of(content, dataset="data/set"):

@@ -1,4 +1,4 @@
-"""examples/convert_open_clip.py: names and bits both ways, and the same embeddings as a forward written out from the names."""
+"""examples/convert_open_clip.py: names and bits both ways; embeddings as from a forward pass written out by hand."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SETTINGS = {
 
 
 def open_clip_state(kind: str, text_prefix: str = "", seed: int = 0) -> dict[str, Tensor]:
-    """Random weights under open_clip's names. Every tensor is drawn, so that none may be dropped or taken for another."""
+    """Random weights under open_clip's names. Every tensor is drawn, so that none can be dropped or swapped unseen."""
     generator = torch.Generator().manual_seed(seed)
     state: dict[str, Tensor] = {}
 
@@ -113,7 +113,8 @@ def run_blocks(
         y = F.layer_norm(x, (width,), part["ln_1.weight"], part["ln_1.bias"], 1e-5)
         attended, _ = F.multi_head_attention_forward(
             y, y, y, width, heads, part["attn.in_proj_weight"], part["attn.in_proj_bias"], None, None, False, 0.0,
-            part["attn.out_proj.weight"], part["attn.out_proj.bias"], training=False, need_weights=False, attn_mask=mask,
+            part["attn.out_proj.weight"], part["attn.out_proj.bias"], training=False, need_weights=False,
+            attn_mask=mask,
         )  # fmt: skip
         x = x + attended
         y = F.layer_norm(x, (width,), part["ln_2.weight"], part["ln_2.bias"], 1e-5)
@@ -271,10 +272,13 @@ def test_heads_of_open_clips_towers(width, heads):
     ("kind", "change", "settings", "words"),
     [
         ("vit", {"visual.ln_pre.bias": None}, {}, "lacks visual.ln_pre.bias"),
-        ("vit", {"visual.transformer.resblocks.1.ln_2.weight": None}, {}, "lacks visual.transformer.resblocks.1.ln_2.weight"),
-        ("vit", {"visual.transformer.resblocks.0.ls_1.gamma": (48,)}, {}, "holds visual.transformer.resblocks.0.ls_1.gamma"),
+        ("vit", {"visual.transformer.resblocks.1.ln_2.weight": None}, {},
+         "lacks visual.transformer.resblocks.1.ln_2.weight"),
+        ("vit", {"visual.transformer.resblocks.0.ls_1.gamma": (48,)}, {},
+         "holds visual.transformer.resblocks.0.ls_1.gamma"),
         ("vit", {"logit_bias": ()}, {}, "holds logit_bias"),
-        ("vit", {"visual.transformer.resblocks.2.attn.out_proj.weight": (48, 47)}, {}, "layers.2.self_attn.out_proj.weight"),
+        ("vit", {"visual.transformer.resblocks.2.attn.out_proj.weight": (48, 47)}, {},
+         "layers.2.self_attn.out_proj.weight"),
         ("vit", {"visual.positional_embedding": (16, 48)}, {}, "square of patches"),
         ("vit", {"visual.conv1.weight": (48, 192)}, {}, "shapes of the state dict"),
         ("vit", {}, {"vision_heads": None}, "--vision_heads: missing"),
@@ -282,7 +286,8 @@ def test_heads_of_open_clips_towers(width, heads):
         ("vit", {}, {"image_size": 40}, "--image_size 40"),
         ("vit", {}, {"eos_token_id": 2}, "pooled at id 2"),
         ("convnext", {}, {"image_size": None}, "--image_size: missing"),
-        ("convnext", {"visual.head.proj.weight": None, "visual.head.mlp.fc1.weight": (9, 9)}, {}, "lacks visual.head.proj.weight"),
+        ("convnext", {"visual.head.proj.weight": None, "visual.head.mlp.fc1.weight": (9, 9)}, {},
+         "lacks visual.head.proj.weight"),
         ("convnext", {"visual.trunk.stages.1.blocks.1.gamma": None}, {}, "lacks visual.trunk.stages.1.blocks.1.gamma"),
     ],
     ids=lambda value: None if isinstance(value, dict) else str(value)[:30],
@@ -328,8 +333,8 @@ def test_a_convnext_checkpoint_becomes_a_directory_and_comes_back(small_clip, tm
         {"epoch": 3, "state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, tmp_path / "a.pt"
     )
     call(
-        "--to", "transformers", "--input", tmp_path / "a.pt", "--tokenizer", small_clip, "--text_heads", 4, "--activation", "gelu",
-        "--image_size", 64, "--output_dir", tmp_path / "dual",
+        "--to", "transformers", "--input", tmp_path / "a.pt", "--tokenizer", small_clip, "--text_heads", 4,
+        "--activation", "gelu", "--image_size", 64, "--output_dir", tmp_path / "dual",
     )  # fmt: skip
     model = VisionTextDualEncoderModel.from_pretrained(tmp_path / "dual").eval()
     check_forward(model, state, "convnext")
@@ -349,15 +354,20 @@ def test_a_convnext_checkpoint_becomes_a_directory_and_comes_back(small_clip, tm
     [
         (["--to", "torch", "--input", "x", "--output_dir", "y"], "--to torch: expected transformers or open_clip"),
         (["--to", "transformers", "--input", "x", "--output_dir", "y", "--activation", "gelu"], "no such file"),
-        (["--to", "open_clip", "--input", "x", "--output_dir", "y", "--activation", "gelu"], "--activation: has no meaning"),
-        (["--to", "transformers", "--input", "x", "--output_dir", "y", "--custom_text"], "--custom_text: has no meaning"),
+        (["--to", "open_clip", "--input", "x", "--output_dir", "y", "--activation", "gelu"],
+         "--activation: has no meaning"),
+        (["--to", "transformers", "--input", "x", "--output_dir", "y", "--custom_text"],
+         "--custom_text: has no meaning"),
         (["--to", "transformers", "--input", "x", "--output_dir", "y", "--image_std", "1", "0", "1"], "above 0"),
         (["--to", "transformers", "--input", "x", "--output_dir", "y", "--image_mean", "1", "0"], "expected three"),
         (["--to", "transformers", "--input", "{state}", "--output_dir", "y"], "--activation: missing"),
-        (["--to", "transformers", "--input", "{broken}", "--output_dir", "y", "--activation", "gelu"], "cannot be read"),
-        (["--to", "transformers", "--input", "{state}", "--output_dir", "{full}", "--activation", "gelu"], "not an empty"),
-        (["--to", "transformers", "--input", "{state}", "--output_dir", "y", "--activation", "gelu", "--vision_heads", "2",
-          "--text_heads", "4", "--tokenizer", "nobody/nothing"], "--tokenizer nobody/nothing: cannot be had"),
+        (["--to", "transformers", "--input", "{broken}", "--output_dir", "y", "--activation", "gelu"],
+         "cannot be read"),
+        (["--to", "transformers", "--input", "{state}", "--output_dir", "{full}", "--activation", "gelu"],
+         "not an empty"),
+        (["--to", "transformers", "--input", "{state}", "--output_dir", "y", "--activation", "gelu",
+          "--vision_heads", "2", "--text_heads", "4", "--tokenizer", "nobody/nothing"],
+         "--tokenizer nobody/nothing: cannot be had"),
         (["--to", "open_clip", "--input", "{full}", "--output_dir", "y"], "config.json"),
     ],
     ids=lambda value: value.split(":")[0] if isinstance(value, str) else "",
@@ -408,8 +418,9 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(small_clip, tmp_path):
     state["token_embedding.weight"] = torch.zeros(VOCABULARY + 1, 32)
     save_file(state, tmp_path / "state.safetensors")
     output = run_script(
-        "examples/convert_open_clip.py", "--to", "transformers", "--input", tmp_path / "state.safetensors", "--activation", "gelu",
-        "--vision_heads", 2, "--text_heads", 4, "--tokenizer", small_clip, "--output_dir", tmp_path / "out", status=2,
+        "examples/convert_open_clip.py", "--to", "transformers", "--input", tmp_path / "state.safetensors",
+        "--activation", "gelu", "--vision_heads", 2, "--text_heads", 4, "--tokenizer", small_clip,
+        "--output_dir", tmp_path / "out", status=2,
     )  # fmt: skip
     assert f"{len(AutoTokenizer.from_pretrained(small_clip))} tokens" in output
     assert "Traceback" not in output

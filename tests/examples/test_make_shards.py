@@ -1,4 +1,4 @@
-"""examples/make_shards.py: folders, datasets and shards become shards that are whole, complete, and the same every time."""
+"""examples/make_shards.py: folders, datasets and shards become shards: whole, complete, the same every time."""
 
 from __future__ import annotations
 
@@ -58,7 +58,10 @@ def write_folder(root: Path, counts: dict[str, int], classes: list[str] = CLASSE
 
 def make(data: Path, out: Path, *arguments: object) -> Path:
     given = () if "--num_workers" in arguments else ("--num_workers", 1)
-    call(make_shards, "--data", data, "--output_dir", out, "--cache_dir", out.parent / "cache", *given, *map(str, arguments))  # fmt: skip
+    call(
+        make_shards, "--data", data, "--output_dir", out,
+        "--cache_dir", out.parent / "cache", *given, *map(str, arguments),
+    )  # fmt: skip
     return out
 
 
@@ -107,7 +110,9 @@ def test_a_folder_becomes_a_set_that_the_project_and_webdataset_read(pictures: P
         assert not sources
 
         urls = [str(path) for path in sorted((out / split).glob("*.tar"))]
-        read = {sample["__key__"]: sample for sample in webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)}  # fmt: skip
+        read = {
+            sample["__key__"]: sample for sample in webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
+        }
         assert len(read) == 3 * per_class
         for _, key, label, source in plan_of(out, split):
             assert read[key]["jpg"] == (pictures / source).read_bytes()
@@ -331,7 +336,9 @@ def test_other_settings_or_data_over_the_same_directory_are_refused(tmp_path: Pa
         (("--classes", "owl", "dog"), "the classes differ: 3 then, 2 now"),
         (("--splits", "train=test"), "the splits were train, are test"),
     ):
-        with pytest.raises(UserError, match=re.escape(f"--output_dir {out}: begun with other settings or data ({expected}")):  # fmt: skip
+        with pytest.raises(
+            UserError, match=re.escape(f"--output_dir {out}: begun with other settings or data ({expected}")
+        ):
             make(tmp_path / "data", out, *arguments)
     (tmp_path / "data/train/owl/0000.jpg").rename(tmp_path / "data/train/owl/0009.jpg")
     with pytest.raises(UserError, match="the images of train differ: 6 then, 6 now"):
@@ -339,7 +346,7 @@ def test_other_settings_or_data_over_the_same_directory_are_refused(tmp_path: Pa
     assert shard_files(out) == files
 
 
-# ------------------------------------------------------------------------------------------------------------ bad images
+# ----------------------------------------------------------------------------------------------------------- bad images
 
 
 def test_a_bad_image_is_left_out_and_named(tmp_path: Path) -> None:
@@ -352,7 +359,9 @@ def test_a_bad_image_is_left_out_and_named(tmp_path: Path) -> None:
         make(*arguments)
     out = make(*arguments, "--max_bad_fraction", 0.2)
     named = [line.split("\t") for line in (out / "skipped.txt").read_text().splitlines()]
-    assert {(kind, where) for kind, where, _ in named} == {("undecodable image", str(tmp_path / "data" / name)) for name in bad}  # fmt: skip
+    assert {(kind, where) for kind, where, _ in named} == {
+        ("undecodable image", str(tmp_path / "data" / name)) for name in bad
+    }
     assert any("truncated" in detail for *_, detail in named)
     assert " object at 0x" not in (out / "skipped.txt").read_text()  # two runs leave the same bytes
     data = {sample["jpg"] for sample in read_split(out / "train").values()}
@@ -362,7 +371,7 @@ def test_a_bad_image_is_left_out_and_named(tmp_path: Path) -> None:
     assert bad["train/dog/0003.jpg"] in {sample["jpg"] for sample in read_split(unverified / "train").values()}
 
 
-# --------------------------------------------------------------------------------------------------------------- classes
+# -------------------------------------------------------------------------------------------------------------- classes
 
 
 def test_wordnet_ids_are_in_the_order_of_the_names() -> None:
@@ -392,7 +401,9 @@ def test_a_class_list_of_a_folder_gives_its_labels_and_imagenets_names(tmp_path:
         plan = {key: source for _, key, _, source in plan_of(out, split)}
         found = {plan[key]: sample for key, sample in read_split(out / split).items()}
         order = ["n07753592", "n02123045", "n01440764"]
-        expected = {name: data for name, data in files.items() if name.startswith(split) and name.split("/")[1] in order}  # fmt: skip
+        expected = {
+            name: data for name, data in files.items() if name.startswith(split) and name.split("/")[1] in order
+        }
         assert {name: sample["jpg"] for name, sample in found.items()} == expected
         assert all(int(sample["cls"]) == order.index(name.split("/")[1]) for name, sample in found.items())
     by_name = make(tmp_path / "data", tmp_path / "by-name", "--classes", "banana", "tabby cat", "tench")
@@ -401,7 +412,11 @@ def test_a_class_list_of_a_folder_gives_its_labels_and_imagenets_names(tmp_path:
 
 def test_a_class_list_of_shards_in_imagenets_order_takes_wordnet_ids(tmp_path: Path) -> None:
     labels = [make_shards.imagenet_wordnet_ids().index(name) for name in WORDNET]
-    samples = [(f"{label}-{n}", {"jpg": image_bytes(10 * label + n), "cls": str(label).encode(), "json": b"{}"}) for label in labels for n in range(3)]  # fmt: skip
+    samples = [
+        (f"{label}-{n}", {"jpg": image_bytes(10 * label + n), "cls": str(label).encode(), "json": b"{}"})
+        for label in labels
+        for n in range(3)
+    ]
     write_shard(tmp_path / "set/train/0.tar", samples)
     (tmp_path / "list.txt").write_text("\n".join(WORDNET[2:]) + "\n")
     out = make(tmp_path / "set", tmp_path / "out", "--classes", tmp_path / "list.txt", "--classnames", "imagenet")
@@ -421,7 +436,7 @@ def test_names_come_from_a_file_in_the_order_of_the_sorted_folders(pictures: Pat
     assert {source.split("/")[1]: label for _, _, label, source in plan_of(out, "val")} == {"owl": "0", "big_cat": "1"}
 
 
-# ----------------------------------------------------------------------------------------------------------- from shards
+# ---------------------------------------------------------------------------------------------------------- from shards
 
 
 @pytest.fixture(scope="module")
@@ -459,7 +474,9 @@ def test_selected_classes_keep_their_bytes_and_get_new_labels(shards: Path, tmp_
 
 def test_keys_that_come_again_in_another_shard_stay_two_samples(tmp_path: Path) -> None:
     images = [image_bytes(n) for n in range(3)]
-    write_shard(tmp_path / "set/train/0.tar", [("1", {"jpg": images[0], "cls": b"0"}), ("0", {"jpg": images[1], "cls": b"1"})])  # fmt: skip
+    write_shard(
+        tmp_path / "set/train/0.tar", [("1", {"jpg": images[0], "cls": b"0"}), ("0", {"jpg": images[1], "cls": b"1"})]
+    )
     write_shard(tmp_path / "set/train/1.tar", [("0", {"jpg": images[2], "cls": b"0"})])
     (tmp_path / "set/classnames.txt").write_text("a\nb\n")
     found = read_split(make(tmp_path / "set", tmp_path / "out", "--classes", "b", "a", "--shuffle", "none") / "train")
@@ -554,7 +571,11 @@ def test_a_hugging_face_dataset_keeps_bytes_labels_and_names(tmp_path: Path, for
     splits, expected = {}, {}
     for split, count in (("train", 8), ("test", 4)):
         data = [image_bytes(100 * len(splits) + n, (20, 16), formats[n % 3]) for n in range(count)]
-        features = {"picture": datasets.Image(), "label": datasets.ClassLabel(names=["big_cat", "dog"]), "text": datasets.Value("string")}  # fmt: skip
+        features = {
+            "picture": datasets.Image(),
+            "label": datasets.ClassLabel(names=["big_cat", "dog"]),
+            "text": datasets.Value("string"),
+        }
         rows = {
             "picture": [{"bytes": image, "path": None} for image in data],
             "label": [n * n % 2 for n in range(count)],
@@ -591,7 +612,9 @@ def test_a_hugging_face_dataset_keeps_bytes_labels_and_names(tmp_path: Path, for
 def test_mistakes_with_a_hugging_face_dataset_end_in_one_line(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets", reason="read with the library datasets")
     picture = {"bytes": image_bytes(0), "path": None}
-    features = datasets.Features({"a": datasets.Image(), "b": datasets.Image(), "label": datasets.ClassLabel(names=["x"])})  # fmt: skip
+    features = datasets.Features(
+        {"a": datasets.Image(), "b": datasets.Image(), "label": datasets.ClassLabel(names=["x"])}
+    )
     rows = datasets.Dataset.from_dict({"a": [picture], "b": [picture], "label": [-1]}, features=features)
     rows.save_to_disk(tmp_path / "set")
     for arguments, expected in (
@@ -622,7 +645,7 @@ def test_without_the_library_or_with_one_that_runs_scripts_one_line_says_so(
         make(Path("no/such"), tmp_path / "out")
 
 
-# ------------------------------------------------------------------------------------------------- the recipes of the docs
+# ---------------------------------------------------------------------------------------------- the recipes of the docs
 
 
 def recipe(word: str) -> str:
@@ -658,7 +681,7 @@ def test_the_recipe_of_pairs_makes_pairs(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_recipe_of_imagenets_validation_images_sorts_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A development kit of the official form: its numbers are not in the order of the WordNet ids, groups follow them."""
+    """A development kit of the official form: its numbers do not follow the WordNet ids; groups come after them."""
     monkeypatch.chdir(tmp_path)
     kit = Path("ILSVRC2012_devkit_t12/data")
     kit.mkdir(parents=True)
@@ -680,7 +703,7 @@ def test_the_recipe_of_imagenets_validation_images_sorts_them(tmp_path: Path, mo
     }
 
 
-# ------------------------------------------------------------------------- what a shard is made of, and when it is made again
+# ------------------------------------------------------------------- what a shard is made of, and when it is made again
 
 
 def replace_picture(root: Path) -> None:
@@ -701,7 +724,9 @@ def add_caption(root: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [replace_picture, touch_picture, add_caption])
-def test_a_changed_source_makes_its_shard_again_and_no_other(tmp_path: Path, capsys: pytest.CaptureFixture, change) -> None:  # fmt: skip
+def test_a_changed_source_makes_its_shard_again_and_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture, change
+) -> None:
     """A picture replaced later kept its old pixels (img2dataset#174)."""
     write_folder(tmp_path / "data", {"train": 4})
     arguments = (tmp_path / "data", tmp_path / "out", "--samples_per_shard", 3, "--shuffle", "none")
@@ -772,7 +797,7 @@ def test_a_changed_shard_or_dataset_is_read_again(tmp_path: Path, monkeypatch: p
             assert torch.equal(decode(sample["png"], FULL), decode(original, FULL)), (name, seed)
 
 
-# ------------------------------------------------------------------------------------------------------------------ pixels
+# --------------------------------------------------------------------------------------------------------------- pixels
 
 
 def encoded(picture: Image.Image, format: str, **options: object) -> bytes:
@@ -827,7 +852,7 @@ def display_p3() -> bytes:
 def test_what_is_read_from_shards_is_what_the_pictures_show(
     tmp_path: Path, source: str, image_size: int | None
 ) -> None:
-    """Turned, of 16 bits, of wide gamut, transparent (datasets#6252, 11ty/image#49, Pillow#2574): the same from both."""
+    """Turned, 16 bits, wide gamut, transparent (datasets#6252, 11ty/image#49, Pillow#2574): the same from both."""
     pictures = odd_pictures()
     (tmp_path / "data/x").mkdir(parents=True)
     if source == "folder":
@@ -862,7 +887,7 @@ def test_what_is_read_from_shards_is_what_the_pictures_show(
             assert kept is None
 
 
-# ---------------------------------------------------------------------------------------------------------- names of classes
+# ----------------------------------------------------------------------------------------------------- names of classes
 
 NFC, NFD = unicodedata.normalize("NFC", "café"), unicodedata.normalize("NFD", "café")
 
@@ -967,14 +992,20 @@ def test_two_classes_of_one_name_do_not_pass_without_a_word(
         make(tmp_path / "data", tmp_path / "out", "--classnames", tmp_path / "names.txt")
 
 
-# ------------------------------------------------------------------------------------------------------------ what is not taken
+# ---------------------------------------------------------------------------------------------------- what is not taken
 
 
 def test_all_that_is_not_taken_is_counted_and_links_are_followed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Symlinked folders were skipped (pytorch/vision#1580), @eaDir and the like were classes."""
     data = tmp_path / "data"
-    inside = ["dog/a.jpg", "dog/deep/b.JPG", "dog/@eaDir/a.jpg/thumb.jpg", "dog/.hidden.jpg", "dog/c.HEIC", "dog/d.heic", "dog/e.txt", "dog/f"]  # fmt: skip
-    junk = ["@eaDir", "__MACOSX", "$RECYCLE.BIN", ".ipynb_checkpoints", "lost+found", "#recycle", "System Volume Information"]  # fmt: skip
+    inside = [
+        "dog/a.jpg", "dog/deep/b.JPG", "dog/@eaDir/a.jpg/thumb.jpg",
+        "dog/.hidden.jpg", "dog/c.HEIC", "dog/d.heic", "dog/e.txt", "dog/f",
+    ]  # fmt: skip
+    junk = [
+        "@eaDir", "__MACOSX", "$RECYCLE.BIN", ".ipynb_checkpoints",
+        "lost+found", "#recycle", "System Volume Information",
+    ]  # fmt: skip
     elsewhere = ["../more/g.jpeg", "../whole/h.png", "../one.webp"]
     for number, name in enumerate([*inside, *(f"{folder}/x.jpg" for folder in junk), *elsewhere, "loose.jpg"]):
         path = data / name
@@ -1019,7 +1050,7 @@ def test_where_nothing_is_taken_the_line_says_what_there_is(tmp_path: Path) -> N
         make(tmp_path / "data", tmp_path / "out")
 
 
-# -------------------------------------------------------------------------------------------------------------- mistakes
+# ------------------------------------------------------------------------------------------------------------- mistakes
 
 
 @pytest.mark.parametrize(
@@ -1078,12 +1109,14 @@ def test_mistakes_are_named_in_one_line(
 
 
 def test_a_mistake_ends_the_script_with_status_2(pictures: Path, tmp_path: Path) -> None:
-    output = run_script("examples/make_shards.py", "--data", pictures, "--classes", "owll", "--output_dir", tmp_path / "out", status=2)  # fmt: skip
+    output = run_script(
+        "examples/make_shards.py", "--data", pictures, "--classes", "owll", "--output_dir", tmp_path / "out", status=2
+    )
     assert len(output.splitlines()) == 1
     assert "did you mean 'owl'?" in output
 
 
-# --------------------------------------------------------------------------------------------------------- it trains on it
+# ------------------------------------------------------------------------------------------------------ it trains on it
 
 
 def test_lore_trains_on_the_result(

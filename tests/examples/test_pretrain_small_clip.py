@@ -8,6 +8,7 @@ import json
 import re
 import sys
 import tarfile
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -125,8 +126,8 @@ def test_several_sets_are_one_with_the_classes_of_all(digits: Path, tmp_path: Pa
     assert len(images) == len(all_images) + (all_labels == 5).sum()
     with pytest.raises(UserError, match="--classnames: names the classes of one set"):
         call(
-            pretrain_small_clip, "--train_data", tmp_path / "high", tmp_path / "low", "--classnames", tmp_path / "high/classnames.txt",
-            "--output_dir", tmp_path / "out",
+            pretrain_small_clip, "--train_data", tmp_path / "high", tmp_path / "low",
+            "--classnames", tmp_path / "high/classnames.txt", "--output_dir", tmp_path / "out",
         )  # fmt: skip
 
 
@@ -295,7 +296,7 @@ def test_printed_words_name_their_class() -> None:
         train_data=[], output_dir="", image_size=64, words_per_step=60, words_on_images=0.5
     )
     words, image_labels = [(0, "zero"), (2, "two")], torch.full((5,), 7)
-    draw = lambda step: pretrain_small_clip.print_words(words, images, image_labels, style, settings, step)  # noqa: E731
+    draw = partial(pretrain_small_clip.print_words, words, images, image_labels, style, settings)
     pictures, labels = draw(3)
     assert torch.equal(pictures, draw(3)[0])
     assert not torch.equal(pictures, draw(4)[0])
@@ -313,7 +314,8 @@ def test_reading_is_learnt_beside_the_images_and_training_goes_on(digits: Path, 
     call(pretrain_small_clip, *common, *TINY, "--epochs", 1, "--output_dir", tmp_path / "first")
     call(
         pretrain_small_clip,
-        *common, "--start_from", tmp_path / "first", "--learning_rate", 1e-9, "--epochs", 1, "--output_dir", tmp_path / "second",
+        *common, "--start_from", tmp_path / "first", "--learning_rate", 1e-9, "--epochs", 1,
+        "--output_dir", tmp_path / "second",
     )  # fmt: skip
     for name in ("first", "second"):
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]

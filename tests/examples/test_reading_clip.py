@@ -1,4 +1,4 @@
-"""The small CLIP that comes with the repository: fooled by written words, repaired by train_po.py, its concept on a dial."""
+"""The repository's small CLIP: written words fool it, train_po.py repairs it, a dial turns its concept."""
 
 import json
 
@@ -68,8 +68,9 @@ def test_the_constraint_holds_clean_embeddings_while_words_lose_their_pull(world
 
 def test_the_head_turns_a_concept_round_and_the_dial_neutralises_it(world, tmp_path):
     call(
-        train_po, model_name_or_path=MODEL, task="pairs", trainable="head", train_shards=world / "pairs/train", beta=0.05,
-        learning_rate=1e-2, epochs=10, logging_steps=160, report_to="none", cache_dir=tmp_path / "cache", output_dir=tmp_path / "head",
+        train_po, model_name_or_path=MODEL, task="pairs", trainable="head", train_shards=world / "pairs/train",
+        beta=0.05, learning_rate=1e-2, epochs=10, logging_steps=160, report_to="none", cache_dir=tmp_path / "cache",
+        output_dir=tmp_path / "head",
     )  # fmt: skip
     call(evaluate, model=tmp_path / "head", data=world / "pairs", measure="head_t", output_dir=tmp_path / "dial")
     results = json.loads((tmp_path / "dial/results.json").read_text())["results"]

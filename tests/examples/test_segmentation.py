@@ -1,4 +1,4 @@
-"""examples/segmentation.py: the head learns, the attack stays in the ball and costs mIoU, seeds repeat, the score is right."""
+"""examples/segmentation.py: the head learns, the attack stays in the ball and costs mIoU, seeds repeat."""
 
 from __future__ import annotations
 

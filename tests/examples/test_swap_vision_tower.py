@@ -1,4 +1,4 @@
-"""examples/swap_vision_tower.py: the tower's bytes alone change, in every layout of files and names, and the model loads."""
+"""examples/swap_vision_tower.py: in every layout only the tower's bytes change, and the model loads."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ from examples import swap_vision_tower
 from tests.small_models import photos, save_small_clip
 from utils.errors import UserError
 
-TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}  # fmt: skip
+TOWER = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "image_size": 32, "patch_size": 8,
+}  # fmt: skip
 CLASSES = {
     "llava": (LlavaConfig, LlavaForConditionalGeneration),
     "llava_next": (LlavaNextConfig, LlavaNextForConditionalGeneration),
@@ -47,7 +50,8 @@ def save_llava(
     }
     torch.manual_seed(1)
     config = config_class(
-        vision_config=CLIPVisionConfig(**TOWER | tower), text_config=LlamaConfig(**text, num_key_value_heads=2), image_token_index=99
+        vision_config=CLIPVisionConfig(**TOWER | tower),
+        text_config=LlamaConfig(**text, num_key_value_heads=2), image_token_index=99,
     )  # fmt: skip
     model = model_class(config)
     with torch.no_grad():

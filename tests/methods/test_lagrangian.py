@@ -13,8 +13,9 @@ from utils.methods.losses import squared_distance
 
 
 class LinearProblem:
-    """min over W of mean ||W(x + delta) - W0 x||^2 subject to mean(||W x - W0 x||^2 - rho ||W0 x||^2) <= 0, delta fixed.
+    """min over W of mean ||W(x + delta) - W0 x||^2, for fixed delta, subject to the constraint of LORE.
 
+    The constraint: mean(||W x - W0 x||^2 - rho ||W0 x||^2) <= 0.
     For a given multiplier the best W solves a linear system; the optimal multiplier follows by bisection.
     """
 

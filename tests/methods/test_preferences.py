@@ -187,7 +187,7 @@ def ragged_rows(form):
 @pytest.mark.parametrize("form", ["own", "given", "unequal"])
 @pytest.mark.parametrize("preference", PREFERENCES)
 def test_a_ragged_batch_has_the_gradients_of_its_samples_alone(preference, form):
-    """pytorch#64305, trl#1831: a padded slot read as -inf gave NaN. One batch, micro-batches of two, and single samples."""
+    """pytorch#64305, trl#1831: a padded slot read as -inf gave NaN. One batch, micro-batches of two, single samples."""
     generator = torch.Generator().manual_seed(0)
     samples = ragged_rows(form)
     of_text = {name: torch.randn(2, 4, generator=generator) for name in "abcdefg"}

@@ -179,7 +179,7 @@ def test_every_kind_embeds_as_transformers_does(kind):
 
 
 def test_every_kind_embeds_in_training_as_it_does_elsewhere(kind):
-    """The encoder is trained in train mode, evaluated and copied for reference in eval mode: nothing in it may be random."""
+    """It trains in train mode, is evaluated and copied for reference in eval mode: nothing in it may be random."""
     encoder, x = make_encoder(*load_model(str(kind[1]))), photos(3)
     with torch.no_grad():
         expected = encoder.eval()(x)
@@ -200,7 +200,7 @@ def linear_of_a_block(encoder):
 
 
 def test_every_kind_gives_gradients_with_and_without_recomputing(kind):
-    """Of all parameters that are trained, and of the pixels alone, as an attack asks for them; recomputing changes nothing."""
+    """Of all trained parameters, and of the pixels alone, as an attack asks for them; recomputing changes nothing."""
     _, directory = kind
     gradients, counts = [], []
     for recompute in (False, True):
@@ -409,8 +409,8 @@ def dinov2(width, layers, heads):
     return Dinov2Model, config
 
 
-# The image towers of published models: model and config, image size, embedding, and the millions of weights that are
-# published for CLIP's (open_clip's model profile) and, rounded, for DINOv2's. ConvNeXt's constructor reads values: not here.
+# The image towers of published models: model and config, image size, embedding, and the published millions of weights
+# (CLIP's from open_clip's model profile, DINOv2's rounded). ConvNeXt's constructor reads values, so it is not here.
 PUBLISHED = {
     "CLIP ViT-B/32": (*vit(768, 12, 12, 32, 224, 512, "quick_gelu"), 224, 512, 87.85),
     "CLIP ViT-B/16": (*vit(768, 12, 12, 16, 224, 512, "quick_gelu"), 224, 512, 86.19),

@@ -146,7 +146,7 @@ def test_the_saved_config_does_not_know(tmp_path):
 
 
 def test_a_forward_keeps_less_for_its_backward_pass():
-    """For every image, beside transformers' layers under the same autocast: quick_gelu's and the norms' copies are gone."""
+    """Per image, beside transformers' layers under the same autocast: quick_gelu's and the norms' copies are gone."""
     slopes = []
     for lean in (False, True):
         model = CLIPVisionModelWithProjection(CONFIG)

@@ -1,4 +1,4 @@
-"""Models as others save them: every field of config and processor is obeyed or refused, every weight is there and finite."""
+"""Models as others save them: each field of config and processor is obeyed or refused, each weight is there, finite."""
 
 import json
 import logging
@@ -119,7 +119,7 @@ def processor_file(folder, models, fields):
 
 @pytest.mark.parametrize("fields", OBEYED, ids=str)
 def test_fields_of_a_processor_are_obeyed(models, vision, tmp_path, fields):
-    """transformers#20867, #24857. Embeddings as by transformers, and again from the processor that is saved, by both."""
+    """transformers#20867, #24857. Embeddings as by transformers, and again, by both, from the saved processor."""
     plain, model = vision
     folder = processor_file(tmp_path / "given", models, fields)
     processor = load_image_processor(str(folder), "clip_vision_model", "--model")
@@ -139,7 +139,7 @@ def test_fields_of_a_processor_are_obeyed(models, vision, tmp_path, fields):
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dinov2_head"])
 def test_every_kind_obeys_rescaling_and_saves_it(changed, tmp_path, kind):
-    """Where the image processor is nested in processor_config.json, too. What is saved gives the same, by transformers."""
+    """Also if the image processor is nested in processor_config.json. In transformers the saved one gives the same."""
     file = "processor_config.json" if kind in TEXT_KINDS else "preprocessor_config.json"
     fields = {"do_rescale": False, "image_mean": [120, 110, 100], "image_std": [60, 61, 62]}
     folder = changed(kind, fields, file, parts=("image_processor",))
@@ -165,12 +165,14 @@ def test_every_kind_obeys_rescaling_and_saves_it(changed, tmp_path, kind):
         ({"do_rescale": "false"}, "do_rescale is 'false'"), ({"do_normalize": "no"}, "do_normalize"),
         ({"resample": 9}, "resample is 9"), ({"resample": None}, "resample"), ({"resample": "bicubic"}, "resample"),
         ({"resample": 3.0}, "resample is 3.0"), ({"size": {"longest_edge": 32}}, "size"), ({"size": None}, "size"),
-        ({"size": {"shortest_edge": 32, "longest_edge": 40}}, "size"), ({"size": {"max_height": 9, "max_width": 9}}, "size"),
-        ({"size": {"edge": 32}}, "size"), ({"size": {"height": 32}}, "size"), ({"size": {"height": 0, "width": 0}}, "size"),
+        ({"size": {"shortest_edge": 32, "longest_edge": 40}}, "size"),
+        ({"size": {"max_height": 9, "max_width": 9}}, "size"), ({"size": {"edge": 32}}, "size"),
+        ({"size": {"height": 32}}, "size"), ({"size": {"height": 0, "width": 0}}, "size"),
         ({"crop_size": {"shortest_edge": 32}}, "crop_size"), ({"crop_size": None}, "crop_size"),
         ({"do_pad": True, "pad_size": 40}, "do_pad"), ({"do_flip_channel_order": True}, "do_flip_channel_order"),
         ({"do_thumbnail": True}, "do_thumbnail"), ({"do_offset": True}, "do_offset"),
-        ({"do_resize": False, "do_center_crop": False}, "no square images"), ({"do_center_crop": False}, "no square images"),
+        ({"do_resize": False, "do_center_crop": False}, "no square images"),
+        ({"do_center_crop": False}, "no square images"),
         ({"image_processor_type": "EfficientNetImageProcessor"}, "image_processor_type 'EfficientNet"),
         ({"image_processor_type": "LevitImageProcessor"}, "image_processor_type"),
         ({"image_processor_type": "PerceiverImageProcessor"}, "image_processor_type"),
@@ -189,14 +191,14 @@ def test_fields_that_are_not_obeyed_are_refused_by_file_and_name(models, tmp_pat
 
 
 RANDOM = (
-    "attention_dropout", "dropout", "hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "layerdrop",
-    "drop_path_rate", "classifier_dropout", "stochastic_depth_prob",
+    "attention_dropout", "dropout", "hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob",
+    "layerdrop", "drop_path_rate", "classifier_dropout", "stochastic_depth_prob",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_is_random_in_train_mode(changed, caplog, tmp_path, kind):
-    """trl#744, #2042. With all that a config may ask for, in both towers, with and without recomputing; said in a line."""
+    """trl#744, #2042. All that a config may ask for, in both towers, with and without recomputing; said in a line."""
     folder = changed(kind, dict.fromkeys(RANDOM, 0.5), parts=("vision_config", "text_config"))
     with caplog.at_level(logging.WARNING):
         model, processor = load_model(str(folder))
@@ -240,8 +242,9 @@ def rewrite_weights(folder, change):
 @pytest.mark.parametrize(
     ("kind", "name", "number"),
     [
-        ("clip", "vision_model.encoder.layers.1.mlp.fc1.weight", "nan"), ("clip", "text_model.final_layer_norm.bias", "inf"),
-        ("clip", "logit_scale", "nan"), ("siglip", "logit_bias", "inf"), ("dinov2_head", "classifier.bias", "-inf"),
+        ("clip", "vision_model.encoder.layers.1.mlp.fc1.weight", "nan"),
+        ("clip", "text_model.final_layer_norm.bias", "inf"), ("clip", "logit_scale", "nan"),
+        ("siglip", "logit_bias", "inf"), ("dinov2_head", "classifier.bias", "-inf"),
         ("convnext", "visual_projection.weight", "nan"), ("dinov2", "embeddings.cls_token", "-inf"),
     ],
 )  # fmt: skip
@@ -280,19 +283,24 @@ def test_fields_that_change_no_embedding_change_nothing(models, changed, kind):
     [
         (KINDS, {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, (),
          r"quantization_config \(bitsandbytes\), which is not supported"),  # bitsandbytes#173
-        (("clip", "siglip"), {"quantization_config": {"quant_method": "gptq", "bits": 4}}, ("vision_config",), r"\(gptq\)"),
+        (("clip", "siglip"), {"quantization_config": {"quant_method": "gptq", "bits": 4}}, ("vision_config",),
+         r"\(gptq\)"),
         (("clip", "dinov2"), {"quantization_config": {"bits": 4}}, (), r"quantization_config \(of no named method\)"),
         (KINDS, {"hidden_act": "foo"}, ("vision_config", "text_config"), "hidden_act 'foo' is unknown"),
         (KINDS, {"model_type": None}, (), "config.json is none that transformers reads"),
-        (KINDS, {"patch_size": 16}, ("vision_config",), r"model.safetensors: \S*patch_embedding\S* is \(.*, by config.json \("),
+        (KINDS, {"patch_size": 16}, ("vision_config",),
+         r"model.safetensors: \S*patch_embedding\S* is \(.*, by config.json \("),
         (("clip", "siglip"), {"image_size": 64}, ("vision_config",), r"position_embedding.weight is \(1[67], 32\), by"),
         (("clip", "clip_vision_model", "convnext"), {"projection_dim": 512}, (), r"projection.weight is \(24, "),
-        (("clip", "siglip"), {"num_hidden_layers": 1}, ("vision_config",), "layers.1.* has no place in a .* by config.json"),
+        (("clip", "siglip"), {"num_hidden_layers": 1}, ("vision_config",),
+         "layers.1.* has no place in a .* by config.json"),
         (("clip", "siglip"), {"num_hidden_layers": 3}, ("vision_config",), "weights of a .* are missing"),
-        (("clip", "siglip"), {"num_hidden_layers": "2"}, ("vision_config",), "'num_hidden_layers' expected int, got str"),
+        (("clip", "siglip"), {"num_hidden_layers": "2"}, ("vision_config",),
+         "'num_hidden_layers' expected int, got str"),
         (("dinov2",), {"qkv_bias": False}, (), "k_proj.bias has no place in a Dinov2Model by"),
         (("dinov2_head",), {"architectures": None}, (), "classifier.bias has no place in a Dinov2Model by config.json"),
-        (("siglip", "siglip_vision_model"), {"vision_use_head": False}, ("vision_config",), "vision_use_head false leaves no"),
+        (("siglip", "siglip_vision_model"), {"vision_use_head": False}, ("vision_config",),
+         "vision_use_head false leaves no"),
         (("clip", "convnext"), {"num_channels": 1}, ("vision_config",), "num_channels is 1; expected 3"),
         (("siglip",), {"projection_size": 7}, ("text_config",), "images embed into 32 dimensions, texts into 7"),
         (("siglip2",), {"num_patches": 80}, ("vision_config",), "num_patches is 80; expected a square number"),
@@ -323,7 +331,7 @@ def test_patches_of_siglip_2_are_those_of_its_processor(changed):
 
 
 def test_old_and_other_layouts_of_weights_load_alike(models, changed, tmp_path):
-    """Half precision, shards, the numbers of positions as buffers, and a CLIP whose config says 2 for the end of text."""
+    """Half precision, shards, position numbers as buffers, and a CLIP whose config says 2 for the end of text."""
     expected = embed(models / "clip")
     half = changed("clip")
     CLIPModel.from_pretrained(half).half().save_pretrained(half)
@@ -346,9 +354,11 @@ def test_old_and_other_layouts_of_weights_load_alike(models, changed, tmp_path):
         load_model(str(parts))
 
     old = changed("clip", {"eos_token_id": 2}, parts=("text_config",))
-    rewrite_weights(old, lambda tensors: tensors.update({
-        f"{part}_model.embeddings.position_ids": torch.arange(count)[None] for part, count in (("text", 77), ("vision", 17))
-    }))  # fmt: skip
+    positions = {
+        f"{part}_model.embeddings.position_ids": torch.arange(count)[None]
+        for part, count in (("text", 77), ("vision", 17))
+    }
+    rewrite_weights(old, lambda tensors: tensors.update(positions))
     assert torch.equal(embed(old), expected)
     plain, processor = CLIPModel.from_pretrained(old).eval(), CLIPProcessor.from_pretrained(old)
     with torch.no_grad():
@@ -377,13 +387,15 @@ def names(tmp_path, monkeypatch):
 
 
 MISTYPED = {  # dolly#118
-    "./nope": "no such directory", "/abs/x": "no such directory", "a/b/c": "no such directory", "x/": "no such directory",
-    "../x": "no such directory", "~/x": "~ stands for none here", "https://huggingface.co/openai/clip": "a URL",
-    "hf://openai/clip": "a URL", "C:\\models\\clip": "no such directory", "": ": empty;", "  ": ": empty;",
-    "my model": "no such directory", "a//b": "no such directory", "file.safetensors": "a file", "empty": "holds no config.json",
-    "./empty/": "holds no config.json", "dangling": "a link to nowhere", "run": "holds no config.json; run/best holds one",
-    "runs/lora": r"did you mean runs/lore\?", "./runs/lor": r"did you mean ./runs/lore\?", "broken": "config.json is none", "lora": "holds an adapter",
-    "-x": "no such directory", "a/b@main": "no such directory", "x" * 300: "no such directory", "openai/clip": "neither a local",
+    "./nope": "no such directory", "/abs/x": "no such directory", "a/b/c": "no such directory",
+    "x/": "no such directory", "../x": "no such directory", "~/x": "~ stands for none here",
+    "https://huggingface.co/openai/clip": "a URL", "hf://openai/clip": "a URL", "C:\\models\\clip": "no such directory",
+    "": ": empty;", "  ": ": empty;", "my model": "no such directory", "a//b": "no such directory",
+    "file.safetensors": "a file", "empty": "holds no config.json", "./empty/": "holds no config.json",
+    "dangling": "a link to nowhere", "run": "holds no config.json; run/best holds one",
+    "runs/lora": r"did you mean runs/lore\?", "./runs/lor": r"did you mean ./runs/lore\?",
+    "broken": "config.json is none", "lora": "holds an adapter", "-x": "no such directory",
+    "a/b@main": "no such directory", "x" * 300: "no such directory", "openai/clip": "neither a local",
 }  # fmt: skip
 
 

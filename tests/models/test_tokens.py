@@ -1,4 +1,4 @@
-"""A text is embedded as transformers embeds it alone, whatever the tokenizer's files say of padding, sides and lengths."""
+"""A text is embedded as transformers embeds it alone, whatever the tokenizer's files say of padding and lengths."""
 
 import json
 import logging
@@ -35,7 +35,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def changed(models, tmp_path):
-    """A copy of a kind's model whose JSON files are changed: {file: fields}; a field of None is null, ... is left out."""
+    """A copy of a kind's model with changed JSON files: {file: fields}; a field of None is null, ... is left out."""
 
     def change(kind, files, remove=()):
         shutil.copytree(models / kind, tmp_path / kind)
@@ -93,7 +93,7 @@ FILES = {
     [*((kind, name) for kind in TEXT_KINDS for name in FILES if kind != "convnext"), ("convnext", "left")],
 )
 def test_texts_embed_as_transformers_embeds_each_alone(kind, name, changed):
-    """transformers#41771, tweeteval#17 (no longest text), BioMedLM#4 (no padding token), sentence-transformers#3208 (left)."""
+    """transformers#41771, tweeteval#17 (no length), BioMedLM#4 (no padding), sentence-transformers#3208 (left)."""
     directory = changed(kind, {"tokenizer_config.json": FILES[name]})
     if name == "no pad" and "siglip" in kind:
         with pytest.raises(UserError, match=r"has no pad_token among the \d+ tokens .* name the one of its training"):
@@ -120,16 +120,21 @@ PLAIN = {"tokenizer_class": "PreTrainedTokenizerFast"}  # adds what tokenizer.js
         ("convnext", {}, ["tokenizer.json"], r"the same tokens .*, it knows 2 tokens; files are missing"),
         ("siglip2", {}, ["tokenizer.json"], r"the same tokens .*, it knows 5 tokens; files are missing"),
         ("siglip", {}, ["spiece.model"], r"the model does not load: "),
-        ("clip", {"tokenizer_config.json": {"model_max_length": 2}}, [], r"cuts texts at 2 tokens \(model_max_length\)"),
+        ("clip", {"tokenizer_config.json": {"model_max_length": 2}}, [],
+         r"cuts texts at 2 tokens \(model_max_length\)"),
         ("clip", {"config.json": {"text_config.vocab_size": 300}}, [], r"knows 529 tokens, .* its text tower 300"),
         ("clip", {"config.json": {"text_config.vocab_size": 49408}}, [], r"knows 529 tokens, .* its text tower 49408"),
-        ("clip", {"config.json": {"text_config.eos_token_id": 5}}, [], r"id 5 \(eos_token_id 5 .* ends texts with id 528"),
-        ("clip", {"tokenizer.json": {"post_processor": None}, "tokenizer_config.json": PLAIN}, [], r"id 528 .* ends texts with id 339"),
+        ("clip", {"config.json": {"text_config.eos_token_id": 5}}, [],
+         r"id 5 \(eos_token_id 5 .* ends texts with id 528"),
+        ("clip", {"tokenizer.json": {"post_processor": None}, "tokenizer_config.json": PLAIN}, [],
+         r"id 528 .* ends texts with id 339"),
         ("clip", {"tokenizer.json": {"post_processor": None}, "tokenizer_config.json": PLAIN,
                   "config.json": {"text_config.eos_token_id": 2}}, [],
          r"eos_token_id 2 in config.json\), and its tokenizer ends texts with id 339"),
-        ("clip", {"tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer"}}, [], r"a GPT2Tokenizer, spells words that"),
-        ("clip", {"tokenizer.json": {"model.merges": []}}, [], r"a CLIPTokenizer, spells words that its vocabulary has"),
+        ("clip", {"tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer"}}, [],
+         r"a GPT2Tokenizer, spells words that"),
+        ("clip", {"tokenizer.json": {"model.merges": []}}, [],
+         r"a CLIPTokenizer, spells words that its vocabulary has"),
         ("siglip2", {"tokenizer_config.json": {"pad_token": "<fill>"}}, [], r"no pad_token among the 33 tokens"),
     ],
 )  # fmt: skip
@@ -147,7 +152,7 @@ def test_another_start_is_said(changed, caplog):
 
 
 def test_small_letters_are_made_where_the_file_asks_for_them(changed):
-    """SigLIP 2 of fixed resolution is a "siglip" with Gemma's tokenizer, which transformers 5 loads without its normalizer."""
+    """SigLIP 2 of fixed resolution is a "siglip"; transformers 5 loads its Gemma tokenizer without the normalizer."""
     files = {"tokenizer_config.json": {"tokenizer_class": "GemmaTokenizer", "do_lower_case": True}}
     tokenizer = AutoTokenizer.from_pretrained(changed("siglip2", files | {"config.json": {"model_type": "siglip"}}))
     assert tokens.token_ids(tokenizer, ["A Cat"]) == tokens.token_ids(tokenizer, ["a cat"])
@@ -201,7 +206,7 @@ def test_cut_texts_and_texts_that_end_early_are_said_once(models, caplog, monkey
 
 @pytest.mark.parametrize("kind", TEXT_KINDS)
 def test_the_tokenizer_is_saved_as_it_was(kind, changed, tmp_path):
-    """Texts cut and filled up for this model leave no trace in tokenizer.json, and no side or length is put right there."""
+    """Texts cut and padded for this model leave no trace in tokenizer.json; no side or length is corrected there."""
     directory = changed(kind, {"tokenizer_config.json": {"padding_side": "left", "model_max_length": 9}})
     model, processor = load_model(str(directory))
     class_embeddings(model, processor, ["cat", "dog", "a photo of the number zero"], ["{c}"])

@@ -110,7 +110,10 @@ def test_every_corruption_changes_the_image_and_more_so_at_severity_5(package, n
 
 
 # These draw nothing: the seed makes no difference.
-FIXED = ("defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression", "gaussian_blur", "saturate")  # fmt: skip
+FIXED = (
+    "defocus_blur", "zoom_blur", "brightness", "contrast",
+    "pixelate", "jpeg_compression", "gaussian_blur", "saturate",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -401,16 +404,21 @@ def packed(name):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (wrong_array("fog.npy", lambda a: a[:-1]), r"fog.npy: uint8 \(34, 32, 32, 3\); expected uint8 \(5 \* n, 32, 32, 3\)"),
+        (wrong_array("fog.npy", lambda a: a[:-1]),
+         r"fog.npy: uint8 \(34, 32, 32, 3\); expected uint8 \(5 \* n, 32, 32, 3\)"),
         (wrong_array("fog.npy", lambda a: a.transpose(0, 3, 1, 2)), r"fog.npy: uint8 \(35, 3, 32, 32\); expected"),
         (wrong_array("fog.npy", lambda a: a[..., 0]), r"fog.npy: uint8 \(35, 32, 32\); expected"),
-        (wrong_array("fog.npy", lambda a: a / 255), r"fog.npy: float64 \(35, 32, 32, 3\); expected .* take it out of the"),
-        (wrong_array("fog.npy", lambda a: a.astype(object)), r"fog.npy: cannot be read as an array \(ValueError.*[oO]bject"),
-        (lambda folder: (folder / "fog.npy").write_bytes(b""), r"fog.npy: cannot be read as an array .* download it again"),
+        (wrong_array("fog.npy", lambda a: a / 255),
+         r"fog.npy: float64 \(35, 32, 32, 3\); expected .* take it out of the"),
+        (wrong_array("fog.npy", lambda a: a.astype(object)),
+         r"fog.npy: cannot be read as an array \(ValueError.*[oO]bject"),
+        (lambda folder: (folder / "fog.npy").write_bytes(b""),
+         r"fog.npy: cannot be read as an array .* download it again"),
         (lambda folder: (folder / "fog.npy").write_bytes(pickle.dumps([1])), "fog.npy: cannot be read as an array"),
         (lambda folder: (folder / "fog.npy").write_bytes(b"PK\x03\x04"), "fog.npy: cannot be read as an array"),
         (packed("fog.npy"), "fog.npy: an archive of arrays; expected uint8"),
-        (lambda folder: os.truncate(folder / "fog.npy", 5000), "fog.npy: cannot be read as an array .* download it again"),
+        (lambda folder: os.truncate(folder / "fog.npy", 5000),
+         "fog.npy: cannot be read as an array .* download it again"),
         (wrong_array("labels.npy", lambda a: a[:7]), r"labels.npy: int64 \(7,\); expected whole numbers \(5 \* n,\)"),
         (wrong_array("labels.npy", lambda a: a[:10]), "labels.npy: 10 labels, gaussian_noise.npy holds 35 images"),
         (wrong_array("labels.npy", lambda a: a.astype(float)), r"labels.npy: float64 \(35,\); expected whole numbers"),
@@ -452,8 +460,10 @@ def remove_class(folder):
     ("spoil", "message"),
     [
         (remove_class, "fog/3: no class folder n02, which .*/noise/gaussian_noise/1 holds; expected the same classes"),
-        (lambda f: (f / "fog" / "3" / "n09").mkdir(), "noise/gaussian_noise/1: no class folder n09, which .*/fog/3 holds"),
-        (lambda f: (f / "weather" / "fog" / "1").mkdir(parents=True), "/fog and .*/weather/fog: both hold fog; .* remove"),
+        (lambda f: (f / "fog" / "3" / "n09").mkdir(),
+         "noise/gaussian_noise/1: no class folder n09, which .*/fog/3 holds"),
+        (lambda f: (f / "weather" / "fog" / "1").mkdir(parents=True),
+         "/fog and .*/weather/fog: both hold fog; .* remove"),
         (lambda f: (f / "weather" / "snow" / "1").mkdir(parents=True), "weather/snow/1: no class folders; expected"),
     ],
 )  # fmt: skip

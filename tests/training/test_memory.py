@@ -30,7 +30,8 @@ from utils.training.memory import (
 from utils.training.optimization import make_optimizer
 
 SMALL = CLIPVisionConfig(
-    hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=2, image_size=32, patch_size=8, projection_dim=24
+    hidden_size=32, intermediate_size=64, num_hidden_layers=6,
+    num_attention_heads=2, image_size=32, patch_size=8, projection_dim=24,
 )  # fmt: skip
 
 
@@ -123,14 +124,18 @@ def test_optimizer_states_are_as_large_as_counted(name):
     optimizer = make_optimizer(name, module, 1e-3, 0.0)
     module(torch.randn(2, 70)).sum().backward()
     optimizer.step()
-    states = [value for state in optimizer.state.values() for key, value in state.items() if "qmap" not in key and key != "step"]  # fmt: skip
+    kept = [item for state in optimizer.state.values() for item in state.items()]
+    states = [value for key, value in kept if "qmap" not in key and key != "step"]
     found = sum(value.nbytes for value in states if isinstance(value, torch.Tensor))
     assert found == optimizer_bytes(name, [parameter.numel() for parameter in module.parameters()])
 
 
 def test_the_towers_have_the_published_sizes():
     """Parameters of the image towers in millions, as open_clip's model profile gives them."""
-    expected = {"ViT-B/32": 87.85, "ViT-B/16": 86.19, "ViT-L/14": 303.97, "ViT-L/14-336": 304.29, "ViT-H/14": 632.08, "ViT-bigG/14": 1844.91}  # fmt: skip
+    expected = {
+        "ViT-B/32": 87.85, "ViT-B/16": 86.19, "ViT-L/14": 303.97,
+        "ViT-L/14-336": 304.29, "ViT-H/14": 632.08, "ViT-bigG/14": 1844.91,
+    }  # fmt: skip
     assert set(expected) == set(TOWERS)
     for name, millions in expected.items():
         with torch.device("meta"):

@@ -60,7 +60,7 @@ def publish(server, kind, repo, folder, leaving=None):
 
 @pytest.fixture
 def hub(server, tmp_path, monkeypatch):
-    """This process asks ``server`` in place of the hub. ``hub(offline=True)`` sets HF_HUB_OFFLINE and stops the server."""
+    """``server`` stands for the hub in this process. ``hub(offline=True)`` sets HF_HUB_OFFLINE and stops it."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(shard_sources, "RETRY_DELAY", 0.01)
@@ -331,7 +331,9 @@ for wrong in (
     lambda: fetch_model(accelerator, "org/none", "--model"),
     lambda: everywhere(accelerator, only_on_rank_1),
     lambda: folder_on_every_node(accelerator, lambda local: Path(f"/versions/{rank}"), "--data org/name"),
-    lambda: on_this_node(accelerator, ShardIndex(["hf://datasets/a/b/0.tar"], [1], [], cache), [cache], "--eval_shards"),
+    lambda: on_this_node(
+        accelerator, ShardIndex(["hf://datasets/a/b/0.tar"], [1], [], cache), [cache], "--eval_shards"
+    ),
 ):
     try:
         wrong()

@@ -45,9 +45,9 @@ def arguments(small_clip, pictures, tmp_path):
     def make(**changes):
         settings = {
             "model_name_or_path": small_clip, "train_shards": pictures, "output_dir": tmp_path / "run",
-            "cache_dir": tmp_path / "cache", "per_device_train_batch_size": BATCH, "max_steps": STEPS, "logging_steps": 1,
-            "attack_steps": 3, "primal_steps": 2, "learning_rate": 1e-3, "dual_learning_rate": 1e-2, "eps": 255 * EPS,
-            "rho": RHO, "num_workers": 0, "report_to": "none", "checkpoint_steps": 0,
+            "cache_dir": tmp_path / "cache", "per_device_train_batch_size": BATCH, "max_steps": STEPS,
+            "logging_steps": 1, "attack_steps": 3, "primal_steps": 2, "learning_rate": 1e-3, "dual_learning_rate": 1e-2,
+            "eps": 255 * EPS, "rho": RHO, "num_workers": 0, "report_to": "none", "checkpoint_steps": 0,
         } | changes  # fmt: skip
         return [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
 
@@ -67,7 +67,7 @@ def seen(monkeypatch):
 
 
 def plain_run(directory, batches, make_optimizer, rate, *, eps=EPS, attack_steps=3, primal_steps=2):
-    """LORE as an algorithm box, float32: transformers' own layers, a forward for everything, AdamW operation by operation."""
+    """LORE as an algorithm box, float32: transformers' layers, a forward each time, AdamW operation by operation."""
     with quiet_transformers():
         clip = CLIPModel.from_pretrained(directory, dtype=torch.float32)
         processor = CLIPProcessor.from_pretrained(directory).image_processor
@@ -151,7 +151,7 @@ class ScalarsRead(TorchDispatchMode):
 
 
 def test_the_step_equals_the_plain_float32_step(arguments, small_clip, tmp_path, monkeypatch):
-    """After 3 steps of 3 + 2 gradient steps every parameter within 1e-6; SGD, for AdamW makes updates of rounding noise."""
+    """Each parameter is within 1e-6 after 3 steps of 3 + 2 gradient steps. SGD: AdamW amplifies rounding noise."""
     batches = seen(monkeypatch)
     with_sgd(monkeypatch)
     train_lore.main(arguments())
@@ -180,7 +180,8 @@ def test_every_trick_keeps_the_losses_of_the_plain_float32_run(
 ):
     """Distances after the attack and losses, step by step, with AdamW.
 
-    In bfloat16 the attacks of some images end elsewhere, no worse (tests/methods/test_attacks.py): up to 10 % of a mean of 64 was seen.
+    In bfloat16 the attacks of some images end elsewhere, no worse (tests/methods/test_attacks.py): up to 10 % of a mean
+    of 64 images was seen.
     """
     AcceleratorState._reset_state(
         reset_partial_state=True
@@ -253,8 +254,8 @@ def test_tecoa_alone_needs_no_reference(arguments, small_clip, digits, tmp_path)
         with Flops() as counter:
             train_lore.main(
                 arguments(
-                    objective="tecoa", constraint="none", primal_steps=1, train_shards=digits / "train", max_steps=steps,
-                    logging_steps=100, output_dir=tmp_path / str(steps),
+                    objective="tecoa", constraint="none", primal_steps=1, train_shards=digits / "train",
+                    max_steps=steps, logging_steps=100, output_dir=tmp_path / str(steps),
                 )
             )  # fmt: skip
         counts.append(counter.total)
