@@ -1,8 +1,7 @@
 """Encoders: pixels in [0,1] to un-normalised image embeddings, and token ids to text embeddings, in lean layers.
 
-The embedding is the image tower's pooled output, through its projection where it has one: of clip, siglip, siglip2,
-vision-text-dual-encoder, clip_vision_model, siglip_vision_model. dinov2: the class token, and for its own linear head
-(Dinov2ForImageClassification) the mean of the patches as well.
+The embedding is the image tower's pooled output, through its projection where it has one; dinov2's is the class token,
+and for its own linear head (Dinov2ForImageClassification) the mean of the patches as well. ``published`` has the types.
 """
 
 from __future__ import annotations
