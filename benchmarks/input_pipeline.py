@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.comparison import in_parallel, launcher, markdown, print_table
 from utils.cli import flag, parse_settings, required, run
 from utils.data.images import ImageTransform
-from utils.data.shards import ShardDataset, ShardIndex, index_shards, train_batches
+from utils.data.shards import Members, ShardDataset, ShardIndex, index_shards, train_batches
 from utils.data.sources import expand_shards
 from utils.errors import UserError
 from utils.models.model_card import versions
@@ -78,7 +78,7 @@ class ProcessorDataset(ShardDataset):
 
     processor = CLIPImageProcessorPil()
 
-    def _image(self, members: dict[str, bytes], where: str) -> torch.Tensor:
+    def _image(self, members: Members) -> torch.Tensor:
         (data,) = members.values()
         return self.processor(Image.open(io.BytesIO(data)), return_tensors="pt")["pixel_values"][0]
 

@@ -172,9 +172,9 @@ def test_siblings_differ_in_what_is_compared_and_in_nothing_else():
         "tecoa-kl": {"constraint": "kl"},
     }.items():
         assert differences(f"{method}_vit-b-32_imagenet-100", lore) == supervised | own
-    for preference, beta in {"ipo": 0.01, "kto": 1.5, "ce": None}.items():
+    for preference, own in {"ipo": {"beta": 0.01}, "kto": {"beta": 1.5}, "ce": {}}.items():
         found = differences(f"{preference}_typographic_vit-b-32_imagenet-100", "dpo_typographic_vit-b-32_imagenet-100")
-        assert found == {"preference": preference, "beta": beta}
+        assert found == {"preference": preference} | own
     constrained = differences("dpo-l2_typographic_vit-b-32_imagenet-100", "dpo_typographic_vit-b-32_imagenet-100")
     assert constrained == {"constraint": "embedding"}
 

@@ -221,15 +221,19 @@ def load_weights(
             if file.read(len(LFS_POINTER)) == LFS_POINTER:
                 fault = "is a pointer of Git LFS, not the file itself; run `git lfs pull`"
                 raise UserError(f"{where}: {path.name} {fault}")
-    options: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": False, "output_loading_info": True}
-    options["ignore_mismatched_sizes"] = True  # said below, with the name
     with _refusing(f"{where}: the model does not load"), unpartitioned():
-        loaded: Any = model_class.from_pretrained(name_or_path, config=copy.deepcopy(config), **options)
+        loaded: Any = model_class.from_pretrained(
+            name_or_path,
+            config=copy.deepcopy(config),
+            dtype=torch.float32,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # said below, with the name
+        )
     model, info = loaded
     lacking = sorted(name for name in info["missing_keys"] if not name.endswith("mask_token"))
-    if (
-        isinstance(model, transformers.CLIPVisionModelWithProjection) and "visual_projection.weight" in lacking
-    ):  # saved without
+    with_projection = isinstance(model, transformers.CLIPVisionModelWithProjection)
+    if with_projection and "visual_projection.weight" in lacking:  # saved without
         return load_weights(transformers.CLIPVisionModel, name_or_path, flag, config)
     for name, fault in _weight_faults(model, info):
         raise UserError(f"{where}: {_weights_file(name_or_path, name)}: {name} {fault}")
