@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import evidence
-from benchmarks.comparison import FARE, START, Flags, StepSettings, evaluate, lore_runs
+from benchmarks.comparison import FARE, START, Flags, StepSettings, evaluate, evaluation_flag, lore_runs, training_flag
 from benchmarks.evidence import CONFIRMED, NOT_CONFIRMED, Claim, Numbers, Table, difference, verdict
-from utils.cli import flag, parse_settings, run
+from utils.cli import parse_settings, run
 from utils.evaluation.figures import line_style
 from utils.training.metrics import MetricsFile
 
@@ -35,14 +35,12 @@ TECOA = "TeCoA, K = {}"
 
 @dataclass
 class Settings(StepSettings):
-    # fmt: off
-    rho: float = flag(0.02, "tolerance of the embedding constraint", group="training", minimum=0)
-    supervised_rho: float = flag(0.1, "tolerance of TeCoA's constraints: of ||z0||^2, of the entropy", group="training", minimum=0)
-    fixed_rhos: list[float] = flag([3.2, 6.3, 12.7], "squared distances allowed under a fixed margin", group="training", minimum=0)
-    primal_steps: list[int] = flag([1, 2, 3, 5, 7, 10], "K; 5 is everywhere else", group="training", minimum=1)
-    attack_steps: list[int] = flag([1, 2, 5, 10, 20], "PGD steps; 10 is everywhere else", group="training", minimum=1)
-    eval_eps: float = flag(4.0, "radius of APGD, in 1/255", group="evaluation", above=0, maximum=255)
-    # fmt: on
+    rho: float = training_flag(0.02, "tolerance of the embedding constraint", minimum=0)
+    supervised_rho: float = training_flag(0.1, "TeCoA's tolerance: of ||z0||^2, of the entropy", minimum=0)
+    fixed_rhos: list[float] = training_flag([3.2, 6.3, 12.7], "squared distances that a fixed margin allows", minimum=0)
+    primal_steps: list[int] = training_flag([1, 2, 3, 5, 7, 10], "K; 5 is everywhere else", minimum=1)
+    attack_steps: list[int] = training_flag([1, 2, 5, 10, 20], "PGD steps; 10 is everywhere else", minimum=1)
+    eval_eps: float = evaluation_flag(4.0, "radius of APGD, in 1/255", above=0, maximum=255)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,13 @@ BEGIN, END = "<!-- cost_model.py -->", "<!-- end -->"
 TERA = 1e12
 
 
+rate_flag, network_flag = partial(flag, group="rate of one GPU"), partial(flag, group="network, assumed")
+
+
 @dataclass
 class Settings:
     """What is estimated, and with which rates."""
 
-    # fmt: off
     encoders: list[str] = flag(["ViT-L/14", "ViT-H/14"], "image towers", group="run", path=True, choices=tuple(TOWERS))
     gpus: list[int] = flag([8, 64, 512], "numbers of GPUs", group="run", minimum=1)
     samples: int = flag(1_281_167, "images of an epoch (ImageNet's)", group="run", minimum=1)
@@ -65,21 +68,24 @@ class Settings:
     dual_learning_rate: float = flag(5e-4, "of the multiplier, likewise", group="run", minimum=0)
     memory: bool = flag(True, "count a step's memory too, some seconds for each tower", group="run")
 
-    device_tflops: float | None = flag(None, "model TFLOP/s that one GPU sustained in whole LORE steps", group="rate of one GPU", above=0)
-    matmul_tflops: float | None = flag(None, "bf16 TFLOP/s of its matrix products alone, measured", group="rate of one GPU", above=0)
-    utilisations: list[float] = flag([30.0, 50.0], "shares of --matmul_tflops to assume, in per cent", group="rate of one GPU", above=0, maximum=100)
-    measured: str | None = flag(None, "JSON of benchmarks/train_step.py: the fastest LORE row of each tower counts", group="rate of one GPU", path=True)
-    float32_tflops: float = flag(67.0, "float32 TFLOP/s without tensor cores (H100's and H200's data sheet)", group="rate of one GPU", above=0)
-    memory_gb_s: float = flag(4800.0, "GB/s of its memory (H200's data sheet)", group="rate of one GPU", above=0)
+    device_tflops: float | None = rate_flag(None, "model TFLOP/s that one GPU sustained in whole LORE steps", above=0)
+    matmul_tflops: float | None = rate_flag(None, "bf16 TFLOP/s of its matrix products alone, measured", above=0)
+    utilisations: list[float] = rate_flag(
+        [30.0, 50.0], "of --matmul_tflops to assume, in per cent", above=0, maximum=100
+    )
+    measured: str | None = rate_flag(
+        None, "JSON of benchmarks/train_step.py: the fastest LORE row of each tower counts", path=True
+    )
+    float32_tflops: float = rate_flag(67.0, "float32 TFLOP/s without tensor cores (H100's, H200's data sheet)", above=0)
+    memory_gb_s: float = rate_flag(4800.0, "GB/s of its memory (H200's data sheet)", above=0)
 
-    per_node: int = flag(8, "GPUs of a machine", group="network, assumed", minimum=1)
-    inside_gb_s: float = flag(300.0, "GB/s that a GPU sends within a machine (NVLink)", group="network, assumed", above=0)
-    between_gb_s: float = flag(50.0, "GB/s of a GPU's adapter to other machines (400 Gb/s)", group="network, assumed", above=0)
-    latency_us: float = flag(10.0, "microseconds per hop of a collective", group="network, assumed", minimum=0)
+    per_node: int = network_flag(8, "GPUs of a machine", minimum=1)
+    inside_gb_s: float = network_flag(300.0, "GB/s that a GPU sends within a machine (NVLink)", above=0)
+    between_gb_s: float = network_flag(50.0, "GB/s of a GPU's adapter to other machines (400 Gb/s)", above=0)
+    latency_us: float = network_flag(10.0, "microseconds per hop of a collective", minimum=0)
 
     output: str | None = flag(None, "all numbers as JSON", group="output", path=True)
     markdown: str | None = flag(None, "file whose block of tables is replaced", group="output", path=True)
-    # fmt: on
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -20,9 +20,9 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import evidence
-from benchmarks.comparison import FARE, Flags, LoreSettings, lore_runs
+from benchmarks.comparison import FARE, Flags, LoreSettings, evaluation_flag, lore_runs, training_flag
 from benchmarks.evidence import Claim, Numbers, Table, difference, verdict
-from utils.cli import flag, parse_settings, run
+from utils.cli import parse_settings, run
 from utils.training.metrics import MetricsFile
 
 LORE = "LORE"
@@ -31,14 +31,12 @@ QUANTILES = ("median", "p95", "max")
 
 @dataclass
 class Settings(LoreSettings):
-    # fmt: off
-    eps: list[float] = flag([2.0, 4.0, 8.0, 16.0], "radii of the training attack, in 1/255", group="training", above=0, maximum=255)
-    rho: float = flag(0.1, "LORE's tolerance", group="training", minimum=0)
-    updates: int = flag(200, "updates of the encoder", group="training", minimum=1)
-    primal_steps: int = flag(5, "K, LORE's updates per batch", group="training", minimum=1)
-    fare_primal_steps: list[int] = flag([1, 5], "K of FARE; several are several methods", group="training", minimum=1)
-    curve_updates: int = flag(10, "updates between evaluations; a multiple of K", group="evaluation", minimum=1)
-    # fmt: on
+    eps: list[float] = training_flag([2.0, 4.0, 8.0, 16.0], "training radii, in 1/255", above=0, maximum=255)
+    rho: float = training_flag(0.1, "LORE's tolerance", minimum=0)
+    updates: int = training_flag(200, "updates of the encoder", minimum=1)
+    primal_steps: int = training_flag(5, "K, LORE's updates per batch", minimum=1)
+    fare_primal_steps: list[int] = training_flag([1, 5], "K of FARE; several are several methods", minimum=1)
+    curve_updates: int = evaluation_flag(10, "updates between evaluations; a multiple of K", minimum=1)
 
 
 def main() -> None:

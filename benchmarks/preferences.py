@@ -30,6 +30,7 @@ from benchmarks.comparison import (
     claim_directory,
     in_parallel,
     launcher,
+    what_flag,
     words,
 )
 from benchmarks.evidence import CONFIRMED, NOT_CONFIRMED, Claim, Numbers, Table, difference, verdict
@@ -41,13 +42,11 @@ KEYS = ["original", "typographic", "follows", "kl"]
 
 @dataclass
 class Settings(NumbersSettings, compare_preferences.Settings):
-    # fmt: off
-    pairs: str | None = flag(None, "preference pairs with train/, val/ and test/, for the head (default: no head)", group="what", path=True)
+    pairs: str | None = what_flag(None, "train/, val/ and test/ of pairs, for the head (default: no head)", path=True)
     beta_factors: list[float] = flag([0.1, 0.3, 3.0], "multiples of beta", group="curves", above=0)
     reg_factors: list[float] = flag([0.0, 0.3, 3.0], "multiples of the weight of the KL", group="curves", minimum=0)
     head_beta: float = flag(0.05, "beta of the head", group="head", above=0)
     head_epochs: int = flag(10, "passes over the pairs", group="head", minimum=1)
-    # fmt: on
 
 
 def main() -> None:

@@ -28,13 +28,16 @@ from benchmarks.comparison import (
     WordSettings,
     as_in_results,
     claim_directory,
+    evaluation_flag,
     in_parallel,
     launcher,
     markdown,
     percent,
     print_table,
+    training_flag,
+    what_flag,
 )
-from utils.cli import flag, parse_settings, run
+from utils.cli import parse_settings, run
 from utils.methods.preferences import PREFERENCES
 from utils.sets.typographic import PLACES
 
@@ -61,25 +64,25 @@ MARKERS = ["*", "o", "s", "D", "^", "v", "<", ">"]  # of the start model and the
 
 @dataclass
 class Settings(WordSettings):
-    # fmt: off
-    methods: list[str] = flag(list(METHODS), "which runs; the first stage that a method needs is made in any case", group="what", choices=tuple(METHODS))
-    eps: float = flag(4.0, "LORE: radius of the training attack, in 1/255", group="training", above=0, maximum=255)
-    rho: float = flag(0.1, "LORE: tolerance", group="training", minimum=0)
-    lore_steps: int = flag(60, "LORE: training steps, of 5 updates each", group="training", minimum=1)
-    lore_learning_rate: float = flag(3e-4, "LORE: of the encoder", group="training", minimum=0)
-    preference: str = flag("dpo", "PO: the loss", group="training", choices=PREFERENCES)
-    beta: float = flag(0.5, "PO: strength of the preference", group="training", above=0)
-    reg_weight: float = flag(1.0, "PO: weight of the KL on clean images", group="training", minimum=0)
-    po_steps: int = flag(100, "PO: training steps", group="training", minimum=1)
-    po_learning_rate: float = flag(3e-4, "PO: of the image tower", group="training", minimum=0)
-    head_learning_rate: float = flag(1e-2, "PO: of the head", group="training", minimum=0)
-    po_rho: float = flag(0.05, "PO + l2: tolerance of the constraint, from the model that the stage starts from", group="training", minimum=0)
-    word_place: str = flag("bottom", "of all words", group="training", choices=PLACES)
-    po_dual_learning_rate: float = flag(1e-3, "PO + l2: of the multiplier", group="training", minimum=0)
+    methods: list[str] = what_flag(
+        list(METHODS), "which runs; the first stage that a method needs is made in any case", choices=tuple(METHODS)
+    )
+    eps: float = training_flag(4.0, "LORE: radius of the training attack, in 1/255", above=0, maximum=255)
+    rho: float = training_flag(0.1, "LORE: tolerance", minimum=0)
+    lore_steps: int = training_flag(60, "LORE: training steps, of 5 updates each", minimum=1)
+    lore_learning_rate: float = training_flag(3e-4, "LORE: of the encoder", minimum=0)
+    preference: str = training_flag("dpo", "PO: the loss", choices=PREFERENCES)
+    beta: float = training_flag(0.5, "PO: strength of the preference", above=0)
+    reg_weight: float = training_flag(1.0, "PO: weight of the KL on clean images", minimum=0)
+    po_steps: int = training_flag(100, "PO: training steps", minimum=1)
+    po_learning_rate: float = training_flag(3e-4, "PO: of the image tower", minimum=0)
+    head_learning_rate: float = training_flag(1e-2, "PO: of the head", minimum=0)
+    po_rho: float = training_flag(0.05, "PO + l2: tolerance, from the model that the stage starts from", minimum=0)
+    word_place: str = training_flag("bottom", "of all words", choices=PLACES)
+    po_dual_learning_rate: float = training_flag(1e-3, "PO + l2: of the multiplier", minimum=0)
 
-    eval_eps: list[float] = flag([4.0], "radii of APGD, in 1/255", group="evaluation", above=0, maximum=255)
-    apgd_steps: int = flag(100, "steps of each run of APGD", group="evaluation", minimum=1)
-    # fmt: on
+    eval_eps: list[float] = evaluation_flag([4.0], "radii of APGD, in 1/255", above=0, maximum=255)
+    apgd_steps: int = evaluation_flag(100, "steps of each run of APGD", minimum=1)
 
 
 def main() -> None:

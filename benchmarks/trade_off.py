@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import evidence
-from benchmarks.comparison import FARE, START, Flags, StepSettings, evaluate, lore_runs
+from benchmarks.comparison import FARE, START, Flags, StepSettings, evaluate, evaluation_flag, lore_runs, training_flag
 from benchmarks.evidence import CONFIRMED, NOT_CONFIRMED, Claim, Numbers, Table, difference, verdict
-from utils.cli import flag, parse_settings, run
+from utils.cli import parse_settings, run
 from utils.evaluation.figures import line_style
 from utils.evaluation.results import Results
 
@@ -31,12 +31,12 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 @dataclass
 class Settings(StepSettings):
-    # fmt: off
-    rhos: list[float] = flag([0.005, 0.01, 0.02, 0.05, 0.1], "LORE's tolerances", group="training", minimum=0)
-    clean_weights: list[float] = flag([30.0, 10.0, 3.0, 1.0, 0.3], "weights of the clean distance in place of the constraint", group="training", above=0)
-    primal_steps: int = flag(5, "K, updates per batch", group="training", minimum=1)
-    eval_eps: float = flag(4.0, "radius of APGD, in 1/255", group="evaluation", above=0, maximum=255)
-    # fmt: on
+    rhos: list[float] = training_flag([0.005, 0.01, 0.02, 0.05, 0.1], "LORE's tolerances", minimum=0)
+    clean_weights: list[float] = training_flag(
+        [30.0, 10.0, 3.0, 1.0, 0.3], "weights of the clean distance in place of the constraint", above=0
+    )
+    primal_steps: int = training_flag(5, "K, updates per batch", minimum=1)
+    eval_eps: float = evaluation_flag(4.0, "radius of APGD, in 1/255", above=0, maximum=255)
 
 
 def main() -> None:

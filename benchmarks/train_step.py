@@ -45,7 +45,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_lore
-from benchmarks.comparison import markdown, print_table
+from benchmarks.comparison import markdown, print_table, what_flag
 from benchmarks.memory import TEXT_TOWERS, make_model_and_images
 from utils.cli import flag, parse_settings, required, run
 from utils.data.images import ImageTransform
@@ -74,13 +74,14 @@ MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.2757
 
 @dataclass
 class Settings:
-    # fmt: off
-    encoders: list[str] = flag(["small", "ViT-B/32"], f"small, {', '.join(TOWERS)}, or directories of CLIP models", group="what", path=True)
-    data: str | None = flag(None, "shards of images (default: noise)", group="what", path=True)
-    batch_size: list[int] = flag([128, 32], "images per step: one number, or one for each encoder", group="what", minimum=1)
-    methods: list[str] = flag(list(METHODS), "what a step is of", group="what", choices=METHODS)
-    variants: list[str] = flag([], "only these, by their first words (default: all)", group="what")
-    gradient_checkpointing: bool = flag(False, "in every variant", group="what")
+    encoders: list[str] = what_flag(
+        ["small", "ViT-B/32"], f"small, {', '.join(TOWERS)}, or directories of CLIP models", path=True
+    )
+    data: str | None = what_flag(None, "shards of images (default: noise)", path=True)
+    batch_size: list[int] = what_flag([128, 32], "images per step: one number, or one for each encoder", minimum=1)
+    methods: list[str] = what_flag(list(METHODS), "what a step is of", choices=METHODS)
+    variants: list[str] = what_flag([], "only these, by their first words (default: all)")
+    gradient_checkpointing: bool = what_flag(False, "in every variant")
     attack_steps: int = flag(10, "PGD steps", group="step", minimum=1)
     primal_steps: int = flag(5, "K of LORE; FARE makes one update", group="step", minimum=1)
     rounds: int = flag(3, "timed steps of every variant, after one that is not", group="run", minimum=1)
@@ -88,7 +89,6 @@ class Settings:
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device", group="run")
     trainer: bool = flag(True, "the last row, of the trainer itself", group="run")
     output_dir: str = required("results.json and table.md are written here", group="run", path=True)
-    # fmt: on
 
 
 @dataclass(frozen=True)

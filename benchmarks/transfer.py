@@ -23,9 +23,19 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import evidence
-from benchmarks.comparison import FARE, START, StepSettings, as_in_results, evaluate, lore_runs
+from benchmarks.comparison import (
+    FARE,
+    START,
+    StepSettings,
+    as_in_results,
+    evaluate,
+    evaluation_flag,
+    lore_runs,
+    training_flag,
+    what_flag,
+)
 from benchmarks.evidence import CONFIRMED, NOT_CONFIRMED, Claim, Numbers, Table, difference, verdict
-from utils.cli import flag, parse_settings, run
+from utils.cli import parse_settings, run
 from utils.evaluation.figures import COLORS, HATCHES
 
 COLUMNS = ["clean", "APGD", "noise", "corruptions"]
@@ -34,16 +44,16 @@ PROBE = "{} (probe)"
 
 @dataclass
 class Settings(StepSettings):
-    # fmt: off
-    zero_shot_data: list[str] = flag([], "labelled sets whose test/ is classified by class names (default: --data)", group="what", path=True)
-    probe_data: list[str] = flag([], "labelled sets whose test/ is halved for a linear probe", group="what", path=True)
-    rhos: list[float] = flag([0.05, 0.02], "LORE's tolerances", group="training", minimum=0)
-    steps: int = flag(100, "training steps", group="training", minimum=1)
-    primal_steps: int = flag(5, "K, updates per batch, of every method", group="training", minimum=1)
-    eval_eps: float = flag(2.0, "radius of APGD, in 1/255", group="evaluation", above=0, maximum=255)
-    sigma: float = flag(32.0, "standard deviation of the Gaussian noise, in 1/255", group="evaluation", above=0)
-    severities: list[int] = flag([3], "of the corruptions", group="evaluation", minimum=1, maximum=5)
-    # fmt: on
+    zero_shot_data: list[str] = what_flag(
+        [], "labelled sets whose test/ is classified by class names (default: --data)", path=True
+    )
+    probe_data: list[str] = what_flag([], "labelled sets whose test/ is halved for a linear probe", path=True)
+    rhos: list[float] = training_flag([0.05, 0.02], "LORE's tolerances", minimum=0)
+    steps: int = training_flag(100, "training steps", minimum=1)
+    primal_steps: int = training_flag(5, "K, updates per batch, of every method", minimum=1)
+    eval_eps: float = evaluation_flag(2.0, "radius of APGD, in 1/255", above=0, maximum=255)
+    sigma: float = evaluation_flag(32.0, "standard deviation of the Gaussian noise, in 1/255", above=0)
+    severities: list[int] = evaluation_flag([3], "of the corruptions", minimum=1, maximum=5)
 
 
 def main() -> None:
