@@ -27,7 +27,7 @@ METHODS = {
     "TeCoA + l2": (True, True),
     "TeCoA + KL": (True, True),
 }
-# Preference optimisation of the image tower: share of a step's pictures, the clean ones, that a dual step encodes once more.
+# PO of the image tower: the share of a step's pictures, the clean ones, that a dual step encodes once more.
 PREFERENCES = {"PO image": 0, "PO image + l2": 0.5}  # clean and attacked in pairs, one word to an image
 PO, PO_L2 = PREFERENCES
 
@@ -46,8 +46,9 @@ class Tower:
 
 
 def tower_cost(config: CLIPVisionConfig) -> Tower:
-    """Counts a CLIP image tower with its projection. d width, m MLP, L blocks, p patch, D embedding, t = (image / p)^2 + 1.
+    """Counts a CLIP image tower with its projection.
 
+    d width, m MLP, L blocks, p patch, D embedding, t = (image / p)^2 + 1.
     F = 2 (t - 1) 3 p^2 d + L (8 t d^2 + 4 t^2 d + 4 t d m) + 2 d D: patches, projections of attention, attention, MLP,
     projection. P = d + 3 p^2 d + t d + 4 d + L (4 d^2 + 2 d m + 9 d + m) + d D.
     """
@@ -70,9 +71,9 @@ def tower_cost(config: CLIPVisionConfig) -> Tower:
 
 
 def forwards_per_image(method: str, attack_steps: int, primal_steps: int, recompute: bool = False) -> float:
-    """FLOPs of one image in one step, as a multiple of F. Preference optimisation of the image tower has neither n nor K.
+    """FLOPs of one image in one step, as a multiple of F.
 
-    ``METHODS``: 1 + 2 n + 3 K (6 K with clean images) + 1 with a dual step. PO: 4 a picture, the reference's forward and the
+    ``METHODS``: 1 + 2 n + 3 K (6 K with clean images) + 1 with a dual step. PO of the image tower has neither n nor K: 4 a picture, the reference's forward and the
     policy's forward and backward; 4.5 with a dual step on the clean half. ``recompute``: with gradient checkpointing every
     backward pass takes one more forward; that is work, but not of the model, and no utilisation counts it.
     """
@@ -136,7 +137,7 @@ class Collective:
 
 
 def sent_bytes(kind: str, message: float, processes: int) -> float:
-    """Bytes that one process sends for one ring collective over N: 2 (N - 1) / N of the message to all-reduce, half of that else."""
+    """Bytes that one of N sends in a ring: 2 (N - 1) / N of the message to all-reduce, half of that else."""
     return message * (2 if kind == "all-reduce" else 1) * (processes - 1) / processes
 
 
@@ -158,7 +159,7 @@ def step_collectives(
     reuse_distance: int = 1_000_000_000,
     reduce_bucket_size: int = 50_000_000,
 ) -> list[Collective]:
-    """What the processes send each other in one step that is neither logged, evaluated nor saved. Empty for one process.
+    """What the processes send in one step that is neither logged, evaluated nor saved. Empty for one process.
 
     Gradients, K times: DDP all-reduces 4 P at the last micro-batch. ZeRO-1 all-reduces likewise and then all-gathers the
     updated weights, 4 P more: DeepSpeed's default (use_multi_rank_bucket_allreduce) is no reduce-scatter. ZeRO-2 all-reduces
@@ -224,9 +225,9 @@ class Network:
     latency: float = 10e-6
 
     def bandwidth(self, processes: int, spread: bool = True) -> float:
-        """At which a device sends. Across machines a ring crosses every adapter of one, each with 1 / per_node of the bytes.
+        """At which a device sends.
 
-        That is ``spread``, min(inside, per_node * between), the best case; without it every byte goes through one
+        Across machines a ring crosses every adapter of one, each with 1 / per_node of the bytes. That is ``spread``, min(inside, per_node * between), the best case; without it every byte goes through one
         adapter at ``between``, the worst.
         """
         if processes <= self.per_node:

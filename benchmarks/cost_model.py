@@ -1,4 +1,4 @@
-"""What LORE costs on 1 to hundreds of GPUs, estimated: FLOPs, bytes sent, memory, hours, and where more GPUs stop helping.
+"""What LORE costs on 1 to hundreds of GPUs: FLOPs, bytes sent, memory, hours, and where more stop helping.
 
   python benchmarks/cost_model.py --matmul_tflops 790 --output runs/cost.json --markdown docs/cost_model.md
 
@@ -195,7 +195,7 @@ def flops_rows(settings: Settings, towers: dict[str, Tower]) -> list[list[str]]:
 
 
 def stage_rows(settings: Settings, towers: dict[str, Tower], network: Network) -> list[list[str]]:
-    """Collectives, bytes and seconds of a step by stage, on few GPUs and on many; memory by utils/training/memory.py."""
+    """A step by stage, on few GPUs and on many: collectives, bytes, seconds; memory by utils/training/memory.py."""
     few, many = min(settings.gpus), max(settings.gpus)
     rows = [["image tower", "sharding", "collectives", "GB sent", "x parameters", f"s, {few} GPUs", f"s, {many} GPUs"]]
     rows[0] += [f"memory, {few} / {many}, GB"] if settings.memory else []

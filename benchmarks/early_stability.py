@@ -1,4 +1,4 @@
-"""The first updates of FARE and LORE: clean accuracy, the multiplier, and how far clean embeddings move, over the radius.
+"""The first updates of FARE and LORE, by radius: clean accuracy, the multiplier, how far clean embeddings move.
 
   python benchmarks/early_stability.py --model runs/small-clip --data data/cifar10 --seeds 0 1 2 --eps 2 4 8 16 \\
     --output_dir runs/early-stability

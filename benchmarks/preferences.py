@@ -1,4 +1,4 @@
-"""Preference optimisation: the typographic table, what beta and the weight of the KL do, and a concept turned by a head's t.
+"""Preference optimisation: the typographic table, beta and the weight of the KL, a concept turned by a head's t.
 
   python examples/make_attribute_shards.py --output_dir runs/attributes
   python benchmarks/preferences.py --model examples/reading_clip --data runs/attributes --pairs runs/attributes/pairs \\

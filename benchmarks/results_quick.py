@@ -1,4 +1,4 @@
-"""A reduced version of every table and figure of docs/results.md, from nothing: scikit-learn's digits, one seed, two cores.
+"""Every table and figure of docs/results.md, reduced, from nothing: scikit-learn's digits, one seed, two cores.
 
   python benchmarks/results_quick.py --output_dir runs/results-quick        # make results-quick
 

@@ -1,9 +1,9 @@
-"""Robust to pixels and to written words at once: LORE, preference optimisation, and one after the other, from one start model.
+"""Robust to pixels and to written words at once: LORE, preference optimisation, and one after the other.
 
   python benchmarks/robust_and_aligned.py --model examples/reading_clip --data data/attribute-digits --seeds 0 1 2 \\
     --output_dir runs/robust-and-aligned
 
-Starts the real train_lore.py and train_po.py for every method and seed, the second stage of a method on the model that the
+Starts the real train_lore.py and train_po.py for every method and seed on one start model, the second stage of a method on the model that the
 first left, then evaluate.py once on all models. Prints a table (mean and standard deviation over seeds; intervals where there
 is one seed): accuracy on original images, on images with wrong words, under APGD, and how far the embeddings of original
 images have moved from the start model's. Writes table.md and scatter.png. Whatever is finished is not made again.

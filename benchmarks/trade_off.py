@@ -1,4 +1,4 @@
-"""Clean against robust accuracy: LORE over rho, a fixed weight on the clean distance over the weight, FARE at equal updates.
+"""Clean against robust accuracy: LORE by rho, a fixed weight on the clean distance, FARE at equal updates.
 
   python benchmarks/trade_off.py --model runs/small-clip --data data/cifar10 --seeds 0 1 2 --output_dir runs/results
 

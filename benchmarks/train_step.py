@@ -4,8 +4,7 @@
   python benchmarks/train_step.py --encoders ViT-B/32 ViT-L/14 --batch_size 448 128 --output_dir runs/train-step-gpu
 
 Encoders have random weights of the published sizes, or are CLIP models on disk; images are noise, or those of --data, on the
-device before the clock starts. All variants
-of an encoder and method start from the same weights and make the same steps on the same images and random starts, one step
+device before the clock starts. All variants of an encoder and method start from the same weights and make the same steps on the same images and random starts, one step
 each in turn, so that whatever else happens on the machine meets all of them. The first step warms up (and compiles).
 "plain" runs in float32 with transformers' own layers: parameters require gradients during the attack, clean and perturbed
 images pass one after the other, perturbation and weights are updated operation by operation. The last row is train_lore.py
@@ -135,7 +134,7 @@ class Float32Conv2d(nn.Conv2d):
 
 
 class Trainee:
-    """An encoder with its optimizer and its multiplier, made from one seed, that makes its steps in the way of a variant."""
+    """An encoder, its optimizer and multiplier, made from one seed; its steps are made as the variant says."""
 
     def __init__(
         self, variant: Variant, model: CLIPVisionModelWithProjection, method: str, settings: Settings, eps: float = EPS
@@ -279,7 +278,7 @@ def make_encoder(model: CLIPVisionModelWithProjection, variant: Variant) -> nn.M
 
 
 class MemoryMeter:
-    """Highest use since it was made, above what was in use then: allocated on a GPU, resident on a CPU (Linux), else None."""
+    """Highest use above that at its making: allocated on a GPU, resident on a CPU (Linux), else None."""
 
     def __init__(self, device: str) -> None:
         self.on_gpu = torch.device(device).type == "cuda"
@@ -311,7 +310,7 @@ def synchronise(device: str) -> None:
 
 
 def matmul_rate(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of square products, the best of several: of larger ones as long as one takes less than a twentieth of a second."""
+    """FLOP/s of square products, the best of several: of larger ones until one takes a twentieth of a second."""
     size, largest, best = 512, 8192 if torch.device(device).type == "cuda" else 2048, float("inf")
     while True:
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))

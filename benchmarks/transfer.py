@@ -1,8 +1,8 @@
 """What robust fine-tuning on one set does on sets that it never saw: FARE and LORE under APGD, noise and corruptions.
 
   python benchmarks/transfer.py --model runs/two-sets-clip --data data/tinyimagenet150 \\
-    --zero_shot_data data/tinyimagenet150 data/cifar10 data/tinyimagenet50_novel --probe_data data/tinyimagenet50_novel data/sign_digits \\
-    --seeds 0 1 2 --output_dir runs/transfer
+    --zero_shot_data data/tinyimagenet150 data/cifar10 data/tinyimagenet50_novel \\
+    --probe_data data/tinyimagenet50_novel data/sign_digits --seeds 0 1 2 --output_dir runs/transfer
 
 The first --zero_shot_data is where the encoders are trained, the others are transfer. --probe_data are sets whose names the
 text tower never learnt: a linear probe of the frozen encoder is trained on one half of their test images, clean, and measured on

@@ -317,7 +317,7 @@ def sandbox(tmp_path_factory, digits, attribute_digits) -> Sandbox:
 
 @functools.cache
 def said(command: Command) -> frozenset[str]:
-    """Its flags, and of their values those that choose what runs: one of a few words, a recipe, a subject, a kind of model."""
+    """Its flags, and of their values those that choose what runs: a word, a recipe, a subject, a kind of model."""
     found = set()
     fields = {field.name: field.metadata for field in dataclasses.fields(settings_class(command.script))}
     for flag, given in values(shrunk(command)).items():

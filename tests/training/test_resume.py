@@ -59,7 +59,7 @@ def difference(one, two):
 
 @pytest.mark.parametrize("changes", [{}, {"optimizer": "adamw_8bit"}])
 def test_a_stopped_run_goes_on_to_the_same_end(arguments, tmp_path, changes):
-    """In the middle of an epoch, at its end and between two regular checkpoints; with 8-bit optimizer state too. Bitwise."""
+    """Within an epoch, at its end, between two regular checkpoints; with 8-bit optimizer state too. Bitwise."""
     assert train("train_lore", arguments(tmp_path / "whole", **changes)) == 0
     for step in (3, 4, 5):
         assert train("train_lore", arguments(tmp_path / "cut", **changes), stop_in_step=step) == REQUEUE
