@@ -3,7 +3,7 @@
   python benchmarks/ablations.py --model runs/small-clip --data data/cifar10 --seeds 0 1 2 --output_dir runs/results
 
 Tables: K, the form of the multiplier, the margin, the steps of the training attack, the supervised objective. What the
-recipes ablation_*.yaml and tecoa*.yaml change is changed here, on the small model; the row that the tables share is one run.
+recipes ablation_*.yaml and tecoa*.yaml change is changed here, on the small model. The tables share a row: one run.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ def draw(numbers: Numbers) -> Figure:
             x, y = ([100 * statistics.mean(of[key])] for key in ("clean", "robust"))
             style = line_style(place)
             axis.errorbar(
-                x, y, xerr=evidence.error_bars([of["clean"]]), yerr=evidence.error_bars([of["robust"]]), linestyle="none",
-                color=style["color"], marker=style["marker"], capsize=2, elinewidth=0.8, label=label,
+                x, y, xerr=evidence.error_bars([of["clean"]]), yerr=evidence.error_bars([of["robust"]]),
+                linestyle="none", color=style["color"], marker=style["marker"], capsize=2, elinewidth=0.8, label=label,
                 markerfacecolor="white" if place % 2 else style["color"],
             )  # fmt: skip
         axis.set(
@@ -167,7 +167,8 @@ def claims(numbers: Numbers) -> list[Claim]:
     )
     rows.append(
         Claim(
-            "LORE", "a relative margin beats a fixed one", f"{relative} - {nearest} (the nearest distance): clean {clean}, APGD {robust} points",
+            "LORE", "a relative margin beats a fixed one",
+            f"{relative} - {nearest} (the nearest distance): clean {clean}, APGD {robust} points",
             CONFIRMED if CONFIRMED in (verdict(clean), verdict(robust)) else NOT_CONFIRMED,
         )
     )  # fmt: skip
@@ -182,7 +183,8 @@ def claims(numbers: Numbers) -> list[Claim]:
         }
         rows.append(
             Claim(
-                "LORE", f"{label.split(',')[0]} beats TeCoA, clean and attacked", f"{label} - {tecoa}: clean {clean}, APGD {robust} points",
+                "LORE", f"{label.split(',')[0]} beats TeCoA, clean and attacked",
+                f"{label} - {tecoa}: clean {clean}, APGD {robust} points",
                 CONFIRMED if both == [CONFIRMED] * 2 else NOT_CONFIRMED + partly.get(tuple(both), ""),
             )
         )  # fmt: skip

@@ -2,10 +2,11 @@
 
   python benchmarks/cost_model.py --matmul_tflops 790 --output runs/cost.json --markdown docs/cost_model.md
 
-benchmarks/cost.py has the formulas. Every number is an estimate; nothing is run. Hours need the rate of one device, which has
-no default: --device_tflops (model TFLOP/s that it sustained in whole LORE steps), --measured (what benchmarks/train_step.py
-wrote), or --matmul_tflops (the rate of its matrix products alone), of which --utilisations are then assumed. Bandwidths are
-assumptions; give those of the cluster. --markdown replaces what stands between <!-- cost_model.py --> and <!-- end -->.
+benchmarks/cost.py has the formulas. Every number is an estimate; nothing is run. Hours need the rate of one device,
+which has no default: --device_tflops (model TFLOP/s that it sustained in whole LORE steps), --measured (what
+benchmarks/train_step.py wrote), or --matmul_tflops (the rate of its matrix products alone), of which --utilisations are
+then assumed. Bandwidths are assumptions; give those of the cluster. --markdown replaces what stands between
+<!-- cost_model.py --> and <!-- end -->.
 """
 
 from __future__ import annotations
@@ -113,9 +114,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for title, rows in tables:
         print_table(title, rows)
     print(
-        f"All of it estimates, not measured. Assumed: {settings.inside_gb_s:g} GB/s within a machine of {settings.per_node}, "
-        f"{settings.between_gb_s:g} GB/s per adapter, {settings.latency_us:g} us per hop. Before a slash all adapters of a "
-        "machine carry a message, behind it one does (but for memory)."
+        f"All of it estimates, not measured. Assumed: {settings.inside_gb_s:g} GB/s within a machine of "
+        f"{settings.per_node}, {settings.between_gb_s:g} GB/s per adapter, {settings.latency_us:g} us per hop. "
+        "Before a slash all adapters of a machine carry a message, behind it one does (but for memory)."
     )
     if not any(rates.values()):
         print("No rate of a device was given, so no hours: --device_tflops, --matmul_tflops or --measured.")

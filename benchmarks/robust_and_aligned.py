@@ -3,10 +3,11 @@
   python benchmarks/robust_and_aligned.py --model examples/reading_clip --data data/attribute-digits --seeds 0 1 2 \\
     --output_dir runs/robust-and-aligned
 
-Starts the real train_lore.py and train_po.py for every method and seed on one start model, the second stage of a method on the model that the
-first left, then evaluate.py once on all models. Prints a table (mean and standard deviation over seeds; intervals where there
-is one seed): accuracy on original images, on images with wrong words, under APGD, and how far the embeddings of original
-images have moved from the start model's. Writes table.md and scatter.png. Whatever is finished is not made again.
+Starts the real train_lore.py and train_po.py for every method and seed on one start model, the second stage of a method
+on the model that the first left, then evaluate.py once on all models. Prints a table (mean and standard deviation over
+seeds; intervals where there is one seed): accuracy on original images, on images with wrong words, under APGD, and how
+far the embeddings of original images have moved from the start model's. Writes table.md and scatter.png. What is
+finished is not made again.
 """
 
 from __future__ import annotations
@@ -128,7 +129,8 @@ def main() -> None:
 def train_command(settings: Settings, key: str, seed: int, runs: dict[tuple[str, int], Path]) -> list[str]:
     stage, start, _ = METHODS[key]
     common = [
-        "--model_name_or_path", str(runs[start, seed]) if start else settings.model, "--train_shards", f"{settings.data}/train",
+        "--model_name_or_path", str(runs[start, seed]) if start else settings.model,
+        "--train_shards", f"{settings.data}/train",
         "--per_device_train_batch_size", str(settings.batch_size), "--logging_steps", "10", "--checkpoint_steps", "0",
         "--num_workers", "0", "--report_to", "none", "--resume_from_checkpoint", "latest", "--seed", str(seed),
         "--output_dir", str(runs[key, seed]),
@@ -145,9 +147,10 @@ def train_command(settings: Settings, key: str, seed: int, runs: dict[tuple[str,
         "--dual_learning_rate", f"{settings.po_dual_learning_rate:g}",
     ]  # fmt: skip
     return [
-        *launcher("train_po.py"), *common, "--trainable", "head" if head else "image", "--preference", settings.preference,
-        "--beta", f"{settings.beta:g}", "--reg_weight", f"{settings.reg_weight:g}", "--max_steps", str(settings.po_steps),
-        "--learning_rate", f"{rate:g}", *word_flags(settings, settings.fonts), *(held if stage == "po_l2" else []),
+        *launcher("train_po.py"), *common, "--trainable", "head" if head else "image",
+        "--preference", settings.preference, "--beta", f"{settings.beta:g}", "--reg_weight", f"{settings.reg_weight:g}",
+        "--max_steps", str(settings.po_steps), "--learning_rate", f"{rate:g}",
+        *word_flags(settings, settings.fonts), *(held if stage == "po_l2" else []),
     ]  # fmt: skip
 
 
@@ -164,7 +167,8 @@ def evaluation_command(settings: Settings, models: Sequence[str]) -> list[str]:
 
 def word_flags(settings: Settings, fonts: Sequence[str]) -> list[str]:
     return [
-        "--fonts", *fonts, "--word_size_min", f"{settings.word_size_min:g}", "--word_size_max", f"{settings.word_size_max:g}",
+        "--fonts", *fonts,
+        "--word_size_min", f"{settings.word_size_min:g}", "--word_size_max", f"{settings.word_size_max:g}",
         "--word_place", settings.word_place, "--word_kind", settings.word_kind,
     ]  # fmt: skip
 

@@ -3,17 +3,20 @@
   python benchmarks/train_step.py --encoders small ViT-B/32 --batch_size 128 32 --output_dir runs/train-step
   python benchmarks/train_step.py --encoders ViT-B/32 ViT-L/14 --batch_size 448 128 --output_dir runs/train-step-gpu
 
-Encoders have random weights of the published sizes, or are CLIP models on disk; images are noise, or those of --data, on the
-device before the clock starts. All variants of an encoder and method start from the same weights and make the same steps on the same images and random starts, one step
-each in turn, so that whatever else happens on the machine meets all of them. The first step warms up (and compiles).
-"plain" runs in float32 with transformers' own layers: parameters require gradients during the attack, clean and perturbed
-images pass one after the other, perturbation and weights are updated operation by operation. The last row is train_lore.py
-itself as a user starts it with --compile true, with decoding, logging and all, in a process of its own.
+Encoders have random weights of the published sizes, or are CLIP models on disk; images are noise, or those of --data,
+on the device before the clock starts. All variants of an encoder and method start from the same weights and make the
+same steps on the same images and random starts, one step each in turn, so that whatever else happens on the machine
+meets all of them. The first step warms up (and compiles).
 
-"off plain" is the largest relative difference, over all steps, of the perturbed images' distance after the attack (of the loss
-for PO) from the plain variant's. FLOP are the least that a step needs (52 F of one forward F for LORE, see utils/training/metrics.py), the same for all variants. Memory is
-what a variant needs beyond the libraries and the images: weights, optimizer, reference, and the peak of a step above that,
-resident on a CPU, allocated on a GPU. Writes results.json and table.md.
+"plain" runs in float32 with transformers' own layers: parameters require gradients during the attack, clean and
+perturbed images pass one after the other, perturbation and weights are updated operation by operation. The last row is
+train_lore.py itself as a user starts it with --compile true, with decoding, logging and all, in a process of its own.
+
+"off plain" is the largest relative difference, over all steps, of the perturbed images' distance after the attack (of
+the loss for PO) from the plain variant's. FLOP are the least that a step needs (52 F of one forward F for LORE, see
+utils/training/metrics.py), the same for all variants. Memory is what a variant needs beyond the libraries and the
+images: weights, optimizer, reference, and the peak of a step above that, resident on a CPU, allocated on a GPU. Writes
+results.json and table.md.
 """
 
 from __future__ import annotations
@@ -341,7 +344,10 @@ def main() -> None:
     output_dir = Path(settings.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {"settings": vars(settings), "hardware": hardware(settings, rates), "rows": []}
-    table = [["encoder, method, batch", "variant", "img/s", "ratio", "s/step", "peak GB", "of plain", "GFLOP/s", "of bf16 matmul", "off plain"]]  # fmt: skip
+    table = [[
+        "encoder, method, batch", "variant", "img/s", "ratio", "s/step",
+        "peak GB", "of plain", "GFLOP/s", "of bf16 matmul", "off plain",
+    ]]  # fmt: skip
     for encoder, batch_size in zip(settings.encoders, sizes):
         for method in settings.methods:
             rows = measure(encoder, method, batch_size, variants, settings, rates["bfloat16"])
@@ -430,8 +436,9 @@ def measure_trainer(encoder: str, method: str, batch_size: int, settings: Settin
     flops = step_flops(load_tower(encoder, settings.seed), method, settings)
     median = statistics.median(seconds[1:])
     return {
-        "encoder": encoder, "method": method, "batch_size": batch_size, "variant": "train_lore.py", "seconds": median,
-        "all_seconds": seconds, "images_per_second": batch_size / median, "model_flops_per_second": flops * batch_size / median,
+        "encoder": encoder, "method": method, "batch_size": batch_size, "variant": "train_lore.py",
+        "seconds": median, "all_seconds": seconds, "images_per_second": batch_size / median,
+        "model_flops_per_second": flops * batch_size / median,
         "share_of_bf16_matmul": flops * batch_size / median / rate,
     }  # fmt: skip
 

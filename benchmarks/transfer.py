@@ -4,9 +4,9 @@
     --zero_shot_data data/tinyimagenet150 data/cifar10 data/tinyimagenet50_novel \\
     --probe_data data/tinyimagenet50_novel data/sign_digits --seeds 0 1 2 --output_dir runs/transfer
 
-The first --zero_shot_data is where the encoders are trained, the others are transfer. --probe_data are sets whose names the
-text tower never learnt: a linear probe of the frozen encoder is trained on one half of their test images, clean, and measured on
-the other half.
+The first --zero_shot_data is where the encoders are trained, the others are transfer. --probe_data are sets whose names
+the text tower never learnt: a linear probe of the frozen encoder is trained on one half of their test images, clean,
+and measured on the other half.
 """
 
 from __future__ import annotations
@@ -163,13 +163,10 @@ def claims(numbers: Numbers) -> list[Claim]:
     mean = f"mean of {len(away)} sets" + (f", {probed} of them by probe" if probed else "")
 
     def gap(first: str, second: str, column: str):
-        means = [
-            [statistics.mean(found[label][name][column][seed] for name in away) for seed in range(len(found[label][away[0]][column]))]
-            for label in (first, second)
-        ]  # fmt: skip
-        means = [
-            values * (len(settings["seeds"]) if len(values) == 1 else 1) for values in means
-        ]  # there is one start model
+        sets = [[found[label][name][column] for name in away] for label in (first, second)]
+        means = [[statistics.mean(of_seed) for of_seed in zip(*values)] for values in sets]
+        # There is one start model.
+        means = [values * (len(settings["seeds"]) if len(values) == 1 else 1) for values in means]
         return difference(*means, n * len(away))
 
     rows = []

@@ -50,7 +50,7 @@ SMALLER = {
     "benchmarks/word_drawing.py": {"num_images": 2, "rounds": 1},
     "benchmarks/zero3_gathers.py": {"steps": 4, "attack_steps": 1, "primal_steps": 1},
 }  # fmt: skip
-# Scripts that other tests start in small: test_evidence.py (all of results_quick's), and a test of its own for each of the rest.
+# Scripts that other tests start in small: test_evidence.py (all of results_quick's), and a test for each of the rest.
 ELSEWHERE = [
     f"benchmarks/{name}.py"
     for name in (

@@ -186,7 +186,7 @@ def test_all_scripts_refuse_before_they_look_at_paths(monkeypatch):
         evaluate.main(flags({"model": "/nowhere", "data": "/nowhere", "output_dir": "/nowhere/run"}))
 
 
-# --------------------------------------------------------------------------------------------------------- DeepSpeed's json
+# ----------------------------------------------------------------------------------------------------- DeepSpeed's json
 
 EXPECTED = RUN | {"train_batch_size": 16}
 CONFIGS = sorted((ROOT / "accelerate_configs/deepspeed").glob("*.json"))
@@ -271,7 +271,7 @@ def test_two_precisions_are_a_contradiction(monkeypatch):
         check_deepspeed_json('{"zero_optimization": {"stage": 2}, "bf16": {"enabled": false}}', "x.json", EXPECTED)
 
 
-# ------------------------------------------------------------------------------------------------- compilers, GPUs, meeting
+# --------------------------------------------------------------------------------------------- compilers, GPUs, meeting
 
 
 def test_what_is_compiled_needs_a_compiler(monkeypatch, tmp_path):
@@ -367,7 +367,7 @@ def test_a_port_in_use_is_named(monkeypatch):
             meet(timedelta(seconds=1))
 
 
-# ---------------------------------------------------------------------------------------------------------------- trackers
+# ------------------------------------------------------------------------------------------------------------- trackers
 
 
 def test_wandb_without_a_key_is_one_line_before_training(monkeypatch):
