@@ -32,10 +32,10 @@ def arguments(small_clip, digits, tmp_path):
     def make(output_dir, processes=1, **changes):
         settings = {
             "model_name_or_path": small_clip, "train_shards": digits / "train", "output_dir": output_dir,
-            "cache_dir": tmp_path / "cache", "resume_from_checkpoint": "latest", "train_num_samples": 36, "max_steps": 6,
-            "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4 // processes, "checkpoint_steps": 2,
-            "checkpoints_total_limit": 2, "logging_steps": 1, "attack_steps": 2, "eps": 8, "learning_rate": 1e-3,
-            "num_workers": 2, "report_to": "none",
+            "cache_dir": tmp_path / "cache", "resume_from_checkpoint": "latest", "train_num_samples": 36,
+            "max_steps": 6, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4 // processes,
+            "checkpoint_steps": 2, "checkpoints_total_limit": 2, "logging_steps": 1, "attack_steps": 2, "eps": 8,
+            "learning_rate": 1e-3, "num_workers": 2, "report_to": "none",
         } | changes  # fmt: skip
         return [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
 
