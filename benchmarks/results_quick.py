@@ -25,12 +25,10 @@ from utils.errors import UserError
 
 @dataclass
 class Settings:
-    # fmt: off
     output_dir: str = required("data, models, runs, numbers and results.md go here", group="what", path=True)
     seed: int = flag(0, "of every run", group="what", minimum=0)
     jobs: int = flag(2, "runs at a time", group="run", minimum=1)
     tiny: bool = flag(False, "one step of everything on a few images: does it still run?", group="run")
-    # fmt: on
 
 
 def main() -> None:
