@@ -3,7 +3,7 @@
   python benchmarks/ablations.py --model runs/small-clip --data data/cifar10 --seeds 0 1 2 --output_dir runs/results
 
 Tables: K, the form of the multiplier, the margin, the steps of the training attack, the supervised objective. What the
-recipes ablation_*.yaml and tecoa*.yaml change is changed here, on the small model; the row that the tables share is one run.
+recipes ablation_*.yaml and tecoa*.yaml change is changed here, on the small model. The tables share a row: one run.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import evidence
-from benchmarks.comparison import FARE, START, Flags, StepSettings, evaluate, lore_runs
+from benchmarks.comparison import FARE, START, Flags, StepSettings, evaluate, evaluation_flag, lore_runs, training_flag
 from benchmarks.evidence import CONFIRMED, NOT_CONFIRMED, Claim, Numbers, Table, difference, verdict
-from utils.cli import flag, parse_settings, run
+from utils.cli import parse_settings, run
 from utils.evaluation.figures import line_style
 from utils.training.metrics import MetricsFile
 
@@ -35,14 +35,12 @@ TECOA = "TeCoA, K = {}"
 
 @dataclass
 class Settings(StepSettings):
-    # fmt: off
-    rho: float = flag(0.02, "tolerance of the embedding constraint", group="training", minimum=0)
-    supervised_rho: float = flag(0.1, "tolerance of TeCoA's constraints: of ||z0||^2, of the entropy", group="training", minimum=0)
-    fixed_rhos: list[float] = flag([3.2, 6.3, 12.7], "squared distances allowed under a fixed margin", group="training", minimum=0)
-    primal_steps: list[int] = flag([1, 2, 3, 5, 7, 10], "K; 5 is everywhere else", group="training", minimum=1)
-    attack_steps: list[int] = flag([1, 2, 5, 10, 20], "PGD steps; 10 is everywhere else", group="training", minimum=1)
-    eval_eps: float = flag(4.0, "radius of APGD, in 1/255", group="evaluation", above=0, maximum=255)
-    # fmt: on
+    rho: float = training_flag(0.02, "tolerance of the embedding constraint", minimum=0)
+    supervised_rho: float = training_flag(0.1, "TeCoA's tolerance: of ||z0||^2, of the entropy", minimum=0)
+    fixed_rhos: list[float] = training_flag([3.2, 6.3, 12.7], "squared distances that a fixed margin allows", minimum=0)
+    primal_steps: list[int] = training_flag([1, 2, 3, 5, 7, 10], "K; 5 is everywhere else", minimum=1)
+    attack_steps: list[int] = training_flag([1, 2, 5, 10, 20], "PGD steps; 10 is everywhere else", minimum=1)
+    eval_eps: float = evaluation_flag(4.0, "radius of APGD, in 1/255", above=0, maximum=255)
 
 
 def main() -> None:
@@ -125,8 +123,8 @@ def draw(numbers: Numbers) -> Figure:
             x, y = ([100 * statistics.mean(of[key])] for key in ("clean", "robust"))
             style = line_style(place)
             axis.errorbar(
-                x, y, xerr=evidence.error_bars([of["clean"]]), yerr=evidence.error_bars([of["robust"]]), linestyle="none",
-                color=style["color"], marker=style["marker"], capsize=2, elinewidth=0.8, label=label,
+                x, y, xerr=evidence.error_bars([of["clean"]]), yerr=evidence.error_bars([of["robust"]]),
+                linestyle="none", color=style["color"], marker=style["marker"], capsize=2, elinewidth=0.8, label=label,
                 markerfacecolor="white" if place % 2 else style["color"],
             )  # fmt: skip
         axis.set(
@@ -169,7 +167,8 @@ def claims(numbers: Numbers) -> list[Claim]:
     )
     rows.append(
         Claim(
-            "LORE", "a relative margin beats a fixed one", f"{relative} - {nearest} (the nearest distance): clean {clean}, APGD {robust} points",
+            "LORE", "a relative margin beats a fixed one",
+            f"{relative} - {nearest} (the nearest distance): clean {clean}, APGD {robust} points",
             CONFIRMED if CONFIRMED in (verdict(clean), verdict(robust)) else NOT_CONFIRMED,
         )
     )  # fmt: skip
@@ -184,7 +183,8 @@ def claims(numbers: Numbers) -> list[Claim]:
         }
         rows.append(
             Claim(
-                "LORE", f"{label.split(',')[0]} beats TeCoA, clean and attacked", f"{label} - {tecoa}: clean {clean}, APGD {robust} points",
+                "LORE", f"{label.split(',')[0]} beats TeCoA, clean and attacked",
+                f"{label} - {tecoa}: clean {clean}, APGD {robust} points",
                 CONFIRMED if both == [CONFIRMED] * 2 else NOT_CONFIRMED + partly.get(tuple(both), ""),
             )
         )  # fmt: skip

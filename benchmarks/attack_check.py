@@ -12,7 +12,6 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,9 +21,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import evaluate as side_by_side
 from benchmarks import evidence
-from benchmarks.comparison import FARE, START, Flags, StepSettings, evaluate, lore_runs
+from benchmarks.comparison import FARE, START, Flags, StepSettings, evaluate, evaluation_flag, lore_runs, training_flag
 from benchmarks.evidence import CONFIRMED, NOT_CONFIRMED, Claim, Numbers, Table, difference
-from utils.cli import flag, parse_settings, run
+from utils.cli import parse_settings, run
 from utils.evaluation.figures import COLORS, HATCHES
 from utils.evaluation.results import Results
 from utils.methods.attacks import attack_seeds, frozen, pgd, uniform_start
@@ -36,19 +35,16 @@ EXACT, HALF = "LORE", "LORE, trained in bfloat16"
 COLUMNS = {"clean": "clean", "pgd": "PGD", "apgd": "APGD", "square": "Square"}
 
 
-training_flag, evaluation_flag = partial(flag, group="training"), partial(flag, group="evaluation")
-
-
 @dataclass
 class Settings(StepSettings):
-    # fmt: off
-    eps: float = flag(4.0, "radius of the training attack and of the evaluation, in 1/255", group="training", above=0, maximum=255)
-    rho: float = flag(0.1, "LORE's tolerance", group="training", minimum=0)
-    primal_steps: int = flag(5, "K, updates per batch", group="training", minimum=1)
-    square_queries: int = flag(5000, "forwards for an image that holds out", group="evaluation", minimum=1)
-    apgd_steps: int = flag(100, "steps of each run of APGD", group="evaluation", minimum=1)
-    strength_eps: list[float] = flag([1.0, 2.0, 4.0], "radii at which training attacks in bfloat16 and float32 are compared", group="evaluation", above=0)
-    # fmt: on
+    eps: float = training_flag(4.0, "radius in training and evaluation, in 1/255", above=0, maximum=255)
+    rho: float = training_flag(0.1, "LORE's tolerance", minimum=0)
+    primal_steps: int = training_flag(5, "K, updates per batch", minimum=1)
+    square_queries: int = evaluation_flag(5000, "forwards for an image that holds out", minimum=1)
+    apgd_steps: int = evaluation_flag(100, "steps of each run of APGD", minimum=1)
+    strength_eps: list[float] = evaluation_flag(
+        [1.0, 2.0, 4.0], "radii at which training attacks in bfloat16 and float32 are compared", above=0
+    )
 
 
 def main() -> None:

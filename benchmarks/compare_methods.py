@@ -16,7 +16,6 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -28,28 +27,25 @@ from benchmarks.comparison import (
     Flags,
     StepSettings,
     evaluate,
+    evaluation_flag,
     lore_runs,
     markdown,
     percent,
     print_table,
+    training_flag,
 )
-from utils.cli import flag, parse_settings, run
+from utils.cli import parse_settings, run
 from utils.training.metrics import MetricsFile
 
 LINES = [(":", "o"), ("--", "s"), ("-", "^"), ("-.", "v"), ("-", "D")]  # of the methods in turn
 
 
-evaluation_flag = partial(flag, group="evaluation")
-
-
 @dataclass
 class Settings(StepSettings):
-    # fmt: off
-    rho: list[float] = flag([0.1], "LORE's tolerance; several are several methods", group="training", minimum=0)
-    curve_steps: int = flag(10, "steps between evaluations during training", group="evaluation", minimum=1)
-    curve_num_samples: int = flag(200, "test images of those", group="evaluation", minimum=1)
-    eval_eps: list[float] = flag([2.0, 4.0], "radii of the final PGD evaluation, in 1/255", group="evaluation", above=0, maximum=255)
-    # fmt: on
+    rho: list[float] = training_flag([0.1], "LORE's tolerance; several are several methods", minimum=0)
+    curve_steps: int = evaluation_flag(10, "steps between evaluations during training", minimum=1)
+    curve_num_samples: int = evaluation_flag(200, "test images of those", minimum=1)
+    eval_eps: list[float] = evaluation_flag([2.0, 4.0], "radii of the final PGD, in 1/255", above=0, maximum=255)
 
 
 def main() -> None:

@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -25,13 +24,16 @@ from benchmarks.comparison import (
     START,
     WordSettings,
     claim_directory,
+    evaluation_flag,
     in_parallel,
     launcher,
     markdown,
     percent,
     print_table,
+    training_flag,
+    what_flag,
 )
-from utils.cli import flag, parse_settings, run
+from utils.cli import parse_settings, run
 from utils.errors import UserError
 from utils.methods.preferences import DEFAULT_BETA, PREFERENCES
 from utils.sets.typographic import PLACES
@@ -40,28 +42,23 @@ FIGURES = [("accuracy", "clean"), ("accuracy", "typographic"), ("follows_word", 
 HEADINGS = ["original", "typographic", "follows the word", "KL to the start, nats"]
 
 
-what_flag = partial(flag, group="what")
-training_flag = partial(flag, group="training")
-evaluation_flag = partial(flag, group="evaluation")
-
-
 @dataclass
 class Settings(WordSettings):
-    # fmt: off
-    eval_data: list[str] = flag([], "labelled sets whose test/ is evaluated on (default: --data)", group="what", path=True)
-    preferences: list[str] = flag(["ce", "dpo", "ipo", "kto"], "methods", group="what", choices=PREFERENCES)
-    batch_size: int = flag(64, "images per step, each clean and attacked", group="training", minimum=1)
-    steps: int = flag(150, "training steps", group="training", minimum=1)
-    learning_rate: float = flag(3e-4, "the same for every method", group="training", minimum=0)
-    beta: list[float] = flag([], "one for each of --preferences (default: dpo 1, ipo 0.1, kto 1.5); ce has none, write 1", group="training", above=0)
-    reg_weight: float = flag(1.0, "weight of the KL on clean images, the same for every method but ipo", group="training", minimum=0)
-    ipo_reg_weight: float = flag(10.0, "ipo's, whose loss grows with 1/beta^2: 25 at the start with beta 0.1", group="training", minimum=0)
-    word_size_max: float = flag(50.0, "in the same unit", group="training", above=0)
+    eval_data: list[str] = what_flag([], "labelled sets whose test/ is evaluated on (default: --data)", path=True)
+    preferences: list[str] = what_flag(["ce", "dpo", "ipo", "kto"], "methods", choices=PREFERENCES)
+    batch_size: int = training_flag(64, "images per step, each clean and attacked", minimum=1)
+    steps: int = training_flag(150, "training steps", minimum=1)
+    learning_rate: float = training_flag(3e-4, "the same for every method", minimum=0)
+    beta: list[float] = training_flag(
+        [], "one for each of --preferences (default: dpo 1, ipo 0.1, kto 1.5); ce has none, write 1", above=0
+    )
+    reg_weight: float = training_flag(1.0, "weight of the KL on clean images, for every method but ipo", minimum=0)
+    ipo_reg_weight: float = training_flag(10.0, "ipo's, whose loss starts at 1/(4 beta^2): 25 at beta 0.1", minimum=0)
+    word_size_max: float = training_flag(50.0, "in the same unit", above=0)
 
-    eval_word_size_min: float = flag(50.0, "letters, in pixels at an image side of 224", group="evaluation", above=0)
-    eval_word_size_max: float = flag(60.0, "in the same unit", group="evaluation", above=0)
-    eval_word_place: str = flag("top", "of the words evaluated on", group="evaluation", choices=PLACES)
-    # fmt: on
+    eval_word_size_min: float = evaluation_flag(50.0, "letters, in pixels at an image side of 224", above=0)
+    eval_word_size_max: float = evaluation_flag(60.0, "in the same unit", above=0)
+    eval_word_place: str = evaluation_flag("top", "of the words evaluated on", choices=PLACES)
 
 
 def main() -> None:

@@ -33,8 +33,9 @@ COMMANDS = "commands.jsonl"  # in an output directory: what each command that wa
 
 Flags = Mapping[str, Any]  # of a script, without the dashes
 
-
 what_flag = partial(flag, group="what")
+training_flag = partial(flag, group="training")
+evaluation_flag = partial(flag, group="evaluation")
 
 
 @dataclass
@@ -43,36 +44,28 @@ class Settings:
 
     model: str = required("the model that every run starts from", group="what", path=True)
     data: str = required("labelled set: train/ is trained on, test/ is evaluated on", group="what", path=True)
-    seeds: list[int] = flag([0], "one run of each variant per seed", group="what", minimum=0)
+    seeds: list[int] = what_flag([0], "one run of each variant per seed", minimum=0)
     output_dir: str = required("runs, evaluations and tables go here", group="what", path=True)
-    batch_size: int = flag(64, "images per step", group="training", minimum=1)
-    jobs: int = flag(
-        1,
-        "runs at a time, one thread each where more than one; then processes of the evaluation",
-        group="run",
-        minimum=1,
-    )
-    # fmt: on
+    batch_size: int = training_flag(64, "images per step", minimum=1)
+    jobs: int = flag(1, "runs at a time, one thread each if several; then evaluation processes", group="run", minimum=1)
 
 
 @dataclass
 class NumbersSettings:
     """Flags of a script whose numbers benchmarks/results.py shows."""
 
-    # fmt: off
-    numbers_dir: str | None = flag(None, "what was found goes here, for benchmarks/results.py (default: --output_dir)", group="what", path=True)
-    numbers_name: str | None = flag(None, "as NAME.json (default: the script's)", group="what")
-    # fmt: on
+    numbers_dir: str | None = what_flag(
+        None, "what was found goes here, for benchmarks/results.py (default: --output_dir)", path=True
+    )
+    numbers_name: str | None = what_flag(None, "as NAME.json (default: the script's)")
 
 
 @dataclass
 class LoreSettings(NumbersSettings, Settings):
     """Flags of every comparison of runs of train_lore.py; scripts that train alike can share an --output_dir."""
 
-    # fmt: off
-    learning_rate: float = flag(3e-4, "of the encoder, the same for every variant", group="training", minimum=0)
-    num_samples: int = flag(500, "test images of the evaluation", group="evaluation", minimum=1)
-    # fmt: on
+    learning_rate: float = training_flag(3e-4, "of the encoder, the same for every variant", minimum=0)
+    num_samples: int = evaluation_flag(500, "test images of the evaluation", minimum=1)
 
     def __post_init__(self) -> None:
         self.model, self.data = as_in_results(self.model), as_in_results(self.data)
@@ -82,25 +75,21 @@ class LoreSettings(NumbersSettings, Settings):
 class StepSettings(LoreSettings):
     """Flags where all runs train at one radius, in as many steps."""
 
-    # fmt: off
-    eps: float = flag(4.0, "radius of the training attack, in 1/255", group="training", above=0, maximum=255)
-    steps: int = flag(60, "training steps", group="training", minimum=1)
-    # fmt: on
+    eps: float = training_flag(4.0, "radius of the training attack, in 1/255", above=0, maximum=255)
+    steps: int = training_flag(60, "training steps", minimum=1)
 
 
 @dataclass
 class WordSettings(Settings):
     """Flags where words are written on images: those trained on, and others that are evaluated on."""
 
-    # fmt: off
-    fonts: list[str] = flag(["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"], "of the words trained on", group="training", path=True)
-    word_size_min: float = flag(40.0, "letters, in pixels at an image side of 224", group="training", above=0)
-    word_size_max: float = flag(60.0, "in the same unit", group="training", above=0)
-    word_place: str = flag("bottom", "of the words trained on", group="training", choices=PLACES)
-    word_kind: str = flag("label", "of all words", group="training", choices=KINDS)
-    eval_fonts: list[str] = flag(["Aileron", "cmr10", "cmtt10"], "of the words evaluated on", group="evaluation", path=True)
-    num_samples: int | None = flag(None, "test images per set (default: all)", group="evaluation", minimum=1)
-    # fmt: on
+    fonts: list[str] = training_flag(["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"], "of words trained on", path=True)
+    word_size_min: float = training_flag(40.0, "letters, in pixels at an image side of 224", above=0)
+    word_size_max: float = training_flag(60.0, "in the same unit", above=0)
+    word_place: str = training_flag("bottom", "of the words trained on", choices=PLACES)
+    word_kind: str = training_flag("label", "of all words", choices=KINDS)
+    eval_fonts: list[str] = evaluation_flag(["Aileron", "cmr10", "cmtt10"], "of words evaluated on", path=True)
+    num_samples: int | None = evaluation_flag(None, "test images per set (default: all)", minimum=1)
 
 
 def claim_directory(output_dir: Path, kept: dict[str, Any]) -> None:

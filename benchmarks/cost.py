@@ -1,9 +1,9 @@
 """What a training step costs, by arithmetic alone: FLOPs, bytes that weights and optimizer move, collectives, seconds.
 
-Nothing here is measured. FLOPs follow from the tower's config, collectives from what torch's DistributedDataParallel and
-DeepSpeed 0.19 do with this project's configs; tests compare both with counts. Seconds follow from rates that the caller
-gives. Symbols: F forward FLOPs of one image, P parameters, K updates a step, n attack steps, A micro-batches a step, N
-processes, B images per process and micro-batch. Bytes are bytes, GB is 10^9 of them, a multiply-add counts 2 FLOPs.
+Nothing here is measured. FLOPs follow from the tower's config, collectives from what torch's DistributedDataParallel
+and DeepSpeed 0.19 do with this project's configs; tests compare both with counts. Seconds follow from rates that the
+caller gives. Symbols: F forward FLOPs of one image, P parameters, K updates a step, n attack steps, A micro-batches a
+step, N processes, B images per process and micro-batch. GB is 10^9 bytes, a multiply-add counts 2 FLOPs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ METHODS = {
     "TeCoA + l2": (True, True),
     "TeCoA + KL": (True, True),
 }
-# Preference optimisation of the image tower: share of a step's pictures, the clean ones, that a dual step encodes once more.
+# PO of the image tower: the share of a step's pictures, the clean ones, that a dual step encodes once more.
 PREFERENCES = {"PO image": 0, "PO image + l2": 0.5}  # clean and attacked in pairs, one word to an image
 PO, PO_L2 = PREFERENCES
 
@@ -46,8 +46,9 @@ class Tower:
 
 
 def tower_cost(config: CLIPVisionConfig) -> Tower:
-    """Counts a CLIP image tower with its projection. d width, m MLP, L blocks, p patch, D embedding, t = (image / p)^2 + 1.
+    """Counts a CLIP image tower with its projection.
 
+    d width, m MLP, L blocks, p patch, D embedding, t = (image / p)^2 + 1.
     F = 2 (t - 1) 3 p^2 d + L (8 t d^2 + 4 t^2 d + 4 t d m) + 2 d D: patches, projections of attention, attention, MLP,
     projection. P = d + 3 p^2 d + t d + 4 d + L (4 d^2 + 2 d m + 9 d + m) + d D.
     """
@@ -70,11 +71,12 @@ def tower_cost(config: CLIPVisionConfig) -> Tower:
 
 
 def forwards_per_image(method: str, attack_steps: int, primal_steps: int, recompute: bool = False) -> float:
-    """FLOPs of one image in one step, as a multiple of F. Preference optimisation of the image tower has neither n nor K.
+    """FLOPs of one image in one step, as a multiple of F.
 
-    ``METHODS``: 1 + 2 n + 3 K (6 K with clean images) + 1 with a dual step. PO: 4 a picture, the reference's forward and the
-    policy's forward and backward; 4.5 with a dual step on the clean half. ``recompute``: with gradient checkpointing every
-    backward pass takes one more forward; that is work, but not of the model, and no utilisation counts it.
+    ``METHODS``: 1 + 2 n + 3 K (6 K with clean images) + 1 with a dual step. PO of the image tower has neither n nor K:
+    4 a picture, the reference's forward and the policy's forward and backward; 4.5 with a dual step on the clean half.
+    ``recompute``: with gradient checkpointing every backward pass takes one more forward; that is work, but not of the
+    model, and no utilisation counts it.
     """
     if method in PREFERENCES:
         return 4 + PREFERENCES[method] + (1 if recompute else 0)
@@ -87,8 +89,8 @@ def forwards_per_image(method: str, attack_steps: int, primal_steps: int, recomp
 def counted_flops_per_image(tower: Tower, method: str, attack_steps: int, primal_steps: int) -> float:
     """What a counter finds in place of ``forwards_per_image`` * F: + n a - c K (2 c K with clean images).
 
-    A backward pass to the input is taken to cost F, but attention's products have two factors that need a gradient, a more
-    in each attack step. Pixels need none in an update, c less for each image.
+    A backward pass to the input is taken to cost F, but attention's products have two factors that need a gradient, a
+    more in each attack step. Pixels need none in an update, c less for each image.
     """
     flops = forwards_per_image(method, attack_steps, primal_steps) * tower.forward
     if method in PREFERENCES:
@@ -136,7 +138,7 @@ class Collective:
 
 
 def sent_bytes(kind: str, message: float, processes: int) -> float:
-    """Bytes that one process sends for one ring collective over N: 2 (N - 1) / N of the message to all-reduce, half of that else."""
+    """Bytes that one of N sends in a ring: 2 (N - 1) / N of the message to all-reduce, half of that else."""
     return message * (2 if kind == "all-reduce" else 1) * (processes - 1) / processes
 
 
@@ -158,15 +160,15 @@ def step_collectives(
     reuse_distance: int = 1_000_000_000,
     reduce_bucket_size: int = 50_000_000,
 ) -> list[Collective]:
-    """What the processes send each other in one step that is neither logged, evaluated nor saved. Empty for one process.
+    """What the processes send in one step that is neither logged, evaluated nor saved. Empty for one process.
 
-    Gradients, K times: DDP all-reduces 4 P at the last micro-batch. ZeRO-1 all-reduces likewise and then all-gathers the
-    updated weights, 4 P more: DeepSpeed's default (use_multi_rank_bucket_allreduce) is no reduce-scatter. ZeRO-2 all-reduces
-    every micro-batch, for it keeps no whole gradients. ZeRO-3 reduce-scatters every micro-batch.
-    Weights under ZeRO-3, in multiples of 4 P per micro-batch: attack 1 (2 n without ``gather_for_attack``), updates 2 K,
-    dual 1. A weight that is needed again within ``reuse_distance`` elements stays, which takes the share
-    min(1, reuse_distance / 2 P) of the gathers of backward passes away. Layers are gathered one by one: with prefetching
-    calls are fewer and larger, small tensors stay whole; bytes are the same.
+    Gradients, K times: DDP all-reduces 4 P at the last micro-batch. ZeRO-1 all-reduces likewise and then all-gathers
+    the updated weights, 4 P more: DeepSpeed's default (use_multi_rank_bucket_allreduce) is no reduce-scatter. ZeRO-2
+    all-reduces every micro-batch, for it keeps no whole gradients. ZeRO-3 reduce-scatters every micro-batch.
+    Weights under ZeRO-3, in multiples of 4 P per micro-batch: attack 1 (2 n without ``gather_for_attack``), updates
+    2 K, dual 1. A weight that is needed again within ``reuse_distance`` elements stays, which takes the share
+    min(1, reuse_distance / 2 P) of the gathers of backward passes away. Layers are gathered one by one: with
+    prefetching calls are fewer and larger, small tensors stay whole; bytes are the same.
     The attack of DDP, ZeRO-1 and ZeRO-2 sends nothing.
     """
     if processes == 1:
@@ -224,10 +226,11 @@ class Network:
     latency: float = 10e-6
 
     def bandwidth(self, processes: int, spread: bool = True) -> float:
-        """At which a device sends. Across machines a ring crosses every adapter of one, each with 1 / per_node of the bytes.
+        """At which a device sends.
 
-        That is ``spread``, min(inside, per_node * between), the best case; without it every byte goes through one
-        adapter at ``between``, the worst.
+        Across machines a ring crosses every adapter of one, each with 1 / per_node of the bytes. That is ``spread``,
+        min(inside, per_node * between), the best case; without it every byte goes through one adapter at ``between``,
+        the worst.
         """
         if processes <= self.per_node:
             return self.inside
@@ -275,7 +278,7 @@ def step_time(
 
     The rate is taken to hold at every batch size, which it does not at a few images. With ideal overlap a reduction
     of gradients hides behind its backward pass (2/3 of an update's FLOPs) but for its last bucket, ZeRO-3's gathers and
-    reductions behind the whole update, and the all-gather of ZeRO-1 and ZeRO-2 and that before an attack behind nothing.
+    reductions behind the whole update. The all-gather of ZeRO-1 and ZeRO-2 and that before an attack hide behind none.
     """
     collectives = step_collectives(
         tower,
@@ -316,7 +319,7 @@ def hidden_batch_size(
 ) -> float:
     """Images per device from which on DDP's all-reduce takes no longer than the backward pass over ``images`` of each.
 
-    B = 8 P (N - 1) / N / bandwidth * rate / (2 F images). LORE's updates see 2 of each image, ordinary training and FARE 1.
+    B = 8 P (N - 1) / N / bandwidth * rate / (2 F images). LORE's updates see 2 of each image, FARE's and others 1.
     """
     seconds = sent_bytes("all-reduce", FLOAT32 * tower.parameters, processes) / network.bandwidth(processes, spread)
     return seconds * rate / (2 * images * tower.forward)

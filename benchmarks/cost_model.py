@@ -1,11 +1,12 @@
-"""What LORE costs on 1 to hundreds of GPUs, estimated: FLOPs, bytes sent, memory, hours, and where more GPUs stop helping.
+"""What LORE costs on 1 to hundreds of GPUs: FLOPs, bytes sent, memory, hours, and where more stop helping.
 
   python benchmarks/cost_model.py --matmul_tflops 790 --output runs/cost.json --markdown docs/cost_model.md
 
-benchmarks/cost.py has the formulas. Every number is an estimate; nothing is run. Hours need the rate of one device, which has
-no default: --device_tflops (model TFLOP/s that it sustained in whole LORE steps), --measured (what benchmarks/train_step.py
-wrote), or --matmul_tflops (the rate of its matrix products alone), of which --utilisations are then assumed. Bandwidths are
-assumptions; give those of the cluster. --markdown replaces what stands between <!-- cost_model.py --> and <!-- end -->.
+benchmarks/cost.py has the formulas. Every number is an estimate; nothing is run. Hours need the rate of one device,
+which has no default: --device_tflops (model TFLOP/s that it sustained in whole LORE steps), --measured (what
+benchmarks/train_step.py wrote), or --matmul_tflops (the rate of its matrix products alone), of which --utilisations are
+then assumed. Bandwidths are assumptions; give those of the cluster. --markdown replaces what stands between
+<!-- cost_model.py --> and <!-- end -->.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +50,13 @@ BEGIN, END = "<!-- cost_model.py -->", "<!-- end -->"
 TERA = 1e12
 
 
+rate_flag, network_flag = partial(flag, group="rate of one GPU"), partial(flag, group="network, assumed")
+
+
 @dataclass
 class Settings:
     """What is estimated, and with which rates."""
 
-    # fmt: off
     encoders: list[str] = flag(["ViT-L/14", "ViT-H/14"], "image towers", group="run", path=True, choices=tuple(TOWERS))
     gpus: list[int] = flag([8, 64, 512], "numbers of GPUs", group="run", minimum=1)
     samples: int = flag(1_281_167, "images of an epoch (ImageNet's)", group="run", minimum=1)
@@ -65,21 +69,24 @@ class Settings:
     dual_learning_rate: float = flag(5e-4, "of the multiplier, likewise", group="run", minimum=0)
     memory: bool = flag(True, "count a step's memory too, some seconds for each tower", group="run")
 
-    device_tflops: float | None = flag(None, "model TFLOP/s that one GPU sustained in whole LORE steps", group="rate of one GPU", above=0)
-    matmul_tflops: float | None = flag(None, "bf16 TFLOP/s of its matrix products alone, measured", group="rate of one GPU", above=0)
-    utilisations: list[float] = flag([30.0, 50.0], "shares of --matmul_tflops to assume, in per cent", group="rate of one GPU", above=0, maximum=100)
-    measured: str | None = flag(None, "JSON of benchmarks/train_step.py: the fastest LORE row of each tower counts", group="rate of one GPU", path=True)
-    float32_tflops: float = flag(67.0, "float32 TFLOP/s without tensor cores (H100's and H200's data sheet)", group="rate of one GPU", above=0)
-    memory_gb_s: float = flag(4800.0, "GB/s of its memory (H200's data sheet)", group="rate of one GPU", above=0)
+    device_tflops: float | None = rate_flag(None, "model TFLOP/s that one GPU sustained in whole LORE steps", above=0)
+    matmul_tflops: float | None = rate_flag(None, "bf16 TFLOP/s of its matrix products alone, measured", above=0)
+    utilisations: list[float] = rate_flag(
+        [30.0, 50.0], "of --matmul_tflops to assume, in per cent", above=0, maximum=100
+    )
+    measured: str | None = rate_flag(
+        None, "JSON of benchmarks/train_step.py: the fastest LORE row of each tower counts", path=True
+    )
+    float32_tflops: float = rate_flag(67.0, "float32 TFLOP/s without tensor cores (H100's, H200's data sheet)", above=0)
+    memory_gb_s: float = rate_flag(4800.0, "GB/s of its memory (H200's data sheet)", above=0)
 
-    per_node: int = flag(8, "GPUs of a machine", group="network, assumed", minimum=1)
-    inside_gb_s: float = flag(300.0, "GB/s that a GPU sends within a machine (NVLink)", group="network, assumed", above=0)
-    between_gb_s: float = flag(50.0, "GB/s of a GPU's adapter to other machines (400 Gb/s)", group="network, assumed", above=0)
-    latency_us: float = flag(10.0, "microseconds per hop of a collective", group="network, assumed", minimum=0)
+    per_node: int = network_flag(8, "GPUs of a machine", minimum=1)
+    inside_gb_s: float = network_flag(300.0, "GB/s that a GPU sends within a machine (NVLink)", above=0)
+    between_gb_s: float = network_flag(50.0, "GB/s of a GPU's adapter to other machines (400 Gb/s)", above=0)
+    latency_us: float = network_flag(10.0, "microseconds per hop of a collective", minimum=0)
 
     output: str | None = flag(None, "all numbers as JSON", group="output", path=True)
     markdown: str | None = flag(None, "file whose block of tables is replaced", group="output", path=True)
-    # fmt: on
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -107,9 +114,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for title, rows in tables:
         print_table(title, rows)
     print(
-        f"All of it estimates, not measured. Assumed: {settings.inside_gb_s:g} GB/s within a machine of {settings.per_node}, "
-        f"{settings.between_gb_s:g} GB/s per adapter, {settings.latency_us:g} us per hop. Before a slash all adapters of a "
-        "machine carry a message, behind it one does (but for memory)."
+        f"All of it estimates, not measured. Assumed: {settings.inside_gb_s:g} GB/s within a machine of "
+        f"{settings.per_node}, {settings.between_gb_s:g} GB/s per adapter, {settings.latency_us:g} us per hop. "
+        "Before a slash all adapters of a machine carry a message, behind it one does (but for memory)."
     )
     if not any(rates.values()):
         print("No rate of a device was given, so no hours: --device_tflops, --matmul_tflops or --measured.")
@@ -189,7 +196,7 @@ def flops_rows(settings: Settings, towers: dict[str, Tower]) -> list[list[str]]:
 
 
 def stage_rows(settings: Settings, towers: dict[str, Tower], network: Network) -> list[list[str]]:
-    """Collectives, bytes and seconds of a step by stage, on few GPUs and on many; memory by utils/training/memory.py."""
+    """A step by stage, on few GPUs and on many: collectives, bytes, seconds; memory by utils/training/memory.py."""
     few, many = min(settings.gpus), max(settings.gpus)
     rows = [["image tower", "sharding", "collectives", "GB sent", "x parameters", f"s, {few} GPUs", f"s, {many} GPUs"]]
     rows[0] += [f"memory, {few} / {many}, GB"] if settings.memory else []

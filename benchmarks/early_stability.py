@@ -1,10 +1,10 @@
-"""The first updates of FARE and LORE: clean accuracy, the multiplier, and how far clean embeddings move, over the radius.
+"""The first updates of FARE and LORE, by radius: clean accuracy, the multiplier, how far clean embeddings move.
 
   python benchmarks/early_stability.py --model runs/small-clip --data data/cifar10 --seeds 0 1 2 --eps 2 4 8 16 \\
     --output_dir runs/early-stability
 
-Per radius and seed three runs of train_lore.py that make the same number of encoder updates: FARE with one update a batch and
-with as many as LORE, and LORE. Clean and PGD accuracy on held-out images every few updates.
+Per radius and seed three runs of train_lore.py that make the same number of encoder updates: FARE with one update a
+batch and with as many as LORE, and LORE. Clean and PGD accuracy on held-out images every few updates.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import evidence
-from benchmarks.comparison import FARE, Flags, LoreSettings, lore_runs
+from benchmarks.comparison import FARE, Flags, LoreSettings, evaluation_flag, lore_runs, training_flag
 from benchmarks.evidence import Claim, Numbers, Table, difference, verdict
-from utils.cli import flag, parse_settings, run
+from utils.cli import parse_settings, run
 from utils.training.metrics import MetricsFile
 
 LORE = "LORE"
@@ -31,14 +31,12 @@ QUANTILES = ("median", "p95", "max")
 
 @dataclass
 class Settings(LoreSettings):
-    # fmt: off
-    eps: list[float] = flag([2.0, 4.0, 8.0, 16.0], "radii of the training attack, in 1/255", group="training", above=0, maximum=255)
-    rho: float = flag(0.1, "LORE's tolerance", group="training", minimum=0)
-    updates: int = flag(200, "updates of the encoder", group="training", minimum=1)
-    primal_steps: int = flag(5, "K, LORE's updates per batch", group="training", minimum=1)
-    fare_primal_steps: list[int] = flag([1, 5], "K of FARE; several are several methods", group="training", minimum=1)
-    curve_updates: int = flag(10, "updates between evaluations; a multiple of K", group="evaluation", minimum=1)
-    # fmt: on
+    eps: list[float] = training_flag([2.0, 4.0, 8.0, 16.0], "training radii, in 1/255", above=0, maximum=255)
+    rho: float = training_flag(0.1, "LORE's tolerance", minimum=0)
+    updates: int = training_flag(200, "updates of the encoder", minimum=1)
+    primal_steps: int = training_flag(5, "K, LORE's updates per batch", minimum=1)
+    fare_primal_steps: list[int] = training_flag([1, 5], "K of FARE; several are several methods", minimum=1)
+    curve_updates: int = evaluation_flag(10, "updates between evaluations; a multiple of K", minimum=1)
 
 
 def main() -> None:
@@ -67,7 +65,7 @@ def make_methods(settings: Settings) -> dict[str, Flags]:
 
 
 def read_curves(histories: list[list[dict]], primal_steps: int, every: int) -> dict:
-    """Over the updates made: accuracies at evaluations; every so many updates the multiplier and the distance over the margin.
+    """Over the updates made: accuracies; every so many updates the multiplier and the distance over the margin.
 
     A step's distances are those before its first update.
     """
@@ -124,7 +122,9 @@ def draw(numbers: Numbers) -> Figure:
             moved = [curve[1:] for curve in curves["ratio_p95"]]  # nothing has moved before the first update
             evidence.draw_spread(distance[column], curves["logged_updates"][1:], moved, place(name), name)
         multiplier[column].set(ylabel="LORE's mean multiplier" if column == 0 else None)
-        distance[column].set(xlabel="updates", ylabel="clean distance / margin, 95th percentile" if column == 0 else None)  # fmt: skip
+        distance[column].set(
+            xlabel="updates", ylabel="clean distance / margin, 95th percentile" if column == 0 else None
+        )
         evidence.plain_log(distance[column], "y")
         distance[column].axhline(rho, color="black", linewidth=0.8, linestyle=(0, (1, 1)))
         distance[column].annotate("rho", (0, rho), xytext=(2, 3), textcoords="offset points", fontsize=7)
@@ -169,7 +169,9 @@ def claims(numbers: Numbers) -> list[Claim]:
         said = ", ".join(f"LORE - {name}: {gap}" for name, gap in gaps.items())
         found.append(
             Claim(
-                "LORE", f"Fig. 1a, 9: FARE loses clean accuracy in its first updates, LORE does not (eps {eps}/255, {updates} updates)",
+                "LORE",
+                "Fig. 1a, 9: FARE loses clean accuracy in its first updates, LORE does not "
+                f"(eps {eps}/255, {updates} updates)",
                 f"lowest clean accuracy, {said} points", verdict(gaps[published]),
             )
         )  # fmt: skip
@@ -184,7 +186,8 @@ def claims(numbers: Numbers) -> list[Claim]:
     found.append(
         Claim(
             "LORE", f"the multiplier is high at first and relaxes within {updates} updates",
-            "; ".join(_multiplier_path(eps, methods[LORE]) for eps, methods in numbers["results"].items()), evidence.at_all(relaxes, shares, "at eps"),
+            "; ".join(_multiplier_path(eps, methods[LORE]) for eps, methods in numbers["results"].items()),
+            evidence.at_all(relaxes, shares, "at eps"),
         )
     )  # fmt: skip
     said = "; ".join(

@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 
-from benchmarks.comparison import markdown, print_table
+from benchmarks.comparison import markdown, print_table, what_flag
 from utils.cli import flag, parse_settings, required, run
 from utils.data.images import ImageTransform
 from utils.data.shards import ShardDataset, eval_loader
@@ -35,8 +34,6 @@ from utils.models.encoders import ImageEncoder, make_encoder
 from utils.models.published import load_model
 from utils.models.zeroshot import set_classifier, to_pixel_values
 from utils.sets.labelled import open_set
-
-what_flag = partial(flag, group="what")
 
 
 @dataclass

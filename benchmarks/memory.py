@@ -40,7 +40,6 @@ from utils.training.metrics import MetricsFile, peak_memory_gib
 # Width, layers, heads of the text towers that go with the image towers; the MLP is four times as wide.
 TEXT_TOWERS = {"B": (512, 12, 8), "L": (768, 12, 12), "H": (1024, 24, 16), "b": (1280, 32, 20)}
 
-
 step_flag = partial(flag, group="step")
 
 

@@ -1,12 +1,12 @@
-"""Preference optimisation: the typographic table, what beta and the weight of the KL do, and a concept turned by a head's t.
+"""Preference optimisation: the typographic table, beta and the weight of the KL, a concept turned by a head's t.
 
   python examples/make_attribute_shards.py --output_dir runs/attributes
   python benchmarks/preferences.py --model examples/reading_clip --data runs/attributes --pairs runs/attributes/pairs \\
     --seeds 0 1 2 --output_dir runs/preferences
 
-compare_preferences.py's runs, evaluation and settings; and the same runs at other betas and weights, each as a multiple of the
-method's own. With --pairs a head is trained on pairs of texts per seed, and measured over t: how often it takes the preferred text
-on test pairs, and its accuracy on the set.
+compare_preferences.py's runs, evaluation and settings; and the same runs at other betas and weights, each as a multiple
+of the method's own. With --pairs a head is trained on pairs of texts per seed, and measured over t: how often it takes
+the preferred text on test pairs, and its accuracy on the set.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from benchmarks.comparison import (
     claim_directory,
     in_parallel,
     launcher,
+    what_flag,
     words,
 )
 from benchmarks.evidence import CONFIRMED, NOT_CONFIRMED, Claim, Numbers, Table, difference, verdict
@@ -41,13 +42,11 @@ KEYS = ["original", "typographic", "follows", "kl"]
 
 @dataclass
 class Settings(NumbersSettings, compare_preferences.Settings):
-    # fmt: off
-    pairs: str | None = flag(None, "preference pairs with train/, val/ and test/, for the head (default: no head)", group="what", path=True)
+    pairs: str | None = what_flag(None, "train/, val/ and test/ of pairs, for the head (default: no head)", path=True)
     beta_factors: list[float] = flag([0.1, 0.3, 3.0], "multiples of beta", group="curves", above=0)
     reg_factors: list[float] = flag([0.0, 0.3, 3.0], "multiples of the weight of the KL", group="curves", minimum=0)
     head_beta: float = flag(0.05, "beta of the head", group="head", above=0)
     head_epochs: int = flag(10, "passes over the pairs", group="head", minimum=1)
-    # fmt: on
 
 
 def main() -> None:
@@ -113,9 +112,10 @@ def measure_head(settings: Settings) -> tuple[list[Path], dict]:
     output_dir = Path(settings.output_dir)
     heads = [output_dir / f"head_seed-{seed}" for seed in settings.seeds]
     common = {
-        "model_name_or_path": settings.model, "task": "pairs", "trainable": "head", "train_shards": f"{settings.pairs}/train",
-        "eval_shards": f"{settings.pairs}/val", "beta": settings.head_beta, "learning_rate": 1e-2, "epochs": settings.head_epochs,
-        "logging_steps": 40, "checkpoint_steps": 0, "num_workers": 0, "report_to": "none", "resume_from_checkpoint": "latest",
+        "model_name_or_path": settings.model, "task": "pairs", "trainable": "head",
+        "train_shards": f"{settings.pairs}/train", "eval_shards": f"{settings.pairs}/val",
+        "beta": settings.head_beta, "learning_rate": 1e-2, "epochs": settings.head_epochs, "logging_steps": 40,
+        "checkpoint_steps": 0, "num_workers": 0, "report_to": "none", "resume_from_checkpoint": "latest",
     }  # fmt: skip
     commands = [
         [*launcher("train_po.py"), *words(common | {"seed": seed, "output_dir": folder})]
@@ -125,9 +125,9 @@ def measure_head(settings: Settings) -> tuple[list[Path], dict]:
     in_parallel(settings.jobs, commands, log=output_dir / COMMANDS)
     asked = {
         "model": list(map(str, heads)), "data": [settings.pairs, settings.data], "measure": "head_t",
-        "fonts": settings.eval_fonts, "word_size_min": settings.eval_word_size_min, "word_size_max": settings.eval_word_size_max,
-        "word_place": settings.eval_word_place, "word_kind": settings.word_kind, "num_workers": 0,
-        "output_dir": output_dir / "eval-head",
+        "fonts": settings.eval_fonts, "word_place": settings.eval_word_place, "word_kind": settings.word_kind,
+        "word_size_min": settings.eval_word_size_min, "word_size_max": settings.eval_word_size_max,
+        "num_workers": 0, "output_dir": output_dir / "eval-head",
     }  # fmt: skip
     samples = {} if settings.num_samples is None else {"num_samples": settings.num_samples}
     in_parallel(
@@ -152,9 +152,11 @@ def measure_head(settings: Settings) -> tuple[list[Path], dict]:
         next(c["value"] for c in cells if (c["model"], c["measure"]) == (str(head), "neutral_t")) for head in heads
     ]
     return heads, {
-        "t": list(right), "flipped": [list(of) for of in zip(*flipped.values())], "right": [list(of) for of in zip(*right.values())],
+        "t": list(right),
+        "flipped": [list(of) for of in zip(*flipped.values())],
+        "right": [list(of) for of in zip(*right.values())],
         "neutral_t": neutral,
-    }  # fmt: skip
+    }
 
 
 def tables(numbers: Numbers) -> list[Table]:
@@ -239,7 +241,8 @@ def claims(numbers: Numbers) -> list[Claim]:
     gains = {preference: difference(methods[preference]["typographic"], start["typographic"], n) for preference in ours}
     rows.append(
         Claim(
-            "CLIP-PO", "preference optimisation resists written words", "typographic, less the start model: " + _list(gains),
+            "CLIP-PO", "preference optimisation resists written words",
+            "typographic, less the start model: " + _list(gains),
             CONFIRMED if {verdict(gain) for gain in gains.values()} == {CONFIRMED} else NOT_CONFIRMED,
         )
     )  # fmt: skip
@@ -247,7 +250,8 @@ def claims(numbers: Numbers) -> list[Claim]:
         gaps = {p: difference(methods[p]["typographic"], methods["ce"]["typographic"], n) for p in ours}
         rows.append(
             Claim(
-                "CLIP-PO", "it beats cross-entropy on attacked images (said of single sets)", "typographic, less CE: " + _list(gaps),
+                "CLIP-PO", "it beats cross-entropy on attacked images (said of single sets)",
+                "typographic, less CE: " + _list(gaps),
                 CONFIRMED if {verdict(gap) for gap in gaps.values()} == {CONFIRMED} else NOT_CONFIRMED,
             )
         )  # fmt: skip
@@ -271,7 +275,8 @@ def claims(numbers: Numbers) -> list[Claim]:
         rows.append(
             Claim(
                 "CLIP-PO", "t turns a concept after training: original at 0, reversed at 1",
-                f"the other text chosen: {100 * zero:.1f} % at 0, {100 * one_t:.1f} % at 1", CONFIRMED if zero < 0.1 and one_t > 0.9 else NOT_CONFIRMED,
+                f"the other text chosen: {100 * zero:.1f} % at 0, {100 * one_t:.1f} % at 1",
+                CONFIRMED if zero < 0.1 and one_t > 0.9 else NOT_CONFIRMED,
             )
         )  # fmt: skip
         rows.append(

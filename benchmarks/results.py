@@ -2,8 +2,9 @@
 
   python benchmarks/results.py --numbers_dir docs/results --page docs/results.md
 
-In a page that exists, what stands between `<!-- NAME -->` and `<!-- end NAME -->` is replaced, NAME.json being numbers, or `summary`; the rest,
-written by hand, stays. A page that does not exist is made of these blocks alone. Figures go into figures/ beside the page.
+In a page that exists, what stands between `<!-- NAME -->` and `<!-- end NAME -->` is replaced, NAME.json being numbers,
+or `summary`; the rest, written by hand, stays. A page that does not exist is made of these blocks alone. Figures go
+into figures/ beside the page.
 """
 
 from __future__ import annotations
@@ -34,12 +35,25 @@ SCRIPTS: dict[str, tuple[ModuleType, str]] = {
     "attack_check": (attack_check, "Can the attacks be trusted?"),
 }
 ELSEWHERE = [
-    Claim("LORE", "ViT-B/32 on ImageNet, mean of 13 sets: 50.2 clean, 22.5 at eps 4 (FARE 44.7, 18.2), and the other radii", "recipes/lore_vit-b-32_imagenet.yaml", NOT_TESTED),
+    Claim(
+        "LORE",
+        "ViT-B/32 on ImageNet, mean of 13 sets: 50.2 clean, 22.5 at eps 4 (FARE 44.7, 18.2), and the other radii",
+        "recipes/lore_vit-b-32_imagenet.yaml", NOT_TESTED,
+    ),
     Claim("LORE", "the same for ViT-B/16, LAION's CLIP, ConvNeXt-B, DINOv2 S and B", "recipes/", NOT_TESTED),
     Claim("LORE", "the multiplier network costs 3 % of the time (551 to 533 s on H100s)", "", NOT_TESTED),
-    Claim("CLIP-PO", "eight sets with ViT-B/32: DPO, IPO, KTO near CE with words, ahead of it without", "recipes/dpo_typographic_vit-b-32_imagenet-100.yaml", NOT_TESTED),
-    Claim("CLIP-PO", "photographs with real writing (Disentangling, PAINT, RTA-100)", "SCAM at chance for a small CLIP: docs/preference_optimisation.md", NOT_TESTED),
-    Claim("CLIP-PO", "gender of people in photographs, retrieval", "recipes/gender-head_vit-b-32_vl-bias.yaml", NOT_TESTED),
+    Claim(
+        "CLIP-PO", "eight sets with ViT-B/32: DPO, IPO, KTO near CE with words, ahead of it without",
+        "recipes/dpo_typographic_vit-b-32_imagenet-100.yaml", NOT_TESTED,
+    ),
+    Claim(
+        "CLIP-PO", "photographs with real writing (Disentangling, PAINT, RTA-100)",
+        "SCAM at chance for a small CLIP: docs/preference_optimisation.md", NOT_TESTED,
+    ),
+    Claim(
+        "CLIP-PO", "gender of people in photographs, retrieval",
+        "recipes/gender-head_vit-b-32_vl-bias.yaml", NOT_TESTED,
+    ),
 ]  # fmt: skip
 
 
@@ -85,7 +99,10 @@ def read_numbers(folder: Path) -> dict[str, Numbers]:
             except ValueError as error:
                 raise UserError(f"{path}: is not JSON ({error}); run its script again") from None
     if not found:
-        raise UserError(f"--numbers_dir {folder}: holds none of {', '.join(f'{name}.json' for name in SCRIPTS)}; run the scripts first")  # fmt: skip
+        raise UserError(
+            f"--numbers_dir {folder}: holds none of {', '.join(f'{name}.json' for name in SCRIPTS)}; "
+            "run the scripts first"
+        )
     return found
 
 

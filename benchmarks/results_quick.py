@@ -1,9 +1,10 @@
-"""A reduced version of every table and figure of docs/results.md, from nothing: scikit-learn's digits, one seed, two cores.
+"""Every table and figure of docs/results.md, reduced, from nothing: scikit-learn's digits, one seed, two cores.
 
   python benchmarks/results_quick.py --output_dir runs/results-quick        # make results-quick
 
-Makes the data and a start model, starts the scripts of the evidence on them, and then benchmarks/results.py. Started again, it goes
-on where it stopped. The numbers show that the machinery works; what they say about the methods is said in docs/results.md.
+Makes the data and a start model, starts the scripts of the evidence on them, and then benchmarks/results.py. Started
+again, it goes on where it stopped. The numbers show that the machinery works; what they say about the methods is said
+in docs/results.md.
 """
 
 from __future__ import annotations
@@ -24,12 +25,10 @@ from utils.errors import UserError
 
 @dataclass
 class Settings:
-    # fmt: off
     output_dir: str = required("data, models, runs, numbers and results.md go here", group="what", path=True)
     seed: int = flag(0, "of every run", group="what", minimum=0)
     jobs: int = flag(2, "runs at a time", group="run", minimum=1)
     tiny: bool = flag(False, "one step of everything on a few images: does it still run?", group="run")
-    # fmt: on
 
 
 def main() -> None:
@@ -50,15 +49,27 @@ def main() -> None:
     common = {"seeds": settings.seed, "jobs": settings.jobs, "numbers_dir": numbers}
     on_digits = common | {"model": base, "data": digits, "batch_size": 32, "output_dir": out / "lore"}
     with_words = {
-        "word_size_min": 40, "word_size_max": 60, "word_kind": "label", "word_place": "bottom", "eval_word_place": "bottom",
-        "eval_word_size_min": 40, "eval_word_size_max": 60,
+        "word_kind": "label", "word_place": "bottom", "word_size_min": 40, "word_size_max": 60,
+        "eval_word_place": "bottom", "eval_word_size_min": 40, "eval_word_size_max": 60,
     }  # fmt: skip
     scripts: dict[str, Flags] = {
         "early_stability": on_digits | {"eps": [8, 16], "updates": 200, "curve_updates": 10, "num_samples": 200},
-        "trade_off": on_digits | {"eps": 16, "eval_eps": 8, "rhos": [0.02, 0.05, 0.1], "clean_weights": [3, 1, 0.3], "steps": 40, "num_samples": 200},
-        "ablations": on_digits | {"eps": 16, "eval_eps": 8, "rho": 0.1, "fixed_rhos": [10, 20, 40], "steps": 40, "num_samples": 200},
-        "transfer": on_digits | {"zero_shot_data": [digits, attributes], "probe_data": [attributes], "eps": 16, "eval_eps": 8, "rhos": [0.1], "steps": 40, "num_samples": 150},
-        "preferences": common | {"model": os.path.relpath(ROOT / "examples/reading_clip"), "data": attributes, "pairs": f"{attributes}/pairs", "steps": 60, "num_samples": 200, "reg_factors": [0, 3], "output_dir": out / "preferences"} | with_words,
+        "trade_off": on_digits | {
+            "eps": 16, "eval_eps": 8, "rhos": [0.02, 0.05, 0.1], "clean_weights": [3, 1, 0.3],
+            "steps": 40, "num_samples": 200,
+        },
+        "ablations": on_digits | {
+            "eps": 16, "eval_eps": 8, "rho": 0.1, "fixed_rhos": [10, 20, 40], "steps": 40, "num_samples": 200,
+        },
+        "transfer": on_digits | {
+            "zero_shot_data": [digits, attributes], "probe_data": [attributes],
+            "eps": 16, "eval_eps": 8, "rhos": [0.1], "steps": 40, "num_samples": 150,
+        },
+        "preferences": common | with_words | {
+            "model": os.path.relpath(ROOT / "examples/reading_clip"), "data": attributes,
+            "pairs": f"{attributes}/pairs", "steps": 60, "num_samples": 200, "reg_factors": [0, 3],
+            "output_dir": out / "preferences",
+        },
         "attack_check": on_digits | {"eps": 16, "steps": 40, "num_samples": 100, "square_queries": 1000},
     }  # fmt: skip
     less = {"num_samples": 20, "batch_size": 8}
@@ -67,7 +78,9 @@ def main() -> None:
         "trade_off": less | {"steps": 1, "rhos": [0.02, 0.1], "clean_weights": [3, 1]},
         "ablations": less | {"steps": 1, "fixed_rhos": 10, "primal_steps": [1, 5], "attack_steps": [1, 10]},
         "transfer": less | {"steps": 1},
-        "preferences": less | {"steps": 1, "preferences": ["ce", "dpo"], "beta_factors": 0.3, "reg_factors": 0.3, "head_epochs": 1},
+        "preferences": less | {
+            "steps": 1, "preferences": ["ce", "dpo"], "beta_factors": 0.3, "reg_factors": 0.3, "head_epochs": 1,
+        },
         "attack_check": less | {"steps": 1, "square_queries": 20, "apgd_steps": 5},
     }  # fmt: skip
     for name, flags in scripts.items():

@@ -1,12 +1,13 @@
-"""Robust to pixels and to written words at once: LORE, preference optimisation, and one after the other, from one start model.
+"""Robust to pixels and to written words at once: LORE, preference optimisation, and one after the other.
 
   python benchmarks/robust_and_aligned.py --model examples/reading_clip --data data/attribute-digits --seeds 0 1 2 \\
     --output_dir runs/robust-and-aligned
 
-Starts the real train_lore.py and train_po.py for every method and seed, the second stage of a method on the model that the
-first left, then evaluate.py once on all models. Prints a table (mean and standard deviation over seeds; intervals where there
-is one seed): accuracy on original images, on images with wrong words, under APGD, and how far the embeddings of original
-images have moved from the start model's. Writes table.md and scatter.png. Whatever is finished is not made again.
+Starts the real train_lore.py and train_po.py for every method and seed on one start model, the second stage of a method
+on the model that the first left, then evaluate.py once on all models. Prints a table (mean and standard deviation over
+seeds; intervals where there is one seed): accuracy on original images, on images with wrong words, under APGD, and how
+far the embeddings of original images have moved from the start model's. Writes table.md and scatter.png. What is
+finished is not made again.
 """
 
 from __future__ import annotations
@@ -28,13 +29,16 @@ from benchmarks.comparison import (
     WordSettings,
     as_in_results,
     claim_directory,
+    evaluation_flag,
     in_parallel,
     launcher,
     markdown,
     percent,
     print_table,
+    training_flag,
+    what_flag,
 )
-from utils.cli import flag, parse_settings, run
+from utils.cli import parse_settings, run
 from utils.methods.preferences import PREFERENCES
 from utils.sets.typographic import PLACES
 
@@ -61,25 +65,25 @@ MARKERS = ["*", "o", "s", "D", "^", "v", "<", ">"]  # of the start model and the
 
 @dataclass
 class Settings(WordSettings):
-    # fmt: off
-    methods: list[str] = flag(list(METHODS), "which runs; the first stage that a method needs is made in any case", group="what", choices=tuple(METHODS))
-    eps: float = flag(4.0, "LORE: radius of the training attack, in 1/255", group="training", above=0, maximum=255)
-    rho: float = flag(0.1, "LORE: tolerance", group="training", minimum=0)
-    lore_steps: int = flag(60, "LORE: training steps, of 5 updates each", group="training", minimum=1)
-    lore_learning_rate: float = flag(3e-4, "LORE: of the encoder", group="training", minimum=0)
-    preference: str = flag("dpo", "PO: the loss", group="training", choices=PREFERENCES)
-    beta: float = flag(0.5, "PO: strength of the preference", group="training", above=0)
-    reg_weight: float = flag(1.0, "PO: weight of the KL on clean images", group="training", minimum=0)
-    po_steps: int = flag(100, "PO: training steps", group="training", minimum=1)
-    po_learning_rate: float = flag(3e-4, "PO: of the image tower", group="training", minimum=0)
-    head_learning_rate: float = flag(1e-2, "PO: of the head", group="training", minimum=0)
-    po_rho: float = flag(0.05, "PO + l2: tolerance of the constraint, from the model that the stage starts from", group="training", minimum=0)
-    word_place: str = flag("bottom", "of all words", group="training", choices=PLACES)
-    po_dual_learning_rate: float = flag(1e-3, "PO + l2: of the multiplier", group="training", minimum=0)
+    methods: list[str] = what_flag(
+        list(METHODS), "which runs; the first stage that a method needs is made in any case", choices=tuple(METHODS)
+    )
+    eps: float = training_flag(4.0, "LORE: radius of the training attack, in 1/255", above=0, maximum=255)
+    rho: float = training_flag(0.1, "LORE: tolerance", minimum=0)
+    lore_steps: int = training_flag(60, "LORE: training steps, of 5 updates each", minimum=1)
+    lore_learning_rate: float = training_flag(3e-4, "LORE: of the encoder", minimum=0)
+    preference: str = training_flag("dpo", "PO: the loss", choices=PREFERENCES)
+    beta: float = training_flag(0.5, "PO: strength of the preference", above=0)
+    reg_weight: float = training_flag(1.0, "PO: weight of the KL on clean images", minimum=0)
+    po_steps: int = training_flag(100, "PO: training steps", minimum=1)
+    po_learning_rate: float = training_flag(3e-4, "PO: of the image tower", minimum=0)
+    head_learning_rate: float = training_flag(1e-2, "PO: of the head", minimum=0)
+    po_rho: float = training_flag(0.05, "PO + l2: tolerance, from the model that the stage starts from", minimum=0)
+    word_place: str = training_flag("bottom", "of all words", choices=PLACES)
+    po_dual_learning_rate: float = training_flag(1e-3, "PO + l2: of the multiplier", minimum=0)
 
-    eval_eps: list[float] = flag([4.0], "radii of APGD, in 1/255", group="evaluation", above=0, maximum=255)
-    apgd_steps: int = flag(100, "steps of each run of APGD", group="evaluation", minimum=1)
-    # fmt: on
+    eval_eps: list[float] = evaluation_flag([4.0], "radii of APGD, in 1/255", above=0, maximum=255)
+    apgd_steps: int = evaluation_flag(100, "steps of each run of APGD", minimum=1)
 
 
 def main() -> None:
@@ -125,7 +129,8 @@ def main() -> None:
 def train_command(settings: Settings, key: str, seed: int, runs: dict[tuple[str, int], Path]) -> list[str]:
     stage, start, _ = METHODS[key]
     common = [
-        "--model_name_or_path", str(runs[start, seed]) if start else settings.model, "--train_shards", f"{settings.data}/train",
+        "--model_name_or_path", str(runs[start, seed]) if start else settings.model,
+        "--train_shards", f"{settings.data}/train",
         "--per_device_train_batch_size", str(settings.batch_size), "--logging_steps", "10", "--checkpoint_steps", "0",
         "--num_workers", "0", "--report_to", "none", "--resume_from_checkpoint", "latest", "--seed", str(seed),
         "--output_dir", str(runs[key, seed]),
@@ -142,9 +147,10 @@ def train_command(settings: Settings, key: str, seed: int, runs: dict[tuple[str,
         "--dual_learning_rate", f"{settings.po_dual_learning_rate:g}",
     ]  # fmt: skip
     return [
-        *launcher("train_po.py"), *common, "--trainable", "head" if head else "image", "--preference", settings.preference,
-        "--beta", f"{settings.beta:g}", "--reg_weight", f"{settings.reg_weight:g}", "--max_steps", str(settings.po_steps),
-        "--learning_rate", f"{rate:g}", *word_flags(settings, settings.fonts), *(held if stage == "po_l2" else []),
+        *launcher("train_po.py"), *common, "--trainable", "head" if head else "image",
+        "--preference", settings.preference, "--beta", f"{settings.beta:g}", "--reg_weight", f"{settings.reg_weight:g}",
+        "--max_steps", str(settings.po_steps), "--learning_rate", f"{rate:g}",
+        *word_flags(settings, settings.fonts), *(held if stage == "po_l2" else []),
     ]  # fmt: skip
 
 
@@ -161,7 +167,8 @@ def evaluation_command(settings: Settings, models: Sequence[str]) -> list[str]:
 
 def word_flags(settings: Settings, fonts: Sequence[str]) -> list[str]:
     return [
-        "--fonts", *fonts, "--word_size_min", f"{settings.word_size_min:g}", "--word_size_max", f"{settings.word_size_max:g}",
+        "--fonts", *fonts,
+        "--word_size_min", f"{settings.word_size_min:g}", "--word_size_max", f"{settings.word_size_max:g}",
         "--word_place", settings.word_place, "--word_kind", settings.word_kind,
     ]  # fmt: skip
 

@@ -1,10 +1,10 @@
-"""Clean against robust accuracy: LORE over rho, a fixed weight on the clean distance over the weight, FARE at equal updates.
+"""Clean against robust accuracy: LORE by rho, a fixed weight on the clean distance, FARE at equal updates.
 
   python benchmarks/trade_off.py --model runs/small-clip --data data/cifar10 --seeds 0 1 2 --output_dir runs/results
 
-All runs see the same batches and make K updates on each; two more FARE runs make one, over as many batches and over K times as
-many. The encoders are judged by APGD, and by what became of their clean embeddings: cosine to 150 descriptions of the true
-class, distance to the start model's embeddings, and the largest change of a cosine to any text that this allows.
+All runs see the same batches and make K updates on each; two more FARE runs make one, over as many batches and over K
+times as many. The encoders are judged by APGD, and by what became of their clean embeddings: cosine to 150 descriptions
+of the true class, distance to the start model's, and the largest change of a cosine to any text that this allows.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import evidence
-from benchmarks.comparison import FARE, START, Flags, StepSettings, evaluate, lore_runs
+from benchmarks.comparison import FARE, START, Flags, StepSettings, evaluate, evaluation_flag, lore_runs, training_flag
 from benchmarks.evidence import CONFIRMED, NOT_CONFIRMED, Claim, Numbers, Table, difference, verdict
-from utils.cli import flag, parse_settings, run
+from utils.cli import parse_settings, run
 from utils.evaluation.figures import line_style
 from utils.evaluation.results import Results
 
@@ -31,12 +31,12 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 @dataclass
 class Settings(StepSettings):
-    # fmt: off
-    rhos: list[float] = flag([0.005, 0.01, 0.02, 0.05, 0.1], "LORE's tolerances", group="training", minimum=0)
-    clean_weights: list[float] = flag([30.0, 10.0, 3.0, 1.0, 0.3], "weights of the clean distance in place of the constraint", group="training", above=0)
-    primal_steps: int = flag(5, "K, updates per batch", group="training", minimum=1)
-    eval_eps: float = flag(4.0, "radius of APGD, in 1/255", group="evaluation", above=0, maximum=255)
-    # fmt: on
+    rhos: list[float] = training_flag([0.005, 0.01, 0.02, 0.05, 0.1], "LORE's tolerances", minimum=0)
+    clean_weights: list[float] = training_flag(
+        [30.0, 10.0, 3.0, 1.0, 0.3], "weights of the clean distance in place of the constraint", above=0
+    )
+    primal_steps: int = training_flag(5, "K, updates per batch", minimum=1)
+    eval_eps: float = evaluation_flag(4.0, "radius of APGD, in 1/255", above=0, maximum=255)
 
 
 def main() -> None:
@@ -109,7 +109,15 @@ def tables(numbers: Numbers) -> list[Table]:
     settings, found = numbers["settings"], numbers["results"]
     n, apgd = settings["num_samples"], f"APGD {settings['eval_eps']:g}/255"
     accuracies = [["", "clean", apgd, "clean distance, % of norm²"]]
-    fidelity = [["", "distance, % of norm²: median", "95th percentile", "largest", "change of a cosine: median", "largest", "2 sqrt(rho)", "cosine to descriptions"]]  # fmt: skip
+    headings = [
+        "",
+        "distance, % of norm²: median",
+        "95th percentile",
+        "largest",
+        "change of a cosine: median",
+        "largest",
+    ]
+    fidelity = [[*headings, "2 sqrt(rho)", "cosine to descriptions"]]
     for label, of in found.items():
         accuracies.append(
             [
@@ -141,10 +149,11 @@ def front_areas(numbers: Numbers, name: str) -> list[float]:
     found = numbers["results"]
     both = [label for each in (WEIGHT, LORE) for label in family(found, each)]
     corner = tuple(100 * min(min(found[label][key]) for label in both) for key in ("clean", "robust"))
-    return [
-        evidence.dominated_area([(100 * found[x]["clean"][seed], 100 * found[x]["robust"][seed]) for x in family(found, name)], corner)
-        for seed in range(len(numbers["settings"]["seeds"]))
-    ]  # fmt: skip
+    areas = []
+    for seed in range(len(numbers["settings"]["seeds"])):
+        points = [tuple(100 * found[label][key][seed] for key in ("clean", "robust")) for label in family(found, name)]
+        areas.append(evidence.dominated_area(points, corner))
+    return areas
 
 
 def draw(numbers: Numbers) -> Figure:
@@ -158,8 +167,11 @@ def draw(numbers: Numbers) -> Figure:
         line = evidence.front(list(zip(*means)))
         plane.plot(*zip(*line), color=style["color"], linestyle=style["linestyle"])
         plane.errorbar(
-            *means, xerr=evidence.error_bars([found[x]["clean"] for x in labels]), yerr=evidence.error_bars([found[x]["robust"] for x in labels]),
-            color=style["color"], marker=style["marker"], linestyle="none", capsize=2, elinewidth=0.8, label=f"{name}, {'over rho' if name == LORE else 'over the weight'}",
+            *means,
+            xerr=evidence.error_bars([found[x]["clean"] for x in labels]),
+            yerr=evidence.error_bars([found[x]["robust"] for x in labels]),
+            color=style["color"], marker=style["marker"], linestyle="none", capsize=2, elinewidth=0.8,
+            label=f"{name}, {'over rho' if name == LORE else 'over the weight'}",
         )  # fmt: skip
         for label, x, y in zip(labels, *means):
             plane.annotate(
@@ -168,7 +180,13 @@ def draw(numbers: Numbers) -> Figure:
     for place, label in enumerate(singles, 2):
         means = [100 * statistics.mean(found[label][key]) for key in ("clean", "robust")]
         style = line_style(place)
-        plane.errorbar(*([value] for value in means), xerr=evidence.error_bars([found[label]["clean"]]), yerr=evidence.error_bars([found[label]["robust"]]), color="black", marker=style["marker"], markerfacecolor="white", linestyle="none", capsize=2, elinewidth=0.8, label=label)  # fmt: skip
+        plane.errorbar(
+            *([value] for value in means),
+            xerr=evidence.error_bars([found[label]["clean"]]),
+            yerr=evidence.error_bars([found[label]["robust"]]),
+            color="black", marker=style["marker"], markerfacecolor="white", linestyle="none", capsize=2, elinewidth=0.8,
+            label=label,
+        )  # fmt: skip
     plane.set(xlabel="clean accuracy, %", ylabel=f"accuracy under APGD {settings['eval_eps']:g}/255, %")
     plane.legend(fontsize=7, frameon=False)
 
@@ -224,7 +242,10 @@ def claims(numbers: Numbers) -> list[Claim]:
     areas = {name: front_areas(numbers, name) for name in (LORE, WEIGHT)}
     gap = difference(areas[LORE], areas[WEIGHT], None, 1.0)
     rows.append(
-        Claim("LORE", "Fig. 1b, 3: a better front than a fixed weight", f"area under the front, LORE - {WEIGHT}: {gap} points²", verdict(gap))
+        Claim(
+            "LORE", "Fig. 1b, 3: a better front than a fixed weight",
+            f"area under the front, LORE - {WEIGHT}: {gap} points²", verdict(gap),
+        )
     )  # fmt: skip
     rhos = [label.split()[-1] for label in lore]
     p95 = {rho: found[label]["distance_quantiles"][4] for rho, label in zip(rhos, lore)}
@@ -252,7 +273,8 @@ def claims(numbers: Numbers) -> list[Claim]:
     rows.append(
         Claim(
             "LORE", "Fig. 4b: LORE's images are closer to descriptions of their class than FARE's",
-            "mean cosine: " + ", ".join(f"{label} {mean:.3f}" for label, mean in means.items()), evidence.at_all(closer, rhos, "at rho"),
+            "mean cosine: " + ", ".join(f"{label} {mean:.3f}" for label, mean in means.items()),
+            evidence.at_all(closer, rhos, "at rho"),
         )
     )  # fmt: skip
     return rows

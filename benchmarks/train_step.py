@@ -3,18 +3,20 @@
   python benchmarks/train_step.py --encoders small ViT-B/32 --batch_size 128 32 --output_dir runs/train-step
   python benchmarks/train_step.py --encoders ViT-B/32 ViT-L/14 --batch_size 448 128 --output_dir runs/train-step-gpu
 
-Encoders have random weights of the published sizes, or are CLIP models on disk; images are noise, or those of --data, on the
-device before the clock starts. All variants
-of an encoder and method start from the same weights and make the same steps on the same images and random starts, one step
-each in turn, so that whatever else happens on the machine meets all of them. The first step warms up (and compiles).
-"plain" runs in float32 with transformers' own layers: parameters require gradients during the attack, clean and perturbed
-images pass one after the other, perturbation and weights are updated operation by operation. The last row is train_lore.py
-itself as a user starts it with --compile true, with decoding, logging and all, in a process of its own.
+Encoders have random weights of the published sizes, or are CLIP models on disk; images are noise, or those of --data,
+on the device before the clock starts. All variants of an encoder and method start from the same weights and make the
+same steps on the same images and random starts, one step each in turn, so that whatever else happens on the machine
+meets all of them. The first step warms up (and compiles).
 
-"off plain" is the largest relative difference, over all steps, of the perturbed images' distance after the attack (of the loss
-for PO) from the plain variant's. FLOP are the least that a step needs (52 F of one forward F for LORE, see utils/training/metrics.py), the same for all variants. Memory is
-what a variant needs beyond the libraries and the images: weights, optimizer, reference, and the peak of a step above that,
-resident on a CPU, allocated on a GPU. Writes results.json and table.md.
+"plain" runs in float32 with transformers' own layers: parameters require gradients during the attack, clean and
+perturbed images pass one after the other, perturbation and weights are updated operation by operation. The last row is
+train_lore.py itself as a user starts it with --compile true, with decoding, logging and all, in a process of its own.
+
+"off plain" is the largest relative difference, over all steps, of the perturbed images' distance after the attack (of
+the loss for PO) from the plain variant's. FLOP are the least that a step needs (52 F of one forward F for LORE, see
+utils/training/metrics.py), the same for all variants. Memory is what a variant needs beyond the libraries and the
+images: weights, optimizer, reference, and the peak of a step above that, resident on a CPU, allocated on a GPU. Writes
+results.json and table.md.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_lore
-from benchmarks.comparison import markdown, print_table
+from benchmarks.comparison import markdown, print_table, what_flag
 from benchmarks.memory import TEXT_TOWERS, make_model_and_images
 from utils.cli import flag, parse_settings, required, run
 from utils.data.images import ImageTransform
@@ -74,13 +76,14 @@ MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.2757
 
 @dataclass
 class Settings:
-    # fmt: off
-    encoders: list[str] = flag(["small", "ViT-B/32"], f"small, {', '.join(TOWERS)}, or directories of CLIP models", group="what", path=True)
-    data: str | None = flag(None, "shards of images (default: noise)", group="what", path=True)
-    batch_size: list[int] = flag([128, 32], "images per step: one number, or one for each encoder", group="what", minimum=1)
-    methods: list[str] = flag(list(METHODS), "what a step is of", group="what", choices=METHODS)
-    variants: list[str] = flag([], "only these, by their first words (default: all)", group="what")
-    gradient_checkpointing: bool = flag(False, "in every variant", group="what")
+    encoders: list[str] = what_flag(
+        ["small", "ViT-B/32"], f"small, {', '.join(TOWERS)}, or directories of CLIP models", path=True
+    )
+    data: str | None = what_flag(None, "shards of images (default: noise)", path=True)
+    batch_size: list[int] = what_flag([128, 32], "images per step: one number, or one for each encoder", minimum=1)
+    methods: list[str] = what_flag(list(METHODS), "what a step is of", choices=METHODS)
+    variants: list[str] = what_flag([], "only these, by their first words (default: all)")
+    gradient_checkpointing: bool = what_flag(False, "in every variant")
     attack_steps: int = flag(10, "PGD steps", group="step", minimum=1)
     primal_steps: int = flag(5, "K of LORE; FARE makes one update", group="step", minimum=1)
     rounds: int = flag(3, "timed steps of every variant, after one that is not", group="run", minimum=1)
@@ -88,7 +91,6 @@ class Settings:
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device", group="run")
     trainer: bool = flag(True, "the last row, of the trainer itself", group="run")
     output_dir: str = required("results.json and table.md are written here", group="run", path=True)
-    # fmt: on
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class Float32Conv2d(nn.Conv2d):
 
 
 class Trainee:
-    """An encoder with its optimizer and its multiplier, made from one seed, that makes its steps in the way of a variant."""
+    """An encoder, its optimizer and multiplier, made from one seed; its steps are made as the variant says."""
 
     def __init__(
         self, variant: Variant, model: CLIPVisionModelWithProjection, method: str, settings: Settings, eps: float = EPS
@@ -279,7 +281,7 @@ def make_encoder(model: CLIPVisionModelWithProjection, variant: Variant) -> nn.M
 
 
 class MemoryMeter:
-    """Highest use since it was made, above what was in use then: allocated on a GPU, resident on a CPU (Linux), else None."""
+    """Highest use above that at its making: allocated on a GPU, resident on a CPU (Linux), else None."""
 
     def __init__(self, device: str) -> None:
         self.on_gpu = torch.device(device).type == "cuda"
@@ -311,7 +313,7 @@ def synchronise(device: str) -> None:
 
 
 def matmul_rate(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of square products, the best of several: of larger ones as long as one takes less than a twentieth of a second."""
+    """FLOP/s of square products, the best of several: of larger ones until one takes a twentieth of a second."""
     size, largest, best = 512, 8192 if torch.device(device).type == "cuda" else 2048, float("inf")
     while True:
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -342,7 +344,10 @@ def main() -> None:
     output_dir = Path(settings.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {"settings": vars(settings), "hardware": hardware(settings, rates), "rows": []}
-    table = [["encoder, method, batch", "variant", "img/s", "ratio", "s/step", "peak GB", "of plain", "GFLOP/s", "of bf16 matmul", "off plain"]]  # fmt: skip
+    table = [[
+        "encoder, method, batch", "variant", "img/s", "ratio", "s/step",
+        "peak GB", "of plain", "GFLOP/s", "of bf16 matmul", "off plain",
+    ]]  # fmt: skip
     for encoder, batch_size in zip(settings.encoders, sizes):
         for method in settings.methods:
             rows = measure(encoder, method, batch_size, variants, settings, rates["bfloat16"])
@@ -431,8 +436,9 @@ def measure_trainer(encoder: str, method: str, batch_size: int, settings: Settin
     flops = step_flops(load_tower(encoder, settings.seed), method, settings)
     median = statistics.median(seconds[1:])
     return {
-        "encoder": encoder, "method": method, "batch_size": batch_size, "variant": "train_lore.py", "seconds": median,
-        "all_seconds": seconds, "images_per_second": batch_size / median, "model_flops_per_second": flops * batch_size / median,
+        "encoder": encoder, "method": method, "batch_size": batch_size, "variant": "train_lore.py",
+        "seconds": median, "all_seconds": seconds, "images_per_second": batch_size / median,
+        "model_flops_per_second": flops * batch_size / median,
         "share_of_bf16_matmul": flops * batch_size / median / rate,
     }  # fmt: skip
 

@@ -1,12 +1,12 @@
 """What robust fine-tuning on one set does on sets that it never saw: FARE and LORE under APGD, noise and corruptions.
 
   python benchmarks/transfer.py --model runs/two-sets-clip --data data/tinyimagenet150 \\
-    --zero_shot_data data/tinyimagenet150 data/cifar10 data/tinyimagenet50_novel --probe_data data/tinyimagenet50_novel data/sign_digits \\
-    --seeds 0 1 2 --output_dir runs/transfer
+    --zero_shot_data data/tinyimagenet150 data/cifar10 data/tinyimagenet50_novel \\
+    --probe_data data/tinyimagenet50_novel data/sign_digits --seeds 0 1 2 --output_dir runs/transfer
 
-The first --zero_shot_data is where the encoders are trained, the others are transfer. --probe_data are sets whose names the
-text tower never learnt: a linear probe of the frozen encoder is trained on one half of their test images, clean, and measured on
-the other half.
+The first --zero_shot_data is where the encoders are trained, the others are transfer. --probe_data are sets whose names
+the text tower never learnt: a linear probe of the frozen encoder is trained on one half of their test images, clean,
+and measured on the other half.
 """
 
 from __future__ import annotations
@@ -23,9 +23,19 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import evidence
-from benchmarks.comparison import FARE, START, StepSettings, as_in_results, evaluate, lore_runs
+from benchmarks.comparison import (
+    FARE,
+    START,
+    StepSettings,
+    as_in_results,
+    evaluate,
+    evaluation_flag,
+    lore_runs,
+    training_flag,
+    what_flag,
+)
 from benchmarks.evidence import CONFIRMED, NOT_CONFIRMED, Claim, Numbers, Table, difference, verdict
-from utils.cli import flag, parse_settings, run
+from utils.cli import parse_settings, run
 from utils.evaluation.figures import COLORS, HATCHES
 
 COLUMNS = ["clean", "APGD", "noise", "corruptions"]
@@ -34,16 +44,16 @@ PROBE = "{} (probe)"
 
 @dataclass
 class Settings(StepSettings):
-    # fmt: off
-    zero_shot_data: list[str] = flag([], "labelled sets whose test/ is classified by class names (default: --data)", group="what", path=True)
-    probe_data: list[str] = flag([], "labelled sets whose test/ is halved for a linear probe", group="what", path=True)
-    rhos: list[float] = flag([0.05, 0.02], "LORE's tolerances", group="training", minimum=0)
-    steps: int = flag(100, "training steps", group="training", minimum=1)
-    primal_steps: int = flag(5, "K, updates per batch, of every method", group="training", minimum=1)
-    eval_eps: float = flag(2.0, "radius of APGD, in 1/255", group="evaluation", above=0, maximum=255)
-    sigma: float = flag(32.0, "standard deviation of the Gaussian noise, in 1/255", group="evaluation", above=0)
-    severities: list[int] = flag([3], "of the corruptions", group="evaluation", minimum=1, maximum=5)
-    # fmt: on
+    zero_shot_data: list[str] = what_flag(
+        [], "labelled sets whose test/ is classified by class names (default: --data)", path=True
+    )
+    probe_data: list[str] = what_flag([], "labelled sets whose test/ is halved for a linear probe", path=True)
+    rhos: list[float] = training_flag([0.05, 0.02], "LORE's tolerances", minimum=0)
+    steps: int = training_flag(100, "training steps", minimum=1)
+    primal_steps: int = training_flag(5, "K, updates per batch, of every method", minimum=1)
+    eval_eps: float = evaluation_flag(2.0, "radius of APGD, in 1/255", above=0, maximum=255)
+    sigma: float = evaluation_flag(32.0, "standard deviation of the Gaussian noise, in 1/255", above=0)
+    severities: list[int] = evaluation_flag([3], "of the corruptions", minimum=1, maximum=5)
 
 
 def main() -> None:
@@ -153,13 +163,10 @@ def claims(numbers: Numbers) -> list[Claim]:
     mean = f"mean of {len(away)} sets" + (f", {probed} of them by probe" if probed else "")
 
     def gap(first: str, second: str, column: str):
-        means = [
-            [statistics.mean(found[label][name][column][seed] for name in away) for seed in range(len(found[label][away[0]][column]))]
-            for label in (first, second)
-        ]  # fmt: skip
-        means = [
-            values * (len(settings["seeds"]) if len(values) == 1 else 1) for values in means
-        ]  # there is one start model
+        sets = [[found[label][name][column] for name in away] for label in (first, second)]
+        means = [[statistics.mean(of_seed) for of_seed in zip(*values)] for values in sets]
+        # There is one start model.
+        means = [values * (len(settings["seeds"]) if len(values) == 1 else 1) for values in means]
         return difference(*means, n * len(away))
 
     rows = []

@@ -42,21 +42,31 @@ TRAINING = {
 SMALLER = {
     "train_lore.py": TRAINING | {"attack_steps": 1},
     "train_po.py": TRAINING | {"train_num_samples": 16},
-    "evaluate.py": {"num_samples": 12, "apgd_steps": 3, "apgd_targets": 1, "square_queries": 5, "attack_steps": 2, "severities": 1, "sigma": 8, "num_workers": 0, "t": [0, 1], "top_k": 5},
-    "examples/pretrain_small_clip.py": {"epochs": 1, "train_num_samples": 64, "batch_size": 8, "captions_per_step": 16, "words_per_step": 8},
+    "evaluate.py": {
+        "num_samples": 12, "apgd_steps": 3, "apgd_targets": 1, "square_queries": 5, "attack_steps": 2, "severities": 1,
+        "sigma": 8, "num_workers": 0, "t": [0, 1], "top_k": 5,
+    },
+    "examples/pretrain_small_clip.py": {
+        "epochs": 1, "train_num_samples": 64, "batch_size": 8, "captions_per_step": 16, "words_per_step": 8,
+    },
     "examples/segmentation.py": {"num_train": 4, "num_test": 4, "head_epochs": 1, "attack_steps": 1, "eps": 4},
-    "benchmarks/memory.py": {"models": "ViT-B/32", "batch_size": 1, "attack_steps": 1, "primal_steps": 2, "gradient_checkpointing": "false"},
-    "benchmarks/train_step.py": {"encoders": "small", "batch_size": 4, "rounds": 1, "attack_steps": 1, "primal_steps": 1, "methods": "LORE", "variants": ["plain", "+ lean"], "trainer": "false"},
+    "benchmarks/memory.py": {
+        "models": "ViT-B/32", "batch_size": 1, "attack_steps": 1, "primal_steps": 2, "gradient_checkpointing": "false",
+    },
+    "benchmarks/train_step.py": {
+        "encoders": "small", "batch_size": 4, "rounds": 1, "attack_steps": 1, "primal_steps": 1, "methods": "LORE",
+        "variants": ["plain", "+ lean"], "trainer": "false",
+    },
     "benchmarks/word_drawing.py": {"num_images": 2, "rounds": 1},
     "benchmarks/zero3_gathers.py": {"steps": 4, "attack_steps": 1, "primal_steps": 1},
 }  # fmt: skip
-# Scripts that other tests start in small: test_evidence.py (all of results_quick's), and a test of its own for each of the rest.
+# Scripts that other tests start in small: test_evidence.py (all of results_quick's), and a test for each of the rest.
 ELSEWHERE = [
     f"benchmarks/{name}.py"
     for name in (
-        "results_quick", "results", "early_stability", "trade_off", "ablations", "transfer", "preferences", "attack_check",
-        "compare_methods", "compare_preferences", "evaluate", "head_features", "input_pipeline", "robust_and_aligned",
-        "time_to_robust",
+        "results_quick", "results", "early_stability", "trade_off", "ablations", "transfer", "preferences",
+        "attack_check", "compare_methods", "compare_preferences", "evaluate", "head_features", "input_pipeline",
+        "robust_and_aligned", "time_to_robust",
     )
 ]  # fmt: skip
 # Where a command says "...": what a reader has to add.
@@ -317,7 +327,7 @@ def sandbox(tmp_path_factory, digits, attribute_digits) -> Sandbox:
 
 @functools.cache
 def said(command: Command) -> frozenset[str]:
-    """Its flags, and of their values those that choose what runs: one of a few words, a recipe, a subject, a kind of model."""
+    """Its flags, and of their values those that choose what runs: a word, a recipe, a subject, a kind of model."""
     found = set()
     fields = {field.name: field.metadata for field in dataclasses.fields(settings_class(command.script))}
     for flag, given in values(shrunk(command)).items():

@@ -1,4 +1,4 @@
-"""requirements.txt alone is enough: whatever is imported here is pinned there, and nothing is pinned that nobody uses."""
+"""requirements.txt alone is enough: whatever is imported here is pinned there, and nothing else is."""
 
 from __future__ import annotations
 

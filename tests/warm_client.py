@@ -1,7 +1,7 @@
-"""What stands in for `python` in tests: hands a script to the server of tests/warm_python.py, and ends as the script ends.
+"""Stands in for `python` in tests: hands a script to the server of tests/warm_python.py, and ends as the script does.
 
-A copy of it under the line "#!python" of the session is the executable. Anything but a script or a module, or one for which
-the environment was changed in what packages may read when they are imported, goes to Python itself.
+A copy of it under the line "#!python" of the session is the executable. Anything but a script or a module, or one for
+which the environment was changed in what packages may read when they are imported, goes to Python itself.
 """
 
 import json

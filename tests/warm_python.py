@@ -1,7 +1,8 @@
 """A Python that has imported what the scripts import, and forks for each script that a test starts.
 
-The imports of a script take five seconds of a core, most tests of a script far less. What is the project's own is forgotten
-before the fork and imported anew, so that a script runs all of its own code, from its first line to the interpreter's end.
+The imports of a script take five seconds of a core, most tests of a script far less. What is the project's own is
+forgotten before the fork and imported anew, so that a script runs all of its own code, from its first line to the
+interpreter's end.
 """
 
 from __future__ import annotations

@@ -45,10 +45,12 @@ def set_all(monkeypatch, variables):
 
 REFUSED = [
     # accelerate#1011, #1207, #3281
-    ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "3"}, r"=3 \(gradient_accumulation_steps in .*--gradient_accumulation_steps is 2"),
+    ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "3"},
+     r"=3 \(gradient_accumulation_steps in .*--gradient_accumulation_steps is 2"),
     ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "x"}, "write --gradient_accumulation_steps x if that is meant"),
     ({"ACCELERATE_GRADIENT_CLIPPING": "1.0"}, r"--max_grad_norm is 0; remove it"),
-    ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, r"dynamo_backend in the accelerate config.*: compile with --compile true"),
+    ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"},
+     r"dynamo_backend in the accelerate config.*: compile with --compile true"),
     ({"ACCELERATE_MIXED_PRECISION": "fp8"}, r"\(mixed_precision in the .*: write no, bf16 or fp16"),
     ({"ACCELERATE_MIXED_PRECISION": ""}, "write no, bf16 or fp16"),
     ({"ACCELERATE_MIXED_PRECISION": "float16"}, "write no, bf16 or fp16"),
@@ -72,12 +74,14 @@ REFUSED = [
     ({"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}, "use --tf32 true"),
     ({"NVIDIA_TF32_OVERRIDE": "1"}, "use --tf32 true"),
     (DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, r"\(zero_stage in .*: write 1, 2 or 3"),
-    (DEEPSPEED | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme"}, r"\(offload_optimizer_device in .*: write none or cpu"),
+    (DEEPSPEED | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme"},
+     r"\(offload_optimizer_device in .*: write none or cpu"),
     (DEEPSPEED | {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "nvme"}, "write none or cpu"),
     (DEEPSPEED | {"ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES": "X"}, "no encoder here has such layers"),
     (DEEPSPEED | {"ACCELERATE_MIXED_PRECISION": "fp16"}, "fp16 is not supported with DeepSpeed"),
     (DEEPSPEED | {"ACCELERATE_GRADIENT_CLIPPING": "1.0"}, "--max_grad_norm is 0"),
-    (DEEPSPEED | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "/nowhere.json"}, r"/nowhere.json \(deepspeed_config_file .*cannot be read"),
+    (DEEPSPEED | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "/nowhere.json"},
+     r"/nowhere.json \(deepspeed_config_file .*cannot be read"),
     # Ranks. trl#636, accelerate#2295, llama#391
     ({"RANK": "0"}, r"RANK=0 in the environment without WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
     ({"WORLD_SIZE": "2"}, r"WORLD_SIZE=2 in the environment without RANK"),
@@ -95,7 +99,8 @@ REFUSED = [
     (GROUP | {"MASTER_PORT": "70000"}, "MASTER_PORT=70000 .*to 65535"),
     ({"OMPI_COMM_WORLD_SIZE": "2"}, "started by MPI"),
     ({"PMI_SIZE": "4"}, "started by MPI"),
-    ({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_MIXED_PRECISION": "no"}, "was asked for several processes and has started one"),
+    ({"MASTER_ADDR": "127.0.0.1", "ACCELERATE_MIXED_PRECISION": "no"},
+     "was asked for several processes and has started one"),
 ]  # fmt: skip
 
 
@@ -109,11 +114,14 @@ def test_what_would_not_be_done_is_refused(variables, message, monkeypatch):
 OBEYED = [
     {}, {"WORLD_SIZE": "1"}, {"PMI_SIZE": "1"}, GROUP,
     {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "2"}, {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto"},
-    {"ACCELERATE_GRADIENT_CLIPPING": "0.0"}, {"ACCELERATE_MIXED_PRECISION": "bf16"}, {"ACCELERATE_MIXED_PRECISION": "BF16"},
+    {"ACCELERATE_GRADIENT_CLIPPING": "0.0"},
+    {"ACCELERATE_MIXED_PRECISION": "bf16"}, {"ACCELERATE_MIXED_PRECISION": "BF16"},
     {"ACCELERATE_USE_CPU": "True"}, {"ACCELERATE_DEBUG_MODE": "1"}, {"ACCELERATE_CPU_AFFINITY": "1"},
     # What accelerate launch always sets
-    {"ACCELERATE_DYNAMO_BACKEND": "no", "ACCELERATE_DYNAMO_MODE": "default", "ACCELERATE_DYNAMO_USE_FULLGRAPH": "False"},
-    {"ACCELERATE_DOWNCAST_BF16": "no"}, {"ACCELERATE_USE_FSDP": "false"}, {"FSDP_VERSION": "2"}, {"ACCELERATE_LOG_LEVEL": "info"},
+    {"ACCELERATE_DYNAMO_BACKEND": "no", "ACCELERATE_DYNAMO_MODE": "default",
+     "ACCELERATE_DYNAMO_USE_FULLGRAPH": "False"},
+    {"ACCELERATE_DOWNCAST_BF16": "no"}, {"ACCELERATE_USE_FSDP": "false"}, {"FSDP_VERSION": "2"},
+    {"ACCELERATE_LOG_LEVEL": "info"},
     DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
     DEEPSPEED | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ROOT / "accelerate_configs/deepspeed/zero3_cpu.json")},
 ]  # fmt: skip
@@ -186,7 +194,7 @@ def test_all_scripts_refuse_before_they_look_at_paths(monkeypatch):
         evaluate.main(flags({"model": "/nowhere", "data": "/nowhere", "output_dir": "/nowhere/run"}))
 
 
-# --------------------------------------------------------------------------------------------------------- DeepSpeed's json
+# ----------------------------------------------------------------------------------------------------- DeepSpeed's json
 
 EXPECTED = RUN | {"train_batch_size": 16}
 CONFIGS = sorted((ROOT / "accelerate_configs/deepspeed").glob("*.json"))
@@ -215,24 +223,31 @@ def test_fields_that_change_nothing_are_accepted(change):
     ("change", "message"),
     [
         # trl#636, accelerate#2295
-        ({"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, r"x.json: optimizer: the optimizer is --optimizer"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}},
+         r"x.json: optimizer: the optimizer is --optimizer"),
         ({"scheduler": {"type": "WarmupLR"}}, r"scheduler: the learning rate follows"),
-        ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, r"zero_optimization.reduce_bucket_size: 'auto' is not filled in"),
-        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "auto"}}}, r"offload_optimizer.device: 'auto'"),
+        ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}},
+         r"zero_optimization.reduce_bucket_size: 'auto' is not filled in"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "auto"}}},
+         r"offload_optimizer.device: 'auto'"),
         ({"zero_optimization": {"stage": 0}}, r"zero_optimization.stage: write 1, 2 or 3"),
         ({"zero_optimization": {}}, r"zero_optimization.stage: missing"),
         ({"zero_optimization": 3}, r'expected an object with "zero_optimization"'),
-        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, r"offload_param.device: write none or cpu"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+         r"offload_param.device: write none or cpu"),
         ({"zero_optimization": {"stage": 3, "offload_param": "cpu"}}, r"offload_param: expected an object in braces"),
         ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, r"zero_quantized_gradients: not tried"),
-        ({"zero_optimization": {"stage": 3, "reduce_bucket_sise": 5}}, r"did you mean zero_optimization.reduce_bucket_size\?"),
-        ({"train_micro_batch_size_per_gpu": 8}, r"train_micro_batch_size_per_gpu: 8, but --per_device_train_batch_size is 4"),
+        ({"zero_optimization": {"stage": 3, "reduce_bucket_sise": 5}},
+         r"did you mean zero_optimization.reduce_bucket_size\?"),
+        ({"train_micro_batch_size_per_gpu": 8},
+         r"train_micro_batch_size_per_gpu: 8, but --per_device_train_batch_size is 4"),
         ({"train_batch_size": 32}, r"train_batch_size: 32, but"),
         ({"gradient_clipping": 1.0}, r"gradient_clipping: 1.0, but --max_grad_norm is 0"),
         ({"gradient_accumulation_steps": 1}, r"gradient_accumulation_steps: 1, but"),
         ({"fp16": {"enabled": True}}, r"fp16.enabled: fp16 is not supported with DeepSpeed"),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, r"fp16.enabled: fp16 is not supported"),
-        ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, r"bf16.bf16_master_weights_and_grads: not tried"),
+        ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
+         r"bf16.bf16_master_weights_and_grads: not tried"),
         ({"bf16": True}, r"bf16: expected an object in braces"),
         ({"amp": {"enabled": True}}, r"amp: precision is bf16"),
         ({"sparse_attention": {"mode": "fixed"}}, r"sparse_attention: not tried"),
@@ -256,8 +271,9 @@ def test_fields_that_would_change_a_run_are_refused(change, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "not valid JSON"), ("{'a': 1}", "not valid JSON"), ('{"a": 1, // b\n}', "not valid JSON"), ("[]", "expected an object"),
-        ("{}", "expected an object"), ('{"zero_optimization": {"stage": 2, "stage": 3}}', "the name 'stage' twice"),
+        ("", "not valid JSON"), ("{'a': 1}", "not valid JSON"), ('{"a": 1, // b\n}', "not valid JSON"),
+        ("[]", "expected an object"), ("{}", "expected an object"),
+        ('{"zero_optimization": {"stage": 2, "stage": 3}}', "the name 'stage' twice"),
     ],
 )  # fmt: skip
 def test_what_is_no_json_is_one_line(text, message):
@@ -271,7 +287,7 @@ def test_two_precisions_are_a_contradiction(monkeypatch):
         check_deepspeed_json('{"zero_optimization": {"stage": 2}, "bf16": {"enabled": false}}', "x.json", EXPECTED)
 
 
-# ------------------------------------------------------------------------------------------------- compilers, GPUs, meeting
+# --------------------------------------------------------------------------------------------- compilers, GPUs, meeting
 
 
 def test_what_is_compiled_needs_a_compiler(monkeypatch, tmp_path):
@@ -367,7 +383,7 @@ def test_a_port_in_use_is_named(monkeypatch):
             meet(timedelta(seconds=1))
 
 
-# ---------------------------------------------------------------------------------------------------------------- trackers
+# ------------------------------------------------------------------------------------------------------------- trackers
 
 
 def test_wandb_without_a_key_is_one_line_before_training(monkeypatch):

@@ -32,10 +32,10 @@ def arguments(small_clip, digits, tmp_path):
     def make(output_dir, processes=1, **changes):
         settings = {
             "model_name_or_path": small_clip, "train_shards": digits / "train", "output_dir": output_dir,
-            "cache_dir": tmp_path / "cache", "resume_from_checkpoint": "latest", "train_num_samples": 36, "max_steps": 6,
-            "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4 // processes, "checkpoint_steps": 2,
-            "checkpoints_total_limit": 2, "logging_steps": 1, "attack_steps": 2, "eps": 8, "learning_rate": 1e-3,
-            "num_workers": 2, "report_to": "none",
+            "cache_dir": tmp_path / "cache", "resume_from_checkpoint": "latest", "train_num_samples": 36,
+            "max_steps": 6, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4 // processes,
+            "checkpoint_steps": 2, "checkpoints_total_limit": 2, "logging_steps": 1, "attack_steps": 2, "eps": 8,
+            "learning_rate": 1e-3, "num_workers": 2, "report_to": "none",
         } | changes  # fmt: skip
         return [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
 
@@ -59,7 +59,7 @@ def difference(one, two):
 
 @pytest.mark.parametrize("changes", [{}, {"optimizer": "adamw_8bit"}])
 def test_a_stopped_run_goes_on_to_the_same_end(arguments, tmp_path, changes):
-    """In the middle of an epoch, at its end and between two regular checkpoints; with 8-bit optimizer state too. Bitwise."""
+    """Within an epoch, at its end, between two regular checkpoints; with 8-bit optimizer state too. Bitwise."""
     assert train("train_lore", arguments(tmp_path / "whole", **changes)) == 0
     for step in (3, 4, 5):
         assert train("train_lore", arguments(tmp_path / "cut", **changes), stop_in_step=step) == REQUEUE
