@@ -1,1 +1,1 @@
-"""What the scripts share: pure mathematics and, apart from it, input and output."""
+"""Code that the scripts share: mathematics without side effects, and input and output in modules of their own."""

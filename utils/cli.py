@@ -1,12 +1,12 @@
-"""The command line: a settings dataclass becomes flags, a YAML recipe sets their defaults, mistakes become one line.
+"""The command line: a settings dataclass becomes flags, a YAML recipe sets defaults, a mistake prints one error line.
 
     @dataclass
     class Settings:
         eps: float = flag(4.0, "attack radius, in 1/255", group="attack", minimum=0)
 
 A script calls ``parse_settings(Settings)`` inside ``run(main)``. Flags win over ``--config recipe.yaml``, which wins
-over the defaults. argparse and YAML find the texts as they were written, and ``_convert`` alone reads them: YAML's own
-idea of types (``010`` is 8, ``no`` is false, ``1:30`` is 90) has no say.
+over the defaults. argparse and YAML only split the input into texts. ``_convert`` alone turns a text into a value, so
+YAML's own types (``010`` is 8, ``no`` is false, ``1:30`` is 90) play no part.
 """
 
 from __future__ import annotations
@@ -46,26 +46,26 @@ SettingsT = TypeVar("SettingsT", bound="DataclassInstance")
 
 @dataclasses.dataclass
 class Flag:
-    """A settings field: what ``flag`` takes, which is kept as the field's metadata, and what the field's type says."""
+    """A settings field: the arguments of ``flag``, kept as the field's metadata, and the properties of its type."""
 
     default: Any
     help: str  # with the unit
     group: str  # in --help
     choices: Sequence[str] | None = None
-    minimum: float | None = None  # allowed itself
-    above: float | None = None  # not allowed itself
-    maximum: float | None = None  # allowed itself
+    minimum: float | None = None  # inclusive
+    above: float | None = None  # exclusive
+    maximum: float | None = None  # inclusive
     path: bool = False  # a path, or a name that is looked up as one: ~ is the home directory
-    in_recipe: bool = True  # False: recipes come from others, the command line alone may say it
+    in_recipe: bool = True  # False: only the command line may set it, because recipes come from others
     required: bool = False
-    waives_required: bool = False  # where it is true it asks for something other than a run
+    waives_required: bool = False  # if it is true, the script does not run, so required flags may be missing
     type: type = str  # of one value
     many: bool = False
     optional: bool = False  # may be None
 
 
 def flag(default: Any, help: str, **rules: Any) -> Any:
-    """A settings field. ``rules`` are those of ``Flag``; a list default is copied per instance."""
+    """A settings field. ``rules`` are fields of ``Flag``. Every instance gets its own copy of a list default."""
     metadata = vars(Flag(default, help, **rules))
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
@@ -73,14 +73,14 @@ def flag(default: Any, help: str, **rules: Any) -> Any:
 
 
 def required(help: str, *, group: str, many: bool = False, path: bool = False) -> Any:
-    """A settings field that has to be given. ``many`` makes it a list."""
+    """A settings field that the user must give. ``many`` makes it a list."""
     return flag([] if many else None, help, group=group, path=path, required=True)
 
 
 def parse_settings(
     settings_class: type[SettingsT], argv: Sequence[str] | None = None, *, description: str = ""
 ) -> SettingsT:
-    """Reads ``argv`` (default: the process's own) and the recipe it names. Raises ``UserError`` for any mistake."""
+    """Reads ``argv`` (default: ``sys.argv``) and the recipe it names. Raises ``UserError`` for any mistake."""
     flags, hints = {"config": CONFIG}, typing.get_type_hints(settings_class)
     for field in dataclasses.fields(settings_class):
         flags[field.name] = Flag(**{**field.metadata, **_type_of(hints[field.name])})
@@ -102,7 +102,7 @@ CONFIG = Flag(None, "YAML recipe with defaults for the flags below", "options", 
 
 
 def _type_of(hint: Any) -> dict[str, Any]:
-    """What a field's type says of a flag: float, list[str], int | None, list[str] | None, ..."""
+    """The fields of ``Flag`` that follow from a type: float, list[str], int | None, list[str] | None, ..."""
     optional = type(None) in typing.get_args(hint)
     if optional:
         hint = next(part for part in typing.get_args(hint) if part is not type(None))
@@ -111,18 +111,18 @@ def _type_of(hint: Any) -> dict[str, Any]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name most like ``name``, or None where nothing is near."""
+    """The known name that is most similar to ``name``, or None if none is similar."""
     return next(iter(difflib.get_close_matches(name, known, n=1)), None)
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """The end of an error line that names what was meant, or nothing."""
+    """The end of an error line: a suggestion if a known name is similar, else an empty text."""
     match = nearest(name, known)
     return f", did you mean {prefix}{match}?" if match else ""
 
 
 def _read_command_line(argv: Sequence[str], flags: dict[str, Flag], description: str) -> dict[str, list[Any]]:
-    """{flag: its texts}. Where a flag comes again, a list goes on; else the last value counts, with a warning."""
+    """{flag: its texts}. If a flag is repeated, a list is extended; else the last value counts, with a warning."""
     parser = _parser(flags, description)
     if {"-h", "--help"} & set(argv):
         parser.print_help()
@@ -159,7 +159,7 @@ def _parser(flags: dict[str, Flag], description: str) -> argparse.ArgumentParser
         allow_abbrev=False,
         exit_on_error=False,
     )
-    # argparse takes -5e-1, -.5 and -inf for flags.
+    # By default argparse mistakes -5e-1, -.5 and -inf for flags.
     parser._negative_number_matcher = re.compile(r"-(\d|\.|_|inf|nan)", re.IGNORECASE)
     groups = {title: parser.add_argument_group(title) for title in dict.fromkeys(flag.group for flag in flags.values())}
     for name, flag in flags.items():
@@ -182,16 +182,16 @@ def _parser(flags: dict[str, Flag], description: str) -> argparse.ArgumentParser
 
 
 def _read_recipe(path: str, flags: dict[str, Flag]) -> dict[str, list[Any]]:
-    """{setting: its texts, None for null}."""
+    """{setting: its texts}; a text is None for YAML's null."""
     where = f"--config {path}"
-    text = read_text_file(path, where, limit=1 << 20)  # a recipe has some hundred lines
-    if hidden := re.search("[\x85\u2028\u2029]", text):  # ends of lines to YAML 1.1 and PyYAML
+    text = read_text_file(path, where, limit=1 << 20)  # a recipe has about a hundred lines
+    if hidden := re.search("[\x85\u2028\u2029]", text):  # YAML 1.1 and PyYAML break lines at these
         line, code = text.count("\n", 0, hidden.start()) + 1, f"U+{ord(hidden[0]):04X}"
         raise UserError(f"{where}: line {line}: holds {code}, which looks like a space; remove it")
     try:
         root = yaml.compose(text, yaml.SafeLoader)
     except (yaml.YAMLError, RecursionError) as error:
-        # Not the whole text of the error, which shows the line: it may hold a token.
+        # The whole text of the error would quote the line, which may hold a token.
         problem = getattr(error, "problem", getattr(error, "reason", "nested too deeply"))
         mark = getattr(error, "problem_mark", None)
         place = f" in line {mark.line + 1}" if mark else ""
@@ -221,7 +221,7 @@ def _read_recipe(path: str, flags: dict[str, Flag]) -> dict[str, list[Any]]:
 
 NULL = "tag:yaml.org,2002:null"
 _BOOLS = dict.fromkeys(("true", "yes", "on", "1"), True) | dict.fromkeys(("false", "no", "off", "0"), False)
-# What is expected of a text of each type, and its reader, which raises ValueError or KeyError.
+# Type -> its name in error lines, and the function that reads a text or raises ValueError or KeyError.
 KINDS: dict[type, tuple[str, Callable[[str], Any]]] = {
     int: ("a whole number", int),
     float: ("a number", float),
@@ -231,7 +231,7 @@ KINDS: dict[type, tuple[str, Callable[[str], Any]]] = {
 
 
 def _convert(texts: list[str | None], flag: Flag, where: str) -> Any:
-    """Texts -> what the field's type says. An error line begins with ``where``."""
+    """Converts texts to a value of the field's type. An error line begins with ``where``."""
     if flag.optional and len(texts) == 1 and (texts[0] is None or texts[0].lower() == "none"):
         return None
     values = [_convert_one(text, flag, where) for text in texts]
@@ -243,7 +243,7 @@ def _convert_one(text: str | None, flag: Flag, where: str) -> Any:
     if not text:
         raise UserError(f"{where}: empty; expected {expected}")
     shown = f"{where}: {_quoted(text)}"
-    # int() and float() also take "1_000", " 4 " and the digits of other scripts.
+    # int() and float() would also accept "1_000", " 4 " and the digits of other scripts.
     allowed = "[^\0]+" if flag.type is str else "[0-9A-Za-z.+-]+"
     try:
         if not re.fullmatch(allowed, text):
@@ -269,12 +269,12 @@ def _convert_one(text: str | None, flag: Flag, where: str) -> Any:
 
 
 def with_home(text: str, where: str) -> str:
-    """``text`` with the home directory for a leading ``~``, unless a file has that very name.
+    """``text`` with a leading ``~`` replaced by the home directory, unless a file of exactly this name exists.
 
-    A shell does it for a word of its own, but not in a recipe, in quotes or after ``--flag=``. Raises ``UserError`` for
-    an unknown user and for a variable of the shell: nobody wants a folder of that name.
+    A shell does this too, but not in a recipe, in quotes or after ``--flag=``. Raises ``UserError`` for an unknown user
+    and for a shell variable: nobody wants a folder of that name.
     """
-    known = re.split(r"[*?\[{]", text)[0]  # of a pattern the folder in front of it
+    known = re.split(r"[*?\[{]", text)[0]  # of a pattern, the part before its first special character
     there = os.path.lexists(text) or (known != text and os.path.lexists(os.path.dirname(known)))
     if text[0] not in "~$" or there:
         return text
@@ -287,22 +287,22 @@ def with_home(text: str, where: str) -> str:
 
 
 def _quoted(value: Any) -> str:
-    """``repr`` for a message: short, and without secrets."""
+    """A short ``repr`` without secrets, for a message."""
     text = repr(shown_setting(value))
     return text if len(text) <= 100 else text[:97] + "..."
 
 
 def run(main: Callable[[], Any]) -> None:
-    """Calls ``main``. ``UserError`` becomes one line on stderr and exit status 2, Ctrl-C status 130.
+    """Calls ``main``. A ``UserError`` prints one line on stderr and exits with status 2, Ctrl-C with status 130.
 
-    Of several processes rank 0 speaks for all, another rank for an error of its own. Where a partner or a data worker
-    has died, one line says so and the status is 1. A process of several always ends here.
+    If all ranks raise the same error, only rank 0 prints it; a rank prints an error that it alone may have met. If
+    another process or a data worker has died, one line says so and the status is 1. A launched process exits here.
     """
     outlive_streams()
     try:
         main()
     except SystemExit as error:
-        stuck = bool(multiprocessing.active_children())  # a data worker that is stuck would be waited for
+        stuck = bool(multiprocessing.active_children())  # a normal exit would wait for a data worker that is stuck
         if isinstance(error.code, int) and (stuck or "RANK" in os.environ):
             _leave(error.code, at_once=stuck)
         raise
@@ -312,13 +312,13 @@ def run(main: Callable[[], Any]) -> None:
             raise
         if line:
             print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
-        # Other ranks may wait in a collective: do not wait for them. The launcher ends them.
+        # Other ranks may be waiting in a collective. Do not wait for them: the launcher ends them.
         _leave(status, at_once=True)
     if "RANK" in os.environ:
         _leave(0)
 
 
-# How gloo, NCCL and the rendezvous store say that a partner is gone.
+# Messages of gloo, NCCL and the rendezvous store when another process is gone.
 _PARTNER_LOST = re.compile(
     r"connection (was )?(closed|reset)|closed by peer|broken pipe|socket closed|timed out waiting|socket timeout|"
     r"pair closure|ncclRemoteError|NCCL watchdog|recvValue failed|failed to recv",
@@ -327,9 +327,9 @@ _PARTNER_LOST = re.compile(
 
 
 def _verdict(error: BaseException) -> tuple[int, str]:
-    """Exit status and line (or "") for an error that says all; status 0 where its traceback is needed."""
+    """The exit status and the line to print, which may be empty. Status 0 means that the traceback is needed."""
     said, rank = " ".join(str(error).split()), launched_rank()
-    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # any flag may be a path
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # can come from any flag that takes a path
         error = UserError(f"{str(error.filename)[:100]}: a file name that is too long; correct the path")
     if isinstance(error, UserError):
         return 2, "" if rank and error.every_rank else f"error: {error}"
@@ -345,21 +345,21 @@ def _verdict(error: BaseException) -> tuple[int, str]:
 
 
 def launched_rank() -> int:
-    """The rank that the launcher gave, 0 without one. Its check refuses what is no number."""
+    """The rank set by the launcher, or 0 without a launcher. ``check_launch`` refuses a RANK that is not a number."""
     rank = os.environ.get("RANK", "0")
     return int(rank) if rank.isascii() and rank.isdigit() else 0
 
 
 def _leave(status: int, at_once: bool = False) -> NoReturn:
-    """Ends the process without the interpreter's own end; ``at_once`` kills its data workers, which may be stuck.
+    """Exits without the interpreter's own shutdown; ``at_once`` kills the data workers, which may be stuck.
 
-    There a thread of gloo that lets go of its last tensor would abort the process, whatever its status was to be, and
-    DistributedDataParallel keeps these threads alive beyond ``destroy_process_group``.
+    During that shutdown a thread of gloo that frees its last tensor would abort the process and so change its exit
+    status. DistributedDataParallel keeps these threads alive even after ``destroy_process_group``.
     """
     if at_once:
         for child in multiprocessing.active_children():
             child.kill()
-    else:  # what the interpreter's end would have done
+    else:  # as the interpreter's shutdown would have done
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""The standard streams, so that a run outlives them: closed, full, hung up or without a reader, in any encoding."""
+"""Standard streams that never end a run: they may be closed, full, hung up or without a reader, in any encoding."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import os
 import select
 import sys
 
-PIECE = 4096  # bytes that a pipe takes whole once it takes any
+PIECE = 4096  # bytes; a pipe that is ready takes this many at once
 READER_PATIENCE = 60.0  # seconds to wait for a reader that has stopped reading (a pager, Ctrl-S)
 
 
 def outlive_streams() -> None:
-    """From now on nothing that is printed ends the process: not ``| head``, ``>&-``, a full disk or a lost terminal.
+    """After this call printing never ends the process, whether by ``| head``, ``>&-``, a full disk or a lost terminal.
 
-    What cannot be written is dropped, with a line on stderr where stdout is full. Characters that the stream's encoding
-    lacks, and bytes of a path that are not UTF-8, become escapes. Streams that were replaced, as by a test, stay.
+    Output that cannot be written is dropped; if stdout is full, a line on stderr says so. Characters that the stream's
+    encoding lacks, and bytes of a path that are not UTF-8, become escapes. Streams replaced by a test stay.
     """
-    # A file that is opened gets the lowest number that is free: /dev/null before anything of the run.
+    # A new file gets the lowest free number. Fill closed standard streams with /dev/null before the run opens files.
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(number, True)
     os.close(number)
@@ -44,7 +44,7 @@ def _number_of(stream: io.TextIOWrapper) -> int | None:
 
 
 class _Lasting(io.FileIO):
-    """Writes to an open file by its number; what that does not take is dropped."""
+    """Writes to an open file by its number and drops the bytes that cannot be written."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number, "wb", closefd=False)
@@ -55,13 +55,13 @@ class _Lasting(io.FileIO):
             ready = select.poll()
             ready.register(self.number, select.POLLOUT)
             if not ready.poll(1000 * self.patience):
-                self.patience = 0.0  # from now on what comes too fast is lost at once
+                self.patience = 0.0  # from now on do not wait: drop the text if the reader is not ready
                 return len(data)
             self.patience = READER_PATIENCE
             written = super().write(memoryview(data)[:PIECE])
             return len(data) if written is None else written
         except OSError as error:
-            if self.number == 1 and not self.failed and error.errno != errno.EPIPE:  # "| head" has read what it wanted
+            if self.number == 1 and not self.failed and error.errno != errno.EPIPE:  # EPIPE: "| head" is done
                 self.failed = True
                 lost = f"stdout cannot be written ({error.strerror}): what is printed is lost, files are not"
                 print(lost, file=sys.stderr)

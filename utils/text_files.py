@@ -1,7 +1,7 @@
-"""Files of text that others wrote, by hand or as JSON: one way from bytes to text, to lines and to values.
+"""Reads text files that others wrote, by hand or as JSON: bytes to text, lines and values.
 
-A byte order mark is not part of the text. A line ends at ``\\n`` or ``\\r\\n`` alone: ``str.splitlines`` also breaks at
-U+2028, U+2029, U+0085, vertical tab and form feed, which shifts the labels of all classes below.
+A byte order mark is not part of the text. A line ends only at ``\\n`` or ``\\r\\n``. ``str.splitlines`` also breaks at
+U+2028, U+2029, U+0085, vertical tab and form feed, which would shift the labels of all later classes.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ BYTE_ORDER_MARK = "\ufeff"
 
 
 def decode_text(data: bytes, where: str) -> str:
-    """UTF-8 bytes, with or without a byte order mark, as text. ``UserError`` naming ``where`` for another encoding."""
-    for encoding in ("UTF-32-LE", "UTF-32-BE", "UTF-16-LE", "UTF-16-BE"):  # UTF-32's mark begins with UTF-16's
+    """Decodes UTF-8, with or without a byte order mark. ``UserError`` that names ``where`` for another encoding."""
+    for encoding in ("UTF-32-LE", "UTF-32-BE", "UTF-16-LE", "UTF-16-BE"):  # the mark of UTF-32 begins like UTF-16's
         if data.startswith(BYTE_ORDER_MARK.encode(encoding)):
             raise UserError(f"{where}: {encoding[:6]}, expected UTF-8; save it again as UTF-8")
     try:
-        text = data.decode("utf-8-sig").lstrip(BYTE_ORDER_MARK)  # some programs write one more
+        text = data.decode("utf-8-sig").lstrip(BYTE_ORDER_MARK)  # some programs write two marks
     except UnicodeDecodeError as error:
         found = f"byte {data[error.start]:#04x} at {error.start}"
         raise UserError(f"{where}: not a UTF-8 text ({found}); save it again as UTF-8") from None
-    if text.count("\0") > len(text) / 4:  # UTF-16 without a mark, or no text
+    if text.count("\0") > len(text) / 4:  # UTF-16 without a mark, or not a text
         raise UserError(f"{where}: not a UTF-8 text (a zero byte at {text.index(chr(0))}); save it again as UTF-8")
     return text
 
 
 def text_lines(text: str, where: str = "a text file") -> list[str]:
-    """The lines of a text without their ends. An end after the last line begins no further one.
+    """The lines of a text without line ends. A line end at the end of the text does not start another line.
 
-    ``UserError`` for other carriage returns (a file of an old Mac would be one line) and for a byte order mark inside
-    (files put together): nobody would see it.
+    ``UserError`` for any other carriage return (a file of an old Mac would be one line), and for an invisible byte
+    order mark inside the text, as in concatenated files.
     """
     lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
     for number, line in enumerate(lines, 1):
@@ -51,12 +51,12 @@ def text_lines(text: str, where: str = "a text file") -> list[str]:
 
 
 def holds_controls(text: str) -> bool:
-    """Whether a line holds control characters: it is drawn into images, printed in tables and read by a model."""
+    """Whether a line has control characters. Lines are drawn on images, printed in tables and read by a model."""
     return any(unicodedata.category(letter) == "Cc" for letter in text)
 
 
 def parse_label(data: bytes) -> int:
-    """The whole number of a ``.cls`` member. ValueError for all but plain digits: ``int`` also takes 1_0 for ten."""
+    """The integer in a ``.cls`` member. ValueError unless it is plain digits; ``int`` would also read 1_0 as ten."""
     text = data.decode("utf-8-sig").strip()
     if not re.fullmatch(r"-?[0-9]{1,18}", text):
         raise ValueError("no whole number")
@@ -64,7 +64,7 @@ def parse_label(data: bytes) -> int:
 
 
 def read_text_file(path: str | Path, where: str, limit: int = 64 << 20) -> str:
-    """A local text file whole. ``UserError`` where it cannot be read, is above ``limit`` bytes or no UTF-8."""
+    """Reads a whole local file. ``UserError`` if it is unreadable, larger than ``limit`` bytes or not UTF-8."""
     with os_errors(f"{where}: cannot be read", "check the path and its permissions"), open(path, "rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
@@ -73,10 +73,10 @@ def read_text_file(path: str | Path, where: str, limit: int = 64 << 20) -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """JSON from outside: finite numbers, whole ones of at most 18 digits, each name once. Raises ValueError alone.
+    """Parses untrusted JSON: finite numbers, integers of at most 18 digits, no repeated name. Raises only ValueError.
 
-    ``json.loads`` takes NaN, lets the last of two equal names win, ends a deeply nested text with RecursionError, and
-    takes a byte order mark in bytes alone.
+    ``json.loads`` is laxer: it accepts NaN, keeps the last of two equal names, raises RecursionError for deep nesting,
+    and accepts a byte order mark only in bytes.
     """
     if isinstance(text, str):
         text = text.removeprefix(BYTE_ORDER_MARK)

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, also where several processes write the same one."""
+"""Files that are written completely or not at all, even if several processes write the same one."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from utils.errors import os_errors
 
 @contextlib.contextmanager
 def whole_file(path: Path, aside: Path | None = None) -> Iterator[Path]:
-    """Where to write what becomes ``path`` at the end of the block; after an error nothing is left of it.
+    """Gives a temporary path to write to. It is renamed to ``path`` at the end of the block, or deleted after an error.
 
-    ``aside`` has a name of its own unless it is given.
+    ``aside`` is that temporary path; by default it gets a random name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = aside or path.with_name(f".{secrets.token_hex(12)}.part")
@@ -28,6 +28,6 @@ def whole_file(path: Path, aside: Path | None = None) -> Iterator[Path]:
 
 
 def write_whole(path: Path, data: str | bytes, todo: str = "mend that and start again") -> None:
-    """Writes a file and its folder. ``UserError``, which ends in ``todo``, where that fails."""
+    """Writes a file and makes its folder. If that fails, raises a ``UserError`` that ends with ``todo``."""
     with os_errors(f"{path}: cannot be written", todo), whole_file(path) as aside:
         aside.write_bytes(data.encode() if isinstance(data, str) else data)
