@@ -1,7 +1,7 @@
 """Processes and devices: one Accelerator that works everywhere, and the collectives of the trainers.
 
-Only the encoder goes through ``prepare``; the multiplier stays outside and averages its gradients here. Under DeepSpeed
-the parameters stay float32 and the encoder's own autocast does the mixed precision. Other ways silently train wrongly.
+Only the encoder goes through ``prepare``; the multiplier does not, and its gradients are averaged here. Under DeepSpeed
+the parameters stay float32 and the encoder's own autocast does mixed precision. Other setups train wrongly in silence.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from utils.processes.environment import Numbers, check_launch
 from utils.processes.tracker import check_tracker
 
 WORKING = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.DEEPSPEED)
-PATIENCE = timedelta(minutes=10)  # for the other processes to start
-A_WHILE = 60.0  # seconds, then a line says what is waited for
+PATIENCE = timedelta(minutes=10)  # how long to wait for the other processes to start
+A_WHILE = 60.0  # seconds of waiting, after which a warning says what the process waits for
 MIXED_PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NOTHING_TRAINED = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0}
-_MEETING: list[Any] = []  # the store, which rank 0 serves to the others as long as the process lives
+_MEETING: list[Any] = []  # keeps the store alive: rank 0 serves it to the others until the process ends
 
 logger = logging.getLogger(__name__)
 
@@ -53,24 +53,24 @@ def start_accelerator(
     tf32: bool = False,
     compile: bool = False,
 ) -> Accelerator:
-    """The Accelerator for what ``accelerate launch``, ``torchrun`` or plain ``python`` set up; float32 stays float32.
+    """Makes the Accelerator under ``accelerate launch``, ``torchrun`` or plain ``python``; float32 stays float32.
 
-    ``numbers``: batch size of a process, accumulation and clipping by DeepSpeed's names; none where nothing is trained.
-    ``tf32``: products of float32 tensors keep 10 bits of mantissa on NVIDIA GPUs, at several times the speed.
+    ``numbers``: batch size of a process, accumulation and clipping by DeepSpeed's names; empty if nothing is trained.
+    ``tf32``: products of float32 tensors keep 10 bits of mantissa on NVIDIA GPUs and are several times as fast.
     ``days_of_patience``: how long a process waits for the others in a collective (default: torch's 10 to 30 minutes).
-    Raises ``UserError`` where the processes are no group, and for what is refused in utils/processes/environment.py.
+    Raises ``UserError`` if the processes form no group, and for settings that utils/processes/environment.py refuses.
     """
-    launched = check_launch(numbers, compile)  # once: accelerate changes some of its variables
+    launched = check_launch(numbers, compile)  # only once: accelerate changes some of the variables it reads
     check_tracker(report_to)
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    # torch 2.13 calls the argument outdated, but accelerate passes no other.
+    # torch 2.13 calls the argument outdated, but accelerate has no newer one to pass.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
     handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns of it, also where it is merely installed
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns, even if it is only installed
         if not deepspeed:
-            # Without it a config with several CPU processes runs unsynchronised replicas. With it, or with
-            # Accelerator(cpu=True), DeepSpeed is silently turned off.
+            # Without this variable a config with several CPU processes runs unsynchronised replicas. With it, or with
+            # Accelerator(cpu=True), accelerate silently turns DeepSpeed off.
             os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     if "RANK" in os.environ:
         group: dict[str, Any] = {} if torch.cuda.is_available() else {"backend": "gloo"}
@@ -88,7 +88,7 @@ def start_accelerator(
             log_with=None if report_to == "none" else report_to,
             project_dir=output_dir,
         )
-    except (ValueError, ImportError, NotImplementedError) as error:  # how accelerate says that it cannot do what is set
+    except (ValueError, ImportError, NotImplementedError) as error:  # accelerate's errors for a bad config
         raise UserError(f"accelerate: {str(error)[:300]}; correct the accelerate config") from None
     chosen, formed = accelerator.distributed_type, accelerator.num_processes
     if chosen not in WORKING or formed != launched or (deepspeed and chosen != DistributedType.DEEPSPEED):
@@ -100,11 +100,11 @@ def start_accelerator(
         )
     if chosen == DistributedType.DEEPSPEED:
         _configure_deepspeed(accelerator.state.deepspeed_plugin.deepspeed_config, numbers)
-    # The patch embedding is the only convolution of a ViT, and pixels lose an attack's steps in TF32's 10 bits.
+    # A ViT's only convolution is the patch embedding. TF32's 10 bits would lose the small steps of an attack on pixels.
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = tf32
     warnings.filterwarnings("ignore", message=".*torch.distributed process group is initialized, but.*")
-    # DeepSpeed calls these by their names before torch 2.13.
+    # DeepSpeed still calls these functions by the names they had before torch 2.13.
     warnings.filterwarnings("ignore", message=".*`torch.distributed.* is deprecated.*", category=FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     set_seed(seed)
@@ -112,9 +112,9 @@ def start_accelerator(
 
 
 def meet(patience: timedelta = PATIENCE) -> None:
-    """Waits until all processes of the launcher have started; ``UserError`` where they do not within ``patience``.
+    """Waits until all processes of the launcher have started; ``UserError`` if some have not after ``patience``.
 
-    torch alone would wait as long as for a collective, in an evaluation for days, also for a host without an address.
+    torch alone would wait as long as in a collective, which is days in an evaluation, even for an unknown host.
     """
     rank, ranks = os.environ["RANK"], [str(rank) for rank in range(int(os.environ["WORLD_SIZE"]))]
     host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
@@ -152,19 +152,19 @@ def meet(patience: timedelta = PATIENCE) -> None:
 
 
 def _configure_deepspeed(config: dict[str, Any], numbers: Numbers) -> None:
-    """One meaning of every flag with and without DeepSpeed: numbers of the command line go into its config."""
-    # With a json the precision stands there; accelerate then forbids it in the yaml.
+    """Writes the flags' numbers into DeepSpeed's config, so that a flag means the same with and without DeepSpeed."""
+    # A DeepSpeed json holds the precision itself; accelerate then forbids it in the yaml.
     if str(config.get("bf16", {}).get("enabled")).lower() == "true":
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     config |= numbers
-    # DeepSpeed's own bf16 would turn the patch embedding to bf16 and weaken the attack; see utils/models/encoders.py.
+    # DeepSpeed's own bf16 would run the patch embedding in bf16 and weaken the attack; see utils/models/encoders.py.
     config |= {"bf16": {"enabled": False}, "fp16": {"enabled": False}}
-    config["zero_force_ds_cpu_optimizer"] = False  # accelerate would put its own in place of --optimizer
-    config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True  # in float32, as they are
+    config["zero_force_ds_cpu_optimizer"] = False  # else accelerate replaces the optimizer of --optimizer
+    config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True  # despite its name in float32
 
 
 def compute_dtype(accelerator: Accelerator) -> torch.dtype:
-    """The precision of the transformer blocks, from the accelerate config's ``mixed_precision``."""
+    """The dtype in which the transformer blocks compute, from ``mixed_precision`` in the accelerate config."""
     precision = accelerator.mixed_precision
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # DeepSpeed's own mixed precision is off
@@ -172,7 +172,7 @@ def compute_dtype(accelerator: Accelerator) -> torch.dtype:
 
 
 def average_gradients(accelerator: Accelerator, module: nn.Module) -> None:
-    """Mean over processes of the gradients of a module that is not wrapped for distributed training."""
+    """Averages the gradients over the processes, for a module that is not wrapped for distributed training."""
     if accelerator.num_processes == 1:
         return
     for parameter in module.parameters():
@@ -181,7 +181,7 @@ def average_gradients(accelerator: Accelerator, module: nn.Module) -> None:
 
 
 def mean_over_processes(accelerator: Accelerator, values: Tensor) -> float:
-    """Mean of all processes' values together, also where they hold unequally many. (n,) -> float."""
+    """The mean of all values of all processes, which may hold unequal numbers of them. (n,) -> float."""
     sums = torch.tensor([float(values.sum()), len(values)], dtype=torch.float64)
     total, count = accelerator.reduce(sums.to(accelerator.device), reduction="sum").tolist()
     return total / count if count else float("nan")
@@ -193,7 +193,7 @@ def gather_objects(accelerator: Accelerator, item: Any) -> list[Any]:
 
 
 def _outcome(make: Callable[[], Any]) -> list[Any]:
-    """[what ``make`` returns, None] or [None, the line of its ``UserError``]."""
+    """[the result of ``make``, None] or [None, the text of its ``UserError``]."""
     try:
         return [make(), None]
     except UserError as error:
@@ -201,7 +201,7 @@ def _outcome(make: Callable[[], Any]) -> list[Any]:
 
 
 def from_main_process(accelerator: Accelerator, make: Callable[[], Any]) -> Any:
-    """``make()`` on the main process, its result (or its ``UserError``) on every process."""
+    """Calls ``make`` on the main process. Every process returns its result or raises its ``UserError``."""
     outcome = _outcome(make) if accelerator.is_main_process else [None, None]
     if accelerator.num_processes > 1:
         broadcast_object_list(outcome, from_process=0)
@@ -212,7 +212,7 @@ def from_main_process(accelerator: Accelerator, make: Callable[[], Any]) -> Any:
 
 
 def everywhere(accelerator: Accelerator, make: Callable[[], Any]) -> Any:
-    """``make()`` on every process; the first process's ``UserError`` is raised by all, none is left waiting."""
+    """Calls ``make`` on every process. If any raises ``UserError``, all raise the one of the lowest rank."""
     made, line = _outcome(make)
     for found in gather_objects(accelerator, line):
         if found is not None:
@@ -221,16 +221,16 @@ def everywhere(accelerator: Accelerator, make: Callable[[], Any]) -> Any:
 
 
 def on_every_node(accelerator: Accelerator, make: Callable[[], Any]) -> Any:
-    """``make()`` on the first process of every node while the others wait, for whom it is None."""
+    """Calls ``make`` on the first process of every node while the other processes wait; they return None."""
     return everywhere(accelerator, lambda: make() if accelerator.is_local_main_process else None)
 
 
 @contextmanager
 def gathered(module: nn.Module, enabled: bool = True) -> Iterator[None]:
-    """Under ZeRO-3 the parameters of ``module`` are whole inside, gathered once; elsewhere nothing happens.
+    """Under ZeRO-3, gathers the parameters of ``module`` once for the whole block; otherwise does nothing.
 
-    Without it each forward and each backward gathers every layer again: 2 n times for an attack of n steps. It costs
-    the memory of the whole parameters. All processes enter and leave together; nobody changes parameters inside.
+    Without it each forward and each backward gathers every layer again: 2 n times for an attack of n steps. It needs
+    memory for all parameters. All processes enter and leave together. Do not change parameters in the block.
     """
     sharded: list[Any] = [parameter for parameter in module.parameters() if hasattr(parameter, "ds_id")]
     if not enabled or not sharded:
@@ -240,7 +240,7 @@ def gathered(module: nn.Module, enabled: bool = True) -> Iterator[None]:
 
     held = "held by gathered()"
     with deepspeed.zero.GatheredParameters(sharded):
-        # DeepSpeed's hooks would shard a layer again after its forward; they leave alone what is in use.
+        # DeepSpeed's hooks shard a layer again after its forward, unless a submodule is registered as using it.
         for parameter in sharded:
             parameter.ds_active_sub_modules.add(held)
         try:
@@ -251,7 +251,7 @@ def gathered(module: nn.Module, enabled: bool = True) -> Iterator[None]:
 
 
 def shard_frozen(accelerator: Accelerator, module: nn.Module) -> nn.Module:
-    """A frozen ``module`` sharded over the processes by ZeRO-3: an engine to call like it, by all equally often."""
+    """Shards a frozen ``module`` by ZeRO-3. Call the returned engine like it, equally often on all processes."""
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         like = "accelerate_configs/zero3.yaml"
         raise UserError(f"--shard_reference true: needs DeepSpeed; use a config like {like}, or leave it out")
@@ -265,9 +265,9 @@ def shard_frozen(accelerator: Accelerator, module: nn.Module) -> nn.Module:
 
 
 def default_num_workers(most: int = 32) -> int:
-    """Data workers for one process: its share of the CPU cores less one for itself, between 1 and ``most``."""
+    """Number of data workers of one process: its share of the CPU cores minus one for itself, 1 to ``most``."""
     cpus = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    # A rank that is a task of srun may be bound to its own share already.
+    # If every rank is a task of srun, it may be bound to its own cores already: do not divide again.
     if "WORLD_SIZE" in os.environ and os.environ["WORLD_SIZE"] == os.environ.get("SLURM_STEP_NUM_TASKS"):
         cpus = int(os.environ.get("SLURM_CPUS_PER_TASK", cpus))
     return max(1, min(most, cpus - 1))

@@ -1,9 +1,9 @@
-"""What a launcher, its config and the environment ask for: each setting that would change a run is obeyed or refused.
+"""Checks the settings of the launcher, its config and the environment: each one is either obeyed or refused.
 
-accelerate reads its settings from the environment, where ``accelerate launch`` puts those of its config. Most were made
-for other loops than these: a compiled or sharded model that is not saved as it was trained, gradients that are
-accumulated elsewhere. ``RULES`` knows every variable that accelerate reads, ``DEEPSPEED`` the fields of a DeepSpeed
-json. An unknown variable changes nothing, an unknown field is refused.
+accelerate reads its settings from environment variables, into which ``accelerate launch`` copies its config. Many of
+them do not suit these training loops: a compiled or sharded model would not be saved as it was trained, and gradients
+would be accumulated elsewhere. ``RULES`` lists every variable that accelerate reads, ``DEEPSPEED`` the fields of a
+DeepSpeed json. An unknown variable is ignored with a warning, an unknown field is refused.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from utils.text_files import parse_json, read_text_file
 
 logger = logging.getLogger(__name__)
 
-TRUE = ("true", "1", "yes", "y", "t", "on")  # what accelerate takes for it
+TRUE = ("true", "1", "yes", "y", "t", "on")  # the texts that accelerate reads as true
 FALSE = ("false", "0", "no", "n", "f", "off")
 OFF = (*FALSE, "", "none")
 
 
 class Rule(NamedTuple):
-    """What a setting may say, in small letters (None: anything), and what to write in place of anything else."""
+    """The values that a setting may have, in lower case (None: any), and the advice for every other value."""
 
     allowed: tuple[str, ...] | None
     instead: str
@@ -53,7 +53,7 @@ _NO_TF32 = "use --tf32 true, which leaves the patch embedding in float32"
 _NO_XLA = Rule(OFF, "precision is mixed_precision of the accelerate config")
 
 RULES: dict[str, Rule] = {
-    # Without effect, read only with what is refused, or looked at elsewhere here.
+    # Allowed: without effect, read only together with a refused setting, or checked elsewhere in this module.
     **_all("""
         ACCELERATE_DEEPSPEED_CONFIG_FILE ACCELERATE_CONFIG_DS_FIELDS ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL
         ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_NVME_PATH ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH
@@ -68,10 +68,10 @@ RULES: dict[str, Rule] = {
     "ACCELERATE_DEEPSPEED_ZERO_STAGE": _STAGE,
     **_all("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", _DEVICE),
     **_all("ACCELERATE_USE_CPU ACCELERATE_DEBUG_MODE ACCELERATE_CPU_AFFINITY", _SWITCH),
-    # Without effect, but accelerate fails at another text.
+    # Without effect, but accelerate fails for any other text.
     **_all("ACCELERATE_DEEPSPEED_ZERO3_INIT ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION FORK_LAUNCHED", _SWITCH),
     **_all("ACCELERATE_DYNAMO_USE_FULLGRAPH ACCELERATE_DYNAMO_USE_DYNAMIC", _SWITCH),
-    # Refused, unless they say that they are off.
+    # Refused unless they are switched off.
     "ACCELERATE_DYNAMO_BACKEND": Rule(OFF, "compile with --compile true"),
     "ACCELERATE_FP8_BACKEND": Rule(("no",), "precision is no, bf16 or fp16"),
     **_all("ACCELERATE_USE_FSDP ACCELERATE_USE_MEGATRON_LM ACCELERATE_USE_PARALLELISM_CONFIG", _NO_FSDP),
@@ -82,16 +82,16 @@ RULES: dict[str, Rule] = {
     **_all("XLA_USE_BF16 XLA_DOWNCAST_BF16", _NO_XLA),
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": Rule(OFF, _NO_TF32),
     "NVIDIA_TF32_OVERRIDE": Rule(("0", ""), _NO_TF32),
-    # Of other versions of accelerate, or believed to be: whoever sets them would be deceived.
+    # Refused: this accelerate does not read them, so they would not do what the user expects.
     "ACCELERATE_USE_IPEX": Rule(OFF, "IPEX is not used"),
     "ACCELERATE_USE_XPU": Rule(OFF, "the scripts run on CPUs and CUDA GPUs"),
     **_all("ACCELERATE_SPLIT_BATCHES ACCELERATE_DISPATCH_BATCHES ACCELERATE_EVEN_BATCHES", _NO_LOADER),
     "ACCELERATE_USE_SEEDABLE_SAMPLER": _NO_LOADER,
     "ACCELERATE_STEP_SCHEDULER_WITH_OPTIMIZER": Rule(OFF, "the scripts set the learning rate, see --warmup_steps"),
 }
-# Beginnings of variables that accelerate reads only with what is refused.
+# Prefixes of variables that accelerate reads only together with a refused setting.
 REFUSED_ELSEWHERE = ("ACCELERATE_DYNAMO_", "ACCELERATE_FP8_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")
-# A DeepSpeed json. "auto" may stand where the scripts, or the precision of the accelerate config, fill it in.
+# Fields of a DeepSpeed json. "auto" is allowed where the scripts or the accelerate config's precision fill it in.
 DEEPSPEED: dict[str, Any] = {
     **_all("steps_per_print wall_clock_breakdown dump_state memory_breakdown flops_profiler comms_logger tensorboard"),
     **_all("wandb csv_monitor comet zero_allow_untested_optimizer aio disable_allgather timers monitor_config"),
@@ -120,22 +120,22 @@ DEEPSPEED: dict[str, Any] = {
     "checkpoint": Rule((), "checkpoints are the scripts' own, see --checkpoint_steps"),
 }
 AUTO = ("bf16.enabled", "fp16.enabled", "zero_optimization.stage3_gather_16bit_weights_on_model_save")
-# Numbers that flags say, by DeepSpeed's names for them.
+# DeepSpeed's name of a number -> the flag that sets it.
 FLAGS = {
     "train_micro_batch_size_per_gpu": "--per_device_train_batch_size",
     "gradient_accumulation_steps": "--gradient_accumulation_steps",
     "gradient_clipping": "--max_grad_norm",
     "train_batch_size": "--global_batch_size",
 }
-Numbers = Mapping[str, float]  # of a run, by the names of FLAGS; empty where nothing is trained
+Numbers = Mapping[str, float]  # of a run, by the names in FLAGS; empty if nothing is trained
 _EXAMPLES = "see accelerate_configs/deepspeed/"
 LAUNCHERS = "accelerate launch or torchrun, under SLURM with srun python slurm/rank.py"
 
 
 def check_launch(numbers: Numbers, compile: bool = False) -> int:
-    """Processes of the run. Raises ``UserError`` where something is asked for that these scripts would not do.
+    """Returns the number of processes. Raises ``UserError`` for a setting that these scripts would not follow.
 
-    The environment is left as accelerate reads it.
+    Normalises the variables that accelerate reads afterwards.
     """
     processes = launched_processes()
     for field in ("gradient_accumulation_steps", "gradient_clipping"):
@@ -143,7 +143,7 @@ def check_launch(numbers: Numbers, compile: bool = False) -> int:
         if number is not None and not _says(name, ("auto", "none", "", f"{number:g}", str(float(number)))):
             meant = f"write {flag} {os.environ[name]} if that is meant"
             raise UserError(f"{_said(name)}, but {flag} is {number:g}; remove it there, and {meant}")
-        os.environ.pop(name, None)  # accelerate would let it win, and reads no "auto" outside of DeepSpeed
+        os.environ.pop(name, None)  # accelerate would prefer it to the flag, and reads "auto" only with DeepSpeed
     for name in sorted(os.environ):
         rule = RULES.get(name)
         if rule and rule.allowed is not None and not _says(name, rule.allowed):
@@ -175,9 +175,9 @@ def _said(name: str) -> str:
 
 
 def launched_processes() -> int:
-    """Processes of the run as the launcher says it, before they are a group.
+    """The number of processes according to the launcher, before they form a group.
 
-    Raises ``UserError`` where its variables are not those of one process of a group.
+    Raises ``UserError`` if the launcher's variables are incomplete or contradict each other.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     given = {name: os.environ[name] for name in names if name in os.environ}
@@ -207,12 +207,12 @@ def _number(name: str, low: int, high: int) -> int:
 
 
 def _refuse_lone_processes() -> None:
-    """UserError where something else than accelerate launch or torchrun has started several processes, or tried to."""
+    """UserError if several processes were started, or asked for, other than by accelerate launch or torchrun."""
     for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
         if os.environ.get(name, "1") not in ("1", "0", ""):
             said = f"{name}={os.environ[name]} in the environment"
             raise UserError(f"{said}: started by MPI, which is not read here; start with {LAUNCHERS}")
-    # accelerate launch sets both for --num_processes 2 and more, also where it then starts a single process.
+    # accelerate launch sets both variables for --num_processes 2 and more, even if it then starts a single process.
     if os.environ.get("MASTER_ADDR") == "127.0.0.1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
         raise UserError(
             "accelerate launch was asked for several processes and has started one (distributed_type: MULTI_CPU, or "
@@ -239,7 +239,7 @@ def _check_gpus() -> None:
 
 
 def _check_compiler() -> None:
-    """UserError where torch.compile would do nothing, or fail at the first batch."""
+    """UserError if torch.compile would do nothing, or fail at the first batch."""
     for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"):
         if os.environ.get(name, "") not in ("", "0"):
             raise UserError(f"--compile true: {name}={os.environ[name]} switches it off; unset one of the two")
@@ -271,7 +271,7 @@ def _check_deepspeed(numbers: Numbers) -> None:
 
 
 def check_deepspeed_json(text: str, where: str, numbers: Numbers) -> None:
-    """Raises ``UserError`` for a DeepSpeed config that is no JSON or asks for what these scripts would not do."""
+    """Raises ``UserError`` for a DeepSpeed config that is not JSON or has a setting that these scripts refuse."""
     try:
         config = parse_json(text)
     except ValueError as error:

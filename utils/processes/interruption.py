@@ -1,6 +1,6 @@
-"""Being told to stop: SIGTERM, SIGUSR1 and SIGHUP end a run after the step that is under way, with nothing lost.
+"""Stop signals: SIGTERM, SIGUSR1 and SIGHUP end a run after the current step, and nothing is lost.
 
-Where that step waits for data that does not come, the run goes back to the last whole step.
+If that step waits for data that does not arrive, the run goes back to the last complete step.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ from accelerate import Accelerator
 
 from utils.processes.tracker import end_training
 
-REQUEUE = 85  # exit status of a run that was told to stop and can go on: start it again with the same command
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # of schedulers; SIGHUP, of a terminal that is closed, means the same
-GRACE = 5.0  # seconds that data may still take to come, or a model to load, once the run was told to stop
-GIVEN_UP = 1000  # added to the signal's number where a process has no batch to go on with
+REQUEUE = 85  # exit status of a run that a signal stopped and that can go on: start it with the same command
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # sent by schedulers; SIGHUP, from a closed terminal, means the same
+GRACE = 5.0  # seconds that a batch may still take to arrive, or a model to load, after a stop signal
+GIVEN_UP = 1000  # added to the signal's number if a process has no batch to go on with
 
 T = TypeVar("T")
 
 
 class WaitEnded(BaseException):
-    """Raised by the handler of a signal, out of a wait for data. No Exception: nothing on its way may catch it."""
+    """Raised by a signal handler to end a wait for data. Not an ``Exception``, so that no other code catches it."""
 
 
 class GivenUp(WaitEnded):
-    """The run was told to stop, and the data that it waits for does not come."""
+    """The run was told to stop, and the data that it waits for does not arrive."""
 
 
 class StopRequest:
-    """Whether one of the signals has reached any process of the run, from now on until ``close``.
+    """Catches stop signals until ``close``, and lets all processes agree on whether any of them got one.
 
-    Schedulers differ in whom they signal: one process, all of them, or those of one node. A single one is enough. While
-    ``loading`` there is nothing to save: a process that does not come so far within seconds just ends.
+    A scheduler may signal one process, all of them, or those of one node. One is enough. While ``loading`` there is
+    nothing to save, so a process that is still loading a few seconds after the signal exits at once.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
-        self.signal: signal.Signals | None = None  # that reached this process
-        self.loading = True  # until the first step is about to begin: from then on the end is orderly
+        self.signal: signal.Signals | None = None  # the first signal that this process got
+        self.loading = True  # until just before the first step; after that the run saves its state before it ends
         self._waiting = self._gave_up = False
-        self._answer: tuple[torch.Tensor, torch.cuda.Event | None] | None = None  # of several processes
+        self._answer: tuple[torch.Tensor, torch.cuda.Event | None] | None = None  # only with several processes
         self._over = threading.Event()
         self._reminder: threading.Thread | None = None
         hung_up = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]  # ignored under nohup
@@ -56,7 +56,7 @@ class StopRequest:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
             self.signal = signal.Signals(number)
-            # Processes that load wait for each other in places that no signal reaches; most will leave together.
+            # Loading processes may wait for each other where no handler runs. After a longer pause most exit together.
             pause = 4 * GRACE if self.loading and self.accelerator.num_processes > 1 else GRACE
             self._reminder = threading.Thread(target=_remind, args=(number, self._over, pause), daemon=True)
             self._reminder.start()
@@ -70,7 +70,7 @@ class StopRequest:
             raise SystemExit(REQUEUE)
 
     def unless_told(self, fetch: Callable[[], T]) -> T | None:
-        """``fetch()``, or None where this process was told to stop and it takes longer than GRACE."""
+        """The result of ``fetch()``, or None if this process was told to stop and ``fetch`` takes longer than GRACE."""
         try:
             try:
                 self._waiting = True
@@ -82,7 +82,7 @@ class StopRequest:
             return None
 
     def patiently(self, batches: Iterable[T]) -> Iterator[T]:
-        """Passes batches on; raises GivenUp where this process was told to stop and the next one does not come."""
+        """Yields the batches; raises GivenUp if this process was told to stop and the next batch does not arrive."""
         iterator = iter(batches)
         while (batch := self.unless_told(lambda: next(iterator, None))) is not None:
             yield batch
@@ -90,7 +90,7 @@ class StopRequest:
             raise GivenUp
 
     def ask(self) -> None:
-        """Asks all processes, without waiting for their answer. A collective: ask while the device has work to come."""
+        """Starts a collective that asks all processes, and does not wait for it: call it while the device has work."""
         if self.accelerator.num_processes > 1:
             number = torch.tensor([self._number()], device=self.accelerator.device)
             answer, arrived = self.accelerator.gather(number), None
@@ -103,7 +103,7 @@ class StopRequest:
         return 0 if self.signal is None else int(self.signal) + (GIVEN_UP if self._gave_up else 0)
 
     def _agreed_number(self) -> int:
-        """The highest number of any process at the last ``ask``. Waits for the device to come as far as that."""
+        """The highest number of any process at the last ``ask``. Synchronises with the device up to that call."""
         if self._answer is None:
             return self._number()
         answer, arrived = self._answer
@@ -112,25 +112,25 @@ class StopRequest:
         return int(answer.max())
 
     def gave_up(self) -> bool:
-        """Whether any process had no batch, because it was told to stop, at the last ``ask``. The same on all."""
+        """Whether at the last ``ask`` any process had given up waiting for a batch. The same on all processes."""
         return self._agreed_number() >= GIVEN_UP
 
     def agreed(self) -> signal.Signals | None:
-        """The signal that had reached any process at the last ``ask``, or None. The same on all."""
+        """The signal that any process had got by the last ``ask``, or None. The same on all processes."""
         number = self._agreed_number() % GIVEN_UP
         return signal.Signals(number) if number else None
 
     def leave(self, told: signal.Signals, state: str, say: Callable[[str], None]) -> NoReturn:
-        """Ends the process with REQUEUE. Call on all processes; ``state`` says in words what was saved."""
+        """Exits with the status REQUEUE. Call it on all processes; ``state`` says in words what was saved."""
         say(f"{told.name} {state}; --resume_from_checkpoint latest goes on (exit status {REQUEUE})")
-        # A launcher signals the slower processes when the first one has left: they keep their exit status.
+        # A launcher signals the slower processes when the first one has exited. Ignored, it keeps their exit status.
         self._before = dict.fromkeys(self._before, signal.SIG_IGN)
         self.close()
         end_training(self.accelerator)
         sys.exit(REQUEUE)
 
     def close(self) -> None:
-        """The run is over: signals mean what they meant before."""
+        """Restores the signal handlers that were there before the run."""
         self._over.set()
         if self._reminder is not None:
             self._reminder.join()
@@ -139,9 +139,9 @@ class StopRequest:
 
 
 def _remind(number: int, over: threading.Event, pause: float) -> None:
-    """Sends the signal once more, again and again: only a handler gets the main thread out of a wait.
+    """Repeats the signal until ``over`` is set, because only a handler can interrupt a wait of the main thread.
 
-    Knows no run: a thread that lets go of the last tensor while the interpreter ends would abort the process.
+    It holds no reference to the run: a thread that frees the last tensor during shutdown would abort the process.
     """
     while not over.wait(pause):
         signal.pthread_kill(threading.main_thread().ident or 0, number)

@@ -1,4 +1,4 @@
-"""What a long run shows: a live bar in a terminal, one plain line per report elsewhere (a log file, a batch job)."""
+"""Progress of a long run: a live bar in a terminal, else one plain line per report (in a log file or a batch job)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ T = TypeVar("T")
 
 
 class RunProgress:
-    """Progress over ``total`` units, of which ``done`` are done. A ``transient`` bar vanishes at the end.
+    """Progress over ``total`` units, of which ``done`` are done. A ``transient`` bar disappears at the end.
 
-    Without a terminal each ``update(..., report=True)`` is a plain line, and so is the first update after a silence of
-    five seconds, in a long run of a twentieth of the time so far. ``enabled`` is for the main process alone.
+    Without a terminal ``update(..., report=True)`` prints a plain line. So does the first update after a silence of
+    five seconds, or of a twentieth of the time so far if that is longer. Only the main process sets ``enabled``.
     """
 
     def __init__(self, title: str, total: int, *, done: int = 0, enabled: bool = True, transient: bool = False) -> None:
@@ -52,7 +52,7 @@ class RunProgress:
             self.progress.stop()
 
     def update(self, done: int, fields: dict[str, Any] | None = None, *, report: bool = False) -> None:
-        """``fields`` are values by name, shown in this order; ``report`` prints a line where there is no live bar."""
+        """Shows ``fields``, values by name, in this order; ``report`` prints a line if there is no live bar."""
         self.done, self.fields = done, self.fields if fields is None else fields
         if self.live:
             self.progress.update(self.task, completed=done, shown=_join(self.fields))
@@ -66,7 +66,7 @@ class RunProgress:
             self.note("  ".join(filter(None, parts)))
 
     def within(self, what: str, batches: Iterable[T], total: int) -> Iterator[T]:
-        """Passes batches on and shows how many are done, while the units of the run stand still."""
+        """Yields the batches and shows how many are done; the count of the run itself does not change."""
         fields = self.fields
         for number, batch in enumerate(batches, 1):
             yield batch
@@ -74,7 +74,7 @@ class RunProgress:
         self.update(self.done, fields)
 
     def note(self, line: str) -> None:
-        """A line that stays on the screen and in the log."""
+        """Prints a line that stays on the screen and in the log."""
         if self.live:
             self.progress.console.print(printable(line), markup=False)
         elif self.enabled:
@@ -83,14 +83,14 @@ class RunProgress:
 
 
 class _TableConsole(Console):
-    """Names are texts, also "runs/[/b]", ":heart:" and what would steer a terminal."""
+    """Prints names such as "runs/[/b]" and ":heart:" literally, and escapes control characters."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(escaped(text), **options)
 
 
 def wide_console() -> Console:
-    """Standard output for tables: as wide as the terminal, and wide enough where there is none."""
+    """Standard output for tables: as wide as the terminal, or 160 columns without one."""
     console = _TableConsole(markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 160

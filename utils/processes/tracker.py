@@ -1,4 +1,4 @@
-"""The tracker of a run, tensorboard or wandb. The run is worth more than its display: metrics.jsonl has every row."""
+"""The tracker of a run: tensorboard or wandb. Its failure never ends the run, since metrics.jsonl has every row."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from utils.whole_files import write_whole
 logger = logging.getLogger(__name__)
 
 _WANDB_KEY = "not logged in; wandb login once, or WANDB_API_KEY, or WANDB_MODE=offline, or --report_to none"
-# A thread of tensorboardX that has died takes nothing from its queue any more, and who puts there waits for ever.
+# If a thread of tensorboardX has died, nothing empties its queue, and a put into the full queue waits for ever.
 _WRITERS: list[threading.Thread] = []
-_MOST_QUEUED = 1000  # events, one for each value of a row
+_MOST_QUEUED = 1000  # events; each value of a row is one
 
 
 def check_tracker(report_to: str) -> None:
-    """Raises ``UserError`` for a tracker whose package or key is missing, before a model is loaded."""
+    """Raises ``UserError`` if the tracker's package or key is missing. Call it before a model is loaded."""
     found = {"tensorboardX": is_tensorboard_available, "wandb": is_wandb_available}
     package = {"tensorboard": "tensorboardX", "wandb": "wandb"}.get(report_to)
     if package and not found[package]():
@@ -48,11 +48,11 @@ def check_tracker(report_to: str) -> None:
 def start_tracker(
     accelerator: Accelerator, report_to: str, project: str, settings: dict[str, Any], output_dir: Path, first_step: int
 ) -> None:
-    """Opens the tracker with the run's settings. accelerate takes numbers and texts only.
+    """Opens the tracker with the run's settings, as texts: accelerate accepts only numbers and texts.
 
-    A resumed run goes on in its old place: wandb by the id in ``output_dir``/run.json, chosen at the first start;
-    tensorboard in its directory, without what came after ``first_step``, for it comes again. A tracker that does not
-    start is left out with a warning; ``UserError`` where a key is all that it lacks.
+    A resumed run continues its old record. wandb finds it by the id in ``output_dir``/run.json, chosen at the first
+    start. tensorboard uses its directory and drops the rows after ``first_step``, because they are logged again. If the
+    tracker does not start, a warning says so and the run goes on; ``UserError`` if only the key is missing.
     """
     if report_to == "none":
         return
@@ -75,7 +75,7 @@ def start_tracker(
 
 
 def _run_id(file: Path) -> tuple[str, bool]:
-    """The id of the run, and whether it was known; a new one is written first."""
+    """The id of the run and whether the file had it; a new id is written to the file first."""
     try:
         return str(json.loads(file.read_text(encoding="utf-8"))["id"]), True
     except (OSError, ValueError, KeyError, TypeError):
@@ -85,7 +85,7 @@ def _run_id(file: Path) -> tuple[str, bool]:
 
 
 def log_row(accelerator: Accelerator, row: dict[str, Any]) -> None:
-    """A row of metrics.jsonl for the tracker. One that cannot take it is left out from here on, with a warning."""
+    """Sends a row of metrics.jsonl to the tracker. If that fails, a warning says so and the tracker is dropped."""
     try:
         if not all(thread.is_alive() for thread in _WRITERS):
             raise OSError("its writing thread has ended")
@@ -103,7 +103,7 @@ def _leave_out_tracker(accelerator: Accelerator, what: str, error: Exception) ->
 
 
 def end_training(accelerator: Accelerator) -> None:
-    """Closes tracker and process group. A tracker that cannot write its last rows is a warning."""
+    """Closes the tracker and the process group. If the tracker cannot write its last rows, a warning says so."""
     try:
         accelerator.end_training()
     except Exception as error:
