@@ -1,8 +1,8 @@
-"""Digests of what files hold: by them a stored result knows whether it still answers the question asked.
+"""Digests of file contents. A stored result keeps one, so that it is recomputed when its data has changed.
 
-Names, sizes and dates do not tell contents apart: labels corrected inside a tar leave its size, a copy may keep its
-date. So a digest is of the bytes. It is remembered by path, size, mtime, ctime and inode; nobody can set ctime back, so
-a file is read once for every change of it.
+Names, sizes and dates are not enough: labels corrected inside a tar leave its size, and a copy may keep its date. So
+the digest is over the bytes. It is cached by path, size, mtime, ctime and inode. Nobody can set ctime back, so a file
+is read once after every change.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from utils.data.sources import ShardCache, UnavailableShard, default_cache_dir, 
 from utils.processes.distributed import gather_objects
 from utils.processes.progress import RunProgress
 
-KIND = "sha256"  # a processor with SHA instructions reads 1.8 GB/s a thread; blake2b 1.3 GB/s
-SETTLED = 2.0  # seconds; of a file that has just changed the clock may be too coarse to show the next change
+KIND = "sha256"  # 1.8 GB/s per thread on a processor with SHA instructions; blake2b 1.3 GB/s
+SETTLED = 2.0  # seconds; sooner after a change, the file system's clock may be too coarse to show another one
 THREADS = 4
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ R = TypeVar("R")
 
 
 def files_digest(paths: Sequence[str | os.PathLike], cache_dir: str | os.PathLike | None = None) -> str:
-    """A digest of the bytes of these files in this order, remembered in ``cache_dir``/digests. Raises OSError."""
+    """A digest of the bytes of these files in this order, cached in ``cache_dir``/digests. Raises OSError."""
     real = [os.path.realpath(path) for path in paths]
     kept = Path(cache_dir or default_cache_dir()) / "digests" / f"{digest(json.dumps(real))}.json"
     state, changed = files_state(real)
@@ -50,21 +50,21 @@ def files_digest(paths: Sequence[str | os.PathLike], cache_dir: str | os.PathLik
 
 
 def files_state(paths: Sequence[str | os.PathLike]) -> tuple[str, float]:
-    """What the file system says of files without reading them, and when the last of them changed."""
+    """A digest of the files' size, mtime, ctime and inode, and the time of the latest change, without reading them."""
     found = [os.stat(path) for path in paths]
     state = [(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino) for status in found]
     return digest(json.dumps(state)), max((status.st_ctime for status in found), default=0.0)
 
 
 def text_digest(lines: Sequence[str]) -> str:
-    """A short digest of texts that hold no line break."""
+    """A short digest of texts without line breaks."""
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def shards_digest(accelerator: Accelerator, index: ShardIndex, num_samples: int | None = None) -> str:
-    """A digest of the shards that hold the first ``num_samples``: their bytes, and how many samples each has.
+    """A digest of the bytes and the sample counts of the shards that hold the first ``num_samples`` samples.
 
-    Call on all processes: each reads its share, all know the result. Of a remote shard the copy in the cache counts.
+    Call it on all processes: each reads its part, all get the result. For a remote shard the cached copy is read.
     """
     used, samples = 0, 0
     while used < len(index.urls) and (num_samples is None or samples < num_samples):
@@ -94,7 +94,7 @@ def side_by_side(
     count: int = THREADS,
     enabled: bool = True,
 ) -> list[R]:
-    """``read`` of each thing, ``count`` at a time; a line of progress where that takes seconds."""
+    """Calls ``read`` on each thing in ``count`` threads, and shows progress if that takes seconds."""
     found = []
     with RunProgress(title, len(things), enabled=enabled, transient=True) as progress, threads(count) as pool:
         for result in pool.map(read, things):
@@ -105,7 +105,7 @@ def side_by_side(
 
 @contextlib.contextmanager
 def threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that nobody waits for after an error or Ctrl-C."""
+    """A pool of threads that are not waited for at the end of the block, so that an error or Ctrl-C ends at once."""
     pool = ThreadPoolExecutor(count)
     try:
         yield pool

@@ -1,4 +1,4 @@
-"""Folders of pictures on a disk: what in them is a picture or a folder, and an account of all that is not taken."""
+"""Folders of pictures: finds pictures and subfolders, and keeps a record of everything that is left out."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from pathlib import Path
 
 from utils.errors import os_errors
 
-# By the formats of Pillow; what a file is in truth its first bytes say.
+# Suffixes of Pillow's formats. The true format of a file is read from its first bytes.
 SUFFIXES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".pjpeg", ".pjp", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp"),
     *(".dib", ".tif", ".tiff", ".avif"),
 }
-# Folders that systems put beside those of people: thumbnails, waste paper, what was found after a crash.
+# Folders that operating systems add: thumbnails, deleted files, files recovered after a crash.
 SYSTEM_FOLDERS = {
     *("@eadir", "@tmp", "@recycle", "#recycle", "#snapshot", "__macosx", "__pycache__", "$recycle.bin", "recycler"),
     *("lost+found", "system volume information", "found.000"),
 }
 
 READ_ALREADY = "links to folders that are read already"
-LeftOut = dict[str, list[str]]  # what kind of thing -> paths
+LeftOut = dict[str, list[str]]  # kind of entry -> paths
 
 
 def is_system(name: str) -> bool:
-    """Whether a folder of this name is hidden, or a system's own."""
+    """Whether a folder of this name is hidden or made by an operating system."""
     return name.startswith(".") or name.casefold() in SYSTEM_FOLDERS
 
 
 def is_picture(name: str) -> bool:
-    """Whether a file of this name is taken for a picture."""
+    """Whether a file of this name is a picture, judged by its suffix; hidden files are not."""
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def kind_of(entry: os.DirEntry) -> str:
-    """ "folder", "file", "broken link" or "other", after links: a pipe or a device would be waited for without end."""
+    """ "folder", "file", "broken link" or "other", with links followed. Reading "other", such as a pipe, may hang."""
     try:
         if entry.is_dir():
             return "folder"
@@ -46,15 +46,15 @@ def kind_of(entry: os.DirEntry) -> str:
 
 
 def entries_of(folder: str | Path, where: str = "") -> list[os.DirEntry]:
-    """What is in a folder, sorted by name. UserError about ``where`` (default: the folder) if it cannot be read."""
+    """The entries of a folder, sorted by name. UserError about ``where`` (default: the folder) if it is unreadable."""
     with os_errors(f"{where or folder}: cannot be read", "check its permissions"), os.scandir(folder) as entries:
         return sorted(entries, key=lambda entry: entry.name)
 
 
 def subfolders(folder: Path, left_out: LeftOut | None = None, root: Path | None = None) -> list[str]:
-    """Names of the folders in ``folder``, sorted, without those of a system; none where it is no folder.
+    """The sorted names of the folders in ``folder``, without system folders; empty if ``folder`` is not a folder.
 
-    Everything else in it is added to ``left_out``, as paths from ``root``.
+    Everything else in it is added to ``left_out``, as paths relative to ``root``.
     """
     if not folder.is_dir():
         return []
@@ -71,10 +71,10 @@ def subfolders(folder: Path, left_out: LeftOut | None = None, root: Path | None 
 
 
 def pictures(folder: Path, left_out: LeftOut, root: Path) -> list[os.DirEntry]:
-    """The pictures in a folder, sorted by name. Everything else is added to ``left_out``, as paths from ``root``."""
+    """The pictures in a folder, sorted by name. The rest goes to ``left_out``, as paths relative to ``root``."""
     found = []
     for entry in entries_of(folder):
-        # Before the suffix: a pipe would be waited for without end.
+        # The kind matters as well as the suffix: reading a pipe would never end.
         if kind_of(entry) == "file" and is_picture(entry.name):
             found.append(entry)
         else:
@@ -83,7 +83,7 @@ def pictures(folder: Path, left_out: LeftOut, root: Path) -> list[os.DirEntry]:
 
 
 def leave(left_out: LeftOut, entry: os.DirEntry, root: Path, kind: str | None = None) -> None:
-    """Adds an entry to what is left out, by the kind of thing that it is."""
+    """Adds an entry to ``left_out`` under its kind."""
     found, suffix = kind_of(entry), os.path.splitext(entry.name)[1].lower()
     own = {
         "folder": "hidden folders, or a system's own" if is_system(entry.name) else "folders",
@@ -100,7 +100,7 @@ def leave(left_out: LeftOut, entry: os.DirEntry, root: Path, kind: str | None = 
 
 
 def describe(left_out: LeftOut) -> str:
-    """ "7 .heic files (a/1.HEIC, a/2.HEIC, a/3.HEIC, ...), 1 broken links (b/4.jpg)"; "" where nothing is left out."""
+    """ "7 .heic files (a/1.HEIC, a/2.HEIC, a/3.HEIC, ...), 1 broken links (b/4.jpg)"; "" if nothing is left out."""
     parts = []
     for kind, paths in sorted(left_out.items(), key=lambda item: (-len(item[1]), item[0])):
         more = ", ..." if len(paths) > 3 else ""
@@ -109,9 +109,9 @@ def describe(left_out: LeftOut) -> str:
 
 
 def walk(folder: Path, left_out: LeftOut, root: Path) -> Iterator[tuple[Path, list[os.DirEntry]]]:
-    """``folder`` and all folders below it, each with its files and broken links; the rest goes to ``left_out``.
+    """Yields ``folder`` and all folders below it, each with its files and broken links; the rest goes to ``left_out``.
 
-    Links are followed. No folder is visited twice, nor one that holds ``folder``, so that circles end.
+    Links are followed. No folder is visited twice, and no parent of ``folder`` is visited, so circular links end.
     """
     seen = _around(folder)
     waiting = [folder]
@@ -134,7 +134,7 @@ def walk(folder: Path, left_out: LeftOut, root: Path) -> Iterator[tuple[Path, li
 
 
 def _around(folder: Path) -> set[tuple[int, int]]:
-    """The folder and all that hold it: a link to one of them is a circle."""
+    """The identities of the folder and all its parents: a link to one of them is circular."""
     return {_identity(place) for place in (folder, *folder.absolute().parents, *folder.resolve().parents)}
 
 

@@ -1,8 +1,8 @@
-"""Image bytes to uint8 pixels: what a Hugging Face image processor does before it rescales and normalises.
+"""Image bytes to uint8 pixels, as a Hugging Face image processor does it before it rescales and normalises.
 
-Plain Pillow: the same pixels, 1.2 (large photographs) to 2.4 times (small images) as fast. The models take
-``pixel_values`` in [0, 1] and normalise inside, so that attacks work on pixels. Here they are uint8: a quarter of the
-memory and of the copy to the GPU.
+This module uses plain Pillow. It gives the same pixels 1.2 times (large photographs) to 2.4 times (small images) as
+fast. The models take ``pixel_values`` in [0, 1] and normalise inside, so that attacks work on pixels. Here pixels are
+uint8, which needs a quarter of float32's memory and of its copy to the GPU.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from PIL import ExifTags, Image
 
 from utils.errors import UserError
 
-# What Pillow decodes without a warning: 341 MiB at four bytes a pixel. Libraries lift Pillow's own limit. Also the most
-# that resizing may make of an image: of 1 x 60,000 pixels it would make 3e9.
+# Pillow warns above this: 341 MiB at four bytes per pixel. It is fixed here because libraries lift Pillow's own limit.
+# It also bounds a resized image: 1 x 60,000 pixels would become 3e9.
 MAX_PIXELS = 89_478_485
-MAX_SIDE = 65_535  # pixels, JPEG's own; the filter of a longer side alone would take 32 bytes a pixel of it
+MAX_SIDE = 65_535  # pixels, as in JPEG; the resizing filter alone takes 32 bytes for each pixel of a side
 MAX_OUTPUT_SIDE = 4096  # models take 224 to 1024
 MAX_PROFILE_BYTES = 1 << 20  # of a colour profile that is kept; the usual ones take 0.5 to 4 KiB
-MAX_IMAGE_BYTES = 256 << 20  # of an encoded image: three bytes for each of MAX_PIXELS, no compression at all
+MAX_IMAGE_BYTES = 256 << 20  # of an encoded image: three bytes for each of MAX_PIXELS, without any compression
 
-# Pillow would try every format it knows on untrusted bytes, down to PostScript.
+# By default Pillow tries every format it knows on untrusted bytes, even PostScript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-OWN_FORMATS = (*FORMATS, "TIFF", "AVIF")  # of the user's own pictures, which become shards
+OWN_FORMATS = (*FORMATS, "TIFF", "AVIF")  # also allowed for the user's own pictures when shards are made of them
 
-# Where Pillow keeps an orientation. A TIFF has it among its own tags and is turned by Pillow.
+# Keys of ``image.info`` that may hold an orientation. A TIFF has it in its own tags, and Pillow applies it.
 NOTES = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
 _T = Image.Transpose
-TURNED = (_T.TRANSPOSE, _T.ROTATE_270, _T.TRANSVERSE, _T.ROTATE_90)  # height and width change places
-# EXIF's orientation, 2 to 8 -> what makes the picture upright.
+TURNED = (_T.TRANSPOSE, _T.ROTATE_270, _T.TRANSVERSE, _T.ROTATE_90)  # these swap height and width
+# EXIF's orientation, 2 to 8 -> the transposition that makes the picture upright.
 UPRIGHT = dict(enumerate((_T.FLIP_LEFT_RIGHT, _T.ROTATE_180, _T.FLIP_TOP_BOTTOM, *TURNED), start=2))
 
 _BLOCK = bytes(512)
@@ -47,21 +47,21 @@ _NOT_ZERO = re.compile(rb"[^\0]")
 
 
 class ImageError(ValueError):
-    """Bytes that are no whole image; the text says why."""
+    """The bytes are not a complete image; the text says why."""
 
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """Convert to 8 bits and RGB (transparency onto white), stand upright as EXIF says, resize, centre crop.
+    """Converts to 8-bit RGB (transparency on white), rotates upright by EXIF, resizes and crops the centre.
 
-    Colour profiles and gamma are passed over, as the processors do.
+    Colour profiles and gamma are ignored, as the image processors do.
 
-    resize: length of the shorter edge, the longer one keeps the proportions, rounded down; or exactly (height, width);
-        or None for no resizing.
-    crop: (height, width) cut from the centre, with a black frame where the image is smaller; or None.
-    resample: Pillow's filter number, 3 is bicubic.
-    draft: let JPEG decode at 1/2, 1/4 or 1/8 of its size where that is still twice the size wanted. Two to three times
-        faster there, but the pixels differ slightly: about 50 dB (34 to 44 dB if less than twice were enough).
+    resize: length of the shorter edge, where the longer one keeps the proportions and is rounded down; or exactly
+        (height, width); or None for no resizing.
+    crop: (height, width) cut from the centre, with a black frame if the image is smaller; or None.
+    resample: number of Pillow's filter; 3 is bicubic.
+    draft: decode a JPEG at 1/2, 1/4 or 1/8 of its size if that is still at least twice the target size. This is two to
+        three times as fast, but pixels differ slightly: about 50 dB (34 to 44 dB if less than twice were enough).
     """
 
     resize: int | tuple[int, int] | None = 224
@@ -71,10 +71,10 @@ class ImageTransform:
 
     @classmethod
     def from_processor(cls, image_processor: Any, *, draft: bool = False) -> ImageTransform:
-        """The fields of a Hugging Face image processor that make its size; UserError for what is not done here.
+        """Takes resizing and cropping from a Hugging Face image processor; UserError for unsupported settings.
 
-        SigLIP 2's processor (NaFlex) fits an image of any proportions into so many patches. Here it is cropped to the
-        square of as many, which for square images is the same.
+        SigLIP 2's processor (NaFlex) fits an image of any proportions into a number of patches. Here the image is
+        cropped to a square of as many patches. For square images the result is the same.
         """
         read, name = partial(_field, image_processor), type(image_processor).__name__
         known = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
@@ -94,7 +94,7 @@ class ImageTransform:
             if crops:
                 crop = _sides(image_processor, "crop_size", ("height", "width"))
             if resizes and name.startswith("ConvNextImageProcessor"):
-                # To edge / crop_pct and a crop of the edge; from 384 on to a square without a crop.
+                # Below 384: resize to edge / crop_pct, then crop to the edge. From 384: resize to a square, no crop.
                 edge = _sides(image_processor, "size", ("shortest_edge",))
                 square = (edge, edge)
                 resize = square if edge >= 384 else int(edge / read("crop_pct"))
@@ -110,24 +110,24 @@ class ImageTransform:
 
     @property
     def output_size(self) -> tuple[int, int] | None:
-        """(height, width) of every image that leaves, or None where it depends on the image."""
+        """(height, width) of every output image, or None if it depends on the input image."""
         return self.crop or (self.resize if isinstance(self.resize, tuple) else None)
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Pillow image -> uint8 tensor (3, H, W), 0 ... 255."""
         jpeg = image.format in ("JPEG", "MPO")
         if not jpeg:
-            image.load()  # the orientation of a PNG may stand behind its pixels
+            image.load()  # a PNG may store its orientation after its pixels
         turn = _turn(image)
         width, height = reversed(image.size) if turn in TURNED else image.size
-        # A draft changes the size, and the proportions by a pixel: the size wanted follows from the original.
+        # Compute the target size from the original: a draft changes the size, and the proportions by a pixel.
         size = self._resized(width, height)
-        # Pillow resizes the rows first: between the two passes it holds the new width at the old height.
+        # Pillow resizes the rows first, so between its two passes it holds the new width at the old height.
         if size is not None and (most := size[0] * max(size[1], height)) > MAX_PIXELS:
             raise ImageError(f"{width} x {height} would take {most} pixels to resize")
         box = None
         if self.draft and size is not None and jpeg and turn is None:
-            # The picture's part of what is decoded, which is whole pixels: without it 1201 x 1803 loses 13 dB.
+            # ``box`` is the picture's exact part of the draft, whose size is rounded up. Else 1201 x 1803 loses 13 dB.
             _, box = image.draft(None, (2 * size[0], 2 * size[1])) or (None, None)
         image = _to_rgb(image)
         if turn is not None:
@@ -135,7 +135,7 @@ class ImageTransform:
         if size is not None:
             image = image.resize(size, resample=self.resample, box=box)
         if self.crop is not None:
-            # Odd differences round as the image processors round them; what lies outside is black.
+            # Odd differences are rounded as the image processors do it; the area outside the image is black.
             left, top = (image.width - self.crop[1]) // 2, (image.height - self.crop[0]) // 2
             image = image.crop((left, top, left + self.crop[1], top + self.crop[0]))
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
@@ -151,11 +151,11 @@ class ImageTransform:
 
 
 def pixel_normalisation(image_processor: Any) -> tuple[list[float], list[float]]:
-    """mean and std, three numbers each, with which (x - mean) / std is what the processor makes of pixels x in [0, 1].
+    """mean and std, three numbers each: for pixels x in [0, 1] the processor computes (x - mean) / std.
 
-    The processor sees v = 255 x. With do_rescale it takes r v, r = rescale_factor, else v; with do_normalize then
-    (. - image_mean) / image_std. So mean = image_mean / (255 r) and std = image_std / (255 r), which for r = 1/255 are
-    the file's own numbers. UserError for fields that are no such numbers.
+    The processor gets v = 255 x. With do_rescale it computes r v, r = rescale_factor, else v; with do_normalize then
+    (. - image_mean) / image_std. So mean = image_mean / (255 r) and std = image_std / (255 r). For r = 1/255 these are
+    the numbers in the file. UserError for fields that are not such numbers.
     """
     read = partial(_field, image_processor)
     scale, mean, std = 255.0, [0.0] * 3, [1.0] * 3
@@ -169,7 +169,7 @@ def pixel_normalisation(image_processor: Any) -> tuple[list[float], list[float]]
 
 
 def normalisation_of_file(fields: dict[str, Any]) -> tuple[list[float], list[float]]:
-    """``pixel_normalisation`` by a processor's file alone. What the file leaves out is as CLIP has it."""
+    """``pixel_normalisation`` of a processor's file. Fields that the file leaves out get CLIP's values."""
     defaults = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
     return pixel_normalisation(SimpleNamespace(**defaults | fields))
 
@@ -179,12 +179,12 @@ def _is_number(value: Any) -> bool:
 
 
 def _three(value: Any) -> Sequence[Any]:
-    """One for each channel, or one for all."""
+    """One value per channel; a single value is repeated."""
     return value if isinstance(value, (list, tuple)) else [value] * 3
 
 
-# Fields of an image processor: the values that transformers does not read in a way of its own (a text as true, a filter
-# that is none as bilinear), and the words for them.
+# Fields of an image processor -> a check of the value, and its description. The check refuses values that transformers
+# would silently read as another one: any text as true, an unknown filter as bilinear.
 _FIELDS: dict[tuple[str, ...], tuple[Callable[[Any], bool], str]] = {
     ("do_resize", "do_center_crop", "do_rescale", "do_normalize"): (
         lambda v: v in (None, False, True),
@@ -202,7 +202,7 @@ _FIELDS: dict[tuple[str, ...], tuple[Callable[[Any], bool], str]] = {
 
 
 def _field(image_processor: Any, name: str) -> Any:
-    """The value of a field of ``_FIELDS``, or UserError."""
+    """The value of a field in ``_FIELDS``; UserError if its check fails."""
     value = getattr(image_processor, name, None)
     fits, expected = next(row for names, row in _FIELDS.items() if name in names)
     if not fits(value):
@@ -211,7 +211,7 @@ def _field(image_processor: Any, name: str) -> Any:
 
 
 def _sides(image_processor: Any, name: str, *kinds: tuple[str, ...]) -> Any:
-    """(height, width), or the shorter edge: the numbers under one of the ``kinds`` of keys."""
+    """(height, width), or the shorter edge: the numbers stored under the keys of one of ``kinds``."""
     size = getattr(image_processor, name, None)
     found = {key: value for key, value in dict(size or {}).items() if value is not None}
     for keys in kinds:
@@ -223,10 +223,10 @@ def _sides(image_processor: Any, name: str, *kinds: tuple[str, ...]) -> Any:
 
 
 def decode(data: bytes, transform: ImageTransform, formats: tuple[str, ...] = FORMATS) -> torch.Tensor:
-    """Encoded image -> uint8 tensor (3, H, W); ImageError for anything but a whole image within the limits above.
+    """Encoded image -> uint8 tensor (3, H, W); ImageError unless it is a complete image within the limits above.
 
-    The header is checked before pixels are decoded. Of an animation the first frame counts. Pillow bounds texts and
-    colour profiles, which may be compressed too: 1 MiB each, 64 MiB in all.
+    The header is checked before pixels are decoded. Of an animation the first frame is used. Texts and colour profiles
+    may be compressed too; Pillow limits them to 1 MiB each and 64 MiB in total.
     """
     if len(data) > MAX_IMAGE_BYTES:
         raise ImageError(f"more than {MAX_IMAGE_BYTES >> 20} MiB")
@@ -241,12 +241,12 @@ def decode(data: bytes, transform: ImageTransform, formats: tuple[str, ...] = FO
     except (ImageError, MemoryError):
         raise
     except Exception as error:
-        # Pillow's readers raise OSError, SyntaxError, struct.error and others, depending on the damage.
+        # Depending on the damage, Pillow's readers raise OSError, SyntaxError, struct.error and others.
         raise ImageError(" ".join(f"{type(error).__name__}: {error}".split())) from error
 
 
 def known_format(data: bytes) -> str:
-    """jpg, png or webp, the extensions of shards, by the first bytes, whatever a name says; "" for anything else."""
+    """jpg, png or webp, the extension for a shard, by the first bytes and not by a name; "" for anything else."""
     if data.startswith(b"\xff\xd8\xff"):
         return "jpg"
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -255,9 +255,9 @@ def known_format(data: bytes) -> str:
 
 
 def encode(pixels: torch.Tensor, like: bytes, format: str, **options: Any) -> bytes:
-    """uint8 (3, H, W) -> an encoded image, with the colour profile of ``like``, the bytes that the pixels come from.
+    """uint8 (3, H, W) -> an encoded image, with the colour profile of ``like``, the encoded image it was made from.
 
-    A profile of another colour space than RGB, such as CMYK, is left out.
+    A profile for another colour space than RGB, such as CMYK, is left out.
     """
     with Image.open(io.BytesIO(like), formats=OWN_FORMATS) as image:
         profile = image.info.get("icc_profile")
@@ -269,17 +269,17 @@ def encode(pixels: torch.Tensor, like: bytes, format: str, **options: Any) -> by
 
 
 def as_shard_member(data: bytes) -> tuple[str, bytes]:
-    """Extension and bytes of an image for a shard: as it is, or as PNG of its pixels. ImageError where that fails."""
+    """Extension and bytes of an image for a shard: unchanged, or its pixels as PNG. ImageError if that fails."""
     if extension := known_format(data):
         return extension, data
     return "png", encode(decode(data, ImageTransform(resize=None, crop=None), OWN_FORMATS), data, "PNG")
 
 
 def _find_hole(data: bytes) -> tuple[int, int] | None:
-    """Where zeros that fill whole blocks begin and end: what a disk or a broken copy has lost.
+    """(start, end) in bytes of the first run of zeros that fills whole blocks, as a disk or a broken copy leaves it.
 
-    Decoders of JPEG and WebP make pixels of them without a word. Other formats have checksums, or zeros for black.
-    Files and members of a tar begin with a block; zeros that belong to an image begin and end anywhere.
+    JPEG and WebP decode such zeros without an error. Other formats have checksums, or use zeros for black. Lost blocks
+    start at a multiple of the block size, as do files and members of a tar; zeros that belong to an image need not.
     """
     if known_format(data) not in ("jpg", "webp"):
         return None
@@ -287,7 +287,7 @@ def _find_hole(data: bytes) -> tuple[int, int] | None:
     while start >= 0:
         after = _NOT_ZERO.search(data, start)
         end = after.start() if after else len(data)
-        whole = data[max(0, start - 2) : start] == b"\xff\xd9"  # a JPEG that is filled up
+        whole = data[max(0, start - 2) : start] == b"\xff\xd9"  # padding after a complete JPEG
         if start % len(_BLOCK) == 0 and (end % len(_BLOCK) == 0 or end == len(data)) and not whole:
             return start, end
         start = data.find(_BLOCK, end)
@@ -295,7 +295,7 @@ def _find_hole(data: bytes) -> tuple[int, int] | None:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """The transposition that makes the picture upright. A note that cannot be read says nothing against the pixels."""
+    """The transposition that makes the picture upright; None if there is no orientation, or it cannot be read."""
     if not NOTES & image.info.keys():
         return None
     try:
@@ -307,7 +307,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of 8 bits, transparency on white. ImageError for numbers without a known scale."""
+    """Converts to 8-bit RGB, with transparency on white. ImageError for pixel values on an unknown scale."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         image = _eight_bits(image)
     elif image.mode in ("I", "F"):
@@ -322,7 +322,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits as its high bytes, as Pillow reads colours. Pillow alone would make all above 255 white."""
+    """16-bit grey -> its high bytes, as Pillow does for colours. For grey Pillow would make all above 255 white."""
     values = np.asarray(image)
     grey = Image.fromarray((values >> 8).astype(np.uint8))
     transparent = image.info.get("transparency")

@@ -1,14 +1,14 @@
 """The order of samples, computed from (seed, epoch, shard sizes) before anything is read.
 
-The order belongs to the global batch. Any number of processes and data workers sees the same global batches, and a run
-resumes at a step without reading what came before: the "elastic determinism" of MosaicML's StreamingDataset
-(https://docs.mosaicml.com/projects/streaming), on the sample counts of plain .tar shards.
+The order defines the global batches. They are the same for any number of processes and data workers, and a run resumes
+at a step without reading the samples before it. MosaicML's StreamingDataset calls this "elastic determinism"
+(https://docs.mosaicml.com/projects/streaming); here it needs only the sample counts of plain .tar shards.
 
-An epoch has one *slot* per sample. The shards are permuted and concatenated, the list is cut into ``NUM_RUNS`` equal
-runs (the first N % NUM_RUNS of them one longer), the runs are numbered in a random order (the longer ones first), every
-run is shuffled in blocks of ``BLOCK_SIZE`` references, and slot g takes position g // NUM_RUNS of run g % NUM_RUNS.
-The random numbering is what shuffles sets of few samples. Global batch b is the slots bB ... (b+1)B-1; rank r takes the
-slots g with g % world_size = r.
+An epoch has one *slot* per sample. The shards are permuted and concatenated. The list is cut into ``NUM_RUNS`` equal
+runs (the first N % NUM_RUNS of them have one sample more). The runs are numbered in a random order, the longer ones
+first; this alone shuffles sets of few samples. Every run is shuffled in blocks of ``BLOCK_SIZE`` samples. Slot g takes
+position g // NUM_RUNS of run g % NUM_RUNS. Global batch b has the slots bB ... (b+1)B-1; rank r takes the slots g with
+g % world_size = r.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from itertools import accumulate
 import numpy as np
 from torch.utils.data import Sampler
 
-# Both numbers are part of the order: changing one changes every run that is resumed.
+# Both numbers determine the order: changing one changes the data of every resumed run.
 NUM_RUNS = 64
 BLOCK_SIZE = 2048
 
 
 def permutation(size: int, seed: int, *key: int) -> np.ndarray:
-    """A permutation of 0 ... size-1, int64, that depends on the integers (seed, *key) alone; none may be negative.
+    """A permutation of 0 ... size-1, int64. It depends only on the integers (seed, *key), none of them negative.
 
-    It sorts raw Philox words: NumPy keeps those the same over versions and platforms, not ``Generator.permutation``.
+    It sorts raw Philox words, which NumPy guarantees over versions and platforms, unlike ``Generator.permutation``.
     """
     words = np.random.Philox(np.random.SeedSequence(seed, spawn_key=key)).random_raw(size)
     return np.argsort(words, kind="stable")
 
 
-# One block of each run and the next one are in use at a time, 16 KiB each.
+# At any time the current and the next block of each run are in use, 16 KiB each.
 _kept_permutation = lru_cache(2 * NUM_RUNS)(permutation)
 
 
 class SequentialOrder:
-    """Slot g -> (shard number, sample number) of the g-th sample, shard after shard: for evaluation.
+    """Slot g -> (shard number, sample number) of the g-th sample, shard after shard, for evaluation.
 
-    sizes: samples of each shard, zeros allowed. shards: the shards' numbers in the order of reading, default as given.
+    sizes: number of samples of each shard, may be 0. shards: their numbers in reading order (default: 0, 1, 2, ...).
     """
 
     def __init__(self, sizes: Sequence[int], shards: Sequence[int] | None = None) -> None:
@@ -59,25 +59,25 @@ class SequentialOrder:
         return self._sample(slot)
 
     def replacements(self, slot: int) -> Iterator[tuple[int, int]]:
-        """What may fill ``slot`` where its own sample cannot be read: nothing."""
+        """The samples that may fill ``slot`` if its own cannot be read: none."""
         return iter(())
 
     def block_of(self, slot: int) -> int:
-        """The place of ``slot`` among blocks, whose shards are fetched together: here a shard is a block."""
+        """The number of the block of ``slot``. The shards of a block are fetched together; here a shard is a block."""
         return bisect_right(self._ends, slot)
 
     def shards_of_block(self, block: int) -> list[int]:
-        """Numbers of the shards that a block takes its samples from; empty past the last block."""
+        """The numbers of the shards that hold the samples of a block; empty after the last block."""
         return list(self._shards[block : block + 1])
 
     def _sample(self, index: int) -> tuple[int, int]:
-        """The sample at a place in the concatenated shards."""
+        """(shard number, sample number) at an index into the concatenated shards."""
         place = bisect_right(self._ends, index)
         return self._shards[place], index - self._ends[place] + self._sizes[place]
 
 
 class EpochOrder(SequentialOrder):
-    """The shuffled order of one epoch, by random access: memory does not grow with the samples."""
+    """The shuffled order of one epoch, with random access; its memory does not grow with the number of samples."""
 
     def __init__(
         self, sizes: Sequence[int], seed: int, epoch: int, num_runs: int = NUM_RUNS, block_size: int = BLOCK_SIZE
@@ -94,9 +94,9 @@ class EpochOrder(SequentialOrder):
         return self._in_run(run, position)
 
     def replacements(self, slot: int) -> Iterator[tuple[int, int]]:
-        """The next references of the slot's run, wrapping round, then the other runs: every other sample comes once.
+        """The rest of the slot's run, wrapping around, then the other runs: every other sample of the epoch once.
 
-        Runs of small sets are so short that all of one can be unreadable.
+        The other runs are needed because in a small set all samples of one run may be unreadable.
         """
         position, first_run = divmod(slot, self.num_runs)
         length = self._lengths[first_run]
@@ -108,11 +108,11 @@ class EpochOrder(SequentialOrder):
                 yield self._in_run(run, other)
 
     def block_of(self, slot: int) -> int:
-        """The shuffle block of ``slot``; all runs go through their blocks side by side."""
+        """The shuffle block of ``slot``; all runs are in the block of this number at the same time."""
         return slot // self.num_runs // self.block_size
 
     def shards_of_block(self, block: int) -> list[int]:
-        places: dict[int, None] = {}  # in the order of the runs, each once
+        places: dict[int, None] = {}  # an ordered set: in the order of the runs, without duplicates
         for start, length in zip(self._starts, self._lengths):
             first = start + block * self.block_size
             end = min(first + self.block_size, start + length)
@@ -130,11 +130,11 @@ class EpochOrder(SequentialOrder):
 
 @dataclass(eq=False)
 class TrainBatchSampler(Sampler[list[tuple[int, int, int]]]):
-    """The micro-batches of one rank from ``first_step`` up to ``num_steps``, over the ends of epochs.
+    """The micro-batches of one rank from ``first_step`` up to ``num_steps``, over all epochs.
 
-    Yields lists of (epoch, slot, position), ``per_device_batch_size`` long. position = slot - bB is the place in the
-    global batch, which seeds what is random about a sample. The last partial batch of an epoch is dropped. Every rank
-    has ``micro_batches`` a step.
+    Yields lists of ``per_device_batch_size`` tuples (epoch, slot, position). position = slot - bB is the place in the
+    global batch and seeds everything random about a sample. The last partial batch of an epoch is dropped. Every rank
+    has ``micro_batches`` per step.
     """
 
     samples_per_epoch: int
@@ -165,8 +165,8 @@ class TrainBatchSampler(Sampler[list[tuple[int, int, int]]]):
 class EvalBatchSampler(Sampler[list[tuple[int, int, int]]]):
     """The batches of one rank for evaluation: samples rank, rank + world_size, ... as lists of (0, slot, slot).
 
-    Nothing is dropped or repeated. Every rank gets the same number of batches, since unequal numbers hang collectives:
-    a rank that runs short ends with an empty list.
+    Nothing is dropped or repeated. All ranks get the same number of batches, because collectives hang otherwise. A rank
+    with too few samples gets an empty list last.
     """
 
     num_samples: int

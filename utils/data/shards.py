@@ -1,11 +1,11 @@
-"""Samples in WebDataset .tar shards: index them, read them by reference, make the loaders of training and evaluation.
+"""Samples in WebDataset .tar shards: index them, read them by number, make the loaders of training and evaluation.
 
     index = index_shards(expand_shards(["data/imagenet/train-{000000..001281}.tar"]))
     dataset = ShardDataset(index, transform, order="shuffled", seed=0)
     batches = train_batches(dataset, ...)
 
-Samples are read by offset, in the order of ``utils/data/order.py``: only what a step needs, also after a resume.
-What cannot be read becomes a ``Skipped`` record, which travels with the batch to a ``SkipCounter``.
+Samples are read by offset, in the order of ``utils/data/order.py``. So only the samples of a step are read, also after
+a resume. An unreadable sample becomes a ``Skipped`` record, which is returned with the batch for a ``SkipCounter``.
 """
 
 from __future__ import annotations
@@ -53,19 +53,19 @@ logger = logging.getLogger(__name__)
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
-OPEN_SHARDS = 256  # files of a worker: 64 runs are read side by side, each from one or two shards
+OPEN_SHARDS = 256  # open files of a worker: 64 runs are read in turn, each from one or two shards
 REPLACEMENTS_TRIED = 100
 WORKER_DEATHS = 3  # in a row, without a batch in between
 
-# What a sample may claim. Ten thousand texts of a hundred letters are the longest preference pair that can be used.
+# Limits on the sizes that a tar header states. The largest usable preference pair has 10,000 texts of 100 letters.
 MAX_MEMBER_BYTES = {"json": 1 << 20, "cls": 1 << 10}
-MAX_SAMPLE_BYTES = MAX_IMAGE_BYTES  # of all members that are read together
+MAX_SAMPLE_BYTES = MAX_IMAGE_BYTES  # all members together that are read of a sample
 MAX_LABEL = 2**31
 
 
 @dataclasses.dataclass
 class ShardIndex:
-    """The shards of a data set: ``sizes[i]`` samples can be expected in ``urls[i]``, 0 in a shard that is lost."""
+    """The shards of a data set: ``urls[i]`` should hold ``sizes[i]`` samples; 0 if the shard cannot be read."""
 
     urls: list[str]
     sizes: list[int]
@@ -87,18 +87,18 @@ def index_shards(
 ) -> ShardIndex:
     """Counts the samples of every shard: from ``sizes.json`` beside it, else by a pass over its headers.
 
-    sizes.json is believed until the shard is opened, but for a 0: such a shard would never be opened. A missing or
-    damaged shard becomes a ``Skipped`` record with an estimate of its lost samples, an odd one a notice. A remote shard
-    without sizes.json is fetched. UserError if no sample is left.
+    sizes.json is trusted until the shard is opened, except for a 0, because such a shard would never be opened. A
+    missing or damaged shard becomes a ``Skipped`` record with an estimate of its lost samples; an odd shard becomes a
+    notice. A remote shard without sizes.json is fetched. UserError if no sample is left.
     """
     cache_dir = str(cache_dir or default_cache_dir())
     with os_errors(f"--cache_dir {cache_dir}: cannot be made", "name a writable folder"):
         Path(cache_dir).mkdir(parents=True, exist_ok=True)
     cache = ShardCache(cache_dir, cache_limit_gb)
     refuse_lacking_shards(urls, cache, flag)
-    promises: dict[str | None, dict[str, int]] = {}  # of each sizes.json
+    promises: dict[str | None, dict[str, int]] = {}  # path of a sizes.json -> its contents
     sizes: list[int] = []
-    losses: list[tuple[Skipped, int, int | None]] = []  # with the samples that are there, and those promised
+    losses: list[tuple[Skipped, int, int | None]] = []  # each with the number of samples found and promised
     whole: list[int] = []  # sizes of the shards without a loss
     notices: list[Skipped] = []
     with RunProgress(f"counting {flag}", len(urls), transient=True) as progress:
@@ -117,7 +117,7 @@ def index_shards(
                 whole.append(size)
             progress.update(number)
 
-    # A lost shard held as many samples as promised, else as many as whole ones usually do.
+    # Assume that a lost shard held as many samples as promised, or else the mean of the undamaged shards.
     usual = round(sum(whole) / len(whole)) if whole else 1
     skipped = []
     for loss, size, promise in losses:
@@ -134,7 +134,7 @@ def index_shards(
 
 
 def _count(url: str, promise: int | None, cache: ShardCache) -> tuple[int, Skipped | None, list[Skipped]]:
-    """Samples of a shard, as promised or as found, what is lost of it, and notices."""
+    """The number of samples of a shard, as promised or as found, the record of a loss if any, and notices."""
     if promise and (is_remote(url) or os.path.isfile(url)):
         return promise, None, []
     try:
@@ -145,13 +145,13 @@ def _count(url: str, promise: int | None, cache: ShardCache) -> tuple[int, Skipp
     loss = Skipped("damaged shard", display_url(url), found.damage, found.lost) if found.damage else None
     if promise == 0:
         news = [_outdated(url, 0, size, ", which are read"), *_notices(found, url)]
-        return size, loss, news if size else []  # without samples, as it was said
+        return size, loss, news if size else []  # no news if the shard is empty, as promised
     return size, loss, _notices(found, url)
 
 
 @contextmanager
 def _indexed(url: str, cache: ShardCache) -> Iterator[tuple[str, TarIndex]]:
-    """The path of a shard, whose copy stays there meanwhile, and its members. BadSample where it cannot be read."""
+    """A shard's path and its index. A cached copy is not evicted in the block. BadSample if it cannot be read."""
     try:
         with cache.local(url) as path:
             yield path, tar_index(path, cache.cache_dir, url if is_remote(url) else None)
@@ -161,7 +161,7 @@ def _indexed(url: str, cache: ShardCache) -> Iterator[tuple[str, TarIndex]]:
 
 
 def _notices(found: TarIndex, url: str) -> list[Skipped]:
-    """What a shard that is opened tells of itself."""
+    """The notes of a shard's index as records."""
     return [Skipped(kind, display_url(url), detail, samples) for kind, detail, samples in found.notes]
 
 
@@ -171,7 +171,7 @@ def _outdated(url: str, promised: int, held: int, use: str = "", samples: int = 
 
 
 def _absent_shards(sizes_file: str | None, promised: dict[str, int], urls: Sequence[str]) -> list[Skipped]:
-    """Notices where a local sizes.json names, or nshards.txt beside it counts, shards that do not lie there."""
+    """Notices if a local sizes.json names shards, or nshards.txt beside it counts shards, that are not there."""
     notices: list[Skipped] = []
     folder = Path(sizes_file or "").parent
     if sizes_file is None or is_remote(sizes_file) or not (folder.is_dir() and os.access(folder, os.R_OK)):
@@ -181,7 +181,7 @@ def _absent_shards(sizes_file: str | None, promised: dict[str, int], urls: Seque
     if absent := sorted({name for name, size in promised.items() if size} - given - {*there}):
         detail = f"names {len(absent)} shards that are not there, the first is {absent[0]}"
         notices.append(Skipped("outdated sizes.json", sizes_file, detail, samples=0))
-    with suppress(OSError, ValueError):  # not there, or no number: nothing to compare with
+    with suppress(OSError, ValueError):  # no such file, or not a number: nothing to compare with
         counted = parse_label((folder / "nshards.txt").read_bytes())  # as CLIP_benchmark writes it
         tars = sum(name.lower().endswith(".tar") for name in there)
         if tars < counted:
@@ -191,10 +191,10 @@ def _absent_shards(sizes_file: str | None, promised: dict[str, int], urls: Seque
 
 
 def keep_sizes(index: ShardIndex, sizes: Sequence[int]) -> None:
-    """Gives a resumed run the sizes of its first start, from which its order of samples follows.
+    """Gives a resumed run the sizes that were found at its first start, because they determine the order of samples.
 
-    A shard that cannot be read any more keeps its place: its samples are skipped when their turn comes. One that could
-    not be read at the first start stays out. UserError where the shards hold other samples than at the start.
+    A shard that has become unreadable keeps its place, and its samples are skipped when their turn comes. A shard that
+    was unreadable at the first start stays out. UserError if the shards hold other samples than at the start.
     """
     changed = any(now and then and now != then for now, then in zip(index.sizes, sizes))
     if changed or len(index.sizes) != len(sizes):
@@ -207,7 +207,7 @@ def keep_sizes(index: ShardIndex, sizes: Sequence[int]) -> None:
 
 
 def refuse_lacking_shards(urls: Sequence[str], cache: ShardCache, flag: str) -> None:
-    """Without the hub a shard that the cache lacks would only be missed in the middle of the run."""
+    """UserError if the hub is offline and the cache lacks a shard. Otherwise the run would fail in the middle."""
     if hub_offline():
         lacking = [url for url in urls if url.startswith("hf://") and not cache.copy_of(url).exists()]
         if lacking:
@@ -218,12 +218,12 @@ def refuse_lacking_shards(urls: Sequence[str], cache: ShardCache, flag: str) -> 
 
 
 def _read_sizes(location: str | None, cache_dir: str) -> dict[str, int]:
-    """Shard name -> promised number of samples; empty where there is no (usable) sizes.json."""
+    """Shard name -> promised number of samples; empty if there is no usable sizes.json."""
     if location is None or (text := read_text(location, cache_dir)) is None:
         return {}
     with suppress(ValueError, AttributeError):
         sizes = parse_json(text)
-        # More samples than a shard may have members would also be more than the order of an epoch can be made of.
+        # A shard has at most MAX_MEMBERS members; the order of an epoch could not be made of a larger number either.
         if all(type(size) is int and 0 <= size <= MAX_MEMBERS for size in sizes.values()):
             return sizes
     logger.warning('%s: not {"<shard>": samples, ...}; the shards are counted instead', display_url(location))
@@ -231,13 +231,13 @@ def _read_sizes(location: str | None, cache_dir: str) -> dict[str, int]:
 
 
 class Members(dict[str, bytes]):
-    """Extension -> bytes of what was read of a sample. where: shard#key. present: all extensions that it has."""
+    """Extension -> bytes, for the members read of a sample. where: shard#key. present: all extensions it has."""
 
     where: str
     present: Sequence[str] = ()
 
     def lacking(self, *wanted: str) -> str:
-        """The words for none of ``wanted`` being there, with what is there in its place."""
+        """The error text for a sample that has none of the extensions ``wanted``; it lists those that it has."""
         has = ", ".join(f".{extension}" for extension in self.present) or "no other"
         endings = tuple(f".{extension}" for extension in wanted)
         longer = [name for name in self.present if name.endswith(endings)]
@@ -248,7 +248,7 @@ class Members(dict[str, bytes]):
 class ShardReader:
     """Reads members of samples by (shard number, sample number). One per process; files open at the first use.
 
-    ``notices``: what was odd in the shards opened so far; whoever reads takes them along.
+    ``notices``: records about the shards opened so far; the caller takes them and empties the list.
     """
 
     def __init__(self, index: ShardIndex) -> None:
@@ -259,7 +259,7 @@ class ShardReader:
         self._failed: dict[int, Skipped] = {}
 
     def read(self, shard: int, sample: int, extensions: Sequence[str] | None = None) -> tuple[str, Members]:
-        """(key, {extension: bytes}) of a sample, all members or those in ``extensions``; BadSample where it is lost."""
+        """(key, {extension: bytes}) of a sample: all members, or those in ``extensions``. BadSample if it is lost."""
         file, index = self._opened(shard, sample)
         url = self.index.urls[shard]
         where = f"{display_url(url)}#{sample}"
@@ -271,7 +271,7 @@ class ShardReader:
         members = Members()
         members.where, members.present = f"{display_url(url)}#{key}", list(places)
         wanted = {name: place for name, place in places.items() if extensions is None or name in extensions}
-        # No byte is read of members that are larger than they can be.
+        # Check the sizes before anything is read.
         claims = [
             (f".{name}", size, MAX_MEMBER_BYTES.get(name, MAX_SAMPLE_BYTES)) for name, (_, size) in wanted.items()
         ]
@@ -304,7 +304,7 @@ class ShardReader:
             try:
                 with _indexed(url, self.cache) as (path, found):
                     self._open[shard] = open(path, "rb"), found  # noqa: SIM115
-            except BadSample as bad:  # remembered: else every sample of a lost shard would wait for all retries
+            except BadSample as bad:  # keep it, or every sample of a lost shard would wait for all retries
                 self._failed[shard] = bad.skipped
         if failed := self._failed.get(shard):
             raise BadSample(failed.kind, f"{failed.where}#{sample}", failed.detail)
@@ -314,7 +314,7 @@ class ShardReader:
         self.notices += _notices(found, url)
         if more > 0:
             self.notices.append(_outdated(url, promised, len(found), "; the rest is not used", more))
-        elif found.damage and not more:  # else each sample that is lost says so
+        elif found.damage and not more:  # with fewer samples than promised, each lost one gets a record of its own
             self.notices.append(Skipped("damaged shard", display_url(url), found.damage, samples=0))
         return self._open[shard]
 
@@ -324,14 +324,14 @@ class ShardDataset(Dataset[dict[str, Any]]):
 
     A sample is dict(image: uint8 (3, H, W) or None, label: int, position: int, key: str, skipped: list).
 
-    order: "shuffled" for training: a sample that cannot be used is recorded and its slot filled by the next good one of
-    its run. "sequential" for evaluation: it is recorded and its ``image`` is None.
-    with_labels: samples need a ``.cls`` (0 ... num_classes - 1 as text); without, there is no ``label``.
+    order: "shuffled" for training: an unusable sample is recorded, and the next good sample of its run fills its slot.
+    "sequential" for evaluation: an unusable sample is recorded and its ``image`` is None.
+    with_labels: samples need a ``.cls`` (0 ... num_classes - 1 as text); otherwise they have no ``label``.
 
     ShardError after ``REPLACEMENTS_TRIED`` unusable samples in a row.
     """
 
-    also_read: tuple[str, ...] = ()  # extensions beside those of images and labels
+    also_read: tuple[str, ...] = ()  # extensions to read besides images and labels
 
     def __init__(
         self,
@@ -354,12 +354,12 @@ class ShardDataset(Dataset[dict[str, Any]]):
 
     @property
     def collate_fn(self) -> Callable[[Sequence[dict[str, Any]]], Any]:
-        """Makes batches of items."""
+        """The function that makes a batch of samples."""
         return partial(collate, no_images=self.no_images)
 
     @property
     def no_images(self) -> torch.Tensor:
-        """The images of a batch without any, of the shape and dtype of others."""
+        """The images of an empty batch, with the shape and dtype of other batches."""
         return torch.empty(0, 3, *(self.transform.output_size or (0, 0)), dtype=torch.uint8)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -388,13 +388,13 @@ class ShardDataset(Dataset[dict[str, Any]]):
         return {**item, "position": position, "skipped": skipped + notices}
 
     def load(self, reader: ShardReader, shard: int, sample: int, epoch: int) -> dict[str, Any]:
-        """The sample itself: image, key and label. BadSample where it cannot be used."""
+        """Reads one sample: image, key and label. BadSample if it cannot be used."""
         key, members = reader.read(shard, sample, self._extensions)
         label = {"label": self._label(members)} if self.with_labels else {}
         return {"key": key, **label, "image": self._image(members)}
 
     def order_of(self, epoch: int) -> SequentialOrder:
-        """The order of the samples in an epoch; those of two epochs are kept."""
+        """The order of the samples in an epoch. The orders of two epochs are cached."""
         if epoch not in self._orders:
             if len(self._orders) == 2:
                 del self._orders[next(iter(self._orders))]
@@ -403,7 +403,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
         return self._orders[epoch]
 
     def shards_of(self, references: Sequence[tuple[int, int, int]]) -> list[str]:
-        """The shards from which these samples are read, as they are shown."""
+        """The shards of these samples, as texts that are safe to show."""
         shards = [self.order_of(epoch).reference(slot)[0] for epoch, slot, _ in references]
         return [display_url(self.index.urls[shard]) for shard in dict.fromkeys(shards)]
 
@@ -430,8 +430,8 @@ class ShardDataset(Dataset[dict[str, Any]]):
         return label
 
     def _reader_ahead_of(self, order: SequentialOrder, epoch: int, slot: int) -> ShardReader:
-        """This process's reader; its thread fetches the remote shards of this block and the next meanwhile."""
-        if self._own is None or self._own[0] != os.getpid():  # in a forked worker both belong to the parent
+        """This process's reader. A thread fetches the remote shards of this block and the next in the background."""
+        if self._own is None or self._own[0] != os.getpid():  # a forked worker inherits the parent's: make new ones
             remote = any(map(is_remote, self.index.urls))
             self._own = os.getpid(), ShardReader(self.index), _Prefetcher(self.index) if remote else None
         _, reader, prefetcher = self._own
@@ -445,7 +445,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
 
 
 class _Prefetcher:
-    """A thread that fetches remote shards before they are asked for. Every worker has one; locks keep them apart."""
+    """A thread that fetches remote shards ahead of time. Every worker has one; locks stop double downloads."""
 
     def __init__(self, index: ShardIndex) -> None:
         self.stage: tuple[int, int] | None = None  # epoch and block whose shards are wanted
@@ -456,7 +456,7 @@ class _Prefetcher:
         threading.Thread(target=self._work, name="shard prefetch", daemon=True).start()
 
     def want(self, stage: tuple[int, int], shards: Sequence[int]) -> None:
-        """Replaces the list of shards to fetch, in order."""
+        """Replaces the list of shards to fetch; they are fetched in the order given."""
         with self._wake:
             self.stage = stage
             self._wanted = [self._urls[shard] for shard in reversed(shards) if is_remote(self._urls[shard])]
@@ -472,14 +472,14 @@ class _Prefetcher:
                 if url not in failed:
                     with self._cache.local(url, wait=False):
                         pass
-            except Exception:  # the reader meets the same error when it needs the shard, and reports it
+            except Exception:  # the reader gets the same error when it needs the shard, and reports it
                 failed.add(url)
 
 
 def collate(samples: Sequence[dict[str, Any]], *, no_images: torch.Tensor) -> dict[str, Any]:
-    """Samples -> dict(images uint8 (B, 3, H, W), positions int64 (B,), keys, skipped), labels int64 (B,), attributes.
+    """Samples -> dict(images uint8 (B, 3, H, W), positions int64 (B,), keys, skipped, labels int64 (B,), attributes).
 
-    Labels and attributes are there if they were read. A sample without an image only brings its ``skipped`` records.
+    Labels and attributes are present if they were read. Of a sample without an image only ``skipped`` is used.
     """
     good = [sample for sample in samples if sample["image"] is not None]
     batch = {
@@ -500,8 +500,8 @@ def train_batches(
 ) -> Iterator[dict[str, Any]]:
     """The micro-batches of one rank from ``first_step`` on; ``share``: the other arguments of ``TrainBatchSampler``.
 
-    Data workers that are killed (memory ran out, somebody's signal) are replaced and the same batches go on: the order
-    is known, so that nothing is lost or read twice. ShardError where that helps no more.
+    If data workers are killed (out of memory, or by a signal), new ones continue at the same batch. The order is known,
+    so no batch is lost or repeated. ShardError if workers die more than ``WORKER_DEATHS`` times in a row.
     """
     micro_batches = TrainBatchSampler(first_step=first_step, **share).micro_batches
     delivered, deaths = 0, 0
@@ -509,11 +509,11 @@ def train_batches(
         steps, done = divmod(delivered, micro_batches)
         sampler = TrainBatchSampler(first_step=first_step + steps, **share)
         batches = iter(PatientLoader(dataset, sampler, num_workers, pin_memory))
-        # torch would raise a worker's death wherever the main thread is. Without its handler the next batch shows it.
+        # torch's handler would raise a worker's death at any point of the main thread. Without it, the next batch does.
         if num_workers:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
-            for batch in itertools.islice(batches, done, None):  # a step that was cut short is begun again
+            for batch in itertools.islice(batches, done, None):  # skip what an interrupted step has delivered
                 yield batch
                 delivered, deaths = delivered + 1, 0
             return
@@ -532,9 +532,9 @@ def train_batches(
 def eval_loader(
     dataset: ShardDataset, *, num_samples: int, num_workers: int, pin_memory: bool = False, **share: int
 ) -> DataLoader:
-    """The first ``num_samples`` samples (or all there are), once each over all ranks, as often as it is iterated.
+    """Loads the first ``num_samples`` samples (or all), each once over all ranks. It can be iterated repeatedly.
 
-    share: the other arguments of ``EvalBatchSampler``. Every rank gets the same number of batches; its last ones may be
+    share: the other arguments of ``EvalBatchSampler``. Every rank gets the same number of batches; the last ones may be
     empty.
     """
     sampler = EvalBatchSampler(min(num_samples, len(dataset)), **share)

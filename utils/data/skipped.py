@@ -1,4 +1,4 @@
-"""What could not be read: a record for each loss, and the counter that ends a run where too much is lost."""
+"""Records of the samples that could not be read, and the counter that ends a run if too many are lost."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ LONGEST_PLACE, LONGEST_DETAIL = 1000, 300  # characters
 
 @dataclass(frozen=True)
 class Skipped:
-    """What was left out: ``where`` is a shard, or shard#sample; a notice costs 0 ``samples``.
+    """A record of lost samples. ``where`` is a shard, or shard#sample. A notice is a record with 0 ``samples``.
 
-    The texts may be shown and kept, whatever a shard holds: no token, control characters escaped, long ones cut. They
-    hold no addresses of objects: two runs over the same data leave the same records.
+    The texts are safe to show and store, whatever a shard holds: tokens are removed, control characters escaped, long
+    texts cut. Addresses of objects are removed, so two runs over the same data leave the same records.
     """
 
     kind: str  # such as "missing shard" or "bad label"
@@ -37,7 +37,7 @@ class Skipped:
 
 
 class BadSample(Exception):
-    """One sample that has to be skipped, raised on the way to its pixels and caught by the data set."""
+    """A sample that cannot be used: raised while it is read, caught by the data set, which skips it."""
 
     def __init__(self, kind: str, where: str, detail: str) -> None:
         super().__init__(f"{kind}: {where}: {detail}")
@@ -45,7 +45,7 @@ class BadSample(Exception):
 
 
 def count_skipped(batches: Iterable[dict[str, Any]], skips: SkipCounter) -> Iterator[dict[str, Any]]:
-    """The batches of a loader, counted on their way."""
+    """Yields the batches of a loader and adds their samples and losses to ``skips``."""
     for batch in batches:
         skips.add(batch["skipped"])
         skips.seen += len(batch["keys"])
@@ -54,12 +54,12 @@ def count_skipped(batches: Iterable[dict[str, Any]], skips: SkipCounter) -> Iter
 
 @dataclass(eq=False)
 class SkipCounter:
-    """Counts what was skipped, reports each kind once, and ends the run where too much is lost.
+    """Counts skipped samples, reports each kind once, and ends the run if too many are lost.
 
-    Losses of the index weigh against all of its samples. Losses while reading weigh against the samples ``seen``, at
-    least the first 1000: one early loss does not end a run. A sample counts once, however often its turn comes.
-    index: a ``ShardIndex``; num_samples: how many of it are read, where not all are. report: takes one line; None for
-    silence.
+    Losses found by the index are divided by all of its samples. Losses while reading are divided by the samples
+    ``seen``, but by at least 1000, so that one early loss does not end a run. A sample that comes again counts once.
+    index: a ``ShardIndex``. num_samples: how many of its samples are read, if not all. report: takes one line; None to
+    report nothing.
     """
 
     index: Any
@@ -70,7 +70,7 @@ class SkipCounter:
 
     def __post_init__(self) -> None:
         self._records: dict[tuple[str, str], Skipped] = {}
-        self._before = {(record.kind, record.where) for record in self.index.skipped}  # a shard is opened again later
+        self._before = {(record.kind, record.where) for record in self.index.skipped}  # to skip repeats on reopening
         self._reported: set[str] = set()
         for record in self.index.skipped:
             self._report(record)
@@ -82,11 +82,11 @@ class SkipCounter:
                 self._report(record)
 
     def state(self) -> dict[str, Any]:
-        """Plain numbers and strings, for ``merge``, an all-gather or a checkpoint."""
+        """The counts as plain numbers and strings, for ``merge``, an all-gather or a checkpoint."""
         return {"seen": self.seen, "records": [list(astuple(record)) for record in self._records.values()]}
 
     def merge(self, states: Sequence[dict[str, Any]]) -> SkipCounter:
-        """A counter for all ranks, from the ``state()`` of each (this one's too). This counter stays as it is."""
+        """A new counter over all ranks, from the ``state()`` of every rank, this one's included."""
         merged = copy.copy(self)
         merged.seen, merged._records = 0, {}
         for state in states:
@@ -103,7 +103,7 @@ class SkipCounter:
         return lost_before / max(1, available + lost_before) + lost_reading / max(1, self.seen, min(wanted, 1000))
 
     def summary(self) -> str:
-        """One line per kind, empty where nothing was skipped."""
+        """One line per kind; empty if nothing was skipped."""
         lines = []
         for kind, samples, records in self._by_kind():
             more = f" and {len(records) - 1} more" if len(records) > 1 else ""
@@ -112,7 +112,7 @@ class SkipCounter:
         return "\n".join(lines)
 
     def check(self) -> None:
-        """UserError where more than ``max_bad_fraction`` of the samples is lost."""
+        """Raises UserError if more than ``max_bad_fraction`` of the samples are lost."""
         if self.bad_fraction <= self.max_bad_fraction:
             return
         parts = []
@@ -126,7 +126,7 @@ class SkipCounter:
         )
 
     def _by_kind(self) -> Iterator[tuple[str, int, list[Skipped]]]:
-        """Each kind, the samples it cost, and its records."""
+        """Yields each kind, the number of samples it cost, and its records."""
         everything = [*self.index.skipped, *self._records.values()]
         for kind in dict.fromkeys(record.kind for record in everything):
             records = [record for record in everything if record.kind == kind]

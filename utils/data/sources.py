@@ -1,7 +1,7 @@
-"""Where shards are: from paths, globs, folders and URLs to single shards, and local copies of the remote ones.
+"""Where shards are: expands paths, globs, folders and URLs to single shards, and keeps local copies of remote ones.
 
-Small texts and listings of the hub are asked for afresh where there is a network, and kept for where there is none.
-Nothing that is logged or kept on disk holds a token: ``utils.redaction.display_url`` gives what may be shown.
+Small texts and listings of the hub are fetched anew each time; the last copy is used when there is no network.
+Nothing that is logged or kept on disk holds a token: ``utils.redaction.display_url`` removes it from a URL.
 """
 
 from __future__ import annotations
@@ -42,38 +42,38 @@ logger = logging.getLogger(__name__)
 COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip")
 
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
-QUICK_TIMEOUT = 10.0  # the same, for a text of which there is a copy
+QUICK_TIMEOUT = 10.0  # the same, for a text that has a copy in the cache
 DOWNLOAD_RETRIES = 3
 PIPE_TIMEOUT = 600.0  # seconds without a byte from a command
-LONGEST_LOCK = 3600.0  # seconds for which another process may be fetching the same shard
+LONGEST_LOCK = 3600.0  # seconds that another process may take to fetch the same shard
 RETRY_DELAY = 1.0  # seconds before the first retry, doubled for each further one
-MAX_TEXT_BYTES = 64 << 20  # of sizes.json and the like; a million shards take half of it
+MAX_TEXT_BYTES = 64 << 20  # of sizes.json and similar files; a million shards take half of it
 BRING_IT = "bring everything before, by the same command with --prefetch true where there is internet"
 
 
 class ShardError(UserError):
-    """Reading has to stop. A DataLoader makes a worker's error anew from its traceback: only the last line is kept."""
+    """Reading cannot go on. A DataLoader rebuilds a worker's error from its traceback; only its last line is kept."""
 
-    every_rank = False  # other ranks may read on: whoever meets it has to speak
+    every_rank = False  # other ranks may go on reading, so every rank that raises it prints it
 
     def __init__(self, text: str) -> None:
         super().__init__(text.rsplit("ShardError: ", 1)[-1].strip())
 
 
 class UnavailableShard(Exception):
-    """A shard that cannot be brought here; the text says why."""
+    """A shard cannot be fetched; the text says why."""
 
 
 class _Absent(UnavailableShard):
-    """The server answered, and there is no such file: no use in asking again."""
+    """The server answered that there is no such file: do not retry."""
 
 
 class _Refused(_Absent):
-    """The server gives nothing out: some say so of files that they lack, a proxy says so of everything."""
+    """The server refuses access. Some servers do so for missing files, and a proxy may do so for everything."""
 
 
 def default_cache_dir() -> Path:
-    """The user's cache folder: $XDG_CACHE_HOME, else ~/.cache."""
+    """The cache folder: clip_shards in $XDG_CACHE_HOME, else in ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clip_shards"
 
 
@@ -84,11 +84,11 @@ def expand_shards(
     allow_pipe_urls: bool = False,
     cache_dir: str | os.PathLike | None = None,
 ) -> list[str]:
-    """Paths and URLs of single shards, in the order given; duplicates stay. UserError where a pattern leads to nothing.
+    """Paths and URLs of single shards, in the order given; duplicates stay. UserError if a pattern matches nothing.
 
     A pattern is a path, a glob, a folder (its *.tar in numeric order), an http(s):// URL or
-    ``hf://datasets/<org>/<name>[@revision]/<path>`` (glob and folder too), each after brace expansion. A listing of the
-    hub is kept in ``cache_dir``. Single missing shards of a pattern are left to ``index_shards``.
+    ``hf://datasets/<org>/<name>[@revision]/<path>`` (also a glob or a folder). Braces are expanded first. A listing of
+    the hub is kept in ``cache_dir``. Single missing shards of a pattern are found later, by ``index_shards``.
     """
     urls: list[str] = []
     for pattern in patterns:
@@ -114,20 +114,20 @@ def expand_shards(
 
 
 def known_path(name: str) -> str:
-    """The path as written where its first folder or the file exists so, else with ``~`` expanded."""
+    """The path as written if its first folder or the file exists, else with ``~`` expanded."""
     return name if _written_part(name, os.path.lexists) else os.path.expanduser(name)
 
 
 def _expand_local(pattern: str, flag: str) -> list[str]:
-    """The shards of a local pattern. What exists as written is a name, only the rest behind it is a pattern.
+    """The shards of a local pattern. The leading part that exists as written is a name, only the rest is a pattern.
 
-    ``v[1]`` is the folder of this name where there is one, even beside a ``v1``. An alternative in braces that matches
-    nothing stays as it is, unless none does.
+    If a folder ``v[1]`` exists, ``v[1]`` means this folder, even beside a ``v1``. A brace alternative that matches
+    nothing is kept as written, so that it counts as missing; UserError if no alternative matches.
     """
     where = f"{flag} {pattern}"
     pattern = known_path(pattern)
     known = _written_part(pattern, os.path.lexists)
-    # An alternative may begin with ~ itself.
+    # Each brace alternative may begin with ~.
     paths = [_as_path(known_path(known + rest)) for rest in _expand_braces(pattern[len(known) :], where)]
     found = [sorted(map(_as_path, _matches(path)), key=_natural) for path in paths]
     if not any(found):
@@ -160,13 +160,13 @@ def _expand_braces(text: str, where: str) -> list[str]:
 
 
 def _written_part(path: str, exists: Callable[[str], bool]) -> str:
-    """The longest leading part of ``path``, of whole folders, that exists as written."""
+    """The longest leading part of ``path`` that exists as written and ends at a folder's boundary."""
     ends = [len(path), *(slash.start() for slash in reversed(list(re.finditer("/", path))))]
     return next((path[:end] for end in ends if end and exists(path[:end])), "")
 
 
 def _matches(path: str) -> list[str]:
-    """What exists of a glob, folder by folder: one that exists as written is not read as a pattern."""
+    """The matches of a glob, folder by folder; a folder that exists as written is not treated as a pattern."""
     known = _written_part(path, os.path.lexists)
     rest = path[len(known) :]
     if not rest.strip("/"):
@@ -179,19 +179,19 @@ def _matches(path: str) -> list[str]:
 
 
 def _as_path(path: str) -> str:
-    """A relative path that reads like a URL, such as that of a file called pipe:x, made into one that does not."""
+    """Puts ./ before a path that looks like a URL, such as that of a file called pipe:x."""
     return path if url_scheme(path) is None else os.path.join(os.curdir, path)
 
 
 def _is_shard_or_folder(path: str, flag: str) -> bool:
-    """Whether a match of a glob is a .tar, also a compressed one, which is refused later, or a folder of .tar files."""
+    """Whether a match is a .tar or a folder of .tar files. A compressed .tar counts here and is refused later."""
     if os.path.isdir(path):
         return any(map(_is_tar, _names_in(path, flag)))
     return path.lower().endswith((".tar", *COMPRESSED))
 
 
 def _names_in(folder: str, flag: str) -> list[str]:
-    """What lies in a local folder; the names of folders end in /."""
+    """The names of the entries of a local folder; the names of folders end in /."""
     return [entry.name + "/" * (kind_of(entry) == "folder") for entry in entries_of(folder, f"{flag} {folder}")]
 
 
@@ -200,14 +200,14 @@ def _is_tar(name: str) -> bool:
 
 
 def has_shards(folder: Path) -> bool:
-    """Whether .tar files lie in a folder; a folder of such a name is none, as a class may be called."""
+    """Whether a folder holds .tar files. A folder named *.tar does not count: a class may have such a name."""
     return any(not path.is_dir() for path in folder.glob("*.tar"))
 
 
 def _tars_in_folder(folder: str, names: Sequence[str], flag: str) -> list[str]:
-    """The .tar files among ``names`` in numeric order; UserError where there are none. Names of folders end in /.
+    """The .tar files among ``names`` in numeric order; UserError if there are none. Names of folders end in /.
 
-    What looks like a shard and is none, compressed or a folder, is named.
+    The error or a warning names entries that only look like shards: compressed files and folders.
     """
     where = f"{flag} {display_url(folder)}"
     tars = sorted(filter(_is_tar, names), key=_natural)
@@ -224,7 +224,7 @@ def _tars_in_folder(folder: str, names: Sequence[str], flag: str) -> list[str]:
 
 
 def _natural(name: str) -> list[Any]:
-    """Sort key by which shard 10 follows shard 9."""
+    """Sort key for numeric order: shard 10 comes after shard 9."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name) if part]
 
 
@@ -237,7 +237,7 @@ def file_name(url: str) -> str:
 
 
 def sibling(url: str, name: str) -> str | None:
-    """The file ``name`` in the folder of ``url``; None beside a pipe."""
+    """The path or URL of the file ``name`` in the folder of ``url``; None for a pipe."""
     if url_scheme(url) == "pipe":
         return None
     address, query = _address(url)
@@ -245,7 +245,7 @@ def sibling(url: str, name: str) -> str | None:
 
 
 def _address(url: str) -> tuple[str, str]:
-    """A URL of a web server without query and fragment, and these; elsewhere ? and # are part of names."""
+    """Splits an http(s) URL before its query or fragment. In other URLs and paths ? and # belong to names."""
     address = re.split(r"[?#]", url, maxsplit=1)[0] if url_scheme(url) in ("http", "https") else url
     return address, url[len(address) :]
 
@@ -254,7 +254,7 @@ def _address(url: str) -> tuple[str, str]:
 
 
 def _expand_hub(url: str, flag: str, cache_dir: Path) -> list[str]:
-    """One brace-expanded hf:// URL -> shard URLs; a folder or glob is listed, by the kept listing where need be."""
+    """One hf:// URL without braces -> shard URLs. A folder or glob is listed on the hub, or else from the cache."""
     repo, revision, path = _parse_hub(url, flag)
     if path.endswith(".tar") and not glob.has_magic(path):
         return [url]
@@ -263,7 +263,7 @@ def _expand_hub(url: str, flag: str, cache_dir: Path) -> list[str]:
         shards = _list_hub(url, repo, revision, path, flag)
     except UserError:
         raise
-    except Exception as error:  # the hub raises its own errors, httpx's and OSError
+    except Exception as error:  # the hub's own errors, httpx's, OSError
         reason = "HF_HUB_OFFLINE is set" if hub_offline() else f"the hub does not list it ({one_line(error)})"
         known = None if hub_answered(error) else remembered(kept).get("shards")
         if known is None:
@@ -275,9 +275,9 @@ def _expand_hub(url: str, flag: str, cache_dir: Path) -> list[str]:
 
 
 def _list_hub(url: str, repo: str, revision: str | None, path: str, flag: str) -> list[str]:
-    """The shards of a folder or glob as the hub has them now. UserError where there are none, the hub's own errors.
+    """The shards of a folder or glob that the hub has now. UserError if there are none; the hub's errors pass through.
 
-    As with local paths, what exists as written wins.
+    As with local paths, a name that exists as written is not treated as a pattern.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
@@ -294,7 +294,7 @@ def _list_hub(url: str, repo: str, revision: str | None, path: str, flag: str) -
         listed = entries(folder, deep="/" in path[len(folder) :].lstrip("/"))
         if listed.get(path):
             return [prefix + path]
-        # A listing may lack folders that its files imply.
+        # A listing may omit folders that occur in the paths of its files.
         there = {name[: end.start()] for name in listed for end in re.finditer("/", name)} | {*listed}
         known = _written_part(path, there.__contains__)
         if known != path:
@@ -308,14 +308,14 @@ def _list_hub(url: str, repo: str, revision: str | None, path: str, flag: str) -
 
 
 def hub_offline() -> bool:
-    """Whether HF_HUB_OFFLINE is set: the hub is not asked for anything."""
+    """Whether HF_HUB_OFFLINE is set, which forbids requests to the hub."""
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
 
 
 def hub_answered(error: BaseException) -> bool:
-    """Whether the hub itself said no (no such thing, no access); False where it is not there or too busy."""
+    """Whether the hub itself refused (not found, no access); False if it cannot be reached or is too busy."""
     from huggingface_hub.errors import HfHubHTTPError
 
     status = getattr(getattr(error, "response", None), "status_code", 500)
@@ -339,10 +339,10 @@ def _parse_hub(url: str, flag: str = "") -> tuple[str, str | None, str]:
 def hub_set(
     name: str, split: str, cache_dir: str | None = None, flag: str = "--data", local_files_only: bool = False
 ) -> Path:
-    """Local folder with the texts and one split of a set on the hub, e.g. clip-benchmark/wds_cifar10.
+    """Downloads the texts and one split of a set on the hub, e.g. clip-benchmark/wds_cifar10; returns the folder.
 
-    The repository of ``<org>/<a>/<b>`` is ``<org>/<a>-<b>``, as CLIP_benchmark names its sets. The files come to the
-    hub's own cache, or to ``cache_dir``/hub. ``local_files_only``: another process has brought them.
+    The repository of ``<org>/<a>/<b>`` is ``<org>/<a>-<b>``, as CLIP_benchmark names its sets. The files go to the
+    hub's own cache, or to ``cache_dir``/hub. ``local_files_only``: another process has downloaded them already.
     """
     from huggingface_hub import errors, snapshot_download
 
@@ -360,10 +360,10 @@ def hub_set(
     }
     try:
         folder = Path(snapshot_download(repo, **options))
-    except Exception as error:  # the hub raises its own errors, httpx's or requests', and OSError
+    except Exception as error:  # the hub's own errors, those of httpx or requests, OSError
         cause = error.__cause__ or error
         offline = any(isinstance(each, errors.OfflineModeIsEnabled) for each in (error, cause))
-        unreachable = isinstance(error, errors.LocalEntryNotFoundError)  # it says what it lacks, its cause why
+        unreachable = isinstance(error, errors.LocalEntryNotFoundError)  # its cause says why
         why = "HF_HUB_OFFLINE is set" if offline else one_line(cause if unreachable else error)
         local = f"data/{repo.partition('/')[2]}"
         download = f"download it once with `hf download {repo} --repo-type dataset --local-dir {local}`"
@@ -377,7 +377,7 @@ def hub_set(
         nothing = f"no such directory, and neither the cache nor the hub gives out the {split}/ of {repo}"
         raise UserError(f"{where}: {nothing} ({why}); {hint}") from None
     if not has_shards(folder / split):
-        # The other splits are known by their nshards.txt, which every set of CLIP_benchmark has.
+        # The other splits have folders too: the text patterns bring their nshards.txt, as in all CLIP_benchmark sets.
         splits = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name != split)
         found = ", ".join(splits) or "no folder"
         raise UserError(
@@ -387,7 +387,7 @@ def hub_set(
 
 
 def one_line(error: BaseException) -> str:
-    """The error's text on one line, without secrets."""
+    """Type and text of an error on one line, without secrets, at most 300 characters."""
     return " ".join(f"{type(error).__name__} {without_secrets(without_addresses(str(error)))}".split())[:300]
 
 
@@ -395,11 +395,11 @@ def one_line(error: BaseException) -> str:
 
 
 class ShardCache:
-    """Local copies of remote shards, at most ``limit_gb`` (10^9 bytes) of them; least recently used go first.
+    """Local copies of remote shards, at most ``limit_gb`` (in 10^9 bytes); the least recently used are evicted first.
 
-    A copy appears whole or not at all. A lock per shard lets any number of processes ask at once and fetch once, and
-    keeps a copy in place until it has been opened; evicted afterwards it stays readable through the open descriptor.
-    The limit should hold the shards of two shuffle blocks, up to 4 * 64; below that they are fetched again and again.
+    A copy is written completely or not at all. With a lock per shard, any number of processes may ask for a shard, and
+    one fetches it. The lock also protects the copy until it is open; after that an evicted copy stays readable through
+    the descriptor. The limit should hold the shards of two shuffle blocks, up to 4 * 64, or they are fetched again.
     """
 
     def __init__(self, cache_dir: str | os.PathLike, limit_gb: float | None = None) -> None:
@@ -410,9 +410,9 @@ class ShardCache:
 
     @contextlib.contextmanager
     def local(self, url: str, wait: bool = True) -> Iterator[str]:
-        """Local path of the shard, fetched where needed; nobody evicts it within the block. Raises UnavailableShard.
+        """Gives a local path of the shard, fetched if needed and not evicted in the block. Raises UnavailableShard.
 
-        ``wait`` False: an empty path, at once, where somebody else fetches or opens it.
+        ``wait`` False: if another process is fetching or opening the shard, gives an empty path at once.
         """
         if not is_remote(url):
             yield url
@@ -420,7 +420,7 @@ class ShardCache:
         target = self.copy_of(url)
         with _locked(self._lock_of(target), wait) as held:
             if held and not target.exists():
-                # A fixed name: what a killed process leaves is overwritten by the next.
+                # A fixed name, so that the file left by a killed process is overwritten later.
                 with whole_file(target, target.with_name(target.name + ".part")) as part:
                     _download(url, part)
                     with open(part, "rb") as stream:
@@ -431,11 +431,11 @@ class ShardCache:
             yield str(target) if held else ""
 
     def copy_of(self, url: str) -> Path:
-        """Where the copy of a remote shard is, or would be."""
+        """The path of the copy of a remote shard, which need not exist."""
         return self.shard_dir / f"{digest(url)}-{file_name(url)}"
 
     def touch(self, path: str) -> None:
-        """Marks the copy as in use, at most once a minute. The access time carries that: the index goes by mtime."""
+        """Marks the copy as in use by its access time, at most once a minute. mtime stays: the index depends on it."""
         now = time.time()
         if now - self._touched.get(path, 0.0) > 60:
             self._touched[path] = now
@@ -443,7 +443,7 @@ class ShardCache:
                 os.utime(path, ns=(int(now * 1e9), os.stat(path).st_mtime_ns))
 
     def _evict(self) -> None:
-        """Deletes the least recently used copies above the limit, but none whose lock somebody holds."""
+        """Deletes the least recently used copies until the limit holds, except those that are locked."""
         if self.limit_bytes is None:
             return
         with _locked(self.lock_dir / "evict.lock", wait=True):
@@ -468,7 +468,7 @@ class ShardCache:
 
 @contextlib.contextmanager
 def _locked(path: Path, wait: bool) -> Iterator[bool]:
-    """Holds an exclusive lock between processes and threads; yields False where it is taken and ``wait`` is False."""
+    """Holds a lock between processes and threads. If it is taken and ``wait`` is False, yields False at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as stream:
         end, pause = time.monotonic() + LONGEST_LOCK, 0.01
@@ -486,7 +486,7 @@ def _locked(path: Path, wait: bool) -> Iterator[bool]:
         try:
             yield True
         finally:
-            # Closing the file would not do: a data worker forked meanwhile has a copy of it, and the lock with it.
+            # Closing the file is not enough: a data worker forked in the block has a copy of it, which keeps the lock.
             fcntl.flock(stream, fcntl.LOCK_UN)
 
 
@@ -495,13 +495,13 @@ def digest(text: str) -> str:
 
 
 def remember(path: Path, found: dict[str, Any]) -> None:
-    """Keeps what took long to find. A full or read-only cache costs the next process the same again, no more."""
+    """Caches a result as JSON. If the cache is full or read-only, nothing is kept and the next process recomputes."""
     with contextlib.suppress(OSError), whole_file(path) as aside:
         aside.write_text(json.dumps(found), encoding="utf-8")
 
 
 def remembered(path: Path) -> dict[str, Any]:
-    """What is kept there; empty where there is nothing, or nothing readable."""
+    """The cached result; empty if there is none or it cannot be read."""
     with contextlib.suppress(OSError, ValueError):
         found = parse_json(path.read_text(encoding="utf-8"))
         return found if isinstance(found, dict) else {}
@@ -516,9 +516,9 @@ def _download(
     timeout: float = DOWNLOAD_TIMEOUT,
     retries: int = DOWNLOAD_RETRIES,
 ) -> None:
-    """The whole of ``url`` into ``target``; errors of the network are retried. UnavailableShard where it cannot be had.
+    """Downloads ``url`` to ``target`` and retries after network errors. UnavailableShard if it cannot be fetched.
 
-    Of a web server: ``limit``, the most bytes that are taken; ``timeout``, seconds without a byte.
+    For a web server only: ``limit``, the largest number of bytes; ``timeout``, seconds without a byte.
     """
     from_web = partial(_download_http, limit=limit, timeout=timeout)
     fetch = {"pipe": _download_pipe, "hf": _download_hub}.get(url_scheme(url) or "", from_web)
@@ -536,7 +536,7 @@ def _download(
             time.sleep(RETRY_DELAY * 2**attempt)
 
 
-# The three below raise _Absent where there is nothing, OSError where it may help to ask again.
+# The next three raise _Absent if there is no such file, and OSError if a retry may help.
 
 
 def _download_http(url: str, target: Path, limit: int | None, timeout: float) -> None:
@@ -553,7 +553,7 @@ def _download_http(url: str, target: Path, limit: int | None, timeout: float) ->
         kind = OSError if _may_help_to_ask_again(error.code) else _Absent if error.code in (404, 410) else _Refused
         raise kind(f"HTTP status {error.code}") from None
     except (http.client.InvalidURL, ValueError):
-        # Their texts quote parts of the address: of http://user:password@host the password.
+        # Do not repeat the error's text: it quotes parts of the address, such as the password in http://user:password@host.
         raise _Absent("not an address of a file; expected http(s)://host/path, without user and password") from None
     except http.client.HTTPException as error:
         raise OSError(one_line(error)) from None
@@ -574,11 +574,11 @@ def _download_hub(url: str, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent, suffix=".part") as folder:
         try:
             os.replace(fetch(repo, path, local_dir=folder), target)
-        except errors.LocalEntryNotFoundError as error:  # no connection, and also an EntryNotFoundError
+        except errors.LocalEntryNotFoundError as error:  # no connection; a subclass of EntryNotFoundError
             raise OSError(one_line(error)) from None
         except errors.EntryNotFoundError as error:
             raise _Absent(one_line(error)) from None
-        except errors.HfHubHTTPError as error:  # that there is no repository is told to whoever is not logged in, too
+        except errors.HfHubHTTPError as error:  # without a login, a private one is "not found"
             raise (_Refused if hub_answered(error) else OSError)(one_line(error)) from None
 
 
@@ -600,13 +600,13 @@ def _download_pipe(url: str, target: Path) -> None:
         except BaseException:
             process.kill()
             raise
-    # The command itself is not told, tokens and all: only its status.
+    # Report only the status, not the command, which may hold tokens.
     if process.returncode:
         raise OSError(f"the command ended with status {process.returncode}")
 
 
 def remote_size(url: str) -> int | None:
-    """Bytes of a remote file as its server states them, or None. UnavailableShard where it is not there."""
+    """The size in bytes that the server states for a remote file, or None. UnavailableShard if it is not there."""
     try:
         if url_scheme(url) == "pipe":
             return None
@@ -619,7 +619,7 @@ def remote_size(url: str) -> int | None:
         with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
             length = response.headers.get("Content-Length")
             return int(length) if length else None
-    except Exception as error:  # the hub raises its own errors, httpx's and OSError
+    except Exception as error:  # the hub's own errors, httpx's, OSError
         if isinstance(error, urllib.error.HTTPError) and error.code in (404, 410):
             raise UnavailableShard(f"HTTP status {error.code}") from None
         if hub_answered(error):
@@ -631,10 +631,10 @@ def remote_size(url: str) -> int | None:
 
 
 def read_text(location: str, cache_dir: str | os.PathLike | None = None) -> str | None:
-    """A small UTF-8 text file by path or URL (sizes.json, classnames.txt); None where there is none.
+    """Reads a small UTF-8 text file by path or URL (sizes.json, classnames.txt); None if there is no such file.
 
-    A text behind a URL is asked for afresh every time. ``cache_dir`` keeps a copy, or the answer that there is no such
-    file, for when the server cannot be reached. Never a pipe: no text is worth a command.
+    A text behind a URL is fetched anew every time. ``cache_dir`` keeps a copy, or the answer that there is no such
+    file, for use when the server cannot be reached. A pipe is refused: no command is run for a text.
     """
     shown = display_url(location)
     remote = is_remote(location) and not os.path.lexists(location)
@@ -659,11 +659,11 @@ def read_text(location: str, cache_dir: str | os.PathLike | None = None) -> str 
 
 
 def _text_copy(url: str, cache_dir: Path) -> Path | None:
-    """The copy of a remote text, fetched just now if its server answers; None where there is no such text."""
+    """The path of a copy of a remote text, fetched now if the server answers; None if there is no such text."""
     copy = cache_dir / "texts" / f"{digest(url)}-{file_name(url)}"
     absent = copy.with_name(copy.name + ".absent")
     known = copy.exists() or absent.exists()
-    # A node without internet should not wait long for what it has.
+    # A node without internet should not wait long for a text that it has.
     patience: dict[str, Any] = {"timeout": QUICK_TIMEOUT, "retries": 0} if known else {}
     try:
         with whole_file(copy) as aside:

@@ -1,6 +1,6 @@
-"""Where the samples of a .tar lie: one pass over its headers, kept on disk, so that any sample is read by offset.
+"""The index of a .tar: one pass over its headers, cached on disk, so that any sample can be read by offset.
 
-A sample is a run of neighbouring members whose names agree up to the first dot of the basename, as in the webdataset
+A sample is a sequence of adjacent members whose names agree up to the first dot of the basename, as in the webdataset
 library: ``0001.jpg`` and ``0001.cls`` make one sample. Nothing is ever unpacked.
 """
 
@@ -22,26 +22,26 @@ import numpy as np
 
 from utils.data.sources import digest, remember, remembered
 
-BLOCK = 512  # bytes, of which tars are made
+BLOCK = 512  # bytes; a tar consists of blocks of this size
 ZEROS = bytes(BLOCK)
-RECORD = 20 * BLOCK  # to multiples of which most writers fill them up
+RECORD = 20 * BLOCK  # most writers pad a tar to a multiple of this
 REGULAR, LINKS = b"0\x007", b"12"
 ODD_MEMBERS = {b"3": "a device", b"4": "a device", b"6": "a pipe", b"S": "a sparse file"}
 
-# Beyond these a tar counts as damaged.
+# A tar that exceeds one of the first three counts as damaged.
 MAX_HEADER_BYTES = 1 << 20  # of an extended header, which may also hold extended attributes
 MAX_NAME_BYTES = 4096  # Linux' own limit for a path
-MAX_MEMBERS = 4_000_000  # all of ImageNet with its labels is 2.6 million; their index takes 0.6 GB while it is made
-MAX_LINKS = 8  # from one to the next
+MAX_MEMBERS = 4_000_000  # ImageNet with its labels has 2.6 million; building their index takes 0.6 GB
+MAX_LINKS = 8  # in a chain of links
 
 
 @dataclass
 class TarIndex:
-    """Where the samples of one tar lie. Sample i has the members starts[i] ... starts[i + 1] - 1.
+    """The positions of the samples in one tar. Sample i has the members starts[i] ... starts[i + 1] - 1.
 
-    extension_ids index ``extensions``; offsets and sizes are bytes of the payload. ``damage`` says where the tar is not
-    whole; ``lost`` estimates by bytes how many samples lie there (0: nobody can tell). ``notes`` are (kind, detail,
-    samples lost) of what is whole and still not read as it stands.
+    extension_ids index ``extensions``; offsets and sizes of the payloads are in bytes. ``damage`` describes damaged
+    places, or is None; ``lost`` estimates from bytes how many samples were there (0: unknown). ``notes`` are (kind,
+    detail, samples lost) for undamaged parts that are not read as they stand.
     """
 
     keys: list[str]
@@ -66,7 +66,7 @@ class TarIndex:
 
 
 class Damage(tarfile.ReadError):
-    """Why a tar cannot be read on, and at which byte."""
+    """The tar cannot be read any further; ``place`` is the byte."""
 
     def __init__(self, text: str, place: int) -> None:
         super().__init__(text)
@@ -74,11 +74,11 @@ class Damage(tarfile.ReadError):
 
 
 def scan_tar(path: str | os.PathLike) -> TarIndex:
-    """One pass over the headers of a tar; payloads are skipped. OSError where the file cannot be read at all.
+    """Indexes a tar in one pass over its headers, without the payloads. OSError if the file cannot be read at all.
 
-    A damaged tar keeps the samples before the damage, and those after a hole of zeros that ends at a header. Archives
-    one behind the other are read as one. A link to a member of the same tar is that member; no other link is followed.
-    Such links, devices, sparse and unknown members, and names that come twice, are in ``notes``.
+    Of a damaged tar the samples before the damage are kept, and those after a hole of zeros that ends at a header.
+    Concatenated archives are read as one. A link to a member of the same tar gets the payload of that member; no other
+    link is followed. ``notes`` report other links, devices, sparse and unknown members, and repeated names.
     """
     keys: list[str] = []
     starts: list[int] = []
@@ -87,15 +87,15 @@ def scan_tar(path: str | os.PathLike) -> TarIndex:
     offsets: list[int] = []
     sizes: list[int] = []
     in_sample: set[int] = set()
-    again: list[tuple[int, str]] = []  # number of the sample and name of a member that comes once more
-    links: dict[int, tuple[str, str, str]] = {}  # place of a member -> key, name, name of the target
-    unread: list[tuple[str, str]] = []  # keys and what they would have held
+    again: list[tuple[int, str]] = []  # number of the sample and name, for each repeated member
+    links: dict[int, tuple[str, str, str]] = {}  # index of a member -> key, name, name of the target
+    unread: list[tuple[str, str]] = []  # key and description of each member that is not read
     gaps: list[tuple[int, int]] = []
     end: Damage | None = None
     try:
         for name, offset, size, kind, target in _members(path, gaps):
             if name.startswith("__") and re.match(r"__[^/]*__($|/)", name):
-                continue  # webdataset's place for metadata
+                continue  # webdataset's metadata
             folder, slash, basename = name.rpartition("/")
             stem, dot, extension = basename.partition(".")
             if not (stem and dot):
@@ -120,7 +120,7 @@ def scan_tar(path: str | os.PathLike) -> TarIndex:
             sizes.append(size)
     except Damage as error:
         end = error
-    # A sample that the damage cut through lacks members that its predecessor has.
+    # Drop the last sample before the damage if its extensions are not those of the sample before: it is incomplete.
     if end and keys and (len(keys) == 1 or in_sample != set(extension_ids[starts[-2] : starts[-1]])):
         again = [(sample, name) for sample, name in again if sample < len(keys)]
         keys.pop()
@@ -142,7 +142,7 @@ def scan_tar(path: str | os.PathLike) -> TarIndex:
         lost = len({key for key, _ in unread} - set(index.keys))
         index.notes.append(("unread member", f"{len(unread)} members, the first is {unread[0][1]}", lost))
     if again:
-        times: dict[int, int] = {}  # how often a sample comes once more
+        times: dict[int, int] = {}  # sample -> how often it is repeated
         for (sample, _), count in Counter(again).items():
             times[sample] = max(count, times.get(sample, 0))
         lost = sum(times.values())
@@ -158,15 +158,15 @@ def scan_tar(path: str | os.PathLike) -> TarIndex:
 
 
 def _tell_damage(index: TarIndex, gaps: list[tuple[int, int]], end: Damage | None, path: str | os.PathLike) -> None:
-    """Sets ``damage`` and ``lost``, and the notes about further archives and about none.
+    """Sets ``damage`` and ``lost``, and adds the notes about concatenated archives and empty shards.
 
-    An archive ends in two blocks of zeros, which most writers fill up to a record. So many zeros within a file are the
-    end of one archive and the beginning of another; others are a hole.
+    An archive ends with two blocks of zeros, which most writers pad to a full record. Exactly so many zeros inside a
+    file are the end of one archive before the next; any other number is a hole.
     """
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         tail_from = file.seek(max(0, size - RECORD - 2 * BLOCK))
-        filled_from = tail_from + len(file.read().rstrip(b"\0"))  # the end of an archive is no lost sample
+        filled_from = tail_from + len(file.read().rstrip(b"\0"))  # zeros at the end are not lost samples
     begin, joined, holes = 0, [], []
     for first, after in gaps:
         filled = (after - begin) % RECORD == 0 and 2 * BLOCK <= after - first < RECORD + 2 * BLOCK
@@ -176,9 +176,9 @@ def _tell_damage(index: TarIndex, gaps: list[tuple[int, int]], end: Damage | Non
         else:
             holes.append((first, after))
     place = end.place if end else filled_from
-    if end and joined and joined[-1] == place:  # what follows is no archive, which it says itself
+    if end and joined and joined[-1] == place:  # no archive follows these zeros; ``end`` reports that
         joined.pop()
-    if end and holes and holes[-1][1] == place:  # the same of a hole, which is lost with what follows
+    if end and holes and holes[-1][1] == place:  # ``end`` reports this hole too: count it with the rest that is lost
         place = holes.pop()[0]
     texts = [f"zeros from byte {first} to {after}, where members should be" for first, after in holes]
     texts += [str(end)] if end else []
@@ -198,10 +198,10 @@ def _tell_damage(index: TarIndex, gaps: list[tuple[int, int]], end: Damage | Non
 def _follow_links(
     index: TarIndex, links: dict[int, tuple[str, str, str]], path: str | os.PathLike, unread: list[tuple[str, str]]
 ) -> None:
-    """Gives links the payload of the member that they lead to. Dead links go, and so do samples of nothing else."""
+    """Gives links the payload of their target. Removes dead links, and samples that have no other members."""
     places: dict[str, tuple[int, int]] = {}
     targets: dict[str, str] = {}
-    with contextlib.suppress(Damage):  # known already
+    with contextlib.suppress(Damage):  # reported already
         for name, offset, size, kind, target in _members(path, []):
             name = posixpath.normpath(name)
             if target:
@@ -227,16 +227,16 @@ def _follow_links(
 
 
 def _members(path: str | os.PathLike, gaps: list[tuple[int, int]]) -> Iterator[tuple[str, int, int, str, str]]:
-    """(name, offset, size, kind, target) of the members of a tar, without folders; ``Damage`` where it is damaged.
+    """Yields (name, offset, size, kind, target) of the members of a tar, without folders. Raises ``Damage``.
 
-    kind: "" for a regular file, else its description; target: of a link, as a name in the archive. ``gaps`` gets the
-    zeros, (first byte, byte after), behind which there is something. Reads ustar, GNU (long names, sparse) and pax
-    (path, linkpath, size) in a third of ``tarfile``'s time, and notices damage that ``tarfile`` takes for the end.
+    kind: "" for a regular file, else a description. target: the name in the archive that a link points to. ``gaps``
+    gets (first byte, byte after) of zeros that are followed by data. Reads ustar, GNU (long names, sparse) and pax
+    (path, linkpath, size) in a third of ``tarfile``'s time, and detects damage that ``tarfile`` mistakes for the end.
     """
     with open(path, "rb", buffering=0) as file:
         fd = file.fileno()
         end, offset, members = os.fstat(fd).st_size, 0, 0
-        # What extended headers say of the next member: the last one of each kind counts, and pax has the last word.
+        # Fields from extended headers of the next member: the last header of each kind counts, pax wins over GNU.
         pax: dict[bytes, bytes] = {}
         gnu: dict[bytes, bytes] = {}
         while True:
@@ -268,15 +268,15 @@ def _members(path: str | os.PathLike, gaps: list[tuple[int, int]]) -> Iterator[t
                     text += f", after zeros from byte {gaps[-1][0]}: a hole, or bytes behind the end of the archive"
                 raise Damage(text, offset)
             kind, payload, more = header[156:157], offset + BLOCK, gnu | pax
-            extended = kind in b"gNVxXLK"  # about the archive or the next member
+            extended = kind in b"gNVxXLK"  # a header that describes the archive or the next member
             if extended and kind in b"xXLK" and size > MAX_HEADER_BYTES:
                 raise Damage(f"a name of {size} bytes at byte {offset}", offset)
             if not extended and more.get(b"size", b"").isdigit():
-                size = int(more[b"size"][:20])  # of 20 digits no file has as many bytes
+                size = int(more[b"size"][:20])  # 20 digits are more than any file's size
             if kind in b"123456":
                 size = 0  # links, devices and folders have no payload, whatever the field says
             if kind == b"S":
-                goes_on = header[482]  # a map that goes on in blocks of its own
+                goes_on = header[482]  # whether the map of holes continues in extra blocks
                 while goes_on and payload < end:
                     goes_on = os.pread(fd, BLOCK, payload)[504:505] not in (b"", b"\0")
                     payload += BLOCK
@@ -302,7 +302,7 @@ def _members(path: str | os.PathLike, gaps: list[tuple[int, int]]) -> Iterator[t
                 name, kind = more.get(b"GNU.sparse.name") or name, b"S" if kind in REGULAR else kind
             pax, gnu = {}, {}
             shown, link, described = name.decode("utf-8", "backslashreplace"), "", ""
-            if kind in LINKS:  # a symbolic link starts from the folder that it is in
+            if kind in LINKS:  # the target of a symbolic link is relative to the folder of the link
                 folder = posixpath.dirname(shown) if kind == b"2" else ""
                 link = posixpath.normpath(posixpath.join(folder, target.decode("utf-8", "backslashreplace")))
                 described = "a link"
@@ -317,11 +317,11 @@ def _text(field: bytes) -> bytes:
 
 
 def _next_data(fd: int, start: int, end: int) -> int | None:
-    """The place of the first byte from ``start`` on that is not zero; None where there is none."""
+    """The position of the first byte from ``start`` on that is not zero; None if there is none."""
     step = 4096
     while start < end:
         try:
-            start = max(start, os.lseek(fd, start, os.SEEK_DATA))  # over what takes no room on the disk
+            start = max(start, os.lseek(fd, start, os.SEEK_DATA))  # jump over holes of a sparse file
         except OSError as error:
             if error.errno == errno.ENXIO:
                 return None
@@ -336,14 +336,14 @@ def _next_data(fd: int, start: int, end: int) -> int | None:
 
 
 def _number(field: bytes) -> int:
-    """A number of a tar header: octal digits, or in the rare large ones base 256."""
+    """Reads a number of a tar header: octal digits, or base 256 for rare large ones."""
     if field[0] & 0x80:
         return tarfile.nti(field)  # type: ignore[attr-defined]
     return int(field.strip(b" \0") or b"0", 8)
 
 
 def _pax_records(data: bytes) -> dict[bytes, bytes]:
-    """The records "<length> <key>=<value>\\n" of a pax header."""
+    """Reads the records "<length> <key>=<value>\\n" of a pax header."""
     records, start = {}, 0
     while match := re.compile(rb"(\d{1,7}) ([^=]+)=").match(data, start):
         length = int(match.group(1))
@@ -355,21 +355,21 @@ def _pax_records(data: bytes) -> dict[bytes, bytes]:
 
 
 def tar_index(path: str, cache_dir: str | os.PathLike, name: str | None = None) -> TarIndex:
-    """``scan_tar``, kept as JSON in ``cache_dir``/index by ``name`` (default: the path), and the file's mtime and size.
+    """``scan_tar``, cached as JSON in ``cache_dir``/index by ``name`` (default: the path) and by size and times.
 
-    OSError where it cannot be read, or is no file.
+    OSError if the file cannot be read or is not a regular file.
     """
     status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would hang
         raise OSError(errno.EINVAL, "not a regular file")
     state = [status.st_size, status.st_mtime_ns]
-    if name is None:  # a file written over may keep size and date; ctime of a copy in the cache is its last use
+    if name is None:  # an overwritten file may keep size and mtime; not for cached copies: each use changes their ctime
         state += [status.st_ctime_ns, status.st_ino]
-    # The first number stands for the rules above: what older ones have kept is not theirs.
+    # The first number is the version of the rules above: indexes made by older rules are not used.
     stored = Path(cache_dir) / "index" / f"{digest(f'4|{name or os.path.abspath(path)}|{state}')}.json"
     arrays = {"starts": np.int64, "extension_ids": np.int32, "offsets": np.int64, "sizes": np.int64}
     found = remembered(stored)
-    with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError):  # not there yet, or not in order
+    with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError):  # not cached yet, or damaged
         return TarIndex(**found | {field: np.array(found[field], dtype) for field, dtype in arrays.items()})
     index = scan_tar(path)
     remember(stored, vars(index) | {field: getattr(index, field).tolist() for field in arrays})

@@ -1,4 +1,4 @@
-"""Data workers: how they start, how long they are waited for, how they die."""
+"""Data workers: how they start, how long the run waits for them, and how they end."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from utils.processes.interruption import WaitEnded
 
 logger = logging.getLogger(__name__)
 
-SLOW_BATCH = 60.0  # seconds after which waiting for data is said
-LONGEST_WAIT = 3600.0  # seconds after which nothing comes any more: a large shard over a slow line takes minutes
-LONGEST_SOCKET = 107  # bytes of the path of an AF_UNIX socket
+SLOW_BATCH = 60.0  # seconds of waiting for a batch, after which a warning says so
+LONGEST_WAIT = 3600.0  # seconds, after which waiting ends with an error; a large shard over a slow line takes minutes
+LONGEST_SOCKET = 107  # bytes in the path of an AF_UNIX socket
 
-_ABANDONED: list[Any] = []  # loaders whose end would wait for workers that are stuck
+_ABANDONED: list[Any] = []  # loaders kept alive, because their destructor would wait for stuck workers
 
 
 class _Late(WaitEnded):
-    """LONGEST_WAIT is over."""
+    """The wait has lasted LONGEST_WAIT."""
 
 
 class PatientLoader(DataLoader):
-    """The loader of a ``ShardDataset``. Its workers ignore signals to the run, and their batches are waited for.
+    """The loader of a ``ShardDataset``. Its workers ignore stop signals, and every wait for a batch has a time limit.
 
-    persistent: the workers stay for the next pass.
+    persistent: keep the workers for the next pass.
     """
 
     dataset: Any
@@ -69,7 +69,7 @@ class PatientLoader(DataLoader):
             collate_fn=dataset.collate_fn,
             persistent_workers=persistent and num_workers > 0,
             worker_init_fn=_calm_worker,
-            # The loader draws a seed for its workers, who draw nothing: from here, not from the run's own random state.
+            # The loader draws a seed for its workers, which do not use it. Draw it here, not from the run's own state.
             generator=torch.Generator(),
         )
 
@@ -85,7 +85,7 @@ class PatientLoader(DataLoader):
             yield batch
 
     def _late(self, batches: Any, place: int) -> str:
-        """The words for the batch at ``place``, counted from the start of ``batches``, that does not come."""
+        """The error text for the batch at ``place``, counted from the start of ``batches``, if it does not arrive."""
         workers = getattr(batches, "_workers", [])
         number = place % max(1, len(workers))
         who = f"data worker {number} (process {workers[number].pid})" if workers else "reading"
@@ -100,9 +100,9 @@ class PatientLoader(DataLoader):
 
 @contextmanager
 def waited_for(late: Callable[[], str], held: Any = None) -> Iterator[None]:
-    """A wait for data: a warning after SLOW_BATCH seconds, after LONGEST_WAIT a ShardError of the text ``late()``.
+    """Limits a wait for data: a warning after SLOW_BATCH seconds, a ShardError with ``late()`` after LONGEST_WAIT.
 
-    Only the main thread can be got out of a wait. ``held`` is then kept for ever: a loader's end would wait once more.
+    Only a wait of the main thread can be ended. ``held``, a loader, is then kept for ever: its destructor would wait.
     """
     text = "waiting for data since %.0f s: the disk, the network or the decoding is slow; the run goes on when it comes"
     timer = threading.Timer(SLOW_BATCH, logger.warning, (text, SLOW_BATCH))
@@ -132,18 +132,16 @@ def waited_for(late: Callable[[], str], held: Any = None) -> Iterator[None]:
 
 
 def worker_died(error: Exception) -> bool:
-    """Whether a worker is gone. Where only its work failed torch says "Caught ... in DataLoader worker"."""
+    """Whether a worker process is gone. If only its work failed, torch says "Caught ... in DataLoader worker"."""
     if "Caught " in str(error):
         return False
-    # Its batches may be under way already, as handles that only the living worker could give out.
+    # The other errors come from batches already sent: they are handles that only the living worker could resolve.
     gone = any(sign in str(error) for sign in ("Pin memory thread exited", "DataLoader worker"))
     return gone or isinstance(error, ConnectionError | EOFError | FileNotFoundError)
 
 
 def _short_socket_folder() -> None:
-    """Workers hand over tensors by sockets in a temporary folder. If its path is long, a send fails where nobody sees
-    it, and the run waits for ever: here a folder of a short path is made.
-    """
+    """Makes a folder with a short path for the workers' sockets: with a long one a send fails unseen, the run hangs."""
     config = multiprocessing.process.current_process()._config  # type: ignore[attr-defined]
     if config.get("tempdir") is not None:
         return
@@ -163,7 +161,7 @@ def _short_socket_folder() -> None:
 
 @functools.cache
 def _kill_workers_at_exit() -> None:
-    """multiprocessing tells its children to end by SIGTERM, which workers ignore, and then waits without end."""
+    """At exit multiprocessing sends its children SIGTERM and waits. Workers ignore SIGTERM, so kill them before."""
 
     def kill() -> None:
         for child in multiprocessing.active_children():
@@ -174,8 +172,8 @@ def _kill_workers_at_exit() -> None:
 
 
 def _calm_worker(worker: int) -> None:
-    """Signals that ask the run to stop are for the process that trains, also where a scheduler sends them to all."""
+    """Ignores stop signals in a worker: only the training process handles them, even if a scheduler signals all."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":  # a worker that is stuck does not look whether that process is still there
+    if sys.platform == "linux":  # a stuck worker does not notice that the training process has died
         ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
