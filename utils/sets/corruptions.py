@@ -1,11 +1,11 @@
-"""Common corruptions: images corrupted on the fly as for ImageNet-C, and the published files of CIFAR-C and ImageNet-C.
+"""Common corruptions: made on the fly as for ImageNet-C, or read from the published files of CIFAR-C and ImageNet-C.
 
     dataset = CorruptedDataset(index, transform, corruption="fog", severity=3, seed=0, num_classes=1000)
     dataset = find_published(Path("data/CIFAR-10-C")).dataset(transform, "fog", 3)
 
-Only the first needs the package imagecorruptions. Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to
-Common Corruptions and Perturbations", ICLR 2019. The strengths were chosen for 224 px; at 32 px the same numbers are
-harsher than those of the published CIFAR-10-C.
+Only the first line needs the package imagecorruptions. Source: Hendrycks and Dietterich, "Benchmarking Neural Network
+Robustness to Common Corruptions and Perturbations", ICLR 2019. The severities were chosen for 224 px; at 32 px the same
+severities are harsher than in the published CIFAR-10-C.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ KNOWN = CORRUPTIONS + VALIDATION_CORRUPTIONS
 SEVERITIES = (1, 2, 3, 4, 5)
 
 MOST_CLASSES, MOST_LABELS = 1_000_000, 100_000_000  # CIFAR-100-C has 100 and 50,000
-SMALLEST_SIDE = 32  # what the package accepts
-OWN_SEED = ("impulse_noise", "glass_blur")  # these do not draw from numpy's global state
-ARCHIVES = ("noise", "blur", "weather", "digital", "extra")  # ImageNet-C's, each with the corruptions of its kind
+SMALLEST_SIDE = 32  # pixels; the package refuses smaller images
+OWN_SEED = ("impulse_noise", "glass_blur")  # these take a seed instead of drawing from numpy's global state
+ARCHIVES = ("noise", "blur", "weather", "digital", "extra")  # of ImageNet-C; each holds several corruptions
 
 
 def require_package() -> ModuleType:
-    """The package imagecorruptions, or UserError."""
+    """Imports the package imagecorruptions. UserError if that fails."""
     try:
         import imagecorruptions
     except ImportError as error:
@@ -61,21 +61,21 @@ def require_package() -> ModuleType:
 
 
 def require_side(side: int) -> None:
-    """UserError for images smaller than the package accepts."""
+    """UserError if images are smaller than the package accepts."""
     if side < SMALLEST_SIDE:
         raise UserError(f"--attack corruptions: images of {side} px; take a model of at least {SMALLEST_SIDE} px")
 
 
 def corrupt(image: Tensor, name: str, severity: int, seed: int) -> Tensor:
-    """One of ``KNOWN`` at one of ``SEVERITIES``: uint8 (3, H, W) -> uint8 (3, H, W), 0 ... 255, H and W at least 32.
+    """Applies one of ``KNOWN`` at one of ``SEVERITIES``: uint8 (3, H, W) -> uint8 (3, H, W), 0 ... 255, H, W >= 32.
 
-    The result follows from the arguments alone; seed: 0 ... 2^32 - 1. numpy's global random state is used and put back,
-    so no other thread may draw from it meanwhile. Source: imagecorruptions-imaug, with the tables of ImageNet-C.
+    The result depends only on the arguments; seed: 0 ... 2^32 - 1. numpy's global random state is changed and restored,
+    so no other thread may draw from it during the call. Source: imagecorruptions-imaug, with the tables of ImageNet-C.
     UserError for a smaller image or a missing package.
     """
     require_side(min(image.shape[1:]))
     own_seed = {"seed": seed} if name in OWN_SEED else {}
-    state = np.random.get_state()  # before the import, which might draw as well
+    state = np.random.get_state()  # before the import, which might draw too
     try:
         package = require_package()
         np.random.seed(seed)
@@ -87,23 +87,23 @@ def corrupt(image: Tensor, name: str, severity: int, seed: int) -> Tensor:
 
 def corruption_seed(seed: int, corruption: str, severity: int, shard: int, sample: int) -> int:
     """A 32-bit seed for one image, the same for every batch size and number of processes."""
-    return seed_from(seed, corruption, severity, shard, sample) % 2**32  # what numpy takes
+    return seed_from(seed, corruption, severity, shard, sample) % 2**32  # numpy's range
 
 
 def warm_up(name: str, severity: int) -> None:
-    """Imports the package and compiles what it compiles, for the workers that are forked later (3 s for glass_blur)."""
+    """Imports the package and compiles its functions before the workers are forked (3 s for glass_blur)."""
     require_package()
     import cv2
 
-    # Workers are processes already, and OpenCV's idle threads spin. Set it before the fork: a child that changes the
-    # number of threads waits for those of its parent, which do not exist there.
+    # Workers are processes already, and OpenCV's idle threads burn CPU time. Set this before the fork: a child that
+    # changes the number of threads would wait for its parent's threads, which do not exist in the child.
     cv2.setNumThreads(1)
-    # At this severity: glass_blur is compiled again for severity 3, where all its parameters are whole numbers.
+    # Use this severity: glass_blur is compiled again for severity 3, where all its parameters are integers.
     corrupt(torch.zeros(3, SMALLEST_SIDE, SMALLEST_SIDE, dtype=torch.uint8), name, severity, seed=0)
 
 
 class CorruptedDataset(ShardDataset):
-    """Labelled images in order, each corrupted after ``transform``, at the resolution that the encoder sees."""
+    """Labelled images in order, corrupted after ``transform``, that is at the resolution of the encoder's input."""
 
     def __init__(
         self,
@@ -128,10 +128,10 @@ class CorruptedDataset(ShardDataset):
 
 
 def find_published(folder: Path) -> PublishedCorruptions | None:
-    """The corruptions in a folder of the published files; None where it holds none, UserError where they do not fit.
+    """The corruptions in a folder of published files; None if there are none, UserError if the files do not match.
 
     CIFAR-C: labels.npy and <corruption>.npy, uint8 (5 n, 32, 32, 3), severity s in rows (s - 1) n to s n.
-    ImageNet-C: <corruption>/<severity>/<class folder>/*.JPEG, also inside ``ARCHIVES``; classes by rank of the folder.
+    ImageNet-C: <corruption>/<severity>/<class folder>/*.JPEG, also inside ``ARCHIVES``; a class is its folder's rank.
     """
     arrays = {name: folder / f"{name}.npy" for name in KNOWN if (folder / f"{name}.npy").is_file()}
     if arrays:
@@ -156,7 +156,7 @@ def find_published(folder: Path) -> PublishedCorruptions | None:
     first, *others = (place / severity for place in places.values() for severity in _severities(place))
     classes = _class_folders(first)
     for path in others:
-        if odd := set(classes) ^ set(_class_folders(path)):  # ranks would shift, and nearly every label with them
+        if odd := set(classes) ^ set(_class_folders(path)):  # else ranks shift, and so do most labels
             has, lacks = (first, path) if min(odd) in classes else (path, first)
             found = f"no class folder {min(odd)}, which {has} holds"
             raise UserError(f"{lacks}: {found}; expected the same classes everywhere; unpack the archive again")
@@ -164,7 +164,7 @@ def find_published(folder: Path) -> PublishedCorruptions | None:
 
 
 class PublishedSample(NamedTuple):
-    """One image. key: of ImageNet-C <class folder>/<file>. row: of the array, None for a file."""
+    """One image. key: for ImageNet-C <class folder>/<file>. row: its row in the array, or None for a file."""
 
     key: str
     label: int
@@ -173,7 +173,7 @@ class PublishedSample(NamedTuple):
 
 @dataclass(frozen=True)
 class PublishedCorruptions:
-    """What ``find_published`` found. places: corruption -> .npy file, or folder of severities (labels is None then)."""
+    """The result of ``find_published``. places: corruption -> .npy file, or folder of severities if labels is None."""
 
     folder: Path
     places: dict[str, Path]
@@ -186,17 +186,17 @@ class PublishedCorruptions:
         return list(self.places)
 
     def dataset(self, transform: ImageTransform, corruption: str, severity: int) -> PublishedDataset:
-        """The images of one corruption and severity. UserError where it is missing."""
+        """The images of one corruption and severity. UserError if it is missing."""
         return PublishedDataset(*self._samples(corruption, severity), transform)
 
     def digest(self, corruption: str, severity: int, num_samples: int | None, cache_dir: str | None) -> str:
-        """Of the files that hold the first ``num_samples`` images, and of their labels. UserError for a missing one."""
+        """A digest of the files of the first ``num_samples`` images and their labels. UserError if one is missing."""
         path, samples = self._samples(corruption, severity)
         samples = samples[:num_samples]
         if self.labels is None:
             files = [path / sample.key for sample in samples]
             lines = [" ".join(map(repr, (*sample.key.split("/"), sample.label))) for sample in samples]
-        else:  # the whole array, so that the digests of its severities are remembered together
+        else:  # the whole array: one cached digest serves all its severities
             files, lines = [path], [str(sample.label) for sample in samples]
         try:
             return text_digest([files_digest(files, cache_dir), *lines])
@@ -204,7 +204,7 @@ class PublishedCorruptions:
             raise UserError(f"{error.filename}: cannot be read ({error.strerror}); unpack it again") from None
 
     def _samples(self, corruption: str, severity: int) -> tuple[Path, list[PublishedSample]]:
-        """The array or the folder of one severity, and its images."""
+        """The path of one severity (array or folder) and its images."""
         if corruption not in self.places:
             found = ", ".join(self.places)
             raise UserError(f"{self.folder}: no {corruption}; found {found}; add its files or leave it out")
@@ -222,7 +222,7 @@ class PublishedCorruptions:
 
 
 class PublishedDataset(ShardDataset):
-    """Labelled images of an array or a folder in place of a shard, in order."""
+    """Labelled images in order, read from an array or a folder instead of a shard."""
 
     def __init__(self, path: Path, samples: list[PublishedSample], transform: ImageTransform) -> None:
         index = ShardIndex([str(path.absolute())], [len(samples)], skipped=[], cache_dir="")
@@ -237,7 +237,7 @@ class PublishedDataset(ShardDataset):
                 with open(where, "rb") as file:
                     image = decode(file.read(MAX_IMAGE_BYTES + 1), self.transform)
             else:
-                # Mapped anew for every image (0.1 ms): a mapping that is kept would be sent to workers as a whole copy.
+                # Map the file anew for every image (0.1 ms): a mapping that is kept would be copied whole to workers.
                 pixels = np.array(np.load(self.path, mmap_mode="r", allow_pickle=False)[found.row])
                 image = self.transform(Image.fromarray(pixels))
         except ImageError as error:
@@ -248,7 +248,7 @@ class PublishedDataset(ShardDataset):
 
 
 def _read_array(path: Path, types: str, shape: tuple[int, ...], expected: str) -> np.ndarray:
-    """(5 n, *shape) of one of NumPy's ``types``, mapped: only the header is read. A pickle could run code: refused."""
+    """Maps an array (5 n, *shape) with a dtype in ``types``; reads only the header. Refuses pickles: they run code."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
         found = "an archive of arrays"
@@ -259,13 +259,13 @@ def _read_array(path: Path, types: str, shape: tuple[int, ...], expected: str) -
             found = f"{array.dtype} {array.shape}"
     except FileNotFoundError:
         found = "missing"
-    except Exception as error:  # OSError, ValueError, EOFError, BadZipFile and others, depending on what the file is
+    except Exception as error:  # OSError, ValueError, EOFError, BadZipFile and others, depending on the file
         found = f"cannot be read as an array ({one_line(error)})"
     raise UserError(f"{path}: {found}; expected {expected} or take it out of the folder")
 
 
 def _read_labels(path: Path) -> np.ndarray:
-    """int64 (5 n,) of a CIFAR-C folder, every severity's labels after another."""
+    """The labels of a CIFAR-C folder, int64 (5 n,): those of severity 1, then of severity 2, ..."""
     expected = "whole numbers (5 * n,) from 0 on, the labels of the images beside it; download it again"
     labels = _read_array(path, np.typecodes["AllInteger"], (), expected)
     if not 0 < len(labels) <= MOST_LABELS:
@@ -277,7 +277,7 @@ def _read_labels(path: Path) -> np.ndarray:
 
 
 def _severities(place: Path) -> list[str]:
-    """Names of the folders of severities in that of an ImageNet-C corruption."""
+    """The names of the severity folders in the folder of an ImageNet-C corruption."""
     return [str(severity) for severity in SEVERITIES if (place / str(severity)).is_dir()]
 
 
@@ -289,7 +289,7 @@ def _class_folders(path: Path) -> list[str]:
 
 
 def _list_images(path: Path) -> list[PublishedSample]:
-    """By file name: ILSVRC2012_val_... is mixed over the classes, so that the first N images are a fair sample."""
+    """The images by file name. ILSVRC2012_val_... mixes the classes, so the first N images are a fair sample."""
     files = []
     left_out: LeftOut = {}
     for label, folder in enumerate(_class_folders(path)):

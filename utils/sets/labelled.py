@@ -1,4 +1,4 @@
-"""Labelled sets: shards of images with names of their classes, templates of prompts and, for fairness, attributes."""
+"""Labelled sets: shards of images with class names, prompt templates and, for fairness, attributes."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ PROMPTS = Path(__file__).parents[1] / "prompts"
 
 
 def composed(name: str) -> str:
-    """The name in NFC: ``é`` as one character, not as two (NFD, as in file names of macOS)."""
+    """The name in NFC: ``é`` is one character, not two (NFD, as in file names of macOS)."""
     return unicodedata.normalize("NFC", name)
 
 
 def fold(name: str) -> str:
-    """Two names are one word where this is equal: case, spaces, underscores, invisible characters do not count."""
+    """The folded name, without case, extra spaces, underscores and invisible characters; equal for the same word."""
     visible = "".join(letter for letter in name.replace("_", " ") if unicodedata.category(letter) != "Cf")
     return composed(composed(" ".join(visible.split())).casefold())
 
 
 def twins(names: Sequence[str]) -> list[list[int]]:
-    """The places of names that are one word, a list for each such word: ImageNet has two sunglasses."""
+    """The places of names that fold to the same word, one list per word: ImageNet has two sunglasses."""
     places: dict[str, list[int]] = {}
     for place, name in enumerate(names):
         places.setdefault(fold(name), []).append(place)
@@ -50,7 +50,7 @@ def twins(names: Sequence[str]) -> list[list[int]]:
 
 
 def warn_of_twins(names: Sequence[str], where: str) -> None:
-    """Warns of classes whose names are one word, as "classes 657 'missile' and 744 'missile'"."""
+    """Warns of classes whose names are the same word, such as "classes 657 'missile' and 744 'missile'"."""
     groups = twins(names)
     if groups:
         shown = "; ".join(" and ".join(f"{place} {names[place]!r}" for place in group[:4]) for group in groups[:3])
@@ -60,7 +60,7 @@ def warn_of_twins(names: Sequence[str], where: str) -> None:
 
 
 def same_classes(names: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
-    """The place in ``wanted`` of each name; None for equal lists. ValueError says why where there is none."""
+    """The place of each name in ``wanted``; None if the lists are equal. ValueError says why they do not match."""
     if list(names) == list(wanted):
         return None
     for name, count in (Counter(names) | Counter(wanted)).items():
@@ -74,13 +74,13 @@ def same_classes(names: Sequence[str], wanted: Sequence[str]) -> list[int] | Non
 
 
 def _lines(path: str | Path | None, cache_dir: str | None) -> list[str] | None:
-    """The lines of a text without outer spaces; None where there is no such file."""
+    """The lines of a text file without outer spaces; None if there is no such file."""
     text = None if path is None else read_text(str(path), cache_dir)
     return None if text is None else [line.strip() for line in text_lines(text, display_url(str(path)))]
 
 
 def read_classnames(path: str | Path, cache_dir: str | None = None) -> list[str]:
-    """One class name per line, in NFC; the line number is the class. Outer spaces and empty last lines do not count."""
+    """Reads one class name per line, in NFC; line number = class. Outer spaces and empty last lines are ignored."""
     lines, where = _lines(path, cache_dir), display_url(str(path))
     if lines is None:
         raise UserError(f"{where}: no such file; expected class names, one per line, line number = class")
@@ -99,7 +99,7 @@ def read_classnames(path: str | Path, cache_dir: str | None = None) -> list[str]
 
 
 def read_templates(path: str | Path | None, cache_dir: str | None = None) -> list[str]:
-    """Prompt templates, one per line, ``{c}`` for the class name; CLIP's simplest one where there is no file."""
+    """Reads prompt templates, one per line, ``{c}`` for the class name; without a file, CLIP's simplest template."""
     templates = list(filter(None, _lines(path, cache_dir) or []))
     for template in templates:
         if "{c}" not in template or len(template) > LONGEST_NAME or holds_controls(template.replace("\t", " ")):
@@ -115,16 +115,16 @@ def imagenet_prompts() -> tuple[list[str], list[str]]:
 
 
 def interpretability_templates() -> list[str]:
-    """150 everyday captions with ``{c}`` for the class name: the texts of the measure of interpretability."""
+    """150 everyday captions with ``{c}`` for the class name, for the interpretability measure."""
     return text_lines((PROMPTS / "interpretability_templates.txt").read_text(encoding="utf-8"))
 
 
 def find_classes(
     shards: Sequence[str], classnames: str | None, flag: str, cache_dir: str | None = None
 ) -> tuple[list[str], list[str]]:
-    """Class names and templates of a set: of ``classnames``, else of the file beside the shards or one folder up.
+    """Class names and templates of a set, from ``classnames``, else from the file beside the shards or one folder up.
 
-    A label has one meaning: UserError where shards of several folders have lists that differ.
+    A label must have one meaning: UserError if shards of several folders have different lists.
     """
     if classnames == IMAGENET and not os.path.isfile(classnames):
         return imagenet_prompts()
@@ -151,7 +151,7 @@ def _list_of(shard: str, cache_dir: str | None) -> str | None:
 
 @dataclass
 class LabelledSet:
-    """Shards and, where they are labelled, their class names and prompt templates."""
+    """Shards with their class names and prompt templates; both lists are empty if the shards have no labels."""
 
     index: ShardIndex
     classnames: list[str]
@@ -168,7 +168,7 @@ def open_set(
     cache_limit_gb: float | None = None,
     allow_pipe_urls: bool = False,
 ) -> LabelledSet:
-    """Finds and counts the shards that a flag names, and reads their class names. Raises ``UserError``."""
+    """Finds the shards given by a flag, counts their samples and reads their class names. Raises ``UserError``."""
     urls = expand_shards(patterns, flag=flag, allow_pipe_urls=allow_pipe_urls, cache_dir=cache_dir)
     names, templates = find_classes(urls, classnames, flag, cache_dir) if with_classes else ([], [])
     warn_of_twins(names, f"{flag} {display_url(patterns[0])}")
@@ -177,13 +177,13 @@ def open_set(
 
 
 def set_digest(accelerator: Accelerator, data: LabelledSet, num_samples: int) -> str:
-    """A digest of what an evaluation reads: the shards of the first ``num_samples``, class names and templates."""
+    """A digest of an evaluation's inputs: the shards of the first ``num_samples``, class names and templates."""
     shards = shards_digest(accelerator, data.index, num_samples)
     return text_digest([shards, *data.classnames, "", *data.templates])
 
 
 class AttributeDataset(ShardDataset):
-    """Labelled images in order, with ``attribute`` (.json member {"attribute": "woman"}); in a batch ``attributes``."""
+    """Labelled images with ``attribute`` from the .json {"attribute": "woman"}; a batch has ``attributes``."""
 
     def __init__(self, index: ShardIndex, transform: ImageTransform, *, num_classes: int) -> None:
         super().__init__(index, transform, order="sequential", with_labels=True, num_classes=num_classes)
@@ -201,5 +201,5 @@ class AttributeDataset(ShardDataset):
         if not named or len(attribute) > LONGEST_ATTRIBUTE:
             detail = f"attribute {repr(attribute)[:100]} cannot name a group; {expected}"
             raise BadSample("bad attribute", members.where, detail)
-        # Two ways to write a word are one group.
+        # Words that differ only in Unicode form or in spaces are one group.
         return super().load(reader, shard, sample, epoch) | {"attribute": composed(" ".join(attribute.split()))}

@@ -1,8 +1,8 @@
-"""Preference data: images with a preferred and a dispreferred text, and clean images on which nothing shall change.
+"""Preference data: images with a chosen and a rejected text, and clean images on which the model should not change.
 
-A sample becomes *rows*: a picture with a chosen text, rejected texts and candidates, or (``reg``) one for the
-regulariser. In the typographic task the clean image of a labelled set is the regulariser's, each copy with a wrong word
-on it a preference. General pairs come with a ``.json`` member or a sample name ``label=X_text=Y`` (``parse_pair``).
+A sample becomes one or more *rows*. A row is a picture with a chosen text, rejected texts and candidates, or (``reg``)
+a picture for the regulariser. In the typographic task a clean image is a row for the regulariser, and each copy with a
+wrong word on it is a preference. General pairs come as a ``.json`` member or in a sample name ``label=X_text=Y``.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from utils.whole_files import whole_file
 
 logger = logging.getLogger(__name__)
 
-# Texts of a pair and their characters: a batch holds a row of marks over all its texts for each of its pictures.
+# Limits on the texts of a pair and on their characters: a batch holds a mask of (pictures, all its texts).
 MOST_TEXTS, LONGEST_TEXT = 10_000, 10_000
 NAMED_PAIR = re.compile(r"label=(.+?)_text=(.+)")
 PAIR_FORM = '{"chosen": text, "rejected": [text, ...], "candidates": [text, ...], "reg": true or false}'
 
-say_once = lru_cache(logger.warning)  # a folder is opened several times in a run
+say_once = lru_cache(logger.warning)  # because a folder is opened several times in a run
 
 
 @dataclass
 class Row:
-    """One picture and its texts. ``candidates`` None: all texts of the task."""
+    """One picture and its texts. If ``candidates`` is None, all texts of the task are candidates."""
 
     image: Tensor  # uint8 (3, H, W), or image_embeds float32 (D,)
     chosen: str | None
@@ -53,7 +53,7 @@ class Row:
 
 
 class PreferenceDataset(ShardDataset):
-    """Samples as ``rows``. ``texts``: those of the whole task, or None where each row has its own."""
+    """Samples as ``rows``. ``texts``: all texts of the task, or None if each row has its own candidates."""
 
     texts: list[str] | None = None
 
@@ -65,8 +65,8 @@ class PreferenceDataset(ShardDataset):
 class TypographicDataset(PreferenceDataset):
     """A labelled set: each image clean, and ``attacks_per_image`` copies with a wrong class name written on them.
 
-    An attack follows from (seed, epoch, key); ``fixed_epoch`` gives every epoch the attacks of one. Classes of one
-    folded name are one text. UserError where these are too few.
+    An attack depends only on (seed, epoch, key); with ``fixed_epoch`` every epoch gets the attacks of that epoch.
+    Classes with the same folded name share one text. UserError if there are too few texts.
     """
 
     texts: list[str]
@@ -121,11 +121,11 @@ class PairDataset(PreferenceDataset):
 
 
 def parse_pair(text: bytes | None, key: str, where: str, lacking: str = "no .json member") -> tuple[Row, int]:
-    """A row without picture from the .json (``PAIR_FORM``), else from the key; and how many rejected texts it dropped.
+    """Parses a row without its picture from the .json (``PAIR_FORM``), else from the key.
 
-    Dropped are those equal to the chosen one. A text or a list may be left out: ``reg`` needs candidates alone, whose
-    right one is ``chosen``; others need chosen and rejected. ``BadSample`` for anything else; ``lacking``: the words
-    for no .json.
+    Also returns how many rejected texts were dropped because they equal the chosen one. With ``reg`` only candidates
+    are required, and ``chosen`` is the right one among them; otherwise chosen and rejected are. ``BadSample`` for
+    anything else; ``lacking``: the error text if there is no .json.
     """
 
     def bad(detail: str, kind: str = "bad pair") -> BadSample:
@@ -138,9 +138,9 @@ def parse_pair(text: bytes | None, key: str, where: str, lacking: str = "no .jso
             raise bad(f"{name}: more than {MOST_TEXTS} texts, or one of more than {LONGEST_TEXT} characters")
         try:
             "".join(value).encode()
-        except UnicodeEncodeError:  # no tokenizer takes half a surrogate pair, or a file name that is not UTF-8
+        except UnicodeEncodeError:  # half a surrogate pair, as from a file name that is not UTF-8: tokenizers fail
             raise bad(f"{name}: a text is not valid Unicode") from None
-        return list(map(composed, value))  # two ways to write é are one text
+        return list(map(composed, value))  # the two ways to encode é are one text
 
     if text is None:
         named = NAMED_PAIR.fullmatch(key.rsplit("/", 1)[-1])
@@ -181,14 +181,14 @@ def parse_pair(text: bytes | None, key: str, where: str, lacking: str = "no .jso
 
 
 def collate_rows(samples: Sequence[dict[str, Any]], *, texts: list[str] | None, no_images: Tensor) -> dict[str, Any]:
-    """Samples -> one batch of N rows: R that regularise first, then P that express a preference.
+    """Samples -> one batch of N rows: first R rows for the regulariser, then P rows with a preference.
 
     Returns:
-        images: uint8 (N, 3, H, W), or image_embeds float32 (N, D); ``no_images`` for N = 0. texts: the batch's T.
-        reg_chosen: (R,) int64, -1 where there is none; chosen (P,), rejected (P, most per row), filled up with -1.
-        reg_candidates (R, T), candidates (P, T): bool, or None where every text is a candidate of every row.
-        reg_positions (R,), positions (P,): int64, of the rows' samples; num_samples, keys, sample_positions: of all
-        samples with rows; skipped as in ``utils.data.shards.collate``.
+        images: uint8 (N, 3, H, W), or image_embeds float32 (N, D); ``no_images`` for N = 0. texts: the T texts of the
+        batch. The next are int64 places in ``texts``: reg_chosen (R,), -1 for none; chosen (P,); rejected (P, most per
+        row), padded with -1. reg_candidates (R, T), candidates (P, T): bool, or None if all texts are candidates.
+        reg_positions (R,), positions (P,): int64, of the rows' samples. num_samples, keys, sample_positions: of all
+        samples with rows. skipped: as in ``utils.data.shards.collate``.
     """
     present = [sample for sample in samples if "rows" in sample]
     rows = [(sample["position"], row) for sample in present for row in sample["rows"]]
@@ -226,17 +226,17 @@ def collate_rows(samples: Sequence[dict[str, Any]], *, texts: list[str] | None, 
 
 
 def pair_shards(patterns: Sequence[str], cache_dir: str | None) -> list[str]:
-    """The patterns of --train_shards and the like, folders of named pictures replaced by a shard of them."""
+    """The patterns of --train_shards and similar flags, with each folder of named pictures replaced by its shard."""
     folders = [Path(known_path(pattern)) for pattern in patterns]
     packed = [pack_pair_folder(folder, cache_dir) if folder.is_dir() else None for folder in folders]
     return [shard or pattern for shard, pattern in zip(packed, patterns)]
 
 
 def pack_pair_folder(folder: Path, cache_dir: str | None) -> str | None:
-    """A folder of pictures named ``label=X_text=Y.png`` as one shard in the cache; None where there are none.
+    """Packs pictures named ``label=X_text=Y.png`` into one shard in the cache; None if the folder has none.
 
-    The shard is made anew when names, sizes or times of the pictures change. A broken picture stays broken: a sample
-    that is skipped and counted. A warning names everything else in the folder.
+    The shard is made anew when names, sizes or times of the pictures change. A broken picture is packed too, and later
+    skipped and counted as a sample. A warning names all other entries of the folder.
     """
     left_out: LeftOut = {}
     named = []
@@ -251,7 +251,7 @@ def pack_pair_folder(folder: Path, cache_dir: str | None) -> str | None:
         return None
     if left_out:
         say_once(f"{folder}: {len(named)} pictures named label=X_text=Y; not taken: {describe(left_out)}")
-    # The 2 is the version of what is written.
+    # The 2 is the version of the shard's format.
     made_of = digest(json.dumps([2, str(folder.resolve()), [path.name for path in named], files_state(named)[0]]))
     shard = Path(cache_dir or default_cache_dir()) / "pair_folders" / f"{folder.resolve().name}-{made_of}.tar"
     if not shard.exists():
@@ -265,15 +265,15 @@ def pack_pair_folder(folder: Path, cache_dir: str | None) -> str | None:
 
 
 def _write_shard(paths: Sequence[Path], shard: Path) -> None:
-    import webdataset  # here alone: reading shards does not need it
+    import webdataset  # only here: reading shards does not need it
 
     last_key = None
     with shard.open("wb") as file, webdataset.TarWriter(file, mtime=0) as writer:
         for number, path in enumerate(paths):
-            # A dot in a name would end the sample's key; neighbours of one key (.jpg beside .png) would be one.
+            # A dot would end the sample's key. Adjacent pictures with the same key (.jpg and .png) would be one sample.
             key = path.stem.replace(".", " ")
             key = f"{number}/{key}" if key == last_key else key
-            with path.open("rb") as picture:  # one byte too many is one sample that is skipped
+            with path.open("rb") as picture:  # one byte above the limit, so that reading skips it
                 data = picture.read(MAX_IMAGE_BYTES + 1)
             try:
                 extension, data = as_shard_member(data)

@@ -1,7 +1,7 @@
-"""Typographic attacks: a word written on an image, the same one for the same (seed, epoch, sample key).
+"""Typographic attacks: write a word on an image, the same one for the same (seed, epoch, sample key).
 
-Words are drawn last, on the pixels that the encoder sees, so that resizing and cropping never cut them. Everything
-random follows from one hash of (seed, epoch, key, number): nothing depends on the batch, the process or the worker.
+Words are written last, on the pixels that the encoder sees, so resizing and cropping never cut them. All randomness
+comes from a hash of (seed, epoch, key, number), so nothing depends on the batch, the process or the worker.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from utils.cli import nearest
 from utils.errors import UserError
 from utils.sets.labelled import fold
 
-REFERENCE_SIZE = 224  # letter sizes are given for images of this side and scale with the image
-AILERON = "Aileron"  # Pillow's own scalable font; it has no file
+REFERENCE_SIZE = 224  # pixels; letter sizes are given for images of this side and scale with the image
+AILERON = "Aileron"  # Pillow's built-in scalable font, which has no file
 KINDS = ("outlined", "label")
 PLACES = ("anywhere", "top", "bottom")
 COLOURS = np.array(
@@ -41,9 +41,9 @@ COLOURS = np.array(
 class WordStyle:
     """How words are written.
 
-    fonts: names or files, see ``find_fonts``. size: smallest and largest letters (the font's em), in pixels on an image
-    of 224; a word that does not fit shrinks. kind: ``outlined`` letters in one of 8 colours with a thin outline in
-    another, or a ``label``, black on a white sticker. place: which half of the image.
+    fonts: names or files, see ``find_fonts``. size: smallest and largest font size (em) in pixels on an image of side
+    224; a word that does not fit is made smaller. kind: ``outlined``, letters in one of 8 colours with a thin outline
+    in another; or ``label``, black on a white sticker. place: ``anywhere``, or the ``top`` or ``bottom`` half.
     """
 
     fonts: tuple[str, ...] = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono")
@@ -53,7 +53,7 @@ class WordStyle:
 
 
 class Draws:
-    """Random whole numbers that depend on the parts of a key alone, the same on every machine and in every version."""
+    """Random integers that depend only on the parts of a key, the same on every machine and with every version."""
 
     def __init__(self, *key: object) -> None:
         text = "/".join(map(str, key))
@@ -61,7 +61,7 @@ class Draws:
         self._numbers = itertools.chain.from_iterable(np.frombuffer(block, dtype="<u4").tolist() for block in blocks)
 
     def below(self, limit: int) -> int:
-        """Uniform in 0 ... limit-1, up to limit / 2^32."""
+        """Uniform in 0 ... limit-1, except for a bias of at most limit / 2^32."""
         return next(self._numbers) * limit >> 32
 
     def between(self, low: float, high: float) -> float:
@@ -70,7 +70,7 @@ class Draws:
 
 
 def merge_names(names: Sequence[str]) -> tuple[list[str], list[int]]:
-    """Distinct names in order, and for every name the place of its word among them: ImageNet has two cranes."""
+    """The distinct names in order, and the place of every name among them: ImageNet has two cranes."""
     words: dict[str, str] = {}
     for name in names:
         words.setdefault(fold(name), name)
@@ -79,7 +79,7 @@ def merge_names(names: Sequence[str]) -> tuple[list[str], list[int]]:
 
 
 def wrong_words(word: int, num_words: int, count: int, draws: Draws) -> list[int]:
-    """``count`` different words other than ``word``, uniform, 0 <= count < num_words."""
+    """Draws ``count`` different words other than ``word``, uniformly; 0 <= count < num_words."""
     others = [(word + offset) % num_words for offset in range(1, num_words)]
     for place in range(count):  # the first ``count`` steps of a Fisher-Yates shuffle
         other = place + draws.below(len(others) - place)
@@ -88,7 +88,7 @@ def wrong_words(word: int, num_words: int, count: int, draws: Draws) -> list[int
 
 
 def write_word(pixels: Tensor, word: str, style: WordStyle, draws: Draws) -> Tensor:
-    """Writes ``word`` on an image: uint8 (3, H, W) -> a new uint8 (3, H, W). The word is always wholly inside."""
+    """Writes ``word`` on an image: uint8 (3, H, W) -> a new uint8 (3, H, W). The whole word is always inside."""
     height, width = pixels.shape[1:]
     font = style.fonts[draws.below(len(style.fonts))]
     scale = min(height, width) / REFERENCE_SIZE
@@ -96,7 +96,7 @@ def write_word(pixels: Tensor, word: str, style: WordStyle, draws: Draws) -> Ten
     stroke = max(1, round(scale)) if style.kind == "outlined" else 0
     letters, shape = _fitting_word(break_lines(word), font, size, stroke, height, width)
     box_height, box_width = letters.shape
-    last = height - box_height  # the last row in which the word may begin; a tall one leaves its half
+    last = height - box_height  # the last row in which the word may begin; a tall word may cross the middle
     first = min(height // 2, last) if style.place == "bottom" else 0
     if style.place == "top":
         last = max(0, height // 2 - box_height)
@@ -117,14 +117,14 @@ def write_word(pixels: Tensor, word: str, style: WordStyle, draws: Draws) -> Ten
 
 
 def break_lines(name: str) -> str:
-    """Names of two or three words break after the first, longer ones after the second."""
+    """Breaks a name of two or three words after the first word, a longer one after the second."""
     words = name.split()
     first = 1 if len(words) <= 3 else 2
     return "\n".join(filter(None, (" ".join(words[:first]), " ".join(words[first:]))))
 
 
 def word_style(settings: Any) -> WordStyle:
-    """The style of the flags fonts, word_size_min, word_size_max, word_kind and word_place; or ``UserError``."""
+    """The style given by the flags fonts, word_size_min, word_size_max, word_kind and word_place; or ``UserError``."""
     smallest, largest = settings.word_size_min, settings.word_size_max
     if smallest > largest:
         raise UserError(f"--word_size_min {smallest:g}: larger than --word_size_max {largest:g}; swap them")
@@ -132,7 +132,7 @@ def word_style(settings: Any) -> WordStyle:
 
 
 def find_fonts(names: Sequence[str]) -> tuple[str, ...]:
-    """Names of ``known_fonts()`` or .ttf and .otf files, once each can be opened; else ``UserError``."""
+    """Checks that each font, a name in ``known_fonts()`` or a .ttf or .otf file, can be opened; else ``UserError``."""
     for name in names:
         try:
             _font(name, 12)
@@ -144,20 +144,20 @@ def find_fonts(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def known_fonts() -> list[str]:
-    """Fonts that come with matplotlib (DejaVu, STIX, Computer Modern) and Pillow, but those of symbols."""
+    """The fonts of matplotlib (DejaVu, STIX, Computer Modern) and Pillow, without those for symbols."""
     symbols = re.compile("Siz|Display|cmex|cmmi|cmsy|NonUni|LastResort")
     found = sorted(path.stem for path in _matplotlib_fonts().glob("*.ttf"))
     return [*(name for name in found if not symbols.search(name)), AILERON]
 
 
 def font_files(names: Sequence[str]) -> list[Path]:
-    """The files of fonts; Aileron's is Pillow's own module."""
+    """The files of the fonts; for Aileron, Pillow's own module."""
     inside = {name: _matplotlib_fonts() / f"{name}.ttf" for name in names} | {AILERON: Path(ImageFont.__file__)}
     return [inside[name] if inside[name].is_file() else Path(name) for name in names]
 
 
 def _matplotlib_fonts() -> Path:
-    spec = importlib.util.find_spec("matplotlib")  # found, not imported: every data worker comes by here
+    spec = importlib.util.find_spec("matplotlib")  # do not import it: every data worker runs this
     return Path(spec.origin if spec and spec.origin else "/nowhere").parent / "mpl-data" / "fonts" / "ttf"
 
 
@@ -166,7 +166,7 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     if name == AILERON:
         return ImageFont.load_default(size)
     (file,) = font_files([name])
-    if not file.is_file():  # else FreeType would search the system for a file of this name
+    if not file.is_file():  # FreeType would search the system for a file of this name
         raise OSError
     return ImageFont.truetype(file, size, layout_engine=ImageFont.Layout.BASIC)
 
@@ -174,12 +174,12 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 def _fitting_word(
     text: str, font: str, size: int, stroke: int, height: int, width: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The word at ``size`` or, where that is too large for (height, width), at the largest smaller one that fits."""
+    """The word at ``size``, or at the largest smaller size that fits into (height, width)."""
     while True:
         columns, rows = _layout(text, font, size, stroke)[0]
         if rows <= height and columns <= width:
             return _word(text, font, size, stroke)
-        if size == 1:  # more letters than the image has columns: squeezed, no word is ever cut
+        if size == 1:  # more letters than the image has columns: squeeze the word, never cut it
             room = (min(columns, width), min(rows, height))
             parts = [
                 Image.fromarray(part).resize(room, Image.Resampling.BOX) for part in _word(text, font, size, stroke)
@@ -190,23 +190,23 @@ def _fitting_word(
 
 @lru_cache(maxsize=16384)
 def _layout(text: str, font: str, size: int, stroke: int) -> tuple[tuple[int, int], tuple[float, float]]:
-    """(columns, rows) of the word's box and where in it Pillow has to begin, without drawing."""
+    """(columns, rows) of the word's box, and the position in it at which Pillow has to start; draws nothing."""
     padding = 0 if stroke else max(1, round(0.2 * size))
     probe = ImageDraw.Draw(Image.new("L", (1, 1)))
     left, top, right, bottom = probe.multiline_textbbox((0, 0), text, stroke_width=stroke, **_options(font, size))
-    # Some letters cross their box by a fraction of a pixel: one more pixel on every side.
+    # Some letters extend beyond their box by a fraction of a pixel, so add one pixel on every side.
     room = (int(np.ceil(right - left)) + 2 * padding + 2, int(np.ceil(bottom - top)) + 2 * padding + 2)
     return room, (1 + padding - left, 1 + padding - top)
 
 
-# Bytes, not floats: 4096 words at 224 pixels take some 60 MB of every data worker, at 448 four times that.
+# Bytes, not floats: 4096 words at 224 pixels take about 60 MB in every data worker, at 448 four times as much.
 @lru_cache(maxsize=4096)
 def _word(text: str, font: str, size: int, stroke: int) -> tuple[np.ndarray, np.ndarray]:
-    """Coverage (h, w), uint8, of the letters and of what is under them: their outline, or with stroke 0 the sticker."""
+    """Coverage (h, w), uint8, of the letters and of the shape below: the outline, or the sticker if stroke is 0."""
     room, corner = _layout(text, font, size, stroke)
     canvas = Image.new("RGB", room)
-    # Both in one go, letters in red and green, the outline in green: a stroke of another width would move the second
-    # line.
+    # Draw both at once, letters in red and green, the outline in green. With another stroke width Pillow would move the
+    # second line.
     ImageDraw.Draw(canvas).multiline_text(
         corner, text, fill=(255, 255, 0), stroke_width=stroke, stroke_fill=(0, 255, 0), **_options(font, size)
     )
