@@ -1,11 +1,11 @@
-"""Turns a task of srun into one rank of a trainer, with an accelerate config and without a launcher in between.
+"""Runs a task of srun as one rank of a script, with an accelerate config but without a launcher in between.
 
   srun --ntasks-per-node=8 --gpus-per-node=8 --kill-on-bad-exit=1 \\
     python slurm/rank.py --config_file accelerate_configs/ddp.yaml train_lore.py --eps 4 --output_dir runs/lore4
 
-One task per GPU (or per CPU process). `accelerate launch` would keep the signals of SLURM from the ranks and their exit
-status from srun; here the task is the rank, so both pass. The config means what it means to `accelerate launch`, except
-that SLURM says how many processes and machines there are. MASTER_ADDR and MASTER_PORT of the environment win.
+Start one task per GPU (or per CPU process). `accelerate launch` would keep SLURM's signals from the ranks, and the
+ranks' exit status from srun. Here the task is the rank, so both get through. The config means the same as for
+`accelerate launch`, but SLURM sets the numbers of processes and machines. MASTER_ADDR and MASTER_PORT may be set.
 """
 
 from __future__ import annotations
@@ -26,41 +26,41 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.cli import run
 from utils.errors import UserError
 
-REQUEUE = 85  # the exit status of the trainers that means: start me again
+REQUEUE = 85  # exit status of a trainer that asks to be started again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def main() -> None:
-    # Until the script has its own handlers there is nothing to save: a rank that is stopped has to start again.
+    # Until the script sets its own handlers there is nothing to save: a stopped rank just asks to be started again.
     for number in SIGNALS:
         signal.signal(number, leave)
     ranks = rank_environment(os.environ)
-    os.environ["RANK"] = ranks["RANK"]  # rank 0 alone says what is wrong with the command line
-    # Before torch is imported, which reads it once.
+    os.environ["RANK"] = ranks["RANK"]  # so that only rank 0 prints errors of the command line
+    # Set this before torch is imported, which reads it once.
     os.environ.setdefault("OMP_NUM_THREADS", str(task_cpus(os.environ, int(ranks["LOCAL_WORLD_SIZE"]))))
     args = parse_command(sys.argv[1:], world_size=int(ranks["WORLD_SIZE"]))
     if ranks["WORLD_SIZE"] == "1" and starts_one_process(args):
-        del os.environ["RANK"]  # as under accelerate launch: no group of one
+        del os.environ["RANK"]  # one process forms no group, as under accelerate launch
         ranks = {}
     else:
         ranks |= master(os.environ)
     os.environ.update(accelerate_environment(args) | ranks)
-    # In this process: an exec would lose the signals that come while Python starts and torch is imported once more.
+    # Run in this process: an exec would lose signals while Python starts and imports torch again.
     sys.argv = [args.training_script, *args.training_script_args]
     sys.path[0] = str(Path(args.training_script).resolve().parent)
     try:
         runpy.run_path(args.training_script, run_name="__main__")
     except SystemExit as end:
         if end.code == REQUEUE:
-            # srun --kill-on-bad-exit signals the slower ranks when the first one has left. Python gives up its handlers
-            # before it has ended, but leaves what is ignored.
+            # srun --kill-on-bad-exit signals the slower ranks when the first one has exited. Python removes its
+            # handlers before the process ends, but ignored signals stay ignored.
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
         raise
 
 
 def leave(number: int, frame: object) -> None:
-    """Ends the process with the status that asks for another start."""
+    """Exits with the status that asks to be started again."""
     os.write(2, f"rank.py: {signal.Signals(number).name}, nothing to save; exit status {REQUEUE}\n".encode())
     os._exit(REQUEUE)
 
@@ -89,14 +89,14 @@ def tasks_per_node(compressed: str) -> list[int]:
 
 
 def task_cpus(slurm: dict[str, str] | os._Environ, local_world_size: int) -> int:
-    """CPUs of one task: what --cpus-per-task asked for, else an equal share of the node's."""
+    """The number of CPUs of one task: that of --cpus-per-task, else an equal share of the node's CPUs."""
     return int(slurm.get("SLURM_CPUS_PER_TASK") or max(1, int(slurm["SLURM_CPUS_ON_NODE"]) // local_world_size))
 
 
 def master(env: dict[str, str] | os._Environ) -> dict[str, str]:
-    """Where the ranks meet: the first host of the step, a port that follows from job and step.
+    """MASTER_ADDR and MASTER_PORT: the first host of the step, and a port computed from job and step.
 
-    Raises ``UserError`` where SLURM does not name the host or the name has no address.
+    Raises ``UserError`` if SLURM does not name the host or the name has no address.
     """
     address = env.get("MASTER_ADDR")
     if address is None:
@@ -112,7 +112,7 @@ def master(env: dict[str, str] | os._Environ) -> dict[str, str]:
             f"{address}, where rank 0 runs, has no address here; set MASTER_ADDR to a name or an "
             "address that all nodes can reach"
         ) from None
-    # Below the ephemeral ports. Of 32 steps each, jobs meet where their numbers are a multiple of 619 apart.
+    # Below the ephemeral ports. With up to 32 steps each, jobs collide only if their ids differ by a multiple of 619.
     port = 10000 + (int(env["SLURM_JOB_ID"]) + 619 * int(env["SLURM_STEP_ID"])) % 20000
     return {"MASTER_ADDR": address, "MASTER_PORT": env.get("MASTER_PORT", str(port))}
 
@@ -131,8 +131,8 @@ def parse_command(argv: list[str], world_size: int) -> argparse.Namespace:
         refuse("--config_file: missing")
     if not Path(args.training_script).is_file():
         refuse(f"{args.training_script}: no such script")
-    args.num_processes, args.num_machines = world_size, 1  # as if all were on one machine: SLURM has placed them
-    args.main_process_port = 0  # accelerate's check of the port, not the port
+    args.num_processes, args.num_machines = world_size, 1  # as if on one machine: SLURM has placed them
+    args.main_process_port = 0  # only for accelerate's check; it is not the port
     try:
         args, config, precision_from_config = _validate_launch_command(args)
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
@@ -144,7 +144,7 @@ def parse_command(argv: list[str], world_size: int) -> argparse.Namespace:
 
 
 def accelerate_environment(args: argparse.Namespace) -> dict[str, str]:
-    """The environment that `accelerate launch` would give to its processes."""
+    """The environment variables that `accelerate launch` would give to its processes."""
     from accelerate.utils.launch import (
         prepare_deepspeed_cmd_env,
         prepare_multi_gpu_env,
@@ -157,7 +157,7 @@ def accelerate_environment(args: argparse.Namespace) -> dict[str, str]:
 
 
 def starts_one_process(args: argparse.Namespace) -> bool:
-    """Whether `accelerate launch` would start the script by itself, without torchrun."""
+    """Whether `accelerate launch` would start the script directly, without torchrun."""
     return args.cpu or not (args.multi_gpu or args.use_deepspeed or args.use_fsdp)
 
 
