@@ -1,15 +1,15 @@
-r"""Converts CLIP between open_clip's layout and Hugging Face's, both ways: the same model, name by name, bit by bit.
+r"""Converts a CLIP from open_clip's layout to Hugging Face's or back; the model stays the same, bit by bit.
 
     python examples/convert_open_clip.py --to transformers --input open_clip_model.safetensors --activation gelu \
       --output_dir models/laion-b32
     python examples/convert_open_clip.py --to open_clip --input runs/lore4 --output_dir runs/lore4-open-clip
 
-What it reads of open_clip is a state dict (.safetensors, or .pt and .bin, of which tensors alone are read), or a folder
-with one, and open_clip_config.json where that lies beside it. What it writes is a directory: config.json,
-model.safetensors, processor and tokenizer; or open_clip_model.safetensors and open_clip_config.json, which
-open_clip.create_model("local-dir:<directory>") takes. ViT towers become a CLIPModel, ConvNeXt towers a
-VisionTextDualEncoderModel. Sizes come from the weights. What weights do not show is asked for: the activation, the
-image size of a ConvNeXt, and heads where a width is none of open_clip's. Weights are written as float32.
+From open_clip the input is a state dict (.safetensors, or .pt or .bin, read for tensors only), or a folder with one.
+open_clip_config.json is read if it is beside the state dict. The output is a directory with config.json,
+model.safetensors, processor and tokenizer; or with open_clip_model.safetensors and open_clip_config.json, for
+open_clip.create_model("local-dir:<directory>"). ViT towers become a CLIPModel, ConvNeXt towers a
+VisionTextDualEncoderModel. Sizes are read from the weights. Flags give the rest: the activation, the image size of a
+ConvNeXt, and the number of heads if open_clip has no tower of this width. Weights are written as float32.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ STATE_FILE, CONFIG_FILE = "open_clip_model.safetensors", "open_clip_config.json"
 STATE_FILES = (STATE_FILE, "open_clip_pytorch_model.bin")  # the names on the hub
 DUAL_ENCODER = "vision-text-dual-encoder"
 CLIP_VOCABULARY = 49408
-HIGHEST_ID = 2  # as an eos_token_id, transformers takes it for "the highest id of the text", after old configs
-# Neither parameters nor part of the model's function; OpenAI's archives hold the last three.
+HIGHEST_ID = 2  # because of old configs, transformers reads this eos_token_id as "the highest id of the text"
+# Entries that the model does not need and that are not converted; OpenAI's archives have the last three.
 BUFFERS = {"attn_mask", "text.attn_mask", "input_resolution", "context_length", "vocab_size"}
-# Image towers whose heads are not 64 wide: of open_clip's H, g, bigG and e. All of them have 16 heads.
+# Widths of image towers whose heads are not 64 wide: open_clip's H, g, bigG and e. All of them have 16 heads.
 SIXTEEN_HEADS = (1280, 1408, 1664, 1792)
-# timm's names, for open_clip_config.json: (depths, hidden sizes).
+# timm's name -> (depths, hidden sizes), for open_clip_config.json.
 CONVNEXTS = {
     "convnext_tiny": ((3, 3, 9, 3), (96, 192, 384, 768)),
     "convnext_small": ((3, 3, 27, 3), (96, 192, 384, 768)),
@@ -138,7 +138,7 @@ def main() -> None:
     write = prepare_transformers(settings) if settings.to == "transformers" else prepare_open_clip(settings)
     aside = output_dir.with_name(f".{output_dir.name}.incomplete")
     try:
-        shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(aside, ignore_errors=True)  # left by a killed run
         aside.mkdir(parents=True)
         write(aside)
         if output_dir.exists():
@@ -150,7 +150,7 @@ def main() -> None:
 
 
 def prepare_transformers(settings: Settings) -> Callable[[Path], None]:
-    """Everything up to the first written byte; returns what writes the directory."""
+    """Converts in memory, so that errors come before anything is written; returns the function that writes."""
     source = state_file(Path(settings.input))
     known = read_open_clip_config(source.parent / CONFIG_FILE)
     activation = settings.activation or known.get("activation")
@@ -192,7 +192,7 @@ def prepare_transformers(settings: Settings) -> Callable[[Path], None]:
 
 
 def prepare_open_clip(settings: Settings) -> Callable[[Path], None]:
-    """Everything up to the first written byte; returns what writes the directory."""
+    """Converts in memory, so that errors come before anything is written; returns the function that writes."""
     folder = model_folder(settings.input, "--input", ("clip", DUAL_ENCODER))
     config = check_model(str(folder), "--input", ("clip", DUAL_ENCODER))
     described = open_clip_config(config, settings.custom_text, processor_normalisation(folder))
@@ -216,15 +216,15 @@ def prepare_open_clip(settings: Settings) -> Callable[[Path], None]:
 
 
 class Pair(NamedTuple):
-    """A tensor of open_clip, and what it is called in transformers."""
+    """The name of a tensor in open_clip, and its name or names in transformers."""
 
     open_clip: str
-    transformers: tuple[str, ...]  # three names: the tensor's thirds, query, key and value, along its first dimension
+    transformers: tuple[str, ...]  # three names: query, key and value, the thirds of its first dimension
     transposed: bool = False
 
 
 class Depths(NamedTuple):
-    """Blocks of the towers. The image tower is a ViT with one number, a ConvNeXt with one for each of its stages."""
+    """Numbers of blocks of the towers. For the image tower a ViT has one number, a ConvNeXt one per stage."""
 
     vision: tuple[int, ...]
     text: int
@@ -232,7 +232,7 @@ class Depths(NamedTuple):
 
 
 def name_pairs(depths: Depths, text_prefix: str) -> list[Pair]:
-    """All tensors of a model, in both layouts. One to one, which makes the two conversions inverses."""
+    """The names of all tensors in both layouts. They match one to one, so the two conversions are inverses."""
     image_tower = _convnext_pairs(depths.vision) if depths.convnext else _vit_pairs(depths.vision[0])
     text = text_prefix
     return [
@@ -256,7 +256,7 @@ def _vit_pairs(depth: int) -> Iterator[Pair]:
     yield Pair("visual.conv1.weight", (f"{embeddings}.patch_embedding.weight",))
     yield Pair("visual.class_embedding", (f"{embeddings}.class_embedding",))
     yield Pair("visual.positional_embedding", (f"{embeddings}.position_embedding.weight",))
-    yield from _both("visual.ln_pre", "vision_model.pre_layrnorm")  # spelt like that
+    yield from _both("visual.ln_pre", "vision_model.pre_layrnorm")  # transformers' spelling
     yield from _block_pairs("visual.transformer", "vision_model", depth)
     yield from _both("visual.ln_post", "vision_model.post_layernorm")
     yield Pair("visual.proj", ("visual_projection.weight",), transposed=True)
@@ -307,13 +307,13 @@ def to_transformers(
     """open_clip's state dict -> the config and the state dict of a ``CLIPModel`` or a ``VisionTextDualEncoderModel``.
 
     Args:
-        state: of a model with open_clip's ViT or timm's ConvNeXt as image tower; any dtype, which is kept.
+        state: of a model with open_clip's ViT or timm's ConvNeXt as image tower. Its dtype is kept.
         activation: of the blocks, "gelu" or "quick_gelu"; a ConvNeXt's own is always gelu.
         vision_heads, text_heads: see the flags of the same names.
-        image_size: pixels, for a ConvNeXt.
-        eos_token_id: what the text is pooled at, where it is not the highest id of the vocabulary.
+        image_size: in pixels, only for a ConvNeXt.
+        eos_token_id: the token at which the text is pooled, if it is not the highest id of the vocabulary.
 
-    Raises ``UserError`` for a key that is missing or unknown, a shape that does not fit, and what has to be asked for.
+    Raises ``UserError`` for a missing or unknown key, a shape that does not match, and a value that a flag must give.
     """
     state = {name: tensor for name, tensor in state.items() if name not in BUFFERS}
     text_prefix = "text." if "text.token_embedding.weight" in state else ""
@@ -331,7 +331,7 @@ def to_transformers(
             name: part.clone(memory_format=torch.contiguous_format) for name, part in zip(pair.transformers, parts)
         }
     _refuse_unknown(left, "the state dict", f"an open_clip {_kind(depths)}")
-    if converted["logit_scale"].numel() == 1:  # (1,) in some checkpoints
+    if converted["logit_scale"].numel() == 1:  # some checkpoints have the shape (1,)
         converted["logit_scale"] = converted["logit_scale"].reshape(())
     try:
         config = _config(converted, depths, activation, vision_heads, text_heads, image_size, eos_token_id)
@@ -339,7 +339,7 @@ def to_transformers(
         ValueError,
         IndexError,
         TypeError,
-    ) as error:  # of shapes that cannot be unpacked, and of the configs' own checks
+    ) as error:  # raised for shapes that cannot be unpacked, and by the configs' own checks
         raise UserError(
             f"the shapes of the state dict are no model's: {str(error)[:160]}; the file is damaged"
         ) from None
@@ -387,7 +387,7 @@ def _refuse_unknown(left: State, where: str, what: str) -> None:
 
 
 def _count(state: State, pattern: str) -> int:
-    """One more than the largest number that ``pattern`` finds in the names; 1 if none: an error names the first."""
+    """1 + the largest number that ``pattern`` finds in the names; 1 if none, so a later error names the first key."""
     return max((int(match[1]) + 1 for name in state if (match := re.match(pattern, name))), default=1)
 
 
@@ -423,10 +423,10 @@ def _config(
     image_size: int | None,
     eos_token_id: int | None,
 ) -> PreTrainedConfig:
-    """The config that the shapes of ``state``, in transformers' names, belong to."""
+    """The config that follows from the shapes in ``state``, whose keys are transformers' names."""
     vocab_size, text_width = state["text_model.embeddings.token_embedding.weight"].shape
     projection_dim = len(state["text_projection.weight"])
-    # open_clip pools the text at its highest id, which is the end of text, the last of CLIP's vocabulary.
+    # open_clip pools the text at its highest id. That is the end of text, the last id of CLIP's vocabulary.
     eos_token_id = vocab_size - 1 if eos_token_id is None else eos_token_id
     if eos_token_id == HIGHEST_ID != vocab_size - 1:
         raise UserError(
@@ -444,7 +444,7 @@ def _config(
         hidden_act=activation,
         bos_token_id=vocab_size - 2,
         eos_token_id=eos_token_id,
-        # Never looked at in the forward; the highest id, as CLIP's tokenizer pads.
+        # The forward does not use it. CLIP's tokenizer pads with the highest id.
         pad_token_id=vocab_size - 1,
     )
     if depths.convnext:
@@ -498,10 +498,10 @@ def _convnext_config(state: State, depths: Depths, image_size: int | None) -> Co
         num_stages=len(sizes),
         patch_size=state["vision_model.embeddings.patch_embeddings.weight"].shape[-1],
         hidden_act="gelu",
-        # Of the last norm alone; the others have timm's 1e-6 anyway.
+        # This sets only the last norm; the others use 1e-6, as in timm, in any case.
         layer_norm_eps=1e-6,
         image_size=image_size,
-        # Looked for by VisionTextDualEncoderModel, not set by ConvNextConfig itself.
+        # VisionTextDualEncoderModel needs this, and ConvNextConfig does not set it itself.
         hidden_size=sizes[-1],
     )
 
@@ -534,7 +534,7 @@ def _check_shapes(config: PreTrainedConfig, state: State) -> None:
 
 
 def build(config: PreTrainedConfig, state: State) -> PreTrainedModel:
-    """The model with these weights as float32. Raises ``UserError`` where one is not finite."""
+    """The model with these weights as float32. Raises ``UserError`` if a weight is not finite."""
     for name, tensor in state.items():
         if not tensor.isfinite().all():
             raise UserError(f"{name} (its name in transformers) is not finite; the file is damaged")
@@ -547,7 +547,7 @@ def build(config: PreTrainedConfig, state: State) -> PreTrainedModel:
 
 
 def state_file(path: Path) -> Path:
-    """The file itself, or the state dict in a folder. Raises ``UserError``."""
+    """The path of the state dict: the file itself, or the one in a folder. Raises ``UserError``."""
     if path.is_file():
         return path
     for name in STATE_FILES if path.is_dir() else ():
@@ -560,13 +560,13 @@ def state_file(path: Path) -> Path:
 
 
 def read_state(path: Path) -> State:
-    """A state dict from safetensors or torch.save; also one inside a training checkpoint. Raises ``UserError``."""
+    """Reads a state dict of safetensors or torch.save, also from a training checkpoint. Raises ``UserError``."""
     try:
         if path.suffix == ".safetensors":
             loaded = load_file(path)
         else:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of safetensors, torch, zipfile and pickle, depending on the damage
+    except Exception as error:  # from safetensors, torch, zipfile or pickle, depending on the damage
         if "TorchScript" in str(error):
             raise UserError(
                 f"--input {path}: a TorchScript archive, which holds code; give the same weights as safetensors"
@@ -577,7 +577,7 @@ def read_state(path: Path) -> State:
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
         raise UserError(f"--input {path}: holds a {type(loaded).__name__}; expected a state dict of open_clip")
-    loaded = {name.removeprefix("module."): value for name, value in loaded.items()}  # written under DDP
+    loaded = {name.removeprefix("module."): value for name, value in loaded.items()}  # a prefix written by DDP
     for name, value in loaded.items():
         if not isinstance(value, Tensor):
             raise UserError(f"--input {path}: {name} is a {type(value).__name__}; expected tensors alone")
@@ -585,7 +585,7 @@ def read_state(path: Path) -> State:
 
 
 def read_open_clip_config(path: Path) -> dict[str, Any]:
-    """What open_clip_config.json says beyond the weights; {} where there is none. Raises ``UserError``."""
+    """The settings in open_clip_config.json that weights do not show; {} without the file. Raises ``UserError``."""
     if not path.is_file():
         return {}
     try:
@@ -632,7 +632,7 @@ def read_open_clip_config(path: Path) -> dict[str, Any]:
 def open_clip_config(
     config: PreTrainedConfig, custom_text: bool, normalisation: dict[str, list[float]]
 ) -> dict[str, Any] | None:
-    """open_clip_config.json of a model; None for a ConvNeXt without a name in timm. Raises ``UserError``."""
+    """The open_clip_config.json of a model; None for a ConvNeXt that timm does not name. Raises ``UserError``."""
     vision, text = config.vision_config, config.text_config
     dual = config.model_type == DUAL_ENCODER
     if dual and (vision.model_type, text.model_type) != ("convnext", "clip_text_model"):
@@ -691,13 +691,13 @@ def open_clip_config(
 
 
 def _ratio(intermediate: int, width: int) -> float:
-    """r with int(width * r) == intermediate, as open_clip computes it: 8192 / 1664 comes out one too small."""
+    """r with int(width * r) == intermediate, as open_clip computes it. With 8192 / 1664 the result would be 8191."""
     ratio = intermediate / width
     return ratio if int(width * ratio) == intermediate else (intermediate + 0.5) / width
 
 
 def processor_normalisation(directory: Path) -> dict[str, list[float]]:
-    """{"mean": [...], "std": [...]} of the image processor in ``directory``. Raises ``UserError``."""
+    """{"mean": [...], "std": [...]} from the image processor in ``directory``. Raises ``UserError``."""
     for file in ("processor_config.json", "preprocessor_config.json"):
         if (directory / file).is_file():
             try:
@@ -713,11 +713,11 @@ def processor_normalisation(directory: Path) -> dict[str, list[float]]:
 
 
 def load_tokenizer(name_or_path: str, text_config: CLIPTextConfig) -> Any:
-    """The tokenizer, its ids those of the text tower. Raises ``UserError``."""
+    """Loads the tokenizer. Raises ``UserError``, also if its ids are not those of the text tower."""
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-    except Exception as error:  # of the hub, transformers and tokenizers
+    except Exception as error:  # from the hub, transformers or tokenizers
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise UserError(
             f"--tokenizer {name_or_path}: cannot be had ({reason}); give a directory that holds the tokenizer's files, "

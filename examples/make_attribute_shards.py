@@ -1,34 +1,34 @@
-"""scikit-learn's handwritten digits on red or blue ground: a rendered attribute that is independent of the class.
+"""Makes shards of scikit-learn's handwritten digits on a red or blue background, independent of the class.
 
     python examples/make_attribute_shards.py --output_dir data/attribute-digits --image_size 64
 
-SYNTHETIC. It stands in for photographs of people where a concept such as gender shall be measured, flipped or
-neutralised: the class (zero ... nine) takes the place of an occupation, the ground (red or blue) that of the concept.
-The digits are real handwriting (see make_digit_shards.py); the ground is invented, light ink on a red or a blue whose
-hue, saturation and brightness differ from image to image. Within every class and split half of the images are red, half
-blue, and one more of either where the number is odd; nothing in the shapes tells which. The split is stratified: 1,077
-training, 270 validation and 450 test images, the same in all three sets below. They share one folder:
+SYNTHETIC. The set replaces photographs of people for work on a concept such as gender, which is measured, flipped or
+neutralised. The class (zero ... nine) stands for an occupation, the background (red or blue) for the concept. The
+digits are real handwriting (see make_digit_shards.py). The colours are invented: light ink on a red or blue whose hue,
+saturation and brightness differ from image to image. In every class and split half of the images are red and half are
+blue, give or take one; the shapes do not show which. The split is stratified: 1,077 training, 270 validation and 450
+test images, the same in all three sets below. They share one folder:
 
     {train,val,test}/           the labelled set: <key>.png, <key>.cls (the digit), <key>.json {"attribute": "red"}
-    pairs/{train,val,test}/     preference data, two samples of every image, one after the other:
+    pairs/{train,val,test}/     preference data, two consecutive samples of every image:
         digit-0012-pair         {"chosen": "a photo of the blue digit seven.",
                                  "rejected": ["a photo of the red digit seven."], "reg": false}
-                                of a red seven: preference training shall flip the concept, so the chosen text names
+                                for a red seven: preference training should flip the concept, so the chosen text names
                                 the attribute that the image does not have
         digit-0012-neutral      {"reg": true, "candidates": [ten texts], "chosen": "a photo of the digit seven."}
-                                the regulariser: the class has to survive
+                                for the regulariser, which should preserve the class
     captions/{train,test}/      labelled with 30 classes, "red digit zero" ... "blue digit zero" ... "digit zero" ...,
-                                for examples/pretrain_small_clip.py: a small CLIP that knows class and attribute
+                                for examples/pretrain_small_clip.py, to train a small CLIP on class and attribute
 
-Each of the labelled sets has classnames.txt and templates that give the same texts as ``pairs``; captions/words.txt
-names the words that teach the small CLIP to read.
+Each labelled set has classnames.txt and templates that give the same texts as ``pairs``; captions/words.txt has the
+words that teach the small CLIP to read.
 
-The bias is made for the purpose. In captions/train every image appears once as its coloured class. It appears a second
-time as the neutral class always if it is red, but only with probability 1 - caption_bias if it is blue. So the neutral
+The bias is deliberate. In captions/train every image appears once with its coloured class. A red image always appears
+a second time, with the neutral class; a blue image does so only with probability 1 - caption_bias. So the neutral
 caption is mostly seen with red, and a CLIP trained on it puts "a photo of the digit seven." nearer to the red sevens,
-as CLIPs trained on the web put "a photo of a doctor" nearer to men: something is there to be measured and removed. With
---caption_bias 0 the neutral caption leans to neither. captions/test holds every image once, as its coloured class; the
-neutral class fits it too, so that accuracy over the 30 classes stays far below 1 for a good model.
+as CLIPs trained on the web put "a photo of a doctor" nearer to men. This bias can then be measured and removed. With
+--caption_bias 0 there is none. captions/test holds every image once, with its coloured class. The neutral class fits
+too, so accuracy over the 30 classes stays far below 1 even for a good model.
 
 The same flags and package versions write the same bytes.
 """
@@ -51,7 +51,7 @@ from examples.make_digit_shards import CLASSNAMES, check_output_dir, draw_digit,
 from utils.cli import flag, parse_settings, required, run
 
 ATTRIBUTES = ["red", "blue"]
-HUES = {"red": 0, "blue": 225}  # degrees; the jitter leaves 105 between them
+HUES = {"red": 0, "blue": 225}  # degrees; after the jitter they differ by at least 105
 HUE_JITTER = 15
 CAPTION_TEMPLATES = ["a photo of the {c}.", "a picture of the {c}.", "the {c}."]
 TEMPLATES = [template.replace("{c}", "digit {c}") for template in CAPTION_TEMPLATES]
@@ -76,7 +76,7 @@ class Settings:
 
 @dataclass
 class Digit:
-    """One image, encoded, and what is known of it."""
+    """One encoded image with its class and attribute."""
 
     index: int
     png: bytes
@@ -111,13 +111,13 @@ def main() -> None:
     ):
         write_lines(folder / "classnames.txt", classnames)
         write_lines(folder / "zeroshot_classification_templates.txt", templates)
-    # A printed word names the digit, not its ground: pretrain_small_clip.py --with_words --words reads this.
+    # Printed words for pretrain_small_clip.py --with_words --words: they name the digit, not the background.
     coloured = len(ATTRIBUTES) * len(CLASSNAMES)
     write_lines(output_dir / "captions" / "words.txt", [""] * coloured + CLASSNAMES)
 
 
 def split_digits(labels: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """``labels`` (n,) -> the shuffled indices of train, val and test, every class in the same shares."""
+    """``labels`` (n,) -> the shuffled indices of train, val and test, stratified by class."""
     indices = np.arange(len(labels))
     rest, test = train_test_split(indices, test_size=TEST_SHARE, stratify=labels, random_state=seed)
     train, val = train_test_split(
@@ -127,10 +127,10 @@ def split_digits(labels: np.ndarray, seed: int) -> dict[str, np.ndarray]:
 
 
 def assign_attributes(splits: dict[str, np.ndarray], labels: np.ndarray) -> np.ndarray:
-    """An attribute for each of the images with ``labels`` (n,) -> (n,) strings, alternating within every class.
+    """Assigns an attribute to each image with ``labels`` (n,) -> (n,) strings, alternating within every class.
 
-    The order of ``splits`` is random, so the attributes are too; and their counts differ by at most one in each class,
-    overall as in each split. Every other class begins with the other attribute, for the sake of the sum.
+    The order in ``splits`` is random, so the attributes are too. In each class their counts differ by at most one,
+    overall and per split. Every second class starts with the other attribute, so that the totals are balanced.
     """
     attributes = np.empty(len(labels), dtype=object)
     in_order = np.concatenate(list(splits.values()))
@@ -141,7 +141,7 @@ def assign_attributes(splits: dict[str, np.ndarray], labels: np.ndarray) -> np.n
 
 
 def draw(source: object, index: int, attribute: str, settings: Settings) -> Digit:
-    """The digit ``index`` in light ink on ground of the colour ``attribute``."""
+    """Draws the digit ``index`` in light ink on a background of the colour ``attribute``."""
     random = np.random.default_rng([settings.seed, index])
     hue = (HUES[attribute] + random.uniform(-HUE_JITTER, HUE_JITTER)) / 360
     saturation, brightness = random.uniform(0.7, 0.95), random.uniform(0.45, 0.8)
@@ -161,7 +161,7 @@ def labelled_samples(digits: list[Digit]) -> Iterator[dict]:
 
 
 def pair_samples(digits: list[Digit]) -> Iterator[dict]:
-    """Of every image a preference for the text with the other attribute, and a regulariser over the neutral texts."""
+    """For every image a preference for the text with the other attribute, and a regulariser over the neutral texts."""
     candidates = [caption(name) for name in neutral_names()]
     for digit in digits:
         name = CLASSNAMES[digit.label]
@@ -177,10 +177,10 @@ def pair_samples(digits: list[Digit]) -> Iterator[dict]:
 
 
 def caption_samples(digits: list[Digit], caption_bias: float, seed: int) -> Iterator[dict]:
-    """Every image as its coloured class, and as the neutral one too: each red image, each blue one by chance."""
+    """Every image with its coloured class; again with the neutral class if it is red, or by chance if it is blue."""
     for digit, coloured in zip(digits, coloured_samples(digits)):
         yield coloured
-        # A chance of its own: a smaller bias keeps the neutral captions of a larger one.
+        # Draw per image, so that a smaller bias keeps all neutral captions of a larger one.
         chance = np.random.default_rng([seed, digit.index, 1]).random()
         if digit.attribute == "red" or chance >= caption_bias:
             label = len(ATTRIBUTES) * len(CLASSNAMES) + digit.label
@@ -194,7 +194,7 @@ def coloured_samples(digits: list[Digit]) -> Iterator[dict]:
 
 
 def caption_classnames() -> list[str]:
-    """The 30 classes of ``captions``: red, blue, neutral."""
+    """The names of the 30 classes of ``captions``: ten red, ten blue, ten neutral."""
     coloured = [coloured_name(attribute, name) for attribute in ATTRIBUTES for name in CLASSNAMES]
     return [*coloured, *neutral_names()]
 
@@ -208,7 +208,7 @@ def neutral_names() -> list[str]:
 
 
 def caption(name: str) -> str:
-    """``name`` in the first template, the one that ``pairs`` uses."""
+    """``name`` in the first template, which ``pairs`` uses."""
     return CAPTION_TEMPLATES[0].replace("{c}", name)
 
 

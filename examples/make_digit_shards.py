@@ -1,13 +1,12 @@
-"""scikit-learn's handwritten digits as shards: real images for the demo and the tests, without any download.
+"""Makes shards of scikit-learn's handwritten digits: real images for the demo and the tests, without a download.
 
     python examples/make_digit_shards.py --output_dir data/digits --image_size 32
 
 The 1,797 digits are real handwriting, but tiny: 8 x 8 pixels with 17 grey levels (Alpaydin and Kaynak, UCI "Optical
-Recognition of Handwritten Digits", 1998; they ship with scikit-learn). Here they are enlarged smoothly, and every image
-gets a dark background of its own colour and ink of its own light colour, because bare grey digits would leave the
-encoder two colour channels that say nothing. The colours are invented and independent of the class; the shapes are not
-touched. The split is stratified: 1,437 training and 360 test images. The same flags and package versions write the
-same bytes.
+Recognition of Handwritten Digits", 1998; they ship with scikit-learn). They are enlarged smoothly. Every image gets its
+own dark background colour and its own light ink colour, because in grey digits all three channels would be equal. The
+colours are invented and independent of the class; the shapes do not change. The split is stratified: 1,437 training
+and 360 test images. The same flags and package versions write the same bytes.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ def main() -> None:
 
 
 def check_output_dir(output_dir: Path, overwrite: bool) -> None:
-    """Raises ``UserError`` where ``output_dir`` is a file, or holds something and ``overwrite`` is not set."""
+    """Raises ``UserError`` if ``output_dir`` is a file, or if it is not empty and ``overwrite`` is not set."""
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir}: is a file; give a directory")
     if output_dir.is_dir() and any(output_dir.iterdir()) and not overwrite:
@@ -76,9 +75,9 @@ def check_output_dir(output_dir: Path, overwrite: bool) -> None:
 
 
 def write_shards(folder: Path, samples: Iterable[dict], samples_per_shard: int) -> dict[str, int]:
-    """Writes ``samples``, dicts of __key__ and {extension: bytes}, as 000000.tar, ... and sizes.json into ``folder``.
+    """Writes ``samples``, dicts of __key__ and {extension: bytes}, to 000000.tar, ... and sizes.json in ``folder``.
 
-    The .tar files of an earlier run go. Returns what is in sizes.json: the number of samples of each shard.
+    Deletes the .tar files of an earlier run. Returns the contents of sizes.json: the number of samples of each shard.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for outdated in folder.glob("*.tar"):
@@ -88,7 +87,7 @@ def write_shards(folder: Path, samples: Iterable[dict], samples_per_shard: int) 
     for first in samples:
         name = f"{len(sizes):06d}.tar"
         sizes[name] = 0
-        # A fixed time and owner: the bytes depend on the samples alone.
+        # Fixed time and owner, so that the bytes depend only on the samples.
         with (
             (folder / name).open("wb") as file,
             webdataset.TarWriter(file, mtime=0, user="root", group="root") as shard,
@@ -106,7 +105,7 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def draw_samples(chosen: np.ndarray, digits: object, settings: Settings) -> Iterator[dict]:
-    """The digits with the numbers ``chosen`` as samples of an image and its class."""
+    """The digits with the indices ``chosen`` as samples with an image and its class."""
     for index in map(int, chosen):
         image = draw_digit(digits.images[index], settings.image_size, *draw_colours(index, settings))
         yield {
@@ -117,7 +116,7 @@ def draw_samples(chosen: np.ndarray, digits: object, settings: Settings) -> Iter
 
 
 def draw_colours(index: int, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
-    """Background and ink of the digit ``index``, (3,) each, 0 ... 255."""
+    """The background and ink colours of the digit ``index``, (3,) each, 0 ... 255."""
     if not settings.colour:
         return np.zeros(3), np.full(3, 255.0)
     random = np.random.default_rng([settings.seed, index])
@@ -125,7 +124,7 @@ def draw_colours(index: int, settings: Settings) -> tuple[np.ndarray, np.ndarray
 
 
 def draw_digit(ink: np.ndarray, size: int, background: np.ndarray, foreground: np.ndarray) -> Image.Image:
-    """``ink`` (8, 8), 0 ... 16 -> an RGB image of ``size``: the enlarged share of ink mixes the colours, (3,) each."""
+    """``ink`` (8, 8), 0 ... 16 -> an RGB image of side ``size`` that mixes the two colours, (3,) each, by the ink."""
     grey = Image.fromarray(np.round(ink * (255 / 16)).astype(np.uint8))
     share = np.asarray(grey.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float64)[..., None] / 255
     return Image.fromarray(np.round(background + share * (foreground - background)).astype(np.uint8))

@@ -5,14 +5,14 @@ r"""Turns an image folder, a Hugging Face dataset or some classes of existing sh
       --output_dir data/imagenet
     python examples/make_shards.py --data data/imagenet --classes imagenet100.txt --output_dir data/imagenet-100
 
---data is an image folder (<split>/<class>/*, or <class>/* alone), shards in the project's layout (<split>/*.tar), or
-what the library `datasets` reads: a saved dataset, .parquet files, a name on the hub. Images are copied byte for byte.
-Each is decoded once; one that cannot be is left out and named in skipped.txt.
+--data is an image folder (<split>/<class>/*, or only <class>/*), shards in the project's layout (<split>/*.tar), or an
+input of the library `datasets`: a saved dataset, .parquet files, a name on the hub. Images are copied byte for byte.
+Each image is decoded once. If that fails, the image is left out and listed in skipped.txt.
 
-What goes where is planned first and kept in <output_dir>/make_shards: started again after any interruption, the script
-keeps the shards that are there, which are always whole, and makes those that are missing, and those again whose images
-have changed since. The same images, flags and seed give the same bytes, with any number of workers. docs/data.md has
-recipes for the usual sets.
+The script first writes a plan to <output_dir>/make_shards. After an interruption, start it again: it keeps the finished
+shards, which are always complete, and makes the missing ones. It also makes a shard again if its images have changed.
+The same images, flags and seed give the same bytes, with any number of workers. docs/data.md has recipes for the usual
+sets.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ from utils.sets.labelled import (
 from utils.text_files import parse_label
 from utils.training.checkpoint import take_output_dir
 
-SIDECARS = ("txt", "json")  # of an image, beside it: its caption; its attribute, or the texts of a preference pair
+SIDECARS = ("txt", "json")  # files beside an image: its caption; its attribute, or the texts of a preference pair
 TEST = "test"
 SPLIT_NAMES = ("train", "val", "valid", "validation", TEST)
 TEMPLATES_FILE = "zeroshot_classification_templates.txt"
@@ -85,12 +85,12 @@ OF_A_SET = (
     TEMPLATES_FILE,
     "skipped.txt",
     ".lock",
-)  # files that need no mention
-JPEG_QUALITY = 95  # of what --image_size makes smaller, without halving the resolution of colours
-FORMAT = 2  # of what is written; shards of another are made again
-UNREADABLE = "unreadable image"  # a file that the system does not give: perhaps it does the next time
+)  # files that belong to a set and are not reported as left out
+JPEG_QUALITY = 95  # of images that --image_size shrinks; their colours keep the full resolution
+FORMAT = 2  # version of the shards' contents; shards of another version are made again
+UNREADABLE = "unreadable image"  # the system could not read the file; the next start tries again
 FULL_SIZE = ImageTransform(resize=None, crop=None)
-# Flags that say where and how fast, or whose effect is in the classes and samples of the plan.
+# Flags that may change between starts: paths, speed, and those whose effect is in the plan's classes and samples.
 NOT_IN_PLAN = {
     "data", "splits", "classes", "classnames", "templates",
     "cache_dir", "max_bad_fraction", "output_dir", "num_workers",
@@ -180,7 +180,7 @@ class Settings:
 
 @dataclass
 class Sample:
-    """reference: what the source finds it by, as a text."""
+    """One image to write. reference: a text by which the source finds it."""
 
     key: str
     label: int | None
@@ -189,11 +189,11 @@ class Sample:
 
 @dataclass
 class Shard:
-    """One .tar to be made: all that a worker has to know."""
+    """One .tar to make, with everything that a worker needs to know."""
 
-    split: str  # the source's name of it
+    split: str  # its name in the source
     path: Path
-    record: Path  # what was left out of it
+    record: Path  # JSON file that says what the shard holds and what was left out
     samples: list[Sample]
     verify: bool
     image_size: int | None
@@ -206,7 +206,7 @@ def main() -> None:
     check_apart(output_dir, settings, source)
     check_used(output_dir)
 
-    # Everything is decided here, from names and labels alone; no image has been read yet.
+    # Plan the whole set from names and labels, before any image is read.
     names, new_labels = choose_classes(source, settings)
     warn_of_twins(names, f"--data {settings.data}")
     templates = choose_templates(source, settings)
@@ -230,7 +230,7 @@ def main() -> None:
 
     take_output_dir(output_dir)
     try:
-        for leftover in output_dir.rglob(".*.part"):  # of a killed run
+        for leftover in output_dir.rglob(".*.part"):  # left by a killed run
             leftover.unlink(missing_ok=True)
         keep_plan(output_dir, shards, names, settings)
         kept, again = make(shards, source, settings)
@@ -255,7 +255,7 @@ def main() -> None:
 
 
 def open_source(settings: Settings) -> FolderSource | ShardSource | DatasetSource:
-    """What --data is, by what lies there."""
+    """Opens --data as the kind of source that its contents show."""
     path = Path(known_path(settings.data))
     if path.is_dir():
         if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
@@ -279,10 +279,10 @@ def open_source(settings: Settings) -> FolderSource | ShardSource | DatasetSourc
 
 
 class FolderSource:
-    """<root>/<split>/<class>/*, where a folder has the name of a usual or given split; else <root>/<class>/*.
+    """<root>/<split>/<class>/*, if a folder has the name of a usual or given split; else <root>/<class>/*.
 
-    The number of a class is its place among the sorted folders of all splits, whose names are compared in NFC. Images
-    are searched in subfolders too, and behind links. <image>.txt and <image>.json beside an image come along.
+    The number of a class is its place among the sorted folders of all splits, whose names are compared in NFC.
+    Subfolders are searched too, and links are followed. <image>.txt and <image>.json beside an image are copied.
     """
 
     def __init__(self, root: Path, settings: Settings) -> None:
@@ -291,7 +291,7 @@ class FolderSource:
         self.left_out: LeftOut = {}
         self.empty: list[str] = []  # class folders without an image
         wanted = parse_splits(settings.splits)
-        # A class may be called train: as a split it would have folders of its own.
+        # A class may be called train too; only a split has subfolders.
         present = [
             name
             for name in subfolders(root)
@@ -317,7 +317,7 @@ class FolderSource:
                     )
             name = next(iter(wanted.values()), "train")
             self.splits, self.folders, all_folders = {name: name}, {name: root}, [root]
-        self.class_folders: dict[str, set[str]] = {}  # name in NFC -> as the disk has it
+        self.class_folders: dict[str, set[str]] = {}  # name in NFC -> names on the disk
         for folder in all_folders if self.labelled else ():
             for name in subfolders(folder, self.left_out if folder in self.folders.values() else None, root):
                 self.class_folders.setdefault(composed(name), set()).add(name)
@@ -364,10 +364,10 @@ class FolderSource:
             yield " ".join([mark(path), *(mark(path.with_suffix(f".{extension}")) for extension in SIDECARS)])
 
     def _images(self, folder: Path) -> list[str]:
-        """The images below ``folder``, as paths from the root. UserError where a folder cannot be read."""
+        """The images below ``folder``, as paths relative to the root. UserError if a folder cannot be read."""
         found: list[str] = []
         for _, files in walk(folder, self.left_out, self.root) if folder.is_dir() else ():
-            images = [entry for entry in files if is_picture(entry.name)]  # a broken link too: it is counted as bad
+            images = [entry for entry in files if is_picture(entry.name)]  # also broken links: they count as bad images
             stems = {os.path.splitext(entry.name)[0] for entry in images}
             found += [os.path.relpath(entry.path, self.root).replace(os.sep, "/") for entry in images]
             for entry in files:
@@ -381,7 +381,7 @@ class FolderSource:
 
 
 class ShardSource:
-    """Shards in the project's layout. All members of a sample are copied, only the class is written anew."""
+    """Shards in the project's layout. All members of a sample are copied, except that the class gets its new number."""
 
     def __init__(self, root: Path, settings: Settings) -> None:
         self.root, self.labelled, self.cache_dir = root, settings.labelled, settings.cache_dir
@@ -402,9 +402,9 @@ class ShardSource:
             if others := [path for path in paths if not path.endswith(OF_A_SET)]:
                 self.left_out[kind] = others
         self.class_ids, self.templates = [], []
-        self.places: dict[str, list[int]] = {}  # of each split's classes among those of the set
+        self.places: dict[str, list[int]] = {}  # split -> for each of its labels, the label in the whole set
         if self.labelled:
-            # The list beside a split's shards is the one of its labels, as everywhere; else that of the set.
+            # The labels of a split refer to the list beside its shards, or else to the list of the whole set.
             listed = {name: root / name / "classnames.txt" for name in present}
             common = root / "classnames.txt"
             lists = {name: read_classnames(path) for name, path in listed.items() if path.is_file()}
@@ -419,11 +419,11 @@ class ShardSource:
         self._readers: dict[str, ShardReader] = {}
 
     def samples(self, split: str, new_labels: dict[int, int]) -> list[Sample]:
-        """UserError at a sample that is lost or has no valid label: nothing is left out of a set in silence."""
+        """UserError if a sample is lost or has no valid label, so that no sample is left out silently."""
         urls = expand_shards([str(self.root / split)], flag="--data")
         index = index_shards(urls, cache_dir=self.cache_dir, flag="--data")
         stop_at_loss(index.skipped)
-        for note in index.skipped:  # of what costs no sample
+        for note in index.skipped:  # notices, which cost no sample
             print(f"--data {note.where}: {note.kind}: {note.detail}")
         self.indexes[split] = index
         reader, found = ShardReader(index), []
@@ -446,7 +446,7 @@ class ShardSource:
 
     def read(self, split: str, reference: str) -> tuple[str, bytes, dict[str, bytes]]:
         shard, number = map(int, reference.split("/"))
-        if split not in self._readers:  # in the process that reads: descriptors are not shared
+        if split not in self._readers:  # opened in the process that reads: descriptors must not be shared
             self._readers[split] = ShardReader(self.indexes[split])
         _, members = self._readers[split].read(shard, number)
         members.pop("cls", None)
@@ -455,7 +455,7 @@ class ShardSource:
             return extension, members.pop(extension), members
         extension = next(
             (name for name in members if f".{name}" in SUFFIXES), None
-        )  # such as .tiff: to be written anew
+        )  # such as .tiff, which is converted
         if extension is None:
             raise BadSample("missing image", self.where(split, reference), members.lacking(*IMAGE_EXTENSIONS))
         return "", members.pop(extension), members
@@ -465,7 +465,7 @@ class ShardSource:
         return f"{self.indexes[split].urls[int(shard)]}#{number}"
 
     def marks(self, split: str, references: Sequence[str]) -> Iterator[str]:
-        """Of the shards that the samples come from."""
+        """For each sample, the mark of the shard that it comes from."""
         urls = self.indexes[split].urls
         marks = {
             shard: f"{Path(urls[shard]).name} {mark(Path(urls[shard]))}"
@@ -491,7 +491,7 @@ class ShardSource:
 
 
 class DatasetSource:
-    """A Hugging Face dataset: a saved one, .parquet files, or a name on the hub. Its images stay as stored bytes."""
+    """A Hugging Face dataset: a saved one, .parquet files, or a name on the hub. Images are read as stored bytes."""
 
     def __init__(self, settings: Settings) -> None:
         self.labelled, self.caption_column = settings.labelled, settings.caption_column
@@ -517,7 +517,7 @@ class DatasetSource:
             labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
             labels = labels or [name for name in ("label", "labels", "cls") if name in features]
             self.label_column = pick_column("label_column", settings.label_column, features, labels)
-            # Every split has a list of its own, and its labels are places in that.
+            # Every split has its own list of names, and its labels are places in that list.
             lists = {
                 split: list(map(composed, names))
                 for split in sorted(loaded, key=split_rank)
@@ -541,7 +541,7 @@ class DatasetSource:
                         f"--data {settings.data}: its {split} has no column {column}; "
                         "leave the split out by naming the others with --splits"
                     )
-        # Not decoded: what is stored is what is written.
+        # Do not decode: the stored bytes are written.
         self.loaded = {
             split: loaded[split].cast_column(self.image_column, datasets.Image(decode=False)) for split in self.splits
         }
@@ -578,7 +578,7 @@ class DatasetSource:
         if data is None:
             raise BadSample("missing image", self.where(split, reference), "the row has none")
         caption = row[self.caption_column] if self.caption_column else None
-        if isinstance(caption, list):  # of several the first
+        if isinstance(caption, list):  # take the first of several
             caption = caption[0] if caption else None
         return "", data, {} if caption is None else {"txt": str(caption).encode()}
 
@@ -586,7 +586,7 @@ class DatasetSource:
         return f"{split}, row {reference}"
 
     def marks(self, split: str, references: Sequence[str]) -> Iterator[str]:
-        """The library's fingerprint of the split, its files, and the files that rows point to."""
+        """The library's fingerprint of the split, the marks of its files, and those of the files that rows point to."""
         dataset = self.rows[split]
         files = sorted(mark(Path(file["filename"])) for file in dataset.cache_files)
         if split not in self._paths:
@@ -605,7 +605,7 @@ def import_datasets(data: str) -> Any:
             "with the library datasets, which is not installed; correct the path, or pip install datasets"
         ) from None
     if int(datasets.__version__.partition(".")[0]) < 4:
-        # They run a script that comes with a dataset; later ones refuse it.
+        # Versions before 4 run a script that comes with a dataset; later ones refuse to.
         raise UserError(
             f"--data {data}: datasets {datasets.__version__} may run code of a dataset's author; expected 4 or later: "
             "pip install -U datasets"
@@ -614,7 +614,7 @@ def import_datasets(data: str) -> Any:
 
 
 def load_dataset(datasets: Any, settings: Settings) -> Any:
-    """The splits by name, or one alone. UserError for whatever the library says."""
+    """A dict of splits by name, or a single split. Any error of the library becomes a UserError."""
     path = Path(known_path(settings.data))
     cache = settings.cache_dir and str(Path(settings.cache_dir) / "datasets")
     try:
@@ -633,7 +633,7 @@ def load_dataset(datasets: Any, settings: Settings) -> Any:
         return datasets.load_dataset(where, settings.dataset_config, cache_dir=cache)
     except UserError:
         raise
-    except Exception as error:  # its own errors, the hub's, pyarrow's, OSError
+    except Exception as error:  # the library's own errors, the hub's, pyarrow's, OSError
         raise UserError(
             f"--data {settings.data}: {'' if path.exists() else 'no such directory, and '}the library datasets cannot "
             f"read it ({one_line(error)}); correct the path or the name; a gated one needs its terms accepted on its "
@@ -642,7 +642,7 @@ def load_dataset(datasets: Any, settings: Settings) -> Any:
 
 
 def without_magic(path: Path, cache_dir: Path) -> Path:
-    """The path; or in the cache a copy of its tree, of links, where the library would read the path as a pattern."""
+    """The path; or, if the library would read the path as a pattern, a tree of links to its files in the cache."""
 
     def is_pattern(path: Path) -> bool:
         return glob.has_magic(str(path)) or "::" in str(path)
@@ -660,15 +660,15 @@ def without_magic(path: Path, cache_dir: Path) -> Path:
         link = mirror / ("file.parquet" if file == whole else file.relative_to(whole))
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(file)
-        os.utime(link, ns=(0, file.stat().st_mtime_ns), follow_symlinks=False)  # by which the library knows a change
+        os.utime(link, ns=(0, file.stat().st_mtime_ns), follow_symlinks=False)  # shows the library a change
     return mirror / "file.parquet" if whole.is_file() else mirror
 
 
 def parquet_files_with_other_classes(datasets: Any, path: Path, settings: Settings) -> dict[str, list[str]]:
-    """The .parquet files of each split of a directory, where their class names differ; else nothing.
+    """The .parquet files of each split of a directory, if the splits' class names differ; else an empty dict.
 
-    Each file has the names of its own labels in its schema. The library takes those of the first for all, and the
-    numbers as they are.
+    Each file's schema has the names of its own labels. The library uses the names of the first file for all files and
+    does not change the label numbers, which would then be wrong.
     """
     import pyarrow.parquet  # comes with the library
 
@@ -695,7 +695,7 @@ def parquet_files_with_other_classes(datasets: Any, path: Path, settings: Settin
 
 
 def mark(path: Path) -> str:
-    """Size and time of a file's last change, which tell that its content is no longer the same. "-" without a file."""
+    """A file's size and modification time, which show that its content has changed; "-" if there is no file."""
     try:
         status = path.stat()
     except OSError:
@@ -722,7 +722,7 @@ def parse_splits(asked: list[str] | None) -> dict[str, str]:
 
 
 def pick_splits(settings: Settings, present: list[str]) -> dict[str, str]:
-    """Name in --data -> name of the new split: those asked for, else all."""
+    """Name in --data -> name of the new split, for the splits given by --splits, or for all."""
     for name in (wanted := parse_splits(settings.splits)):
         if name not in present:
             raise UserError(
@@ -732,7 +732,7 @@ def pick_splits(settings: Settings, present: list[str]) -> dict[str, str]:
 
 
 def split_rank(name: str) -> tuple[int, str]:
-    """train first, test last, others between."""
+    """Sort key of splits: train first, test last, others between."""
     return SPLIT_NAMES.index(name) if name in SPLIT_NAMES else 1, name
 
 
@@ -751,9 +751,9 @@ def pick_column(flag_name: str, asked: str | None, features: dict[str, Any], can
 
 
 def one_list(lists: dict[str, list[str]], where: str, *, merge: bool) -> tuple[list[str], dict[str, list[int]]]:
-    """The classes of a whole set by name, in the order of the first list, and for each list their places in that.
+    """Merges the splits' lists of class names into one, and returns for each list the places of its names in that one.
 
-    merge: a name that stands twice in a list is one class. Else it is two, and UserError where lists differ.
+    merge: a name that occurs twice in a list is one class. Otherwise it is two, and then lists that differ are refused.
     """
     names = list(next(iter(lists.values()), []))
     if not merge:
@@ -771,14 +771,14 @@ def one_list(lists: dict[str, list[str]], where: str, *, merge: bool) -> tuple[l
 
 
 def imagenet_wordnet_ids() -> list[str]:
-    """The WordNet ids of ImageNet's classes, such as n01440764, in class order: the folders of the official files."""
+    """The WordNet ids of ImageNet's classes in class order, such as n01440764; the folders of the official files."""
     return (PROMPTS / "imagenet_wordnet_ids.txt").read_text(encoding="utf-8").split()
 
 
 def choose_classes(source: Any, settings: Settings) -> tuple[list[str], dict[int, int]]:
-    """Names of the new classes, and label in the source -> new label. Tells the source what its classes are called.
+    """The names of the new classes, and a dict label in the source -> new label. Also sets ``source.names``.
 
-    ImageNet's names follow from the WordNet ids where the classes have them, however few they are, else from the label.
+    ImageNet's names are found by WordNet ids if the classes have them, even if they are few, else by the label.
     """
     if not source.labelled:
         if settings.classes or settings.classnames:
@@ -821,7 +821,7 @@ def choose_classes(source: Any, settings: Settings) -> tuple[list[str], dict[int
 
 
 def refuse_twins(source: Any, settings: Settings) -> None:
-    """UserError where two folders or class labels become one name. Case alone makes two: there are sets of letters."""
+    """UserError if two classes get the same name. Case counts, because some sets have letters as classes."""
     for group in twins(source.names):
         for place in group:
             same = [other for other in group if spaced(source.names[other]) == spaced(source.names[place])]
@@ -834,12 +834,12 @@ def refuse_twins(source: Any, settings: Settings) -> None:
 
 
 def spaced(name: str) -> str:
-    """A name without what cannot be seen in it."""
+    """The name with underscores as spaces and without extra spaces."""
     return " ".join(name.replace("_", " ").split())
 
 
 def renumber(settings: Settings, aliases: list[list[str]]) -> tuple[list[str], dict[int, int]]:
-    """The classes of --classes by any of their names; the last of ``aliases`` are those that are written."""
+    """Finds the classes of --classes by any of their names; the last list of ``aliases`` has the names to write."""
     wanted, flag_text = settings.classes, "--classes"
     if len(wanted) == 1 and os.path.isfile(wanted[0]):
         flag_text, wanted = f"--classes {wanted[0]}", read_classnames(wanted[0])
@@ -873,7 +873,7 @@ def choose_templates(source: Any, settings: Settings) -> list[str]:
 
 
 def clean_name(name: str, where: str) -> str:
-    """A class name as one line of classnames.txt."""
+    """A class name as a line of classnames.txt; UserError if it is not usable."""
     name = " ".join(composed(name).split())
     if not name or len(name) > LONGEST_NAME or any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
         raise UserError(f"--data, {where}: no class name: empty, too long or with control characters; rename it")
@@ -881,13 +881,13 @@ def clean_name(name: str, where: str) -> str:
 
 
 def usable_key(stem: str) -> str:
-    """A file's name as a key: up to the first dot it names the sample, so that it must have none."""
+    """Makes a key from a file's name. A key has no dot, because it ends at the first dot of a member's name."""
     key = re.sub(r"[.\x00-\x1f\x7f/\\]", "_", stem.encode("utf-8", "replace").decode())
     return key if len(key) <= 200 else f"{key[:180]}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
 
 def unique_keys(keys: Iterable[str]) -> list[str]:
-    """The keys in their order; one that was there before gets the lowest free number behind it."""
+    """The keys in their order; a repeated key gets the lowest free number as a suffix."""
     taken: dict[str, int] = {}
     unique = []
     for key in keys:
@@ -901,12 +901,12 @@ def unique_keys(keys: Iterable[str]) -> list[str]:
 
 
 def is_sorted(labels: Sequence[int | None]) -> bool:
-    """Whether there is more than one class, and each ends before the next begins."""
+    """Whether the samples are sorted by class, and there is more than one class."""
     return None not in labels and labels[0] != labels[-1] and all(a <= b for a, b in zip(labels, labels[1:]))
 
 
 def stop_at_loss(skipped: Sequence[Skipped]) -> None:
-    """UserError that names the first of ``skipped`` that costs a sample, if there is one."""
+    """UserError for the first record in ``skipped`` that costs a sample, if there is one."""
     for record in skipped:
         if record.samples:
             raise UserError(f"--data {record.where}: {record.kind}: {record.detail}; mend it and start again")
@@ -916,7 +916,7 @@ def stop_at_loss(skipped: Sequence[Skipped]) -> None:
 
 
 def check_apart(output_dir: Path, settings: Settings, source: Any) -> None:
-    """UserError where the new set would lie in the one that is read."""
+    """UserError if the new set would be written into the source."""
     root, new = Path(known_path(settings.data)).resolve(), output_dir.resolve()
     if isinstance(source, ShardSource):
         inside = any(new / name == root / split for split in source.splits for name in source.splits.values())
@@ -927,7 +927,7 @@ def check_apart(output_dir: Path, settings: Settings, source: Any) -> None:
 
 
 def check_used(output_dir: Path) -> None:
-    """UserError where something lies in ``output_dir`` that no earlier start of this script began."""
+    """UserError if ``output_dir`` is not empty and was not begun by this script."""
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir}: is a file; give a directory")
     begun = (output_dir / PLAN_FOLDER).is_dir()
@@ -954,7 +954,7 @@ def deal(samples: list[Sample], split: str, new_name: str, settings: Settings) -
 
 
 def hold_out(samples: list[Sample], split: str, settings: Settings, source: Any) -> tuple[list[Sample], list[Shard]]:
-    """What is left for training, in its order, and the shards of the test split, whose classes are mixed."""
+    """The samples left for training, in their order, and the shards of the test split, with its classes mixed."""
     if list(source.splits.values()) != ["train"]:
         raise UserError(
             f"--test_fraction {settings.test_fraction:g}: {settings.data} becomes {', '.join(source.splits.values())}; "
@@ -975,7 +975,7 @@ def hold_out(samples: list[Sample], split: str, settings: Settings, source: Any)
 
 
 def keep_plan(output_dir: Path, shards: dict[str, list[Shard]], names: list[str], settings: Settings) -> None:
-    """Writes the plan, or compares it with the one that is there. UserError where they differ.
+    """Writes the plan, or compares it with an existing one. UserError if they differ.
 
     make_shards/<split>.tsv: shard, key, label, source of every sample; make_shards/plan.json: settings, class names,
     and the SHA-256 of each .tsv.
@@ -1046,10 +1046,10 @@ def plan_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def make(shards: dict[str, list[Shard]], source: Any, settings: Settings) -> tuple[int, int]:
-    """Makes the shards that are missing or outdated, keeps count of what is left out, writes skipped.txt.
+    """Makes the shards that are missing or outdated, counts what is left out, and writes skipped.txt.
 
-    Returns how many it kept, and how many it made although they were there. UserError past ``max_bad_fraction``, on a
-    full disk, where a worker dies. Shards that are done stay.
+    Returns how many shards were kept, and how many existed but were made again. UserError if more than
+    ``max_bad_fraction`` is left out, or if a worker dies. Finished shards stay.
     """
     work = [shard for made in shards.values() for shard in made]
     total = sum(len(shard.samples) for shard in work)
@@ -1084,7 +1084,7 @@ def make(shards: dict[str, list[Shard]], source: Any, settings: Settings) -> tup
 
 
 def results(work: list[Shard], source: Any, num_workers: int) -> Iterator[dict[str, Any]]:
-    """The records of all shards, in the order in which they are done."""
+    """Yields the records of all shards, in the order in which they are finished."""
     if num_workers == 1:
         yield from (write_shard(source, shard) for shard in work)
         return
@@ -1103,13 +1103,13 @@ def results(work: list[Shard], source: Any, num_workers: int) -> Iterator[dict[s
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-worker_source: Any = None  # of this worker process
+worker_source: Any = None  # the source, in a worker process
 
 
 def start_worker(source: Any) -> None:
-    """Ctrl-C is for the main process, and a worker whose main process was killed must not go on.
+    """Sets up a worker: it ignores Ctrl-C, which the main process handles, and exits when the main process has died.
 
-    One thread each: a forked process waits forever for OpenMP threads that its parent had and it has not.
+    It uses one thread: a forked process would wait for ever for OpenMP threads that only its parent has.
     """
     global worker_source
     worker_source = source
@@ -1130,25 +1130,25 @@ def write_in_worker(shard: Shard) -> dict[str, Any]:
 
 
 def write_shard(source: Any, shard: Shard) -> dict[str, Any]:
-    """The shard's record, with "kept": whether it was there already; and "again": whether there was another.
+    """Makes a shard if needed, and returns its record with "kept": it existed, and "again": it was replaced.
 
-    {"samples": how many are in it, "skipped": [[kind, where, detail], ...], "made_of": ``content_mark``, "pillow": its
-    version where the bytes or what is left out depend on it, else null}. A shard that is there, with a record that fits
-    what its headers say and what it is made of now, is kept. Otherwise it is written aside, its headers are read again
-    and compared with the plan, and it gets its name when it lies on the disk.
+    The record: {"samples": number in the shard, "skipped": [[kind, where, detail], ...], "made_of": ``content_mark``,
+    "pillow": Pillow's version if the contents depend on it, else null}. An existing shard is kept if its record matches
+    its headers and its present sources. Otherwise the shard is written to a temporary file, its headers are compared
+    with the plan, and it is renamed once it is on the disk.
     """
-    made_of = content_mark(source, shard)  # before anything is read: what changes meanwhile is seen at the next start
+    made_of = content_mark(source, shard)  # before reading, so that the next start notices a change made meanwhile
     kept = finished(shard, made_of)
     if kept is not None:
         return kept | {"kept": True, "again": False}
     again = shard.path.exists()
-    # Two processes never write one file: a worker of a killed run may live on for a moment.
+    # The process id keeps files apart: a worker of a killed run may still be writing for a moment.
     aside = shard.path.with_name(f".{shard.path.name}.{os.getpid()}.part")
     skipped: list[Skipped] = []
     keys = []
     pillow = None
     try:
-        # A fixed time and owner: the bytes depend on the samples alone. pax: keys of any length and alphabet.
+        # Fixed time and owner, so that the bytes depend only on the samples. pax allows keys of any length and script.
         with aside.open("wb") as file:
             with webdataset.TarWriter(
                 file, mtime=0, user="root", group="root", encoder=False, format="PAX_FORMAT"
@@ -1178,7 +1178,7 @@ def write_shard(source: Any, shard: Shard) -> dict[str, Any]:
             "made_of": made_of,
             "pillow": pillow,
         }
-        shard.path.unlink(missing_ok=True)  # never an outdated shard beside the record of another
+        shard.path.unlink(missing_ok=True)  # so that an outdated shard is never beside the new record
         write_whole(shard.record, json.dumps(record) + "\n")
         os.replace(aside, shard.path)
     finally:
@@ -1187,7 +1187,7 @@ def write_shard(source: Any, shard: Shard) -> dict[str, Any]:
 
 
 def content_mark(source: Any, shard: Shard) -> str:
-    """A hash of what a shard's bytes depend on: the samples, how they are written, their sources' sizes and times."""
+    """A hash of everything a shard depends on: the samples, the image flags, the sizes and times of the sources."""
     found = hashlib.sha256(f"{FORMAT} {shard.verify} {shard.image_size}".encode())
     for sample in shard.samples:
         found.update(f"\n{sample.key}\t{sample.label}\t{sample.reference}".encode("utf-8", "backslashreplace"))
@@ -1201,9 +1201,9 @@ def read_record(shard: Shard) -> dict[str, Any]:
 
 
 def finished(shard: Shard, made_of: str) -> dict[str, Any] | None:
-    """The record of a shard that is there and holds what the plan says, but for what the record says is left out.
+    """The record of a shard that exists and holds all planned samples, except those that the record lists as skipped.
 
-    None where its sources have changed since, or could not be read then, or another Pillow wrote or refused its images.
+    None if its sources have changed or could not be read, or if another version of Pillow wrote or refused images.
     """
     try:
         record = read_record(shard)
@@ -1220,7 +1220,7 @@ def finished(shard: Shard, made_of: str) -> dict[str, Any] | None:
 
 
 def make_members(source: Any, shard: Shard, sample: Sample) -> tuple[dict[str, bytes], bool]:
-    """Extension -> bytes of a sample; and whether its image was written anew. BadSample if its image cannot be used."""
+    """Extension -> bytes of a sample, and whether its image was encoded again. BadSample if the image is unusable."""
     extension, stored, members = source.read(shard.split, sample.reference)
     data = stored
     try:
@@ -1240,7 +1240,7 @@ def make_members(source: Any, shard: Shard, sample: Sample) -> tuple[dict[str, b
 
 
 class ShrinkOnly(ImageTransform):
-    """None for an image, decoded fully, whose shorter edge is not longer than ``resize``."""
+    """As ``ImageTransform``, but an image whose shorter edge is at most ``resize`` is only decoded, and gives None."""
 
     def __call__(self, image: Image.Image) -> Any:
         if min(image.size) > self.resize:
@@ -1250,7 +1250,7 @@ class ShrinkOnly(ImageTransform):
 
 
 def write_whole(path: Path, text: str | Iterable[str]) -> None:
-    """The file is there whole or not at all."""
+    """Writes a file completely or not at all."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with aside.open("w", encoding="utf-8", errors="backslashreplace") as file:
@@ -1263,7 +1263,7 @@ def write_whole(path: Path, text: str | Iterable[str]) -> None:
 
 
 def write_skipped(path: Path, work: list[Shard]) -> None:
-    """skipped.txt: kind, place and reason of every sample left out of the shards that are done, in their order."""
+    """Writes skipped.txt: kind, place and reason of every sample left out of the finished shards, in their order."""
     lines = []
     for shard in work:
         try:

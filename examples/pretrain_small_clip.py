@@ -1,14 +1,13 @@
-r"""Pretrains a small CLIPModel from a labelled set of images: the encoder that the trainers start from where no
-published weights can be had, in tests, in the demo and on a laptop.
+r"""Pretrains a small CLIPModel on labelled images, to start from without published weights: in tests, on a laptop.
 
     python examples/pretrain_small_clip.py --train_data data/cifar10 --image_size 32 --patch_size 8 \
       --hidden_size 128 --num_layers 4 --epochs 8 --output_dir runs/small-clip
 
-The captions are the class names in the set's templates. Each step draws some of the templates, and the image embeddings
-are classified against the text embeddings of the classes in each of them (the image-to-text half of CLIP's loss, where
-images of one class do not count as each other's negatives). Several sets are one with the classes of all. The whole is
-decoded once and kept in memory as uint8. What --output_dir holds in the end is a complete Hugging Face directory:
-CLIPModel.from_pretrained and CLIPProcessor.from_pretrained load it. One process, one GPU if there is one, float32.
+The captions are the class names in the set's templates. Each step draws some templates, and for each one it classifies
+the image embeddings by the text embeddings of the classes. This is the image-to-text half of CLIP's loss, except that
+images of one class are not each other's negatives. Several sets are merged into one with all their classes. All images
+are decoded once and kept in memory as uint8. --output_dir becomes a complete Hugging Face directory, for
+CLIPModel.from_pretrained and CLIPProcessor.from_pretrained. One process, one GPU if there is one, float32.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ from utils.training.checkpoint import refuse_unwritable, take_output_dir
 from utils.training.metrics import MetricsFile
 from utils.training.optimization import cosine_learning_rate, set_learning_rate
 
-MAX_TEXT_LENGTH = 77  # tokens, as in the published CLIPs
+MAX_TEXT_LENGTH = 77  # tokens, as in published CLIPs
 MAX_SET_BYTES = 8 * 2**30
 DECODE_BATCH = 256
 MAX_LOGIT_SCALE = 4.6052  # ln 100
@@ -197,7 +196,7 @@ def main() -> None:
     refuse_unwritable(output_dir)
     metrics = MetricsFile(output_dir / "metrics.jsonl")
     metrics.path.unlink(missing_ok=True)
-    # On the CPU: the same order, crops and templates on every device.
+    # On the CPU, so that order, crops and templates are the same for every device.
     generator = torch.Generator().manual_seed(settings.seed)
     step = 0
     accuracy = None
@@ -220,8 +219,8 @@ def main() -> None:
                 set_learning_rate(optimizer, learning_rate)
                 image_embeds = F.normalize(encoder(pixel_values), dim=-1)
                 text_embeds = F.normalize(embed_captions(clip, caption_ids[classes][:, drawn]), dim=-1)
-                # One classification per template: were classes in different templates compared, the templates would
-                # hide the classes from an untrained text tower, and the loss would stay flat for hundreds of steps.
+                # One classification per template. Between texts of different templates an untrained text tower sees
+                # the templates, not the classes, and the loss would stay flat for hundreds of steps.
                 logits_per_image = clip.logit_scale.exp() * torch.einsum("nd,ctd->nct", image_embeds, text_embeds)
                 loss = F.cross_entropy(logits_per_image, targets[:, None].expand(-1, num_templates))
                 optimizer.zero_grad(set_to_none=True)
@@ -237,14 +236,14 @@ def main() -> None:
                         "step": step,
                         "epoch": epoch,
                         "samples": step * settings.batch_size,
-                        "loss": loss.item(),  # the device is waited for here
+                        "loss": loss.item(),  # this synchronises with the device
                         "grad_norm": grad_norm.item(),
                         "logit_scale": clip.logit_scale.exp().item(),
                         "learning_rate": learning_rate,
                         "images_per_second": step * settings.batch_size / (time.perf_counter() - started),
                     }
                     shown = {key: row[key] for key in ("epoch", "loss", "learning_rate", "images_per_second")}
-                    if settings.with_words:  # new words in every step: a fair measure where they stand on plain colours
+                    if settings.with_words:  # words are new in every step, so on plain colours this is a fair measure
                         right = logits_per_image[-settings.words_per_step :].mean(dim=-1).argmax(dim=-1)
                         row["words_read"] = (right == targets[-settings.words_per_step :]).float().mean().item()
                         shown["words_read"] = row["words_read"]
@@ -266,7 +265,7 @@ def main() -> None:
 
 
 def check(settings: Settings) -> None:
-    """What can be said before anything is read."""
+    """Checks the settings before anything is read."""
     word_style(settings)
     if settings.image_size % settings.patch_size:
         raise UserError(
@@ -319,7 +318,7 @@ def open_split(settings: Settings, split: str) -> list[LabelledSet]:
 def decode(
     sets: list[LabelledSet], classnames: list[str], settings: Settings, limit: int | None, progress_title: str
 ) -> tuple[Tensor, Tensor]:
-    """All (or the first ``limit``) images of each set, in order: uint8 (n, 3, S, S); int64 (n,) into ``classnames``."""
+    """All (or the first ``limit``) images of each set in order, uint8 (n, 3, S, S), and their classes, int64 (n,)."""
     size = settings.image_size
     counts = [min(limit or one.index.num_samples, one.index.num_samples) for one in sets]
     if (num_bytes := sum(counts) * 3 * size * size) > MAX_SET_BYTES:
@@ -368,17 +367,17 @@ def make_processor(classnames: list[str], templates: list[str], settings: Settin
     size = settings.image_size
     captions = [template.replace("{c}", name) for name in classnames for template in templates]
     with quiet_transformers():
-        from transformers import CLIPImageProcessor  # the import alone warns where torchvision is absent
+        from transformers import CLIPImageProcessor  # the import itself warns if torchvision is missing
 
         image_processor = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
         return CLIPProcessor(image_processor, make_tokenizer(captions, settings.vocab_size))
 
 
 def make_tokenizer(captions: list[str], vocab_size: int) -> CLIPTokenizer:
-    """CLIP's byte-level BPE with merges learnt from ``captions``: any text can be encoded, theirs in few tokens.
+    """CLIP's byte-level BPE with merges learnt from ``captions``: it encodes any text, and captions in few tokens.
 
-    As in the published vocabulary: 256 bytes, the same at the end of a word, merges, start of text, end of text. The
-    end of text has the highest id, which is where both rules of CLIPTextModel for the pooled token look for it.
+    The ids are ordered as in the published vocabulary: 256 bytes, the same at the end of a word, merges, start of text,
+    end of text. The end of text has the highest id, so both rules of CLIPTextModel for the pooled token find it.
     """
     byte_symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
     start, end = "<|startoftext|>", "<|endoftext|>"
@@ -388,8 +387,8 @@ def make_tokenizer(captions: list[str], vocab_size: int) -> CLIPTokenizer:
         trainers.BpeTrainer(
             vocab_size=vocab_size - 2,
             initial_alphabet=byte_symbols,
-            # Ends of words get their ids here, in order; left to the trainer they are numbered in hash order, equally
-            # frequent merges are then tied differently in every process, and no two runs are equal.
+            # Number the word-end symbols here, in order. The trainer would number them in hash order, which breaks ties
+            # between equally frequent merges differently in every process, so that no two runs would be equal.
             special_tokens=[symbol + "</w>" for symbol in byte_symbols],
             end_of_word_suffix="</w>",
             show_progress=False,
@@ -404,8 +403,8 @@ def make_tokenizer(captions: list[str], vocab_size: int) -> CLIPTokenizer:
 def make_clip(vocab_size: int, settings: Settings) -> CLIPModel:
     """A CLIPModel with random weights.
 
-    CLIP's initial weights are scaled down for towers of dozens of layers, and its positions are faint beside the
-    patches. With a few layers the image tower learns faster from Xavier's weights and larger positions.
+    CLIP's initial weights are scaled for dozens of layers, and its position embeddings are small beside the patch
+    embeddings. With few layers the image tower learns faster from Xavier's weights and larger position embeddings.
     """
     text_config = {
         "vocab_size": vocab_size,
@@ -439,24 +438,24 @@ def make_clip(vocab_size: int, settings: Settings) -> CLIPModel:
 
 @torch.no_grad()
 def spread_captions(clip: CLIPModel, caption_ids: Tensor) -> None:
-    """Takes the mean over all captions out of the untrained text embeddings.
+    """Removes the mean over all captions from the untrained text embeddings.
 
-    Captions share most of their words: untrained, two classes have a cosine of 0.97, and the images would be classified
-    by the little that is left.
+    Captions share most of their words. Without this, two classes have a cosine of 0.97 at the start, and images would
+    be classified by the small rest.
     """
     sample = caption_ids.flatten(0, -2)[:: max(1, caption_ids[..., 0].numel() // 1024)]
     clip.text_model.final_layer_norm.bias.sub_(clip.text_model(input_ids=sample).pooler_output.mean(dim=0))
 
 
 def tokenize_captions(processor: CLIPProcessor, classnames: list[str], templates: list[str]) -> Tensor:
-    """Every class in every template: input_ids (classes, templates, length) int64."""
+    """Tokenizes every class in every template: input_ids (classes, templates, length) int64."""
     captions = [template.replace("{c}", name) for name in classnames for template in templates]
     tokens = processor.tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
     return tokens["input_ids"].view(len(classnames), len(templates), -1)
 
 
 def read_words(path: str | None, classnames: list[str]) -> list[tuple[int, str]]:
-    """(class, word) of every class that has a word: its name, or what the file says."""
+    """(class, word) for every class that has a word: its name, or its line in the file."""
     if path is None:
         return list(enumerate(classnames))
     text = read_text_file(path, f"--words {path}")
@@ -481,9 +480,9 @@ def print_words(
 ) -> tuple[Tensor, Tensor]:
     """Pictures of printed words: uint8 (n, 3, S, S), and a class for each (n,).
 
-    On plain colours, and a share of them on ``images`` (N, 3, S, S) of classes ``image_labels`` (N,). A word on plain
-    colour is its class. On an image the caption names the word as often as what the image shows, as captions of the web
-    do: that is why a CLIP follows written words, and why it still knows what they are written on.
+    Words are printed on plain colours, or some of them on ``images`` (N, 3, S, S) of classes ``image_labels`` (N,). On
+    a plain colour the class is that of the word. On an image it is that of the word or of the image, each with
+    probability 1/2, as in captions on the web. So the CLIP learns to follow written words and still sees the image.
     """
     pictures, labels = [], []
     for number in range(settings.words_per_step):
@@ -503,9 +502,9 @@ def print_words(
 
 
 def draw_classes(labels: Tensor, num_classes: int, captions: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The classes whose captions are encoded this step, and each label's place among them.
+    """The classes whose captions are encoded in this step, and the place of each label among them.
 
-    All classes where they fit; else those of ``labels`` (n,) and others at random up to ``captions``.
+    These are all classes if there are at most ``captions``; else those of ``labels`` (n,), filled up with random ones.
     """
     if num_classes <= captions:
         return torch.arange(num_classes, device=labels.device), labels
@@ -518,14 +517,14 @@ def draw_classes(labels: Tensor, num_classes: int, captions: int, generator: tor
 def embed_captions(clip: CLIPModel, caption_ids: Tensor) -> Tensor:
     """input_ids (..., length) -> text embeddings (..., D), not normalised.
 
-    No attention mask: attention is causal and padding comes after the end of text, which is what is pooled.
+    No attention mask is needed: attention is causal, and padding comes after the end of text, where the text is pooled.
     """
     pooled = clip.text_model(input_ids=caption_ids.flatten(0, -2)).pooler_output
     return clip.text_projection(pooled).unflatten(0, caption_ids.shape[:-1])
 
 
 def augment(images: Tensor, settings: Settings, generator: torch.Generator) -> Tensor:
-    """uint8 (n, 3, S, S): a random crop of the padded image each, mirrored with probability 1/2."""
+    """uint8 (n, 3, S, S) -> the same: a random crop of each padded image, mirrored with probability 1/2."""
     n, _, _, size = images.shape
     padding = size // 8 if settings.crop_padding is None else settings.crop_padding
     padded = F.pad(images, (padding,) * 4)
@@ -535,7 +534,7 @@ def augment(images: Tensor, settings: Settings, generator: torch.Generator) -> T
     if settings.flip:
         mirrored = torch.rand(n, 1, generator=generator) < 0.5
         columns = torch.where(mirrored, columns.flip(1), columns)
-    # Advanced indices around a slice put the sliced dimension last: (n, S, S, 3).
+    # With advanced indices around a slice, the sliced dimension becomes the last: (n, S, S, 3).
     crops = padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
     return crops.permute(0, 3, 1, 2).contiguous()
 
@@ -550,7 +549,7 @@ def evaluate(
     images: Tensor,
     labels: Tensor,
 ) -> tuple[float, float]:
-    """Zero-shot accuracy in [0,1] and the mean norm of the image embeddings before they are normalised."""
+    """Zero-shot accuracy in [0,1], and the mean norm of the image embeddings before normalisation."""
     device = clip.logit_scale.device
     class_embeds = class_embeddings(clip, processor, classnames, templates, device=device)
     right, norms = 0, 0.0
@@ -576,8 +575,8 @@ def save(
     accuracy: float | None,
     seconds: float,
 ) -> None:
-    """The Hugging Face directory, with the command and the result in README.md."""
-    disable_progress_bar()  # "Writing model shards"
+    """Writes the Hugging Face directory, with the command and the result in README.md."""
+    disable_progress_bar()  # that of "Writing model shards"
     with quiet_transformers():
         clip.save_pretrained(output_dir)
         processor.save_pretrained(output_dir)

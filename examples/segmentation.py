@@ -2,20 +2,20 @@ r"""Segmentation on frozen patch tokens, clean and with the encoder under attack
 
     python examples/segmentation.py --model runs/small-clip runs/fare4 runs/lore4 --output_dir runs/segmentation
 
-A linear head learns, for each encoder, the class of every pixel from the patch tokens of clean training images; the
-encoder stays as it is. Then the test images are attacked without any knowledge of the head. PGD moves the
-encoder's output away from that of the clean image:
+For each encoder, a linear head learns the class of every pixel from the patch tokens of clean training images. The
+encoder is frozen. Then PGD attacks the test images without any knowledge of the head: it moves the encoder's output
+away from that of the clean image:
 
     --attack patch_tokens    sum over patches of ||t_p(x + delta) - t_p(x)||^2
     --attack embedding       ||phi(x + delta) - phi(x)||^2, the image embedding that FARE and LORE are trained on
 
-Every model is attacked through itself. mIoU and pixel accuracy are printed and kept in results.json; predictions.png
-shows images.
+Every model is attacked with its own gradients. mIoU and pixel accuracy are printed and saved in results.json;
+predictions.png shows examples.
 
-The images are made here, from the seed: discs, squares, triangles and crosses of random colours and places, each with a
-texture of its own, on smooth backgrounds. They are no photographs. Their textures have a contrast of about 140/255,
-which asks for larger radii than photographs do; figures on them compare models with each other alone. CLIP's tokens are
-its last hidden state after the post layer norm, DINOv2's its last hidden state.
+The images are generated from the seed: discs, squares, triangles and crosses of random colours and places, each with a
+texture of its class, on smooth backgrounds. They are not photographs. Their textures have a contrast of about 140/255
+and so need larger radii than photographs; use the results only to compare models. CLIP's patch tokens are its last
+hidden state after the post layer norm; those of DINOv2 are its last hidden state.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ from utils.models.published import check_model, load_model
 from utils.processes.progress import wide_console
 
 CLASSES = ("background", "disc", "square", "triangle", "cross")
-PALETTE = [(40, 40, 40), (0, 114, 178), (213, 94, 0), (0, 158, 115), (240, 228, 66)]  # Okabe and Ito's
-SUPPORTED = ("clip", "clip_vision_model", "dinov2")  # towers with a class token before those of the patches
-PICTURES = 6  # rows of predictions.png
+PALETTE = [(40, 40, 40), (0, 114, 178), (213, 94, 0), (0, 158, 115), (240, 228, 66)]  # of Okabe and Ito
+SUPPORTED = ("clip", "clip_vision_model", "dinov2")  # towers with a class token before the patch tokens
+PICTURES = 6  # rows in predictions.png
 
 attack_flag = partial(flag, group="attack")
 
@@ -127,7 +127,7 @@ def load_encoder(name: str) -> ImageEncoder:
 def make_images(count: int, size: int, seed: int, split: str) -> tuple[Tensor, Tensor]:
     """Pictures (count, 3, size, size) float32 in [0,1] and masks (count, size, size) int64 of ``CLASSES``.
 
-    An image depends on (seed, split, its number, size) alone.
+    An image depends only on (seed, split, its number, size).
     """
     pairs = [make_image(size, seed_from("segmentation", seed, split, number)) for number in range(count)]
     images, masks = zip(*pairs)
@@ -137,8 +137,8 @@ def make_images(count: int, size: int, seed: int, split: str) -> tuple[Tensor, T
 def make_image(size: int, seed: int) -> tuple[Tensor, Tensor]:
     """One to three shapes on a smooth background: (3, size, size) float32 in [0,1], (size, size) int64.
 
-    A shape is 0.5 to 0.8 of the side across. Its two colours and its contrast are drawn anew each time, so that colour
-    says nothing of the class: form and texture do.
+    The width of a shape is 0.5 to 0.8 of the side. Its two colours and its contrast are random, so that only form and
+    texture show the class.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -167,7 +167,7 @@ def make_image(size: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _shape(kind: int, y: Tensor, x: Tensor) -> Tensor:
-    """Where a shape of ``CLASSES`` is: y (H, 1) and x (1, W) from its centre, in its radii -> bool (H, W)."""
+    """The mask of a shape: y (H, 1) and x (1, W), measured from its centre in units of its radius -> bool (H, W)."""
     if kind == 1:
         return y.square() + x.square() < 1
     if kind == 2:
@@ -178,7 +178,7 @@ def _shape(kind: int, y: Tensor, x: Tensor) -> Tensor:
 
 
 def _texture(kind: int, axis: Tensor, size: int, phase: int) -> Tensor:
-    """The share of the light colour, (H, W) in [0,1]: across, upright, slanting or checked; the period is size / 8."""
+    """The weight of the light colour, (H, W) in [0,1]: horizontal, vertical, diagonal or checked, period size / 8."""
     y, x = (axis[:, None] + phase) * 16 / size, (axis[None, :] + phase) * 16 / size
     stripes = {1: y + 0 * x, 2: x + 0 * y, 3: x + y}
     if kind in stripes:
@@ -193,15 +193,15 @@ def patch_tokens(encoder: ImageEncoder, pixel_values: Tensor) -> Tensor:
     """(B, 3, H, W) in [0,1] -> patch tokens (B, P, D), float32, without the class token, after the last layer norm."""
     normalised = (pixel_values - encoder.image_mean) / encoder.image_std
     tokens = encoder.vision_model(normalised).last_hidden_state[:, 1:]
-    # CLIP applies it to the class token alone; DINOv2's last hidden state has been through its own.
+    # CLIP applies its post layer norm only to the class token. DINOv2's last hidden state is normed already.
     return encoder.vision_model.post_layernorm(tokens) if hasattr(encoder.vision_model, "post_layernorm") else tokens
 
 
 class SegmentationHead(nn.Module):
-    """logits of every pixel = bilinear upsampling of W (t - mean) / deviation + b, t the patch tokens.
+    """Logits of every pixel = bilinear upsampling of W (t - mean) / deviation + b, with the patch tokens t.
 
     mean, deviation: (D,), of the training images' tokens. Source: the linear head of DINOv2 (Oquab et al. 2023, arXiv
-    2304.07193), whose batch norm is fixed here.
+    2304.07193). Its batch norm is fixed here.
     """
 
     def __init__(self, mean: Tensor, deviation: Tensor, num_classes: int, image_size: int) -> None:
@@ -214,7 +214,7 @@ class SegmentationHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, P, D), P a square -> (B, C, image_size, image_size)."""
+        """(B, P, D), P a square number -> (B, C, image_size, image_size)."""
         logits = self.linear((tokens - self.mean) / self.deviation)
         side = math.isqrt(logits.shape[1])
         logits = logits.transpose(1, 2).unflatten(2, (side, side))
@@ -222,7 +222,7 @@ class SegmentationHead(nn.Module):
 
 
 def fit_head(encoder: ImageEncoder, images: Tensor, masks: Tensor, settings: Settings) -> SegmentationHead:
-    """Minimises the pixels' mean cross-entropy over the head alone. The same seed gives the same head."""
+    """Trains only the head, by the mean cross-entropy over pixels. The same seed gives the same head."""
     device = encoder.image_mean.device
     with torch.no_grad():
         tokens = torch.cat([patch_tokens(encoder, part.to(device)) for part in images.split(settings.batch_size)])
@@ -244,16 +244,16 @@ def fit_head(encoder: ImageEncoder, images: Tensor, masks: Tensor, settings: Set
 
 @torch.no_grad()
 def predict(encoder: ImageEncoder, head: SegmentationHead, images: Tensor, batch_size: int) -> Tensor:
-    """(N, 3, H, W) -> the likeliest class of every pixel, (N, H, W) int64, on the CPU."""
+    """(N, 3, H, W) -> the most likely class of every pixel, (N, H, W) int64, on the CPU."""
     parts = images.split(batch_size)
     return torch.cat([head(patch_tokens(encoder, part.to(head.mean.device))).argmax(dim=1).cpu() for part in parts])
 
 
 def attack(encoder: ImageEncoder, images: Tensor, eps: float, settings: Settings) -> Tensor:
-    """Images (N, 3, H, W) in [0,1] with |x' - x| <= eps/255, on the CPU, that the encoder sees as something else.
+    """Adversarial images (N, 3, H, W) in [0,1] with |x' - x| <= eps/255, on the CPU.
 
-    Maximises the squared distance of the tokens or of the embedding to the clean image's by PGD. The start is random,
-    from (seed, number of the image) alone: at the image itself the gradient is zero.
+    PGD maximises the squared distance of the tokens or of the embedding from those of the clean image. The start is
+    random and depends only on (seed, number of the image): at the clean image itself the gradient is zero.
     """
 
     def output(pixel_values: Tensor) -> Tensor:
@@ -286,9 +286,9 @@ def attack(encoder: ImageEncoder, images: Tensor, eps: float, settings: Settings
 
 
 def segmentation_scores(predicted: Tensor, masks: Tensor, num_classes: int) -> dict[str, Any]:
-    """mIoU, pixel accuracy and each class's IoU over all pixels together. (N, H, W) int64 both.
+    """mIoU, pixel accuracy and the IoU of each class over all pixels. Both arguments are (N, H, W) int64.
 
-    IoU_c = true positives / (true positives + false positives + false negatives); None for a class that is nowhere.
+    IoU_c = true positives / (true positives + false positives + false negatives); None if a class does not occur.
     """
     confusion = torch.bincount((masks * num_classes + predicted).flatten(), minlength=num_classes**2)
     confusion = confusion.view(num_classes, num_classes).double()
@@ -327,7 +327,7 @@ def print_table(results: Sequence[dict[str, Any]], settings: Settings) -> None:
 
 
 def draw_predictions(path: Path, shown: Sequence[tuple[str, str, Any, Tensor, Tensor]], settings: Settings) -> None:
-    """Image, truth, and per model what the head makes of the clean image and of the one under the largest eps."""
+    """Draws image, truth, and for each model the predictions for the clean image and under the largest eps."""
     palette = torch.tensor(PALETTE, dtype=torch.uint8)
 
     def coloured(mask: Tensor) -> Tensor:

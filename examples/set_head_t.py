@@ -1,9 +1,9 @@
-"""Gives a model with a trained head another strength t, without training: t = 0 is the original, t < 0 the opposite.
+"""Sets the strength t of a trained head without training: t = 0 gives the original model, t < 0 the opposite.
 
     python examples/set_head_t.py --model runs/head --t 0.4 --output_dir runs/head-neutral
 
---model is the output_dir of train_po.py --trainable head, or what this script made of one. What it writes is a plain
-CLIPModel directory, and head.safetensors beside it, so that t can be set again.
+--model is the output_dir of train_po.py --trainable head, or of this script. The script writes a plain CLIPModel
+directory, and copies head.safetensors into it, so that t can be set again.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-r"""Puts a robust CLIP image tower into a LLaVA: a copy of the directory in which the tower's weights alone are others.
+r"""Puts a robust CLIP image tower into a LLaVA: copies its directory and replaces only the tower's weights.
 
     python examples/swap_vision_tower.py --llava models/llava-1.5-7b-hf --model runs/lore4-l14-336 \
       --output_dir models/llava-1.5-7b-lore4
 
---llava is a directory of a LlavaForConditionalGeneration or LlavaNextForConditionalGeneration with safetensors, --model
-the output_dir of train_lore.py or another directory with the image half of a CLIP, of the same architecture as LLaVA's
-tower. Nothing of the language model is loaded: files are copied, and the bytes of the tower's tensors written over in
-the copies that hold them, rounded to the file's precision. So a 13B model needs the memory of one tower, and every
-other byte stays.
+--llava is a directory of a LlavaForConditionalGeneration or LlavaNextForConditionalGeneration with safetensors. --model
+is the output_dir of train_lore.py, or another directory with the image half of a CLIP of the same architecture as
+LLaVA's tower. The language model is not loaded: files are copied, and in the copies the bytes of the tower's tensors
+are overwritten, rounded to the file's precision. So even a 13B model needs only the memory of one tower, and all other
+bytes stay the same.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ ARCHITECTURE = (
 CLIP_TYPES = ("clip", "clip_vision_model")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
-# transformers 5 writes vision_tower.embeddings..., 4 wrote vision_tower.vision_model.embeddings..., and inside of a
-# whole model it may stand under model. too.
+# transformers 5 writes vision_tower.embeddings..., 4 wrote vision_tower.vision_model.embeddings...; in a whole model
+# the name may also begin with model.
 TOWER = re.compile(r"(?:^|\.)vision_tower\.(?:vision_model\.)?(.+)$")
 
 
@@ -100,7 +100,7 @@ def llava_vision_config(llava: Path) -> PreTrainedConfig:
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(llava, trust_remote_code=False)
-    except Exception as error:  # of transformers, depending on what is wrong
+    except Exception as error:  # from transformers, depending on the mistake
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise UserError(f"--llava {llava}: no model that transformers knows ({reason})") from None
     if config.model_type not in ("llava", "llava_next"):
@@ -111,7 +111,7 @@ def llava_vision_config(llava: Path) -> PreTrainedConfig:
 
 
 def check_architecture(there: PreTrainedConfig, model: str) -> None:
-    """Raises ``UserError`` where the tower of ``model`` is another kind than LLaVA's."""
+    """Raises ``UserError`` if the tower of ``model`` has another architecture than LLaVA's."""
     config = check_model(model, "--model", CLIP_TYPES)
     here = config.vision_config if config.model_type == "clip" else config
     for name in ARCHITECTURE:
@@ -123,7 +123,7 @@ def check_architecture(there: PreTrainedConfig, model: str) -> None:
 
 
 def check_normalisation(llava: Path, model: Path) -> None:
-    """Raises ``UserError`` where both directories have an image processor and they normalise differently."""
+    """Raises ``UserError`` if both directories have an image processor and these normalise differently."""
     there, here = normalisation(llava), normalisation(model)
     if there and here and there != here:
         raise UserError(
@@ -133,7 +133,7 @@ def check_normalisation(llava: Path, model: Path) -> None:
 
 
 def normalisation(directory: Path) -> tuple[list[float], list[float]] | None:
-    """Mean and standard deviation of pixels in [0, 1], to six digits; None where no file has them."""
+    """Mean and standard deviation for pixels in [0, 1], to six digits; None if no file has them."""
     for name in ("processor_config.json", "preprocessor_config.json"):
         try:
             settings = parse_json((directory / name).read_text(encoding="utf-8"))
@@ -146,7 +146,7 @@ def normalisation(directory: Path) -> tuple[list[float], list[float]] | None:
 
 
 class Slot(NamedTuple):
-    """Where a tensor of the tower lies."""
+    """The position of a tensor of the tower in a file."""
 
     file: str
     key: str
@@ -157,12 +157,12 @@ class Slot(NamedTuple):
 
 
 def find_tower(llava: Path) -> dict[str, Slot]:
-    """The image tower's tensors by their names in ``CLIPVisionModel``, found in the headers. Raises ``UserError``."""
+    """Finds the image tower's tensors in the headers: name in ``CLIPVisionModel`` -> slot. Raises ``UserError``."""
     slots: dict[str, Slot] = {}
     for file in weight_files(llava):
         for key, entry, start in read_header(llava / file, llava):
             match = TOWER.search(key)
-            if match is None or match[1] == "embeddings.position_ids":  # a buffer, 0, 1, 2, ..., in old files
+            if match is None or match[1] == "embeddings.position_ids":  # a buffer in old files: 0, 1, 2, ...
                 continue
             if match[1] in slots:
                 raise UserError(f"--llava {llava}: {key} and {slots[match[1]].key} are the same tensor of the tower")
@@ -180,7 +180,7 @@ def find_tower(llava: Path) -> dict[str, Slot]:
 
 
 def weight_files(llava: Path) -> list[str]:
-    """The names of the safetensors files: those of the index, or the only one. Raises ``UserError``."""
+    """The names of the safetensors files: those in the index, or the only one. Raises ``UserError``."""
     index = llava / "model.safetensors.index.json"
     if not index.is_file():
         if (llava / "model.safetensors").is_file():
@@ -201,7 +201,7 @@ def weight_files(llava: Path) -> list[str]:
 
 
 def read_header(path: Path, llava: Path) -> list[tuple[str, dict, int]]:
-    """(key, entry, first byte of the data) of every tensor of a safetensors file. Raises ``UserError``.
+    """(key, entry, first byte of the data) for every tensor in a safetensors file. Raises ``UserError``.
 
     The format: 8 bytes with the header's length, the header as JSON, then the tensors' bytes, little-endian.
     """
@@ -236,7 +236,7 @@ def load_tower(model: str) -> dict[str, Tensor]:
 
 
 def check_tensors(slots: dict[str, Slot], tower: dict[str, Tensor], settings: Settings) -> None:
-    """Raises ``UserError`` unless both towers have the same tensors, of the same shapes, that fit the precision."""
+    """Raises ``UserError`` unless both towers have the same tensors and shapes, and the file's dtype can hold them."""
     for name in sorted(set(slots) | set(tower)):
         if name not in slots:
             raise UserError(
@@ -257,28 +257,28 @@ def check_tensors(slots: dict[str, Slot], tower: dict[str, Tensor], settings: Se
 
 
 def copy_files(llava: Path, aside: Path, changed: set[str], hard_links: bool) -> int:
-    """Copies the directory, or links the weight files that are not in ``changed``. -> number of safetensors files.
+    """Copies the directory, with ``hard_links`` linking unchanged weight files. -> number of safetensors files.
 
-    A second copy of the weights in .bin files would keep the old tower, and is left out.
+    .bin files with a second copy of the weights are left out, because they would keep the old tower.
     """
     weights = 0
     for path in sorted(llava.rglob("*")):
         name = path.relative_to(llava)
-        hidden = any(part.startswith(".") for part in name.parts)  # .cache/ of a download
+        hidden = any(part.startswith(".") for part in name.parts)  # such as .cache/ of a download
         if path.is_dir() or hidden or path.name.startswith("pytorch_model"):
             continue
         target = aside / name
         target.parent.mkdir(parents=True, exist_ok=True)
         weights += path.suffix == ".safetensors"
         if hard_links and path.suffix == ".safetensors" and str(name) not in changed:
-            os.link(path.resolve(), target)  # of the hub's cache the blob, not the symbolic link to it
+            os.link(path.resolve(), target)  # in the hub's cache, link the blob, not the symbolic link to it
         else:
             shutil.copyfile(path, target)
     return weights
 
 
 def overwrite(path: Path, slot: Slot, tensor: Tensor) -> tuple[float, float]:
-    """Writes ``tensor`` over the bytes of ``slot``. -> ||new - old||^2 and ||old||^2."""
+    """Overwrites the bytes of ``slot`` with ``tensor``. -> ||new - old||^2 and ||old||^2."""
     new = tensor.to(slot.dtype).contiguous()
     with path.open("r+b") as file:
         file.seek(slot.start)

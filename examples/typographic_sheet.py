@@ -2,9 +2,9 @@
 
     python examples/typographic_sheet.py --data data/imagenet-100 --image_size 224 --output sheet.png
 
-Above a clean image stands its class, above the attacked one "true / written". Words are those that train_po.py draws in
-its first epoch with the same seed, word flags and image size, where attacks_per_image is 1. Letters under 7 pixels
-cannot be read: look at a sheet before a long run.
+The title of a clean image is its class, that of an attacked image "true / written". The words are those that
+train_po.py draws in its first epoch with the same seed, word flags and image size, and attacks_per_image 1. Letters
+under 7 pixels cannot be read: look at a sheet before a long run.
 """
 
 from __future__ import annotations

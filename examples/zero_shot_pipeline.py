@@ -1,9 +1,9 @@
-r"""A trained directory in transformers' own pipeline: a picture and some labels in, scores out.
+r"""Classifies a picture with a trained model in transformers' own pipeline: a picture and labels in, scores out.
 
     python examples/zero_shot_pipeline.py --model runs/lore4 --image cat.jpg --labels cat dog "a red car"
 
-The pipeline is not the project's: this shows that what the trainers leave needs nothing of it. Its scores are those of
-evaluate.py's zero-shot path for one template, softmax over the labels of exp(logit_scale) * cosine.
+The pipeline uses no code of this project, so the example shows that a trained directory works without it. The scores
+equal those of evaluate.py with one template: softmax over the labels of exp(logit_scale) * cosine.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def scores(model: str, image: str, labels: list[str], template: str) -> list[tup
     """(label, score) from the highest score down; the scores sum to 1. Raises ``UserError``."""
     check_model(model, "--model", ("clip",))
     try:
-        pixels = decode(Path(image).read_bytes(), ImageTransform(resize=None, crop=None))  # as everywhere here
+        pixels = decode(Path(image).read_bytes(), ImageTransform(resize=None, crop=None))  # the project's decoder
     except (OSError, ImageError) as error:
         raise UserError(f"--image {image}: no picture ({error}); give a JPEG, PNG or WebP") from None
     picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     with quiet_transformers():
         classify = pipeline("zero-shot-image-classification", model=model, trust_remote_code=False)
-        # It formats with str.format: other braces would be places too.
+        # The pipeline uses str.format, so escape all braces but {c}.
         text = template.replace("{", "{{").replace("}", "}}").replace("{{c}}", "{}")
         answers = classify(picture, candidate_labels=labels, hypothesis_template=text)
     return [(answer["label"], answer["score"]) for answer in answers]
