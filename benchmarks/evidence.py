@@ -206,7 +206,7 @@ def error_bars(per_label: Sequence[Sequence[float]]) -> list[float] | None:
 
 
 def plain_log(axis: Axes, which: str) -> None:
-    """A logarithmic axis with labels such as 0.1: STYLE switches mathematics off, which labels such as 10^-1 need."""
+    """A logarithmic axis with labels such as 0.1: labels such as 10^-1 need mathematics, which STYLE switches off."""
     axis.set(**{f"{which}scale": "log"})
     ticks = getattr(axis, f"{which}axis")
     ticks.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))

@@ -41,7 +41,7 @@ def fill_in(templates: Sequence[str], texts: Sequence[str]) -> list[str]:
 
 
 def read_prompts(processor: Any, config: PreTrainedConfig, prompts: Sequence[str]) -> list[list[int]]:
-    """The ids of every prompt, cut to the tower's length with a note. Raises ``UserError`` for unknown ids."""
+    """The ids of every prompt, cut to the tower's length with a note. Raises ``UserError`` for ids that it lacks."""
     tokenizer, size = processor.tokenizer, config.text_config.vocab_size
     length = text_length(tokenizer, config)
     rows = token_ids(tokenizer, prompts)

@@ -254,7 +254,7 @@ def load_checkpoint(
 
 
 def find_checkpoint(output_dir: str | Path, resume: str | None) -> Path | None:
-    """The checkpoint to resume from, or None for a new run, which raises ``UserError`` if output_dir is not empty."""
+    """The checkpoint to resume from, or None for a new run. A new run in a used output_dir raises ``UserError``."""
     if resume == "latest":
         return last_checkpoint(output_dir)
     if resume is None and any(path.name != LOCK_FILE for path in Path(output_dir).iterdir()):
@@ -412,7 +412,7 @@ def refuse_unwritable(output_dir: str | Path, folders: Sequence[str] = ()) -> No
 
 
 def refuse_changed_settings(before: dict[str, Any], now: dict[str, Any], free: set[str]) -> None:
-    """Raises ``UserError`` with every setting, not in ``free``, whose value differs from the checkpoint's.
+    """Raises ``UserError`` if settings that are not in ``free`` differ from the checkpoint's, and names them all.
 
     A setting that the checkpoint lacks was added to the project later and is not compared.
     """

@@ -76,7 +76,7 @@ class Step:
 
     @property
     def done(self) -> int:
-        """The number of steps made after this one."""
+        """The number of steps made, including this one."""
         return self.index + 1
 
     @property
@@ -418,7 +418,7 @@ class Run:
         return row
 
     def record(self, row: dict[str, Any], step: Step | None = None) -> None:
-        """Shows a row and writes it to metrics.jsonl and the tracker. Without ``step`` it is that of step 0."""
+        """Shows a row and writes it to metrics.jsonl and the tracker. ``step`` is None for the row before training."""
         done = step.done if step else 0
         if row:
             row = {"step": done, "samples": done * self.global_batch_size, **row}
