@@ -1,13 +1,13 @@
-"""Measures vision encoders, CLIP above all, on labelled sets and on preference pairs, clean and under attack.
+"""Measures vision encoders, mostly CLIP, on labelled sets and on preference pairs, clean and under attack.
 
   python evaluate.py --model runs/lore4 runs/fare4 openai/clip-vit-base-patch32 \\
     --data clip-benchmark/wds_cifar10 data/caltech101 --attack clean apgd gaussian_noise typographic --eps 1 2 4 \\
     --num_samples 1000 --output_dir runs/eval
 
-Prints tables and leaves report.html, results.json, benchmark.csv and a record of every sample. A data set is a
+Prints tables and writes report.html, results.json, benchmark.csv and a record of every sample. A data set is a
 directory or a set of the hub with classnames.txt and <split>/*.tar; or preference pairs: attack/*.tar and clean/*.tar,
-<split>/*.tar, or pictures named label=X_text=Y; or the published files of CIFAR-10-C or ImageNet-C. Cells that are
-finished are not measured again. `accelerate launch` shares the images among processes: the figures stay the same.
+<split>/*.tar, or pictures named label=X_text=Y; or the published files of CIFAR-10-C or ImageNet-C. Finished figures
+are not measured again. `accelerate launch` splits the images between processes; the figures do not change.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ from utils.training.prefetch import prefetch_models, say_where
 
 MEASURES = ("accuracy", "interpretability", "fidelity", "retention", "fairness", "head_t")
 CLASSIFIERS = ("zero_shot", "linear_head", "linear_probe", "knn")
-LEARNT = ("linear_probe", "knn")  # from --train_split
+LEARNT = ("linear_probe", "knn")  # classifiers learnt from --train_split
 FONTS = ["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"]
 DEFAULT_TS = [round(-0.5 + 0.025 * step, 3) for step in range(71)]  # -0.5 ... 1.25
 DAYS_OF_PATIENCE = 7  # a process whose images are all robust may finish long after the others
@@ -72,7 +72,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Settings:
-    """Everything that an evaluation can be told; docs/evaluation.md has the details."""
+    """All settings of an evaluation; docs/evaluation.md has the details."""
 
     # fmt: off
     model: list[str] = required("Hugging Face ids or directories of encoders", group="what", path=True, many=True)
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from_main_process(accelerator, lambda: refuse_unwritable(settings.output_dir))
     on_every_node(accelerator, lambda: check_models(settings))
 
-    # 1. The figures asked for, known by the contents of models and sets, before any weights are read.
+    # 1. List the figures asked for. Digests of models and sets identify them, before any weights are read.
     sets = {name: open_everywhere(settings, accelerator, name) for name in settings.data}
     content = {name: contents(settings, accelerator, data) for name, data in sets.items()}
     revisions = from_main_process(accelerator, lambda: find_revisions(settings))
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if accelerator.is_main_process:
             logger.warning(line)
 
-    # 2. Model by model and set by set, what is not known yet; results.json is written after every job.
+    # 2. Measure the figures that are still missing, model by model and set by set. Write results.json after every job.
     reference = None
     for name in settings.model:
         missing = {
@@ -164,14 +164,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             trial = Trial(settings, accelerator, model, sets[set_name], reference)
             for job in set_jobs:
                 for finding in measure(trial, job):
-                    if results.find(finding.cell) is None:  # a job may have been measured in part, at other t
+                    if results.find(finding.cell) is None:  # part of a job may be known, at other values of t
                         results.add(finding.cell, finding.value, finding.interval, finding.n)
                     if accelerator.is_main_process:
                         results.keep(finding)
                 if accelerator.is_main_process:
                     results.write()
 
-    # 3. What they say together: comparisons, pictures, report, tables.
+    # 3. Compare the models; write pictures, report and tables.
     if accelerator.is_main_process:
         results.compare()
         results.write()
@@ -182,14 +182,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                 trials = (Trial(settings, accelerator, model, data) for model in models)
                 path = results.output_dir / f"retrieval_{file_name(short_names(sets)[set_name])}.png"
                 draw_retrieved(trials, set_name, path, results)
-    finally:  # figures are shown whatever becomes of pictures
+    finally:  # the figures are shown even if a picture fails
         if accelerator.is_main_process:
             show(settings, results, asked)
     accelerator.end_training()
 
 
 def show(settings: Settings, results: Results, asked: Sequence[Cell]) -> None:
-    """The report, then the tables, whatever becomes of it."""
+    """Writes the report, then prints the tables, even if the report fails."""
     from utils.evaluation.report import print_tables, write_report
 
     try:
@@ -199,14 +199,14 @@ def show(settings: Settings, results: Results, asked: Sequence[Cell]) -> None:
     print(f"{written} written")
 
 
-# Settings and models, before anything is read
+# Settings and models, checked before anything is read
 
 
 def check_settings(settings: Settings) -> None:
-    """Tidies the settings. ``UserError`` for what can be said before anything is read."""
+    """Tidies the settings. Raises ``UserError`` for mistakes that show before anything is read."""
     settings.model, settings.data = ([tidy(name) for name in names] for names in (settings.model, settings.data))
     for name in ("model", "data", "measure", "attack", "eps", "sigma", "corruptions", "severities", "query"):
-        setattr(settings, name, list(dict.fromkeys(getattr(settings, name))))  # what is named twice is measured once
+        setattr(settings, name, list(dict.fromkeys(getattr(settings, name))))  # a value named twice is measured once
     settings.t = sorted({*settings.t, 0.0, 1.0})
     word_style(settings)
     settings.query = [valid_text(query, "--query", "which no tokenizer takes") for query in settings.query]
@@ -242,11 +242,11 @@ def check_settings(settings: Settings) -> None:
 
 
 def valid_text(text: str, flag: str, why: str) -> str:
-    """A text of the command line, taken for UTF-8 whatever the locale says. Raises ``UserError`` where it is not."""
+    """A text of the command line, read as UTF-8 whatever the locale. Raises ``UserError`` if it is not UTF-8."""
     try:
         text.encode()
         return text
-    except UnicodeError:  # bytes that the locale's encoding does not know
+    except UnicodeError:  # bytes that are not valid in the locale's encoding
         pass
     try:
         return os.fsencode(text).decode("utf-8")
@@ -255,12 +255,12 @@ def valid_text(text: str, flag: str, why: str) -> str:
 
 
 def tidy(name: str) -> str:
-    """One name for a directory, runs/a for ./runs/a/ too, so that it is known again."""
+    """One name for a directory: ./runs/a/ becomes runs/a, so that its results are found again."""
     return os.path.normpath(name) if os.path.exists(name) else name
 
 
 def named_models(settings: Settings) -> list[tuple[str, str, tuple[str, ...]]]:
-    """(flag, name, types that will do) of every model."""
+    """(flag, name, supported types) of every model."""
     models = [("--model", name, MODEL_TYPES) for name in settings.model]
     if settings.reference_model_name_or_path is not None:
         kinds = CONTRASTIVE_MODEL_TYPES if "retention" in settings.measure else MODEL_TYPES
@@ -269,7 +269,7 @@ def named_models(settings: Settings) -> list[tuple[str, str, tuple[str, ...]]]:
 
 
 def check_models(settings: Settings) -> None:
-    """``UserError`` for what configs say, before any weights are read or downloaded."""
+    """Raises ``UserError`` for unsuitable configs, before any weights are read or downloaded."""
     for its_flag, name, kinds in named_models(settings):
         config = check_model(name, its_flag, kinds)
         if its_flag != "--model":
@@ -289,7 +289,7 @@ def check_models(settings: Settings) -> None:
 
 
 def prefetch(settings: Settings) -> None:
-    """Brings models and sets, and says where they are. Of several processes the first works alone, the others leave."""
+    """Downloads models and sets, and prints where they are. Only the first process works; the others return."""
     if launched_rank() > 0:
         return
     check_models(settings)
@@ -303,7 +303,7 @@ def prefetch(settings: Settings) -> None:
 
 
 def load(name: str, accelerator: Accelerator, flag: str) -> Model:
-    """A model in float32, whatever precision the accelerate config asks for: figures are judged in float32."""
+    """A model in float32, whatever precision the accelerate config sets: all figures are measured in float32."""
     folder = fetch_model(accelerator, name, flag)
     model, processor = everywhere(accelerator, lambda: load_model(folder, flag))
     encoder = make_encoder(model, processor).to(accelerator.device).eval()
@@ -319,7 +319,7 @@ def load(name: str, accelerator: Accelerator, flag: str) -> Model:
 
 
 def data_folder(settings: Settings, name: str, local_files_only: bool = False) -> Path:
-    """The directory of a set; one of the hub is brought first, unless ``local_files_only``."""
+    """The directory of a set. A set of the hub is downloaded first, unless ``local_files_only``."""
     folder = Path(known_path(name))
     if folder.is_dir():
         return folder
@@ -330,11 +330,11 @@ def data_folder(settings: Settings, name: str, local_files_only: bool = False) -
         )
     splits = [settings.split, *([settings.train_split] if settings.classifier in LEARNT else [])]
     found = [hub_set(name, split, settings.cache_dir, local_files_only=local_files_only) for split in splits]
-    return found[-1]  # one folder for all
+    return found[-1]  # all splits are in one folder
 
 
 def open_everywhere(settings: Settings, accelerator: Accelerator, name: str) -> EvalSet:
-    """A set opened by the main process, its files brought to every node, with the paths that they have on this one."""
+    """A set that the main process opened, with its files on every node and their paths on this one."""
     folder = folder_on_every_node(accelerator, partial(data_folder, settings, name), f"--data {name}")
     on_every_node(accelerator, lambda: pack_pair_folder(folder, settings.cache_dir))
     data = from_main_process(accelerator, lambda: open_data(settings, name, folder))
@@ -370,9 +370,9 @@ def open_data(settings: Settings, name: str, folder: Path) -> EvalSet:
     classnames = {"classnames": settings.classnames} if labelled else {}
     opened = {split: open_split([str(folder / split)], with_classes=labelled, **classnames) for split in splits}
     if not labelled:
-        # Without classnames.txt they are taken for preference pairs: not labels without pairs.
+        # Without classnames.txt the samples are read as preference pairs: refuse samples that have only labels.
         index = next(iter(opened.values())).index
-        with suppress(BadSample), closing(ShardReader(index)) as reader:  # a bad one is said when the set is read
+        with suppress(BadSample), closing(ShardReader(index)) as reader:  # a bad one is reported when the set is read
             _, members = reader.read(0, 0)
             if "cls" in members and "json" not in members:
                 raise UserError(
@@ -392,7 +392,7 @@ def open_data(settings: Settings, name: str, folder: Path) -> EvalSet:
 
 
 def open_published(settings: Settings, name: str, folder: Path, published: PublishedCorruptions) -> EvalSet:
-    """CIFAR-10-C or ImageNet-C files, whose class names have to come from somewhere."""
+    """CIFAR-10-C or ImageNet-C files, with class names from a file or of ImageNet."""
     if settings.classifier in LEARNT:
         raise UserError(
             f"--data {name}: published corruptions hold no training images for --classifier {settings.classifier}; "
@@ -418,18 +418,18 @@ def open_published(settings: Settings, name: str, folder: Path, published: Publi
     return EvalSet(True, {}, classnames, templates, published)
 
 
-# What is asked for
+# The figures asked for
 
 
 def contents(settings: Settings, accelerator: Accelerator, data: EvalSet) -> dict[str, str]:
-    """Digests of what is read of a set: by split, or by corruption and severity. Call on all processes."""
+    """Digests of the samples that are read of a set: by split, or by corruption and severity. Call on all processes."""
     published, found = data.published, dict[str, str]()
     for split, opened in data.splits.items():
         whole = settings.classifier in LEARNT and split == settings.train_split
         found[split] = shards_digest(accelerator, opened.index, None if whole else settings.num_samples)
     if published is not None and "corruptions" in settings.attack:
 
-        def digests(corruption: str) -> dict[str, str]:  # one after the other: all are of the same array
+        def digests(corruption: str) -> dict[str, str]:  # not in parallel: all severities are in one array
             options = settings.num_samples, settings.cache_dir
             return {
                 f"{corruption} {level}": published.digest(corruption, level, *options) for level in settings.severities

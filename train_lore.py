@@ -1,4 +1,4 @@
-"""LORE: fine-tunes a vision encoder to resist l_inf attacks, every clean embedding held near the pretrained one.
+"""LORE: fine-tunes a vision encoder to resist l_inf attacks and holds every clean embedding near the pretrained one.
 
   python train_lore.py --model_name_or_path openai/clip-vit-base-patch32 \\
     --train_shards data/imagenet/train --eps 4 --rho 0.1 --output_dir runs/lore4
@@ -8,8 +8,8 @@
     --train_shards "data/imagenet/train-{000000..001281}.tar" --eps 4 --rho 0.1 --output_dir runs/lore4-l14
 
 Other methods are settings: FARE is --constraint none --primal_steps 1; TeCoA is --objective tecoa --constraint none;
---config recipes/<name>.yaml sets all of an experiment of the paper but --eps and --rho.
-Precision (bf16, fp16, no) and sharding live in the accelerate config. Radii are in 1/255.
+--config recipes/<name>.yaml holds the settings of one of the paper's experiments, except --eps and --rho.
+Precision (bf16, fp16, no) and sharding are set in the accelerate config. Radii are in 1/255.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ KEEP_BEST = ("eval_accuracy_clean", "eval_accuracy_pgd")
 
 @dataclass
 class Settings(RunSettings):
-    """Everything that a run can be told, beside what utils/training/settings.py has for both trainers."""
+    """All settings of a run; those that both trainers have are in utils/training/settings.py."""
 
     objective: str = method_flag(
         "embedding",
@@ -99,7 +99,7 @@ class Settings(RunSettings):
 
     @property
     def pgd(self) -> dict[str, Any]:
-        """How ``attack`` is made, in shares of the pixel range."""
+        """The arguments of ``attack``, eps and step_size as fractions of the pixel range."""
         return {
             "eps": self.eps / 255,
             "step_size": (self.attack_step_size or self.eps / 4) / 255,
@@ -114,7 +114,7 @@ SHOWN = {
     "violation": "violation_ratio_mean",
     "clean": "eval_accuracy_clean",
     "pgd": "eval_accuracy_pgd",
-}  # on the line of progress: values of the row
+}  # shown on the progress line: word -> key of the row
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flops = lore_flops_per_image(forward, *steps, *sees)
     if settings.shard_reference:
         reference = shard_frozen(accelerator, reference)
-    # What turns embeddings (B, D) into logits (B, C): texts of the classes, or a linear head, both frozen.
+    # The classifier turns embeddings (B, D) into logits (B, C), by class texts or a linear head, both frozen.
     classifier = partial(set_classifier, model, processor, encoder, device=device, linear_head=settings.linear_head)
     if problem.needs_labels:
         problem = dataclasses.replace(problem, classifier=classifier(train_set))
@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dual_optimizer = make_dual_optimizer(multiplier, settings.dual_learning_rate)
     encoder.train()
     encoder, optimizer = run.prepare(encoder, optimizer)
-    module = accelerator.unwrap_model(encoder)  # attacks and evaluations go past the engine: see utils/processes
+    module = accelerator.unwrap_model(encoder)  # attacks and evaluations bypass the engine: see utils/processes
     write_model = partial(write_trained, run, encoder, model, processor)
     trained = Trained(encoder, optimizer, write_model, {"multiplier": multiplier, "dual_optimizer": dual_optimizer})
     run.restore(trained)
@@ -171,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for step in run.steps():
             run.set_learning_rates(step, learning_rate=optimizer, dual_learning_rate=dual_optimizer)
 
-            # 1. Reference embeddings and perturbations of all micro-batches, at the same encoder.
+            # 1. Reference embeddings and perturbations of all micro-batches, before the encoder changes.
             micro_batches = []
             for loaded in run.take(batches):
                 batch = MicroBatch(to_pixel_values(loaded["images"], device))
@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             if run.gave_up():
                 break
 
-            # 2. K primal updates on the same images and perturbations. The first one's embeddings are what is logged.
+            # 2. K primal updates on the same images and perturbations. The log shows the embeddings of the first.
             measured: list[Tensor] = []
             for update in range(settings.primal_steps):
                 measure = step.log and update == 0
@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     if measure:
                         measured.append(problem.measure(primal, batch, multiplier))
 
-            # 3. One dual update on the mean over the global batch, at the violation of the updated encoder.
+            # 3. One dual update on the mean over the global batch, with the violation of the updated encoder.
             if problem.constrained:
                 for batch in micro_batches:
                     (problem.dual(module, batch, multiplier) / len(micro_batches)).backward()
@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check_settings(settings: Settings) -> None:
-    """Refuses combinations that no method is made of."""
+    """Raises ``UserError`` for settings that do not go together."""
     if settings.clean_weight > 0 and settings.constraint != "none":
         raise UserError(
             f"--clean_weight {settings.clean_weight} with --constraint {settings.constraint}: the naive regulariser "
@@ -245,7 +245,7 @@ def load_encoders(run: Run, settings: Settings, problem: Problem) -> tuple[Any, 
 
 
 def refuse_without_classes(settings: Settings, folder: str) -> None:
-    """Raises ``UserError`` where labels are to be used and nothing says which embedding is which class."""
+    """Raises ``UserError`` if labels are used but there is neither a text tower nor a linear head to classify with."""
     config = check_model(folder, "--model_name_or_path")
     if settings.linear_head is not None and not Path(settings.linear_head).is_file():
         raise UserError(f"--linear_head {settings.linear_head}: no such file; expected safetensors with weight (C, D)")
@@ -259,13 +259,13 @@ def refuse_without_classes(settings: Settings, folder: str) -> None:
 def labelled_images(
     labelled: LabelledSet, transform: ImageTransform, with_labels: bool = True, **options: Any
 ) -> ShardDataset:
-    """The samples of a set; ``options``: order and seed."""
+    """The samples of a set; ``options`` are order and seed."""
     num_classes = len(labelled.classnames)
     return ShardDataset(labelled.index, transform, with_labels=with_labels, num_classes=num_classes, **options)
 
 
 def summary(run: Run, measured: list[Tensor], rho: float) -> dict[str, float]:
-    """Statistics over the global batch at the attacked encoder. Synchronises."""
+    """Statistics over the global batch, for the encoder before its updates. Synchronises."""
     rows = run.accelerator.gather(torch.cat(measured))
     adversarial, clean, constraint, margins, multipliers = rows.unbind(dim=1)
     return {
@@ -279,10 +279,10 @@ def summary(run: Run, measured: list[Tensor], rho: float) -> dict[str, float]:
 def evaluate(
     run: Run, settings: Settings, encoder: nn.Module, classifier: Any, dataset: ShardDataset, step: int
 ) -> dict[str, float]:
-    """Accuracy on clean and attacked images. Empty where the run was told to stop and a batch did not come."""
+    """Accuracy on clean and attacked images. Empty if the run was told to stop and a batch did not arrive."""
     accuracies = {}
     for name, radius in (("clean", None), ("pgd", settings.eps / 255)):
-        eager = torch.compiler.set_stance("force_eager")  # a last batch of its own size is not worth compiling
+        eager = torch.compiler.set_stance("force_eager")  # the last batch may be smaller: not worth compiling for
         with (
             run.evaluating(dataset, f"evaluating {name}") as batches,
             gathered(encoder, settings.gather_for_attack),
@@ -301,7 +301,7 @@ def evaluate(
 
 
 def write_trained(run: Run, encoder: nn.Module, model: Any, processor: Any, directory: Path) -> None:
-    """A directory that ``from_pretrained`` loads. Call on all processes."""
+    """Writes a directory that ``from_pretrained`` loads. Call on all processes."""
     weights = run.accelerator.get_state_dict(encoder)  # ZeRO-3 gathers here
     if run.accelerator.is_main_process:
         save_model(directory, model, processor, weights)
@@ -312,7 +312,7 @@ def write_trained(run: Run, encoder: nn.Module, model: Any, processor: Any, dire
 
 
 def estimate_memory(settings: Settings, problem: Problem) -> None:
-    """Prints what a step with these settings needs on a device; the model is not loaded, its config is."""
+    """Prints the memory that a step with these settings needs on a device. Loads the model's config, no weights."""
     compute_dtype = MIXED_PRECISIONS[settings.estimate_precision]
     check_reference_dtype(settings.reference_dtype, compute_dtype)
     accumulation = accumulation_steps(

@@ -1,4 +1,4 @@
-"""Preference optimisation of a CLIP: prefer the right text where an image tempts, and stay as before elsewhere.
+"""Preference optimisation of a CLIP: prefers the right text on misleading images and stays unchanged on all others.
 
   python train_po.py --model_name_or_path openai/clip-vit-base-patch32 --preference dpo \\
     --train_shards data/imagenet-100/train --output_dir runs/dpo
@@ -7,11 +7,11 @@
     --model_name_or_path openai/clip-vit-large-patch14 --train_shards "data/vl-bias/train-{00..15}.tar" \\
     --output_dir runs/head
 
-The first writes wrong class names on labelled images (typographic attacks) and teaches the image tower to look past
-them. The second takes pairs of texts from .json members and trains a head, whose strength t can be set after training.
---config recipes/<name>.yaml sets all of an experiment of the paper.
-With --constraint embedding --rho 0.1 LORE's constraint holds every clean embedding near the reference's meanwhile.
-Precision (bf16, fp16, no) and sharding live in the accelerate config.
+The first writes wrong class names on labelled images (typographic attacks) and teaches the image tower to ignore them.
+The second takes pairs of texts from .json members and trains a head, whose strength t can be set after training.
+--config recipes/<name>.yaml holds the settings of one of the paper's experiments.
+--constraint embedding --rho 0.1 adds LORE's constraint: every clean embedding stays near the reference's.
+Precision (bf16, fp16, no) and sharding are set in the accelerate config.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ SHOWN = {
     "multiplier": "multiplier_mean",
     "violation": "violation_ratio_mean",
     **{f"eval {name}": key for name, key in EVAL_KEYS.items()},
-}  # on the line of progress: values of the row
+}  # shown on the progress line: word -> key of the row
 SETS = ("train_shards", "eval_shards")
 KEEP_BEST = ("eval_accuracy_clean", "eval_accuracy_attacked", "eval_pair_accuracy")
 DEFAULT_LEARNING_RATE = {"head": 1e-3, "image": 2e-5, "all": 2e-5}
@@ -98,7 +98,7 @@ FONTS = ["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"]
 
 @dataclass
 class Settings(RunSettings):
-    """Everything that a run can be told, beside what utils/training/settings.py has for both trainers."""
+    """All settings of a run; those that both trainers have are in utils/training/settings.py."""
 
     preference: str = method_flag("dpo", "the loss; ce: cross-entropy of the attacked image", choices=PREFERENCES)
     trainable: str = method_flag("image", "head: a matrix on both embeddings; all: both towers", choices=TRAINABLE)
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     accelerator, device = run.accelerator, run.device
     train_set, eval_set = open_sets(run, settings)
 
-    # The policy, and its frozen reference: pictures and texts to embeddings.
+    # The policy and its frozen reference turn pictures and texts into embeddings.
     clip, processor, encoder, views = load_views(run, settings)
     pictures = 1 + settings.attacks_per_image if settings.task == "typographic" else 1
     forward = forward_flops(views.reference)
@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dual_optimizer = make_dual_optimizer(multiplier, settings.dual_learning_rate)
     policy.train()
     policy, optimizer = run.prepare(policy, optimizer)
-    module = accelerator.unwrap_model(policy)  # evaluations and the dual step go past the engine
+    module = accelerator.unwrap_model(policy)  # evaluations and the dual step bypass the engine
     average = BetaAverage(module, run.total_steps) if settings.weight_average == "beta" else None
     others = {"average": average, "multiplier": multiplier, "dual_optimizer": dual_optimizer}
     write_model = partial(write_trained, run, settings, policy, average, clip, processor)
@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         datasets["eval"] = make_dataset(settings, eval_set, transform, order="sequential")
     num_workers: int | None = run.measure_workers(datasets["train"], flops)
     if settings.head and settings.cache_features:
-        num_workers = None  # the embeddings lie in memory
+        num_workers = None  # the embeddings are in memory
         keep_features(run, settings, datasets, encoder, views.reference)
     batches = run.train_batches(datasets["train"], num_workers)
 
@@ -210,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for step in run.steps():
             run.set_learning_rates(step, learning_rate=optimizer, dual_learning_rate=dual_optimizer)
 
-            # 1. One update on the mean over the rows of the global batch. Trained texts see the templates in turn.
+            # 1. One update on the mean over the global batch. A trained text tower sees one template a step.
             micro_batches = run.take(batches)
             if run.gave_up():
                 break
@@ -225,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     logits = views.logits(embeds, loaded)
                     baseline = kto_baseline(batch, logits, accelerator.reduce) if settings.preference == "kto" else None
                     primal = problem.primal(batch, embeds[0], logits, totals, baseline=baseline, multiplier=multiplier)
-                    # The engine takes the mean over processes and micro-batches of what are shares of one mean.
+                    # Each loss is a part of one sum, but the engine averages over processes and micro-batches.
                     loss = primal.loss * run.world_size * settings.gradient_accumulation_steps
                     if settings.orthogonality_weight > 0:
                         loss = loss + settings.orthogonality_weight * orthogonality_penalty(head_weight(module))
@@ -235,10 +235,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if step.log:
                     measured.append((problem.measure(primal, batch, logits), primal.measured, baseline))
 
-            # 2. One dual update on the mean over the clean rows, at the violation of the updated policy.
+            # 2. One dual update on the mean over the clean rows, with the violation of the updated policy.
             if problem.constrained:
                 for clean in clean_rows:
-                    # Gradients become their mean over the processes, and this the mean over the clean rows of all.
+                    # The factor undoes the mean over processes: the gradient is the mean over all clean rows.
                     dual = problem.held.dual(module.embed_images, clean, multiplier, totals[1].clamp_min(1))
                     (dual * run.world_size).backward()
                 run.update_outside(multiplier, dual_optimizer)
@@ -272,7 +272,7 @@ HELD = (
 
 
 def check_settings(settings: Settings) -> None:
-    """Refuses combinations that no method is made of, and words that cannot be written."""
+    """Raises ``UserError`` for settings that do not go together and for words that cannot be written."""
     word_style(settings)
     if settings.label_smoothing > 0 and settings.preference != "dpo":
         raise UserError(
@@ -300,7 +300,7 @@ def check_settings(settings: Settings) -> None:
 
 
 def refuse_head_without_projections(settings: Settings, folder: str) -> None:
-    """Raises ``UserError`` for a head on a model that has no projections to fold it into."""
+    """Raises ``UserError`` if a head is to be trained on a model without projections to fold it into."""
     config = check_model(folder, "--model_name_or_path", CONTRASTIVE_MODEL_TYPES)
     if settings.trainable == "head" and config.model_type.startswith("siglip"):
         raise UserError(
@@ -310,7 +310,7 @@ def refuse_head_without_projections(settings: Settings, folder: str) -> None:
 
 
 def note_idle_terms(settings: Settings, totals: list[float], progress: RunProgress) -> None:
-    """Says which part of the loss had no sample in a whole step: a set of pairs may lack either kind."""
+    """Warns if a part of the loss had no sample in a whole step: a set of pairs may lack either kind."""
     num_pairs, num_reg = totals
     if not num_pairs:
         progress.note("warning: this step held no preference; samples with reg alone teach nothing new")
@@ -322,7 +322,7 @@ def note_idle_terms(settings: Settings, totals: list[float], progress: RunProgre
 
 
 def shard_options(settings: Settings, name: str) -> dict[str, Any]:
-    """The arguments of ``open_set`` for the set of a flag; folders of pictures are shards in the cache."""
+    """The arguments of ``open_set`` for the set of a flag. Folders of pictures are packed into shards in the cache."""
     patterns = getattr(settings, name)
     if settings.task == "pairs":
         patterns = pair_shards(patterns, settings.cache_dir)
@@ -330,19 +330,19 @@ def shard_options(settings: Settings, name: str) -> dict[str, Any]:
 
 
 def open_sets(run: Run, settings: Settings) -> tuple[LabelledSet, LabelledSet | None]:
-    """The sets of training and evaluation."""
+    """The training and the evaluation set."""
     if settings.weight_average != "none" and run.accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise UserError("--weight_average beta: DeepSpeed keeps the weights to itself; use a DDP config, or none")
-    if settings.task == "pairs":  # folders of pictures become shards in the cache of every node
+    if settings.task == "pairs":  # packs folders of pictures into shards in the cache of every node
         pictures = [*settings.train_shards, *settings.eval_shards]
         on_every_node(run.accelerator, lambda: pair_shards(pictures, settings.cache_dir))
     options = [run.on_main(lambda name=name: shard_options(settings, name)) for name in SETS]
-    # Checkpoints from before there was a constraint have no multiplier to go on with.
+    # Older checkpoints, written before the constraint existed, hold no multiplier.
     return run.open_sets(*options, earlier={"constraint": "none"})
 
 
 def load_views(run: Run, settings: Settings) -> tuple[Any, Any, ImageEncoder, Views]:
-    """The model, its processor, its image encoder, and what shows pictures and texts to policy and reference."""
+    """The model, its processor, its image encoder, and the views of policy and reference on pictures and texts."""
     folder = run.fetch_model(settings.model_name_or_path)
     run.everywhere(lambda: refuse_head_without_projections(settings, folder))
     clip, processor = run.everywhere(lambda: load_model(folder))
@@ -355,7 +355,7 @@ def load_views(run: Run, settings: Settings) -> tuple[Any, Any, ImageEncoder, Vi
     if reference_clip is None:
         reference_clip = copy.deepcopy(clip) if settings.trainable == "all" else clip
     keep_weights_in(settings.reference_dtype, reference).to(run.device)
-    # The text table of a tower that is trained serves its tokenizer alone.
+    # If the text tower is trained, only the tokenizer of its text table is used.
     per_prompt = settings.trainable != "image"
     table = reference_table = TextTable(clip, processor, templates, run.device, per_prompt=per_prompt)
     if reference_clip is not clip:
@@ -368,7 +368,7 @@ def load_views(run: Run, settings: Settings) -> tuple[Any, Any, ImageEncoder, Vi
 def make_dataset(
     settings: Settings, labelled: LabelledSet, transform: ImageTransform, *, order: str
 ) -> PreferenceDataset:
-    """The task's samples. Evaluation, and a head on kept embeddings, see the same words in every epoch."""
+    """The task's samples. In evaluation and with cached embeddings the words are the same in every epoch."""
     if settings.task == "pairs":
         return PairDataset(labelled.index, transform, order=order, seed=settings.seed)
     kept = settings.trainable == "head" and settings.cache_features
@@ -385,7 +385,7 @@ def make_dataset(
 
 
 def feature_settings(settings: Settings, dataset: PreferenceDataset, encoder: ImageEncoder) -> dict[str, Any]:
-    """What kept embeddings depend on, besides the encoder's weights and the shards."""
+    """All settings that cached embeddings depend on, besides the encoder's weights and the shards."""
     words = dataclasses.asdict(word_style(settings)) | {
         "seed": settings.seed,
         "attacks_per_image": settings.attacks_per_image,
@@ -408,7 +408,7 @@ def feature_settings(settings: Settings, dataset: PreferenceDataset, encoder: Im
 def keep_features(
     run: Run, settings: Settings, datasets: dict[str, Any], encoder: ImageEncoder, reference: nn.Module
 ) -> None:
-    """Puts data sets of kept embeddings in place of those of pictures: the reference embeds every image once."""
+    """Replaces data sets of pictures by data sets of embeddings: the reference embeds every image once."""
     for name, dataset in datasets.items():
         count = len(dataset) if name == "train" else run.num_eval_samples(dataset)
         with RunProgress(f"embedding {name}", count, enabled=run.accelerator.is_main_process) as embedding:
@@ -416,7 +416,7 @@ def keep_features(
                 run.accelerator,
                 dataset,
                 reference,
-                weights=encoder.state_dict(),  # the reference's too: a head leaves them
+                weights=encoder.state_dict(),  # also the reference's: training a head does not change them
                 identity=feature_settings(settings, dataset, encoder),
                 num_samples=count,
                 batch_size=settings.per_device_train_batch_size,
@@ -427,7 +427,7 @@ def keep_features(
 
 
 def head_weight(policy: Policy) -> Tensor:
-    """W (D, D), as W^T = the head of the identity: under ZeRO-3 the parameter itself is empty outside a forward."""
+    """W (D, D), computed as the head of the identity: under ZeRO-3 the parameter is empty outside a forward pass."""
     identity = torch.eye(policy.head.embed_dim, device=policy.head.weight.device)
     return policy.head(identity).T
 
@@ -435,7 +435,7 @@ def head_weight(policy: Policy) -> Tensor:
 def logged_row(
     run: Run, settings: Settings, policy: Policy, step: Step, measured: list[Any], totals: Tensor
 ) -> dict[str, Any]:
-    """The row of a step, of the policy before its update. Synchronises."""
+    """The metrics row of a step, for the policy before its update. Synchronises."""
     if run.logged_step == run.first_step:
         note_idle_terms(settings, totals.tolist(), run.progress)
     row = run.row(step, summary(run, settings, measured, totals))
@@ -455,7 +455,7 @@ def summary(run: Run, settings: Settings, measured: list[Any], totals: Tensor) -
     if settings.constraint == "none":
         return found
     held = torch.cat(clean_rows).cpu()
-    rows = torch.cat(gather_objects(run.accelerator, held))  # by objects: the processes hold unequally many
+    rows = torch.cat(gather_objects(run.accelerator, held))  # as objects: the processes hold different numbers of rows
     if not len(rows):
         return found
     distance, margins, multipliers = rows.unbind(dim=1)
@@ -470,7 +470,7 @@ def summary(run: Run, settings: Settings, measured: list[Any], totals: Tensor) -
 def evaluate(
     run: Run, dataset: PreferenceDataset, views: Views, policy: Policy, average: BetaAverage | None, step: int
 ) -> dict[str, float]:
-    """What the policy chooses. Empty where the run was told to stop and a batch did not come."""
+    """Means of ``choices`` over the evaluation set. Empty if the run was told to stop and a batch did not arrive."""
     averaged = average.applied(policy) if average else contextlib.nullcontext()
     with run.evaluating(dataset, "evaluating") as batches, torch.no_grad(), averaged:
         rows = judge(
@@ -501,11 +501,11 @@ def write_trained(
     processor: Any,
     directory: Path,
 ) -> None:
-    """A directory that ``from_pretrained`` loads, and the head. Call on all processes."""
+    """Writes a directory that ``from_pretrained`` loads, and the head. Call on all processes."""
     module = run.accelerator.unwrap_model(policy)
     with average.applied(module) if average else contextlib.nullcontext():
         state = run.accelerator.get_state_dict(policy)  # ZeRO-3 gathers here
-        if average:  # whose weights go again
+        if average:  # its weights are taken out again
             state = {name: tensor.clone() for name, tensor in state.items()}
     if not run.accelerator.is_main_process:
         return
@@ -523,7 +523,7 @@ def write_trained(
 
 
 def method_name(settings: Settings) -> str:
-    """Preference and what it trains, as tables call it."""
+    """The name of the method in tables: the loss and the trained part."""
     what = {"head": "head", "image": "image tower", "all": "both towers"}[settings.trainable]
     constraint = {"none": "", "embedding": " + l2"}[settings.constraint]
     return f"{settings.preference.upper()}{constraint} ({what})"

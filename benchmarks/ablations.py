@@ -2,8 +2,8 @@
 
   python benchmarks/ablations.py --model runs/small-clip --data data/cifar10 --seeds 0 1 2 --output_dir runs/results
 
-Tables: K, the form of the multiplier, the margin, the steps of the training attack, the supervised objective. What the
-recipes ablation_*.yaml and tecoa*.yaml change is changed here, on the small model. The tables share a row: one run.
+Tables: K, the form of the multiplier, the margin, the steps of the training attack, the supervised objective. The
+recipes ablation_*.yaml and tecoa*.yaml change the same settings; here the model is small. All tables share one run.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def make_rows(settings: Settings) -> dict[str, dict[str, Flags]]:
-    """Title -> label -> flags. Everything but what the title names is the common run's."""
+    """Title -> label -> flags. Only the settings that the title names differ from the common run's."""
     common = {"eps": settings.eps, "max_steps": settings.steps, "primal_steps": 5}
     base = common | {"rho": settings.rho}
     tecoa, held = {"objective": "tecoa"}, common | {"rho": settings.supervised_rho}
@@ -158,7 +158,7 @@ def claims(numbers: Numbers) -> list[Claim]:
         )
     )
 
-    # The fixed threshold whose distance is nearest to the relative one's: like against like.
+    # For a fair comparison, take the fixed threshold whose distance is nearest to the relative one's.
     relative, *fixed = found[MARGIN]
     mean = {label: statistics.mean(of["distance"]) for label, of in found[MARGIN].items()}
     nearest = min(fixed, key=lambda label: abs(mean[label] - mean[relative]))

@@ -1,9 +1,9 @@
-"""Can the attacks be trusted? PGD, Square, APGD here and by its authors' code, attacks in bfloat16.
+"""Checks the attacks: PGD, Square, APGD here and by its authors' code, and attacks in bfloat16.
 
   python benchmarks/attack_check.py --model runs/small-clip --data data/cifar10 --seeds 0 1 2 --output_dir runs/results
 
-Encoders: the start model, FARE, LORE, and LORE trained in bfloat16. Square sees no gradient: were it to break what APGD
-does not, the gradients would be masked. The authors' code (pyautoattack) attacks the same images from the same starts.
+Encoders: the start model, FARE, LORE, and LORE trained in bfloat16. Square uses no gradients: if it broke images that
+APGD does not, gradients would be masked. The authors' code (pyautoattack) attacks the same images from the same starts.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def main() -> None:
         found[label] = {attack: [of[name][attack]["value"] for name in names] for attack in COLUMNS}
         found[label]["apgd_bfloat16"] = [next(c["value"] for c in rounded if c["model"] == name) for name in names]
         found[label]["broken_by_square_alone"] = sum(broken_by_square_alone(report, of[name]) for name in names)
-        # The authors' code once for each kind of encoder: the seeds' models are alike, and it takes its time.
+        # The authors' code runs for one seed per kind of encoder: the seeds' models are alike, and it is slow.
         found[label]["reference"], found[label]["differ"] = by_authors_code(settings, names[0])
         found[label]["strength"] = {
             f"{eps:g}": attack_strength(settings, names[0], eps) for eps in settings.strength_eps
@@ -86,7 +86,7 @@ def make_variants(settings: Settings) -> dict[str, Flags]:
 
 
 def broken_by_square_alone(report: Results, cells: dict[str, dict]) -> int:
-    """Images that hold out against APGD and not against Square."""
+    """The number of images that withstand APGD but not Square."""
     apgd, square = (
         {row["position"]: row["correct"] for row in report.records(cells[attack])} for attack in ("apgd", "square")
     )
@@ -94,7 +94,7 @@ def broken_by_square_alone(report: Results, cells: dict[str, dict]) -> int:
 
 
 def by_authors_code(settings: Settings, name: str) -> tuple[float, int]:
-    """Accuracy under APGD-CE and APGD-T of pyautoattack, and on how many images this project's verdict is another."""
+    """Accuracy under APGD-CE and APGD-T of pyautoattack, and the number of images where this project's APGD differs."""
     device = torch.device("cpu")
     encoder, classifier, images, labels = side_by_side.load(name, settings.data, settings.num_samples, device)
     common = {"num_samples": settings.num_samples, "num_steps": settings.apgd_steps, "output_dir": settings.output_dir}
@@ -107,7 +107,7 @@ def by_authors_code(settings: Settings, name: str) -> tuple[float, int]:
 
 
 def attack_strength(settings: Settings, name: str, eps: float) -> float:
-    """Embedding distance that training attacks reach in bfloat16, as a share of float32's; both judged in float32."""
+    """Embedding distance reached by training attacks in bfloat16, relative to float32's; both measured in float32."""
     exact, _, images, _ = side_by_side.load(name, settings.data, min(128, settings.num_samples), torch.device("cpu"))
     rounded = make_encoder(*load_model(name, "--model"), torch.bfloat16).eval()
     start = uniform_start(images, eps / 255, attack_seeds(0, 0, range(len(images))))

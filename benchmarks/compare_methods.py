@@ -1,11 +1,11 @@
-"""LORE beside FARE from one start model: FARE as published, FARE with as many updates as LORE makes, LORE.
+"""LORE against FARE from one start model: FARE as published, FARE with as many updates as LORE, and LORE.
 
   python benchmarks/compare_methods.py --model runs/small-clip --data data/cifar10 --seeds 0 1 2 \\
     --output_dir runs/compare
 
-Starts the real train_lore.py for every method and seed, then evaluate.py on all models. Prints a table (mean and
-standard deviation over seeds) and the clean accuracy over the first steps; writes table.md and curves.png. All methods
-get the same batches, attacks of the same strength, and the same learning rate; what is left free is given to all alike.
+Runs train_lore.py for every method and seed, then evaluate.py on all models. Prints a table (mean and standard
+deviation over seeds) and the clean accuracy over the first steps; writes table.md and curves.png. All methods get the
+same batches, the same strength of attack, the same learning rate and the same further settings.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from benchmarks.comparison import (
 from utils.cli import parse_settings, run
 from utils.training.metrics import MetricsFile
 
-LINES = [(":", "o"), ("--", "s"), ("-", "^"), ("-.", "v"), ("-", "D")]  # of the methods in turn
+LINES = [(":", "o"), ("--", "s"), ("-", "^"), ("-.", "v"), ("-", "D")]  # one per method
 
 
 @dataclass
@@ -82,7 +82,7 @@ def make_methods(settings: Settings) -> dict[str, Flags]:
 
 
 def folder_name(method: str) -> str:
-    """How the report calls it: fare-k1, lore-k5-rho0.1."""
+    """The method's name in the report: fare-k1, lore-k5-rho0.1."""
     return method.lower().replace(", ", "-").replace(" = ", "").replace(" ", "")
 
 
@@ -108,7 +108,7 @@ def curve(history: list[dict], key: str) -> dict[int, float]:
 
 
 def draw_curves(settings: Settings, histories: dict[str, list[list[dict]]], path: Path) -> None:
-    """Means over seeds against the step: accuracies, clean distance, multiplier. Readable in black and white."""
+    """Means over seeds by step: accuracies, clean distance, multiplier. Readable in black and white."""
     panels = [
         ("eval_accuracy_clean", "clean accuracy"),
         ("eval_accuracy_pgd", f"accuracy under PGD, eps {settings.eps:g}/255"),

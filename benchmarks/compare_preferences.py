@@ -1,12 +1,12 @@
-"""Preference optimisation against typographic attacks: CE, DPO, IPO and KTO from one start model, side by side.
+"""Preference optimisation against typographic attacks: compares CE, DPO, IPO and KTO from one start model.
 
   python benchmarks/compare_preferences.py --model runs/reading-clip --data data/cifar10 --seeds 0 1 2 \\
     --output_dir runs/preferences
 
-Starts the real train_po.py for every method and seed, then evaluate.py on all models, and prints a table per evaluation
-set (mean and standard deviation over seeds): accuracy on original and on attacked images, how often the written word is
-followed, KL to the start model on original images. Training and evaluation have word settings of their own, so that the
-words of the evaluation can be in fonts, sizes and places that were never trained on.
+Runs train_po.py for every method and seed, then evaluate.py on all models. Prints a table per evaluation set (mean and
+standard deviation over seeds): accuracy on original and on attacked images, how often the written word is predicted, KL
+to the start model on original images. Training and evaluation have separate word settings, so that the evaluation can
+use fonts, sizes and places that were not trained on.
 """
 
 from __future__ import annotations

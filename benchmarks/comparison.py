@@ -1,4 +1,4 @@
-"""What comparisons share: runs as a user would start them, several at a time, and tables with means over seeds."""
+"""Shared by the comparisons: starts runs as a user would, several at a time, and makes tables with means over seeds."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from utils.sets.typographic import KINDS, PLACES
 ROOT = Path(__file__).resolve().parents[1]
 FARE = {"constraint": "none"}
 START = "start model"
-COMMANDS = "commands.jsonl"  # in an output directory: what each command that was started there took
+COMMANDS = "commands.jsonl"  # in an output directory: the duration of each command started there
 
-Flags = Mapping[str, Any]  # of a script, without the dashes
+Flags = Mapping[str, Any]  # flags of a script, without the dashes
 
 what_flag = partial(flag, group="what")
 training_flag = partial(flag, group="training")
@@ -52,7 +52,7 @@ class Settings:
 
 @dataclass
 class NumbersSettings:
-    """Flags of a script whose numbers benchmarks/results.py shows."""
+    """Flags of a script whose numbers appear in benchmarks/results.py."""
 
     numbers_dir: str | None = what_flag(
         None, "what was found goes here, for benchmarks/results.py (default: --output_dir)", path=True
@@ -62,7 +62,7 @@ class NumbersSettings:
 
 @dataclass
 class LoreSettings(NumbersSettings, Settings):
-    """Flags of every comparison of runs of train_lore.py; scripts that train alike can share an --output_dir."""
+    """Flags of every comparison of train_lore.py runs; scripts with the same runs can share an --output_dir."""
 
     learning_rate: float = training_flag(3e-4, "of the encoder, the same for every variant", minimum=0)
     num_samples: int = evaluation_flag(500, "test images of the evaluation", minimum=1)
@@ -73,7 +73,7 @@ class LoreSettings(NumbersSettings, Settings):
 
 @dataclass
 class StepSettings(LoreSettings):
-    """Flags where all runs train at one radius, in as many steps."""
+    """Flags for comparisons in which all runs have the same radius and number of steps."""
 
     eps: float = training_flag(4.0, "radius of the training attack, in 1/255", above=0, maximum=255)
     steps: int = training_flag(60, "training steps", minimum=1)
@@ -81,7 +81,7 @@ class StepSettings(LoreSettings):
 
 @dataclass
 class WordSettings(Settings):
-    """Flags where words are written on images: those trained on, and others that are evaluated on."""
+    """Flags for comparisons with words written on images, with separate words for training and evaluation."""
 
     fonts: list[str] = training_flag(["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"], "of words trained on", path=True)
     word_size_min: float = training_flag(40.0, "letters, in pixels at an image side of 224", above=0)
@@ -93,12 +93,12 @@ class WordSettings(Settings):
 
 
 def claim_directory(output_dir: Path, kept: dict[str, Any]) -> None:
-    """Starts, or goes on where an interrupted comparison stopped with the same settings ``kept``, model and data."""
+    """Starts a comparison, or resumes an interrupted one if its settings ``kept``, model and data are the same."""
     note = output_dir / "settings.json"
     now = kept | {"content": {name: content(kept[name]) for name in ("model", "data") if kept.get(name)}}
     if note.exists():
         before = json.loads(note.read_text(encoding="utf-8"))
-        if "content" not in before:  # hours of training are not thrown away for that
+        if "content" not in before:  # accept it rather than throw hours of training away
             print(f"{output_dir}: of an earlier version, which did not look into model and data; taken as they are now")
             before["content"] = now["content"]
         if before != now:
@@ -113,7 +113,7 @@ def claim_directory(output_dir: Path, kept: dict[str, Any]) -> None:
 
 
 def content(name: str) -> str:
-    """A digest of a model, or of the shards and texts of a set; the name itself of what is no directory."""
+    """A digest of a model, or of the shards and texts of a set; for anything but a directory, the name itself."""
     folder = Path(name)
     if not folder.is_dir():
         return name
@@ -124,7 +124,7 @@ def content(name: str) -> str:
 
 
 def launcher(script: str, processes: int = 1, config: str | None = None, precision: str | None = None) -> list[str]:
-    """The start of the command, with paths as seen from where the user is; on CPUs unless ``config`` is given."""
+    """The start of the command, with paths relative to the user's directory; on CPUs unless ``config`` is given."""
     config = config or ("cpu.yaml" if processes == 1 else "cpu_2proc.yaml")
     config, script = (os.path.relpath(ROOT / path) for path in (f"accelerate_configs/{config}", script))
     more = ["--num_processes", str(processes)] if processes > 2 else []
@@ -133,7 +133,7 @@ def launcher(script: str, processes: int = 1, config: str | None = None, precisi
 
 
 def as_in_results(name: str) -> str:
-    """How results.json calls a model or a set: a directory without a slash at the end; a name on the hub as it is."""
+    """The name of a model or set in results.json: a directory without a final slash, or a name on the hub."""
     return os.path.normpath(name) if name and Path(name).exists() else name
 
 
@@ -143,11 +143,11 @@ def lore_runs(
     names: Mapping[str, str] | None = None,
     kept: Sequence[str] = (),
 ) -> dict[str, list[Path]]:
-    """Trains what is not there yet: label -> the run's directory for each seed.
+    """Trains the runs that are missing and returns label -> the run's directory for each seed.
 
-    A run is called by its flags: two labels, or two scripts with one --output_dir, that ask for the same share it.
-    ``names`` are shorter ones by label, which need the other settings in ``kept`` to be the same when the script is
-    started again.
+    A run is named after its flags: labels with equal flags share it, and so do scripts with the same --output_dir.
+    ``names`` gives shorter names by label; then ``kept`` must hold the other settings, which have to be the same when
+    the script is started again.
     """
     output_dir = Path(settings.output_dir)
     kept = ("model", "data", "batch_size", "learning_rate", *kept)
@@ -170,7 +170,7 @@ def lore_runs(
 
 
 def run_name(flags: Flags) -> str:
-    """A folder's name: all that makes the weights what they are."""
+    """A folder's name, made of all flags that the weights depend on."""
     named = {name: value for name, value in sorted(flags.items()) if not name.startswith("eval_")}
     return "_".join(f"{name}-{_text(value)}" for name, value in named.items())
 
@@ -182,7 +182,7 @@ def lore_command(settings: LoreSettings, flags: Flags, seed: int, run_dir: Path)
         "logging_steps": 1, "checkpoint_steps": 0, "num_workers": 0, "report_to": "none",
         "resume_from_checkpoint": "latest", "seed": seed, "output_dir": run_dir,
     }  # fmt: skip
-    precision = flags.get("mixed_precision")  # the launcher's own flag
+    precision = flags.get("mixed_precision")  # a flag of the launcher
     flags = {name: value for name, value in flags.items() if name != "mixed_precision"}
     return [*launcher("train_lore.py", precision=precision), *words(common | flags)]
 
@@ -190,9 +190,9 @@ def lore_command(settings: LoreSettings, flags: Flags, seed: int, run_dir: Path)
 def evaluate(
     settings: LoreSettings, name: str, models: Sequence[str | Path], flags: Flags, data: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    """Cells of results.json: evaluate.py on the start model and ``models``, in <output_dir>/eval-<name>.
+    """Runs evaluate.py on the start model and ``models``, in <output_dir>/eval-<name>; returns cells of results.json.
 
-    What is finished there is not measured again; cells of other settings are left out.
+    Finished cells are not measured again; cells of other settings are left out.
     """
     folder = Path(settings.output_dir) / f"eval-{name}"
     asked = {
@@ -205,7 +205,7 @@ def evaluate(
 
 
 def was_asked(cell: Mapping[str, Any], flags: Flags) -> bool:
-    """Whether evaluate.py measures this cell of results.json under these flags; what neither names does not matter."""
+    """Whether evaluate.py measures this cell of results.json under these flags; other settings are ignored."""
     listed = {"dataset": "data", "eps": "eps", "sigma": "sigma", "severity": "severities"}
     for key, name in listed.items():
         values = flags.get(name)
@@ -216,7 +216,7 @@ def was_asked(cell: Mapping[str, Any], flags: Flags) -> bool:
 
 
 def words(flags: Flags) -> list[str]:
-    """The flags as they are typed."""
+    """The flags as typed on a command line."""
     typed = []
     for name, value in flags.items():
         typed += [f"--{name}", *(map(_text, value) if isinstance(value, (list, tuple)) else [_text(value)])]
@@ -228,12 +228,12 @@ def _text(value: Any) -> str:
 
 
 def in_parallel(jobs: int, commands: list[list[str]], log: Path | None = None) -> None:
-    """Runs the commands, ``jobs`` at a time, each shown as a user would type it. ``log``: takes a line per command."""
+    """Runs the commands, ``jobs`` at a time, and prints each as a user would type it. Writes a line each to ``log``."""
     at_a_time = max(1, min(jobs, len(commands)))
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
 
     def start(command: list[str]) -> None:
-        sys.stdout.write(f"\n$ {shlex.join(command)}\n")  # in one piece: another run may be writing too
+        sys.stdout.write(f"\n$ {shlex.join(command)}\n")  # in one write: other runs may write too
         sys.stdout.flush()
         started = time.monotonic()
         started_command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:]]
@@ -252,7 +252,7 @@ def in_parallel(jobs: int, commands: list[list[str]], log: Path | None = None) -
 
 
 def percent(values: list[float]) -> str:
-    """Mean, and the standard deviation over seeds where there are several."""
+    """Mean, and for several seeds the standard deviation."""
     mean = f"{100 * statistics.mean(values):.1f}"
     return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.1f}"
 

@@ -1,9 +1,9 @@
-"""What a training step costs, by arithmetic alone: FLOPs, bytes that weights and optimizer move, collectives, seconds.
+"""The cost of a training step, by formulas: FLOPs, memory traffic of weights and optimizer, collectives, seconds.
 
-Nothing here is measured. FLOPs follow from the tower's config, collectives from what torch's DistributedDataParallel
-and DeepSpeed 0.19 do with this project's configs; tests compare both with counts. Seconds follow from rates that the
-caller gives. Symbols: F forward FLOPs of one image, P parameters, K updates a step, n attack steps, A micro-batches a
-step, N processes, B images per process and micro-batch. GB is 10^9 bytes, a multiply-add counts 2 FLOPs.
+Nothing here is measured. FLOPs follow from the tower's config, collectives from the behaviour of torch's
+DistributedDataParallel and DeepSpeed 0.19 with this project's configs; tests compare both with counts. Seconds follow
+from the caller's rates. Symbols: F forward FLOPs of one image, P parameters, K updates per step, n attack steps, A
+micro-batches per step, N processes, B images per process and micro-batch. GB is 10^9 bytes, a multiply-add is 2 FLOPs.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from transformers import CLIPVisionConfig
 
 from utils.training.metrics import lore_flops_per_image
 
-FLOAT32 = 4  # bytes: parameters, gradients and optimizer states, and what DDP and DeepSpeed send of them
+FLOAT32 = 4  # bytes, also of the parameters and gradients that DDP and DeepSpeed send
 STAGES = {"DDP": 0, "ZeRO-1": 1, "ZeRO-2": 2, "ZeRO-3": 3}
 
-# name: (clean images take part in the updates, dual step). TeCoA's class logits, 2 D FLOPs a class, are left out.
+# name: (do updates encode clean images, is there a dual step). TeCoA's class logits, 2 D FLOPs per class, are ignored.
 METHODS = {
     "LORE": (True, True),
     "FARE": (False, False),
@@ -27,21 +27,21 @@ METHODS = {
     "TeCoA + l2": (True, True),
     "TeCoA + KL": (True, True),
 }
-# PO of the image tower: the share of a step's pictures, the clean ones, that a dual step encodes once more.
-PREFERENCES = {"PO image": 0, "PO image + l2": 0.5}  # clean and attacked in pairs, one word to an image
+# PO of the image tower: the fraction of a step's pictures, the clean ones, that a dual step encodes once more.
+PREFERENCES = {"PO image": 0, "PO image + l2": 0.5}  # half of the pictures are clean: one attack per image
 PO, PO_L2 = PREFERENCES
 
 
 @dataclass(frozen=True)
 class Tower:
-    """The numbers of an image tower that its cost depends on."""
+    """The sizes of an image tower that its cost depends on."""
 
     forward: int  # F, FLOPs of one image
-    patch_embedding: int  # c, of them in the patch embedding, which stays float32
-    attention: int  # a, of them in the two products of attention, whose factors are both activations
+    patch_embedding: int  # c, the part of F in the patch embedding, which stays float32
+    attention: int  # a, the part of F in attention's two products, whose factors are both activations
     parameters: int  # P
-    tensors: int  # that hold the parameters
-    modules: int  # that ZeRO-3 gathers at once; the class embedding comes with the patch embedding
+    tensors: int  # number of parameter tensors
+    modules: int  # number of modules that ZeRO-3 gathers; the class embedding comes with the patch embedding
     embed_dim: int
 
 
@@ -74,9 +74,9 @@ def forwards_per_image(method: str, attack_steps: int, primal_steps: int, recomp
     """FLOPs of one image in one step, as a multiple of F.
 
     ``METHODS``: 1 + 2 n + 3 K (6 K with clean images) + 1 with a dual step. PO of the image tower has neither n nor K:
-    4 a picture, the reference's forward and the policy's forward and backward; 4.5 with a dual step on the clean half.
-    ``recompute``: with gradient checkpointing every backward pass takes one more forward; that is work, but not of the
-    model, and no utilisation counts it.
+    4 per picture (the reference's forward, the policy's forward and backward), or 4.5 with a dual step on the clean
+    half. ``recompute``: with gradient checkpointing every backward pass needs one more forward pass. This costs time
+    but is not counted in the utilisation.
     """
     if method in PREFERENCES:
         return 4 + PREFERENCES[method] + (1 if recompute else 0)
@@ -87,10 +87,10 @@ def forwards_per_image(method: str, attack_steps: int, primal_steps: int, recomp
 
 
 def counted_flops_per_image(tower: Tower, method: str, attack_steps: int, primal_steps: int) -> float:
-    """What a counter finds in place of ``forwards_per_image`` * F: + n a - c K (2 c K with clean images).
+    """The FLOPs that torch's counter finds: ``forwards_per_image`` * F + n a - c K (2 c K with clean images).
 
-    A backward pass to the input is taken to cost F, but attention's products have two factors that need a gradient, a
-    more in each attack step. Pixels need none in an update, c less for each image.
+    ``forwards_per_image`` takes a backward pass to the input as F. But both factors of attention's products need a
+    gradient, which adds a per attack step, and in an update the pixels need none, which saves c per image.
     """
     flops = forwards_per_image(method, attack_steps, primal_steps) * tower.forward
     if method in PREFERENCES:
@@ -100,7 +100,7 @@ def counted_flops_per_image(tower: Tower, method: str, attack_steps: int, primal
 
 
 def float32_flops_per_image(tower: Tower, method: str, attack_steps: int, primal_steps: int) -> float:
-    """FLOPs of one image in one step that bf16 does not speed up: every pass through the patch embedding.
+    """FLOPs of one image in one step that bf16 does not speed up: all passes through the patch embedding.
 
     c (1 + 2 n + 2 K, 4 K with clean images, + 1 with a dual step).
     """
@@ -112,7 +112,7 @@ def float32_flops_per_image(tower: Tower, method: str, attack_steps: int, primal
 
 
 def float32_share_of_time(tower: Tower, flops: float, float32_flops: float, fast: float, slow: float) -> float:
-    """Share of the seconds that the float32 part takes at ``slow`` FLOP/s, the rest at ``fast``: in [0,1]."""
+    """Fraction of the time, in [0,1], for the float32 part at ``slow`` FLOP/s, with the rest at ``fast`` FLOP/s."""
     seconds = float32_flops / slow
     return seconds / (seconds + (flops - float32_flops) / fast)
 
@@ -120,25 +120,25 @@ def float32_share_of_time(tower: Tower, flops: float, float32_flops: float, fast
 def optimizer_traffic(parameters: int) -> int:
     """Bytes that one AdamW update must move in a device's memory: 28 P.
 
-    Weights, gradients and two states are read, weights and states written, each once, as a fused kernel does; torch's
-    foreach AdamW moves more.
+    A fused kernel reads weights, gradients and two states once and writes weights and states once. torch's foreach
+    AdamW moves more.
     """
     return 7 * FLOAT32 * parameters
 
 
 @dataclass(frozen=True)
 class Collective:
-    """Messages of one kind in one step. ``message`` is the whole of one call, as large as the full tensor, in bytes."""
+    """Messages of one kind in one step. ``message`` is the bytes of one call, those of the full tensor."""
 
     what: str
     kind: str  # all-reduce, all-gather, reduce-scatter
     calls: int
     message: float  # of one call, on average
-    hidden_by: str = "nothing"  # computation that can go on meanwhile: backward, update, attack, dual
+    hidden_by: str = "nothing"  # computation that can overlap: backward, update, attack, dual
 
 
 def sent_bytes(kind: str, message: float, processes: int) -> float:
-    """Bytes that one of N sends in a ring: 2 (N - 1) / N of the message to all-reduce, half of that else."""
+    """Bytes that one of N processes sends in a ring: 2 (N - 1) / N of the message for all-reduce, else half of that."""
     return message * (2 if kind == "all-reduce" else 1) * (processes - 1) / processes
 
 
@@ -160,15 +160,15 @@ def step_collectives(
     reuse_distance: int = 1_000_000_000,
     reduce_bucket_size: int = 50_000_000,
 ) -> list[Collective]:
-    """What the processes send in one step that is neither logged, evaluated nor saved. Empty for one process.
+    """The collectives of one step without logging, evaluation or saving. Empty for one process.
 
-    Gradients, K times: DDP all-reduces 4 P at the last micro-batch. ZeRO-1 all-reduces likewise and then all-gathers
-    the updated weights, 4 P more: DeepSpeed's default (use_multi_rank_bucket_allreduce) is no reduce-scatter. ZeRO-2
-    all-reduces every micro-batch, for it keeps no whole gradients. ZeRO-3 reduce-scatters every micro-batch.
+    Gradients, K times: DDP all-reduces 4 P at the last micro-batch. ZeRO-1 does the same, then all-gathers the updated
+    weights, 4 P more: DeepSpeed's default (use_multi_rank_bucket_allreduce) is not a reduce-scatter. ZeRO-2
+    all-reduces every micro-batch, because it does not keep whole gradients. ZeRO-3 reduce-scatters every micro-batch.
     Weights under ZeRO-3, in multiples of 4 P per micro-batch: attack 1 (2 n without ``gather_for_attack``), updates
-    2 K, dual 1. A weight that is needed again within ``reuse_distance`` elements stays, which takes the share
-    min(1, reuse_distance / 2 P) of the gathers of backward passes away. Layers are gathered one by one: with
-    prefetching calls are fewer and larger, small tensors stay whole; bytes are the same.
+    2 K, dual 1. A weight that is needed again within ``reuse_distance`` elements is kept, which saves the fraction
+    min(1, reuse_distance / 2 P) of the gathers in backward passes. Layers are gathered one by one here; in fact,
+    prefetching makes fewer and larger calls, and small tensors stay whole, but the bytes are the same.
     The attack of DDP, ZeRO-1 and ZeRO-2 sends nothing.
     """
     if processes == 1:
@@ -180,7 +180,7 @@ def step_collectives(
     whole = FLOAT32 * tower.parameters
     updates = primal_steps * (accumulation if stage >= 2 else 1)
     if stage == 0:
-        first, further = 2**20, 25 * 2**20  # DDP's buckets in bytes; they end with a tensor, so the number is rough
+        first, further = 2**20, 25 * 2**20  # sizes of DDP's buckets; they end with a tensor, so the number is rough
         buckets = 1 + math.ceil(max(0, whole - first) / further)
     else:
         buckets = math.ceil(tower.parameters / reduce_bucket_size)
@@ -189,7 +189,7 @@ def step_collectives(
     if stage in (1, 2):
         found.append(Collective("updated weights", "all-gather", primal_steps, whole))
     if stage == 3:
-        again = max(0.0, 1 - reuse_distance / (2 * tower.parameters))  # of a pass, in its backward pass
+        again = max(0.0, 1 - reuse_distance / (2 * tower.parameters))  # fraction gathered again in the backward pass
 
         def gathers(what: str, passes: float, hidden_by: str) -> Collective:
             calls = round(accumulation * passes * tower.modules)
@@ -206,7 +206,7 @@ def step_collectives(
             found.append(gathers("weights, dual", 1, "dual"))
     if stage:
         found.append(Collective("overflow flag or norm", "all-reduce", primal_steps, 8 if stage == 3 else 4))
-    if dual:  # two linear layers, hidden 512: the network's four tensors, one call each
+    if dual:  # the network has two linear layers, hidden size 512: four tensors, one call each
         found.append(
             Collective("multiplier's gradients", "all-reduce", 4, FLOAT32 * (512 * tower.embed_dim + 1025) / 4)
         )
@@ -221,23 +221,23 @@ class Network:
     """Rates of one device in bytes per second, and seconds per hop. The defaults are assumptions, not measurements."""
 
     per_node: int = 8
-    inside: float = 300e9  # to the others of its machine
-    between: float = 50e9  # its own network adapter: 400 Gb/s
+    inside: float = 300e9  # to other devices of its machine
+    between: float = 50e9  # by its network adapter: 400 Gb/s
     latency: float = 10e-6
 
     def bandwidth(self, processes: int, spread: bool = True) -> float:
-        """At which a device sends.
+        """The bandwidth at which a device sends.
 
-        Across machines a ring crosses every adapter of one, each with 1 / per_node of the bytes. That is ``spread``,
-        min(inside, per_node * between), the best case; without it every byte goes through one adapter at ``between``,
-        the worst.
+        Across machines, the best case (``spread``) is a ring over all adapters of a machine, each with 1 / per_node of
+        the bytes: min(inside, per_node * between). In the worst case every byte goes through one adapter, at
+        ``between``.
         """
         if processes <= self.per_node:
             return self.inside
         return min(self.inside, self.between * (self.per_node if spread else 1))
 
     def seconds(self, collective: Collective, processes: int, spread: bool = True) -> float:
-        """Of all calls: bytes sent / bandwidth, and ceil(log2 N) hops a call, twice as many to all-reduce."""
+        """Seconds of all calls: bytes sent / bandwidth, plus ceil(log2 N) hops per call, for all-reduce twice that."""
         hops = math.ceil(math.log2(processes)) * (2 if collective.kind == "all-reduce" else 1)
         sent = sent_bytes(collective.kind, collective.message, processes)
         return collective.calls * (sent / self.bandwidth(processes, spread) + hops * self.latency)
@@ -245,7 +245,7 @@ class Network:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step: a device's own work, all communication, and what of it nothing can hide."""
+    """Seconds of one step: computation, all communication, and the communication that cannot overlap."""
 
     compute: float
     communication: float
@@ -274,11 +274,11 @@ def step_time(
     accumulation: int = 1,
     spread: bool = True,
 ) -> StepTime:
-    """Seconds of a step at ``rate``, the model FLOP/s that one device sustains in a whole step by itself.
+    """Seconds of a step at ``rate``, the model FLOP/s that a single device sustains in whole steps.
 
-    The rate is taken to hold at every batch size, which it does not at a few images. With ideal overlap a reduction
-    of gradients hides behind its backward pass (2/3 of an update's FLOPs) but for its last bucket, ZeRO-3's gathers and
-    reductions behind the whole update. The all-gather of ZeRO-1 and ZeRO-2 and that before an attack hide behind none.
+    The rate is assumed equal at every batch size, which is wrong for a few images. With ideal overlap, the reduction of
+    gradients hides behind its backward pass (2/3 of an update's FLOPs), except its last bucket; ZeRO-3's gathers and
+    reductions hide behind the whole update. The all-gathers of ZeRO-1 and ZeRO-2 and before an attack cannot be hidden.
     """
     collectives = step_collectives(
         tower,
@@ -305,7 +305,7 @@ def step_time(
     for hidden_by, window in windows.items():
         waiting = [one for one in collectives if one.hidden_by == hidden_by]
         seconds = sum(network.seconds(one, processes, spread) for one in waiting)
-        last = 0.0  # buckets of the last layer's gradients leave when the backward pass is over
+        last = 0.0  # the last bucket is sent when the backward pass is over
         for one in waiting:
             if one.what == "gradients":
                 last = network.seconds(one, processes, spread) * reductions / one.calls
@@ -317,17 +317,17 @@ def step_time(
 def hidden_batch_size(
     tower: Tower, *, rate: float, processes: int, network: Network, images: int = 2, spread: bool = True
 ) -> float:
-    """Images per device from which on DDP's all-reduce takes no longer than the backward pass over ``images`` of each.
+    """The smallest batch per device at which DDP's all-reduce takes no longer than the backward pass.
 
-    B = 8 P (N - 1) / N / bandwidth * rate / (2 F images). LORE's updates see 2 of each image, FARE's and others 1.
+    B = 8 P (N - 1) / N / bandwidth * rate / (2 F images), where an update encodes each image ``images`` times (LORE 2).
     """
     seconds = sent_bytes("all-reduce", FLOAT32 * tower.parameters, processes) / network.bandwidth(processes, spread)
     return seconds * rate / (2 * images * tower.forward)
 
 
 def furthest_move(steps: int, learning_rate: float, updates_per_step: int = 1) -> float:
-    """How far AdamW can move one weight in a run with a cosine schedule, about: sum of the rates, updates * rate / 2.
+    """About how far AdamW can move one weight in a run with a cosine schedule: sum of the rates, updates * rate / 2.
 
-    Its step is at most about the rate for a gradient that keeps its sign, whatever the gradient's size.
+    AdamW's step is at most about the learning rate if the gradient keeps its sign, whatever the gradient's size.
     """
     return steps * updates_per_step * learning_rate / 2

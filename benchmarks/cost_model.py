@@ -1,12 +1,12 @@
-"""What LORE costs on 1 to hundreds of GPUs: FLOPs, bytes sent, memory, hours, and where more stop helping.
+"""The cost of LORE on 1 to hundreds of GPUs: FLOPs, bytes sent, memory, hours, and when more GPUs stop helping.
 
   python benchmarks/cost_model.py --matmul_tflops 790 --output runs/cost.json --markdown docs/cost_model.md
 
 benchmarks/cost.py has the formulas. Every number is an estimate; nothing is run. Hours need the rate of one device,
-which has no default: --device_tflops (model TFLOP/s that it sustained in whole LORE steps), --measured (what
-benchmarks/train_step.py wrote), or --matmul_tflops (the rate of its matrix products alone), of which --utilisations are
-then assumed. Bandwidths are assumptions; give those of the cluster. --markdown replaces what stands between
-<!-- cost_model.py --> and <!-- end -->.
+which has no default: --device_tflops (model TFLOP/s that it sustained in whole LORE steps), --measured (the output of
+benchmarks/train_step.py), or --matmul_tflops (the rate of its matrix products alone), times the assumed --utilisations.
+Bandwidths are assumptions; give those of the cluster. --markdown replaces the text between <!-- cost_model.py --> and
+<!-- end -->.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ rate_flag, network_flag = partial(flag, group="rate of one GPU"), partial(flag, 
 
 @dataclass
 class Settings:
-    """What is estimated, and with which rates."""
+    """The estimates to make and their rates."""
 
     encoders: list[str] = flag(["ViT-L/14", "ViT-H/14"], "image towers", group="run", path=True, choices=tuple(TOWERS))
     gpus: list[int] = flag([8, 64, 512], "numbers of GPUs", group="run", minimum=1)
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def device_rates(settings: Settings, name: str, tower: Tower) -> dict[str, float]:
-    """Model FLOP/s of one device by where they come from."""
+    """Model FLOP/s of one device, by source of the number."""
     rates = {}
     if settings.measured:
         variant, rate = measured_rate(settings.measured, name, tower, settings)
@@ -142,7 +142,7 @@ def device_rates(settings: Settings, name: str, tower: Tower) -> dict[str, float
 
 
 def measured_rate(path: str, name: str, tower: Tower, settings: Settings) -> tuple[str, float]:
-    """(variant, model FLOP/s) of the fastest LORE row of this tower. Raises ``UserError`` for a file without one."""
+    """(variant, model FLOP/s) of the fastest LORE row of this tower. Raises ``UserError`` if there is none."""
     try:
         rows = parse_json(Path(path).read_bytes())["rows"]
         rows = [row for row in rows if row["encoder"] == name and row["method"] == "LORE"] if rows else []
@@ -196,7 +196,7 @@ def flops_rows(settings: Settings, towers: dict[str, Tower]) -> list[list[str]]:
 
 
 def stage_rows(settings: Settings, towers: dict[str, Tower], network: Network) -> list[list[str]]:
-    """A step by stage, on few GPUs and on many: collectives, bytes, seconds; memory by utils/training/memory.py."""
+    """A step by ZeRO stage, on few and many GPUs: collectives, bytes, seconds; memory by utils/training/memory.py."""
     few, many = min(settings.gpus), max(settings.gpus)
     rows = [["image tower", "sharding", "collectives", "GB sent", "x parameters", f"s, {few} GPUs", f"s, {many} GPUs"]]
     rows[0] += [f"memory, {few} / {many}, GB"] if settings.memory else []
@@ -236,7 +236,7 @@ def stage_rows(settings: Settings, towers: dict[str, Tower], network: Network) -
 
 
 def pair(values: Iterable[float], form: str = ".3f") -> str:
-    """Two numbers, as "1.5 / 2.0"."""
+    """Two numbers, such as "1.5 / 2.0"."""
     return " / ".join(format(value, form) for value in values)
 
 
@@ -313,7 +313,7 @@ def hours_rows(
 
 
 def hours_table(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Hours with all communication hidden that can be, and with none, on all adapters of a machine / on one."""
+    """Hours with ideal overlap and without overlap, with traffic over all adapters of a machine / over one."""
     table = [["image tower", "GPUs", "rate", "TFLOP/s", "steps", "s a step", "images/s", "compute, h", "hidden, h"]]
     table[0] += ["not hidden, h", "GPU hours"]
     for row in rows:
@@ -329,10 +329,10 @@ def hours_table(rows: list[dict[str, Any]]) -> list[list[str]]:
 def split_rows(
     settings: Settings, towers: dict[str, Tower], rates: dict[str, dict[str, float]], network: Network
 ) -> list[list[str]]:
-    """The global batches of ``batch_rows`` split over more GPUs: what an update computes, sends and writes.
+    """The global batches of ``batch_rows`` split over more GPUs: computation, communication and AdamW of an update.
 
-    At each tower's highest rate, where communication weighs most. AdamW's seconds are those of its bytes; they count
-    against the efficiency.
+    Uses each tower's highest rate, at which communication matters most. AdamW's seconds follow from its bytes and lower
+    the efficiency.
     """
     rows = [["image tower", "TFLOP/s", "global batch", "GPUs", "images", "update, ms", "all-reduce, ms", "AdamW, ms"]]
     rows[0] += ["efficiency, %", "hides from", "FARE: from"]
@@ -362,12 +362,12 @@ def split_rows(
 
 
 def dictionaries(rows: list[list[str]]) -> list[dict[str, str]]:
-    """Rows under their headings, as they are shown."""
+    """Rows as {heading: text}."""
     return [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
 
 
 def replace_block(path: Path, tables: str) -> None:
-    """Puts the tables between the lines BEGIN and END of a file that has them. Raises ``UserError`` for another."""
+    """Puts the tables between the lines BEGIN and END of a file. Raises ``UserError`` if the file lacks them."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:

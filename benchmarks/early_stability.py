@@ -3,8 +3,8 @@
   python benchmarks/early_stability.py --model runs/small-clip --data data/cifar10 --seeds 0 1 2 --eps 2 4 8 16 \\
     --output_dir runs/early-stability
 
-Per radius and seed three runs of train_lore.py that make the same number of encoder updates: FARE with one update a
-batch and with as many as LORE, and LORE. Clean and PGD accuracy on held-out images every few updates.
+For each radius and seed there are three runs of train_lore.py with the same number of encoder updates: FARE with one
+update per batch, FARE with as many as LORE, and LORE. Measures clean and PGD accuracy on held-out images as they train.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def make_methods(settings: Settings) -> dict[str, Flags]:
 
 
 def read_curves(histories: list[list[dict]], primal_steps: int, every: int) -> dict:
-    """Over the updates made: accuracies; every so many updates the multiplier and the distance over the margin.
+    """Curves over the updates: accuracies; every ``every`` updates, the multiplier and distance / margin.
 
-    A step's distances are those before its first update.
+    A step's distances are measured before its first update.
     """
     evaluated = [[row for row in history if "eval_accuracy_clean" in row] for history in histories]
     logged = [[row for row in history if "violation_ratio_mean" in row] for history in histories]
@@ -133,7 +133,7 @@ def draw(numbers: Numbers) -> Figure:
 
 
 def draw_clean_accuracy(numbers: Numbers) -> Figure:
-    """The uppermost row alone: the picture of the README."""
+    """Only the top row, for the README."""
     figure, axes = evidence.new_figure(len(numbers["results"]), height=2.6)
     draw_clean(axes, numbers)
     for axis in axes:
@@ -143,7 +143,7 @@ def draw_clean_accuracy(numbers: Numbers) -> Figure:
 
 
 def draw_clean(axes: Sequence[Axes], numbers: Numbers) -> None:
-    """Clean accuracy over the updates, an axis per radius, all with the same limits."""
+    """Clean accuracy over the updates, one axis per radius, all with the same limits."""
     for column, (axis, (eps, methods)) in enumerate(zip(axes, numbers["results"].items())):
         for name, curves in methods.items():
             percent = [[100 * value for value in curve] for curve in curves["clean"]]
@@ -206,7 +206,7 @@ def claims(numbers: Numbers) -> list[Claim]:
 
 
 def late_share(curves: dict) -> float:
-    """Share of images above rho, over the last tenth of the steps and all seeds."""
+    """Share of images above rho, averaged over the last tenth of the steps and all seeds."""
     tail = max(1, len(curves["logged_updates"]) // 10)
     return statistics.mean(statistics.mean(values[-tail:]) for values in curves["violated"])
 

@@ -1,12 +1,12 @@
-"""The same APGD evaluation by this project and by the reference code, side by side: forwards, seconds, robust accuracy.
+"""Compares the same APGD evaluation by this project and by the reference code: forwards, seconds, robust accuracy.
 
   python benchmarks/evaluate.py --model runs/small-clip runs/lore4 --data data/cifar10 --eps 2 4 \\
     --output_dir runs/bench-evaluate
 
 Both attack the same images from the same starts with APGD-CE and then APGD-T, in one process and in float32: first the
-authors' code (pyautoattack, one restart), then utils/methods/attacks.py. The floor is what the reference's own
-trajectories needed: a clean forward of every image, forwards until a point is first classified wrongly, whole runs for
-who holds out. Prints a table and writes table.md.
+authors' code (pyautoattack, one restart), then utils/evaluation/apgd.py. The floor is the number of forward passes that
+the reference's trajectories need: one per clean image, then those until an image is first classified wrongly, or whole
+runs for images that withstand. Prints a table and writes table.md.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ Logits = Callable[[Tensor], Tensor]
 
 
 class Counted:
-    """A model that counts the images it sees."""
+    """A model that counts the images it is called with."""
 
     def __init__(self, logits_fn: Logits) -> None:
         self.logits_fn, self.rows = logits_fn, 0
@@ -70,7 +70,7 @@ class Counted:
 
 
 class SeededReference(APGDAttack_targeted):
-    """The reference with this project's starts; notes for the floor when each point of a run was first wrong."""
+    """The reference with this project's starts. For the floor, records when each image of a run was first wrong."""
 
     def place(self, images: Tensor, seed: int) -> None:
         self.positions = {image.cpu().numpy().tobytes(): position for position, image in enumerate(images)}
@@ -100,7 +100,7 @@ class SeededReference(APGDAttack_targeted):
 def load(
     name: str, data: str, num_samples: int, device: torch.device
 ) -> tuple[ImageEncoder, LinearClassifier, Tensor, Tensor]:
-    """Encoder and classifier of a model, the first pixel_values (N, 3, H, W) of a set's test/ and their labels (N,)."""
+    """Encoder and classifier of a model, and the first pixel_values (N, 3, H, W) and labels (N,) of a set's test/."""
     clip, processor = load_model(name, "--model")
     encoder = make_encoder(clip, processor).to(device).eval()
     labelled = open_set([f"{data}/test"], flag="--data", with_classes=True)
@@ -114,7 +114,7 @@ def load(
 
 
 def by_reference(model: Counted, images: Tensor, labels: Tensor, eps: float, settings: Settings) -> tuple[Tensor, int]:
-    """Robust mask (N,) and the floor, as AutoAttack's own loop goes: CE over all batches, then T over who is left."""
+    """Robust mask (N,) and the floor, by AutoAttack's loop: CE over all batches, then T over the images left."""
     attack = SeededReference(model, n_iter=settings.num_steps, eps=eps, seed=settings.seed, device=images.device)
     attack.place(images, settings.seed)
     with torch.no_grad():
@@ -130,7 +130,7 @@ def by_reference(model: Counted, images: Tensor, labels: Tensor, eps: float, set
 
 
 def by_project(model: Counted, images: Tensor, labels: Tensor, eps: float, settings: Settings) -> Tensor:
-    """Robust mask (N,)."""
+    """The robust mask (N,)."""
     robust = torch.zeros(len(images), dtype=torch.bool)
 
     def points():
@@ -148,7 +148,7 @@ def by_project(model: Counted, images: Tensor, labels: Tensor, eps: float, setti
 
 
 def warm_up(model: Counted, images: Tensor) -> None:
-    """One forward and backward, so that kernels are chosen and memory is there before the clock starts."""
+    """One forward and backward pass, so that kernels are chosen and memory is allocated before the clock starts."""
     pixel_values = images.clone().requires_grad_()
     torch.autograd.grad(model(pixel_values).sum(), pixel_values)
 

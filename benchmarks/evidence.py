@@ -1,7 +1,7 @@
-"""What was found: numbers on disk, and the intervals, tables, figures and verdicts that are made of them.
+"""The evidence: numbers on disk, and the intervals, tables, figures and verdicts made from them.
 
-A script of the evidence leaves ``<script>.json`` (``write_numbers``) and has three functions of what is in there:
-``tables``, ``draw`` and ``claims``. benchmarks/results.py makes the page of all of them.
+A script of the evidence writes ``<script>.json`` (``write_numbers``) and has three functions of these numbers:
+``tables``, ``draw`` and ``claims``. benchmarks/results.py makes a page of them all.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Difference(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """One row of the summary: what a paper says, what was found, and whether that says the same."""
+    """One row of the summary: a paper's claim, the finding, and whether they agree."""
 
     paper: str  # LORE or CLIP-PO
     claim: str
@@ -58,11 +58,11 @@ class Claim(NamedTuple):
 
 
 def difference(first: Sequence[float], second: Sequence[float], n: int | None, scale: float = 100.0) -> Difference:
-    """first - second, times ``scale``; one value per seed: shares of ``n`` images, or with n None any other figure.
+    """(first - second) * ``scale``, with one value per seed: shares of ``n`` images, or if n is None, other figures.
 
-    Several seeds: the mean of paired differences and its t-interval over seeds (the images are the same ones). One
-    seed: Newcombe's interval of two shares of n images as if they were independent, which is wide where they are the
-    same images; of other figures everything is possible.
+    Several seeds: mean and t-interval of the differences paired by seed. One seed: Newcombe's interval of two shares of
+    n images, as if independent, which is too wide because the images are the same. One seed and other figures: an
+    infinite interval.
     """
     from scipy.stats import t
 
@@ -81,21 +81,21 @@ def difference(first: Sequence[float], second: Sequence[float], n: int | None, s
 
 
 def verdict(found: Difference) -> str:
-    """confirmed where the whole interval is above 0; where it is below, the opposite was found."""
+    """CONFIRMED if the whole interval is above 0; says so if it is below 0, the opposite."""
     if found.low > 0:
         return CONFIRMED
     return NOT_CONFIRMED + (": the opposite" if found.high < 0 else "")
 
 
 def at_all(where: Sequence[str], everywhere: Iterable[str], name: str) -> str:
-    """confirmed where it was at every value of a setting; else it says at which."""
+    """CONFIRMED if the claim holds at every value of a setting; else lists the values at which it holds."""
     if len(where) == len(list(everywhere)):
         return CONFIRMED
     return NOT_CONFIRMED + (f": {name} {', '.join(where)} only" if where else "")
 
 
 def share(values: Sequence[float], n: int) -> str:
-    """In %: mean ± standard deviation over seeds; for one seed the Wilson 95 % interval of a share of n images."""
+    """In %: mean ± standard deviation over seeds; for one seed, the Wilson 95 % interval of a share of n images."""
     mean = f"{100 * statistics.mean(values):.1f}"
     if len(values) > 1:
         return f"{mean} ± {100 * statistics.stdev(values):.1f}"
@@ -110,7 +110,7 @@ def number(values: Sequence[float], digits: int = 1, scale: float = 1.0) -> str:
 
 
 def dominated_area(points: Sequence[tuple[float, float]], corner: tuple[float, float]) -> float:
-    """Area between ``corner`` and the points: their hypervolume in two dimensions, both better upwards."""
+    """Area between ``corner`` and the points: their hypervolume in two dimensions; in both, higher is better."""
     area, reached = 0.0, corner[1]
     for x, y in sorted(points, reverse=True):
         if x > corner[0] and y > reached:
@@ -120,15 +120,15 @@ def dominated_area(points: Sequence[tuple[float, float]], corner: tuple[float, f
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other beats in both coordinates, by the first."""
+    """The points that no other beats in both coordinates, sorted by the first."""
     return sorted(p for p in points if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in points))
 
 
 def write_numbers(settings: Any, folders: Sequence[str | Path], results: dict[str, Any]) -> Numbers:
-    """<numbers_dir>/<numbers_name>.json: ``results`` with the command, settings, machine and the minutes that it took.
+    """Writes <numbers_dir>/<numbers_name>.json: ``results`` with command, settings, machine and minutes.
 
-    ``folders``: runs and evaluations that it is made of. Minutes add up what their commands took, those of earlier
-    calls and of other scripts with the same --output_dir included; where several ran at a time, their share.
+    ``folders``: the runs and evaluations behind the results. Minutes are the sum over their commands, including earlier
+    calls and other scripts with the same --output_dir; a command that ran in parallel counts for its share.
     """
     minutes = 0.0
     wanted = set(map(str, folders))
@@ -154,7 +154,7 @@ def write_numbers(settings: Any, folders: Sequence[str | Path], results: dict[st
 
 
 def compact_json(value: Any) -> str:
-    """Floats of five digits, and a list of numbers on one line: files that are committed."""
+    """JSON with floats of five digits and each list of numbers on one line, because these files are committed."""
 
     def rounded(part: Any) -> Any:
         if isinstance(part, dict):
@@ -180,14 +180,14 @@ def show(tables: Sequence[Table]) -> None:
 
 
 def new_figure(columns: int, rows: int = 1, height: float = 3.2) -> tuple[Figure, list[Axes]]:
-    """Panels in a row, or in several."""
+    """A figure with panels in one or several rows."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(max(6.4, 3.6 * columns), height * rows), layout="constrained")
         return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 def draw_spread(axis: Axes, xs: Sequence[float], per_seed: Sequence[Sequence[float]], place: int, label: str) -> None:
-    """The mean over seeds as a line, from the least to the greatest as a shade. ``per_seed``: a curve for each seed."""
+    """The mean over seeds as a line, the range over seeds as a band. ``per_seed``: a curve for each seed."""
     columns = list(zip(*per_seed, strict=True))
     means = [statistics.mean(column) for column in columns]
     style = line_style(place)
@@ -199,14 +199,14 @@ def draw_spread(axis: Axes, xs: Sequence[float], per_seed: Sequence[Sequence[flo
 
 
 def error_bars(per_label: Sequence[Sequence[float]]) -> list[float] | None:
-    """Standard deviations over seeds, in %; None where there is one seed."""
+    """Standard deviations over seeds, in %; None for one seed."""
     if any(len(values) < 2 for values in per_label):
         return None
     return [100 * statistics.stdev(values) for values in per_label]
 
 
 def plain_log(axis: Axes, which: str) -> None:
-    """A logarithmic axis with 0.1 written as 0.1: STYLE takes texts as they are and would draw 10^-1 as mathematics."""
+    """A logarithmic axis with labels such as 0.1: labels such as 10^-1 need mathematics, which STYLE switches off."""
     axis.set(**{f"{which}scale": "log"})
     ticks = getattr(axis, f"{which}axis")
     ticks.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
@@ -219,9 +219,9 @@ def legend_below(figure: Figure, axis: Axes, columns: int) -> None:
 
 
 def save_figure(figure: Figure, folder: Path, name: str) -> None:
-    """As a vector and as pixels."""
+    """Saves a figure as SVG and as PNG."""
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         for suffix in FIGURES:
-            metadata = {"Date": None} if suffix == ".svg" else None  # the same numbers give the same bytes
+            metadata = {"Date": None} if suffix == ".svg" else None  # so that equal numbers give equal bytes
             figure.savefig(folder / f"{name}{suffix}", dpi=100, metadata=metadata)

@@ -1,8 +1,8 @@
-"""Training a head on kept embeddings against embedding every image in every step, in one run.
+"""Compares training a head on cached embeddings with embedding every image in every step.
 
   python benchmarks/head_features.py --model runs/reading-clip --data data/cifar10 --output_dir runs/head-features
 
-Starts the real train_po.py --trainable head three times: with nothing kept yet, with what the first run kept, and with
+Runs train_po.py --trainable head three times: with an empty cache, with the first run's cache, and with
 --cache_features false. Prints images per second of the training steps and seconds of the whole command.
 """
 

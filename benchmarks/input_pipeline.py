@@ -2,10 +2,10 @@
 
     python benchmarks/input_pipeline.py --output_dir runs/input-pipeline
 
-Three things, in one run: CPU time of reading, decoding and resizing to 224 pixels, on one core, in turns, the same
-samples by the same loader; images per second through ``train_batches`` by the number of data workers; and the share of
-time that real ``train_lore.py`` runs wait for data. The images are made from a seed: 1/f noise with shapes in it, JPEG
-of quality 90. The processor is used as users write it, ``Image.open`` and a call, which gives normalised float32.
+Measures three things: CPU time to read, decode and resize to 224 pixels, on one core, in turns, with the same samples
+and loader; images per second through ``train_batches`` by the number of data workers; and the fraction of time that
+``train_lore.py`` waits for data. The images are made from a seed: 1/f noise with shapes in it, JPEG of quality 90. The
+processor is used as users do, ``Image.open`` and a call, which gives normalised float32.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             ]
         )  # fmt: skip
         reading.append([name, *(f"{found['images_per_second'][str(count)]:,.0f}" for count in settings.workers)])
-    results["load_average"] = os.getloadavg()  # what else the machine does slows all but CPU time
+    results["load_average"] = os.getloadavg()  # other load on the machine slows everything but CPU time
     results["bytes_per_image"] = {"uint8": 3 * 224 * 224, "float32": 4 * 3 * 224 * 224}
     results["copy_milliseconds"] = copy_milliseconds(settings.batch_size) if torch.cuda.is_available() else None
     print_table("One core: reading, decoding, 224 pixels", decoding)
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(index: ShardIndex, settings: Settings) -> dict[str, Any]:
-    """CPU seconds per image of each way, what a draft changes, and images per second by workers."""
+    """CPU seconds per image of each way, the error of a draft, and images per second by number of workers."""
     datasets = {
         PROCESSOR: ProcessorDataset(index, ImageTransform(), order="shuffled"),
         EXACT: ShardDataset(index, ImageTransform(), order="shuffled"),
@@ -151,7 +151,7 @@ def measure(index: ShardIndex, settings: Settings) -> dict[str, Any]:
     steps = settings.num_images // settings.batch_size
     spent: dict[str, list[float]] = {name: [] for name in datasets}
     for number in range(WARM_UP + settings.rounds):
-        names = list(datasets)[number % 3 :] + list(datasets)[: number % 3]  # in turns who comes first
+        names = list(datasets)[number % 3 :] + list(datasets)[: number % 3]  # each way comes first in turn
         for name in names:
             batches, clock = loader(datasets[name], settings, steps, 0), time.process_time()
             for _ in batches:
@@ -163,7 +163,7 @@ def measure(index: ShardIndex, settings: Settings) -> dict[str, Any]:
         for name in (EXACT, DRAFT)
     )
     error = (exact - drafted).square().mean().item()
-    # By the wall clock, which whatever else the machine does can only slow.
+    # By the wall clock: take the best of three, because other load on the machine can only slow it.
     rates = [{str(count): rate(datasets[EXACT], settings, count) for count in settings.workers} for _ in range(3)]
     return {
         "bytes_per_file": sum(map(os.path.getsize, index.urls)) / index.num_samples,
@@ -177,7 +177,7 @@ def measure(index: ShardIndex, settings: Settings) -> dict[str, Any]:
 
 
 def loader(dataset: ShardDataset, settings: Settings, steps: int, workers: int) -> Any:
-    """The batches of training, over the first ``num_images`` of every epoch."""
+    """Training batches over the first ``num_images`` of every epoch."""
     return train_batches(
         dataset,
         samples_per_epoch=settings.num_images,
@@ -193,7 +193,7 @@ def loader(dataset: ShardDataset, settings: Settings, steps: int, workers: int) 
 
 
 def rate(dataset: ShardDataset, settings: Settings, workers: int) -> float:
-    """Images per second by the wall clock, once the batches that the workers made while they started are gone."""
+    """Images per second by the wall clock, after the batches that workers prepared at their start are used up."""
     batches = loader(dataset, settings, 10**6, workers)
     for _ in range(2 * workers + 1):
         next(batches)
@@ -207,7 +207,7 @@ def rate(dataset: ShardDataset, settings: Settings, workers: int) -> float:
 
 
 def train(settings: Settings, folder: str, output_dir: Path) -> dict[str, dict[str, Any]]:
-    """Last rows of metrics.jsonl of LORE runs without data workers, with the measured number, and with drafts too."""
+    """Last rows of metrics.jsonl of LORE runs: without data workers, with the measured number, and also with drafts."""
     rows = {}
     for name, words in (
         ("none", ["--num_workers", "0"]),
@@ -226,7 +226,7 @@ def train(settings: Settings, folder: str, output_dir: Path) -> dict[str, dict[s
 
 
 def copy_milliseconds(batch_size: int) -> dict[str, float]:
-    """Host to GPU, pinned, a batch: as float32, and as uint8 with the conversion to float32 in [0,1] there."""
+    """Time to copy a pinned batch to the GPU: as float32, and as uint8 with conversion to float32 in [0,1] there."""
     found = {}
     for dtype in (torch.uint8, torch.float32):
         images = torch.zeros(batch_size, 3, 224, 224, dtype=dtype).pin_memory()
@@ -265,7 +265,7 @@ def make_sets(settings: Settings, output_dir: Path) -> dict[str, str]:
 
 
 def photograph(width: int, height: int, seed: Sequence[int]) -> Image.Image:
-    """1/f noise, mostly the same in all three colours, with flat discs and boxes: it costs a photograph's decoding."""
+    """1/f noise, mostly equal in all three colours, with flat discs and boxes: as costly to decode as a photograph."""
     rng = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None] * height, np.fft.rfftfreq(width)[None] * width).clip(1)
     planes = []
@@ -286,7 +286,7 @@ def photograph(width: int, height: int, seed: Sequence[int]) -> Image.Image:
 
 
 def hardware() -> dict[str, Any]:
-    """What the numbers belong to."""
+    """The machine and the library versions."""
     cpu = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", cpu.read_text(encoding="utf-8")) if cpu.exists() else None
     return {

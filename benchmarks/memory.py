@@ -1,12 +1,11 @@
-"""The estimate of train_lore.py --estimate_memory beside what one real LORE step needs, for models with random weights.
+"""Compares train_lore.py --estimate_memory with the memory of a real LORE step, for models with random weights.
 
   python benchmarks/memory.py --models ViT-B/32 ViT-L/14 --batch_size 4 --output_dir runs/memory
 
-Every step is a run of train_lore.py in a process of its own: a whole CLIP of the published size (the text tower stays
-on the host), noise as images, blocks in bfloat16. On a GPU the measure is torch.cuda.max_memory_allocated; on a CPU it
-is the bytes of all tensors alive at a time, and beside it what the process had in memory, which also holds the
-libraries, the text tower and what kernels allocate for themselves. GB is 10^9 bytes. The models take up to 10 GB each
-and are deleted afterwards.
+Every step is a run of train_lore.py in its own process: a whole CLIP of the published size (the text tower stays on the
+host), noise as images, blocks in bfloat16. On a GPU the measure is torch.cuda.max_memory_allocated. On a CPU it is the
+peak bytes of all live tensors; the resident memory is also shown, which includes libraries, the text tower and memory
+allocated inside kernels. GB is 10^9 bytes. The models take up to 10 GB each and are deleted afterwards.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from utils.errors import UserError
 from utils.training.memory import GB, TOWERS, Layout, LiveBytes, count_step, peak_bytes, tower_config
 from utils.training.metrics import MetricsFile, peak_memory_gib
 
-# Width, layers, heads of the text towers that go with the image towers; the MLP is four times as wide.
+# Width, layers and heads of the text tower for each image tower; the MLP is four times as wide.
 TEXT_TOWERS = {"B": (512, 12, 8), "L": (768, 12, 12), "H": (1024, 24, 16), "b": (1280, 32, 20)}
 
 step_flag = partial(flag, group="step")
@@ -66,7 +65,7 @@ def main() -> None:
     device = torch.cuda.get_device_name() if on_gpu else "CPU"
     rows = [["image tower", "checkpointing", "estimate, GB", "measured, GB", "of the estimate"]]
     rows[0] += ["seconds of the step"] if on_gpu else ["resident, GB", "seconds of the step"]
-    # A process for each: what is freed goes back to the system, and peaks do not carry over.
+    # One process per run: freed memory returns to the system, and peaks do not carry over.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         for name in settings.models:
             model = output_dir / "model"
@@ -97,7 +96,7 @@ def main() -> None:
 def make_model_and_images(
     vision: CLIPVisionConfig, text_tower: tuple[int, int, int], directory: Path, num_images: int
 ) -> None:
-    """Saves a CLIP of this size with random weights, and so many images of noise."""
+    """Saves a CLIP of this size with random weights, and this many images of noise."""
     width, layers, heads = text_tower
     tokenizer = make_tokenizer(["noise"], vocab_size=600)
     text = {
@@ -127,11 +126,11 @@ def make_model_and_images(
 
 
 def measure(settings: Settings, model: Path, checkpointing: str) -> dict[str, Any]:
-    """Peak bytes, resident bytes and seconds of one step of train_lore.py. Call in a process of its own."""
+    """Peak bytes, resident bytes and seconds of one step of train_lore.py. Call in a separate process."""
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     run_dir = model / f"run-{checkpointing}"
-    utils.models.encoders.ATTENTION = "sdpa"  # flash attention as on a GPU, not what is faster on a CPU
-    # Saving copies weights on the host and writes gigabytes: not part of a step.
+    utils.models.encoders.ATTENTION = "sdpa"  # flash attention as on a GPU, although another is faster on a CPU
+    # Do not save: that copies weights on the host and writes gigabytes, and is not part of a step.
     train_lore.save_model = lambda *_: None
     with LiveBytes() as tensors:
         train_lore.main(

@@ -1,12 +1,12 @@
-"""Preference optimisation: the typographic table, beta and the weight of the KL, a concept turned by a head's t.
+"""Preference optimisation: the typographic table, beta and the weight of the KL, and a concept controlled by a head.
 
   python examples/make_attribute_shards.py --output_dir runs/attributes
   python benchmarks/preferences.py --model examples/reading_clip --data runs/attributes --pairs runs/attributes/pairs \\
     --seeds 0 1 2 --output_dir runs/preferences
 
-compare_preferences.py's runs, evaluation and settings; and the same runs at other betas and weights, each as a multiple
-of the method's own. With --pairs a head is trained on pairs of texts per seed, and measured over t: how often it takes
-the preferred text on test pairs, and its accuracy on the set.
+Has the runs, evaluation and settings of compare_preferences.py, and the same runs at multiples of each method's beta
+and weight of the KL. With --pairs, also trains a head on pairs of texts for every seed and measures over t how often it
+chooses the preferred text on test pairs, and its accuracy on the set.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def main() -> None:
 
 
 def make_variants(settings: Settings) -> list[tuple[str, float, float]]:
-    """(preference, multiple of its beta, multiple of its weight of the KL); cross-entropy has no beta."""
+    """(preference, multiple of its beta, multiple of its KL weight); cross-entropy has no beta."""
     variants = []
     for preference in settings.preferences:
         betas = [] if preference == "ce" else settings.beta_factors
@@ -108,7 +108,7 @@ def make_variants(settings: Settings) -> list[tuple[str, float, float]]:
 
 
 def measure_head(settings: Settings) -> tuple[list[Path], dict]:
-    """Trains a head per seed and measures it over t."""
+    """Trains a head for each seed and measures it over t."""
     output_dir = Path(settings.output_dir)
     heads = [output_dir / f"head_seed-{seed}" for seed in settings.seeds]
     common = {
@@ -196,7 +196,7 @@ def _cells(of: dict[str, list[float]], settings: dict) -> list[str]:
 
 
 def _at(head: dict, key: str, t: float | None) -> list[float]:
-    """Values at t, one per seed; None: at the seed's own neutral t*."""
+    """Values at t, one per seed; for None, at each seed's neutral t*."""
     places = [head["t"].index(star if t is None else t) for star in head["neutral_t"]]
     return [curve[place] for curve, place in zip(head[key], places)]
 

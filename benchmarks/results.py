@@ -1,10 +1,10 @@
-"""The page of results: every table, figure and verdict, made of the numbers that the scripts of the evidence left.
+"""The page of results: every table, figure and verdict, made from the numbers that the scripts of the evidence wrote.
 
   python benchmarks/results.py --numbers_dir docs/results --page docs/results.md
 
-In a page that exists, what stands between `<!-- NAME -->` and `<!-- end NAME -->` is replaced, NAME.json being numbers,
-or `summary`; the rest, written by hand, stays. A page that does not exist is made of these blocks alone. Figures go
-into figures/ beside the page.
+In an existing page, the text between `<!-- NAME -->` and `<!-- end NAME -->` is replaced, where NAME is that of numbers
+NAME.json, or `summary`. The rest is written by hand and stays. A new page has only these blocks. Figures go into
+figures/ beside the page.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from utils.cli import flag, parse_settings, required, run
 from utils.errors import UserError
 from utils.evaluation.results import replace_file
 
-# Numbers by name, in the order of the page: the script that makes them, and a title.
+# Name of the numbers, in the order of the page: the script that makes them, and a title.
 SCRIPTS: dict[str, tuple[ModuleType, str]] = {
     "early_stability": (early_stability, "The first updates, the multiplier and the constraint"),
     "constraint": (early_stability, "A longer run: does the constraint hold in the end?"),
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def read_numbers(folder: Path) -> dict[str, Numbers]:
-    """Name -> what a script left, in the page's order; what has not run is left out."""
+    """Name -> a script's numbers, in the page's order, without scripts that have not run."""
     found = {}
     for name in SCRIPTS:
         path = folder / f"{name}.json"
@@ -107,7 +107,7 @@ def read_numbers(folder: Path) -> dict[str, Numbers]:
 
 
 def make_blocks(found: dict[str, Numbers]) -> dict[str, str]:
-    """Name -> Markdown."""
+    """Name of a block -> Markdown."""
     claims = [claim for name in found for claim in SCRIPTS[name][0].claims(found[name])]
     rows = [["paper", "claim", "found here", "verdict"]]
     lacking = [
@@ -132,7 +132,7 @@ def make_blocks(found: dict[str, Numbers]) -> dict[str, str]:
 
 
 def wrapped(command: str, width: int = 116) -> str:
-    """A command over several lines as one would type it."""
+    """A command split over several lines, as a user would type it."""
     lines, line = [], ""
     for word in re.split(r" (?=--)", command):
         if line and len(line) + len(word) > width:

@@ -1,10 +1,10 @@
-"""Every table and figure of docs/results.md, reduced, from nothing: scikit-learn's digits, one seed, two cores.
+"""A small version of every table and figure of docs/results.md: scikit-learn's digits, one seed, two cores.
 
   python benchmarks/results_quick.py --output_dir runs/results-quick        # make results-quick
 
-Makes the data and a start model, starts the scripts of the evidence on them, and then benchmarks/results.py. Started
-again, it goes on where it stopped. The numbers show that the machinery works; what they say about the methods is said
-in docs/results.md.
+Makes the data and a start model, runs the scripts of the evidence on them, and then benchmarks/results.py. If started
+again, it continues where it stopped. The numbers only show that the scripts work; docs/results.md says what they mean
+for the methods.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def main() -> None:
 
 
 def start(script: str, flags: Flags) -> None:
-    """As a user would: the command is shown."""
+    """Runs a script as a user would and prints the command."""
     command = [os.path.relpath(ROOT / script), *words(flags)]
     print(f"\n$ {shlex.join(['python', *command])}", flush=True)
     if status := subprocess.run([sys.executable, *command], check=False).returncode:

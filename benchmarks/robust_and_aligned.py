@@ -1,13 +1,12 @@
-"""Robust to pixels and to written words at once: LORE, preference optimisation, and one after the other.
+"""Robustness to pixel attacks and written words together: LORE, preference optimisation, and one after the other.
 
   python benchmarks/robust_and_aligned.py --model examples/reading_clip --data data/attribute-digits --seeds 0 1 2 \\
     --output_dir runs/robust-and-aligned
 
-Starts the real train_lore.py and train_po.py for every method and seed on one start model, the second stage of a method
-on the model that the first left, then evaluate.py once on all models. Prints a table (mean and standard deviation over
-seeds; intervals where there is one seed): accuracy on original images, on images with wrong words, under APGD, and how
-far the embeddings of original images have moved from the start model's. Writes table.md and scatter.png. What is
-finished is not made again.
+Runs train_lore.py and train_po.py for every method and seed on one start model; a method's second stage trains the
+model of the first. Then runs evaluate.py once on all models. Prints a table (mean and standard deviation over seeds;
+intervals for one seed): accuracy on original images, on images with wrong words and under APGD, and the distance of
+original images' embeddings from the start model's. Writes table.md and scatter.png. Finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from utils.sets.typographic import PLACES
 
 
 class Method(NamedTuple):
-    """A run: which script makes it, from which other method's model (None: the start model), and how tables call it."""
+    """A run: its script, the method whose model it starts from (None: the start model), and its name in tables."""
 
     stage: str  # lore, po, po_l2, po_head
     start: str | None
@@ -60,7 +59,7 @@ METHODS = {
     "lore_po_l2": Method("po_l2", "lore", "LORE, then PO + l2"),
     "po_lore": Method("lore", "po", "PO, then LORE"),
 }
-MARKERS = ["*", "o", "s", "D", "^", "v", "<", ">"]  # of the start model and the methods in turn
+MARKERS = ["*", "o", "s", "D", "^", "v", "<", ">"]  # for the start model and each method
 
 
 @dataclass
@@ -222,7 +221,7 @@ def table_rows(settings: Settings, models: dict[str, list[str]], found: dict) ->
 
 
 def distance(values: list[float]) -> str:
-    """||phi(x) - phi0(x)||^2 / ||phi0(x)||^2, phi0 the start model."""
+    """||phi(x) - phi0(x)||^2 / ||phi0(x)||^2, where phi0 is the start model."""
     mean = f"{statistics.mean(values):.3f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
 
@@ -230,7 +229,7 @@ def distance(values: list[float]) -> str:
 def draw_scatter(settings: Settings, models: dict[str, list[str]], found: dict, path: Path) -> None:
     """Accuracy with wrong words against accuracy under the strongest APGD; bars: standard deviation, or the interval.
 
-    Readable in black and white: by the marker, grey inside where LORE took part.
+    Readable in black and white: each method has a marker, filled grey if LORE is part of it.
     """
     heading = apgd_heading(max(settings.eval_eps))
     figure = Figure(figsize=(7.5, 5), layout="constrained")

@@ -1,14 +1,14 @@
-"""Minutes of training until a model withstands APGD: FARE as published code trains it, FARE and LORE as here.
+"""Minutes of training until a model withstands APGD: FARE by a plain step as published, FARE and LORE by train_lore.py.
 
   python benchmarks/time_to_robust.py --model runs/small-clip --data data/cifar10 --target 0.25 --eval_eps 2 \\
     --output_dir runs/time-to-robust
 
 All start from the same model and see the same batches in the same order, at the same learning rate. "FARE, plain" is
-the first rung of benchmarks/train_step.py: float32, transformers' own layers, parameters that require gradients during
-the attack. "FARE" and "LORE" are train_lore.py. Every --check_steps steps a copy of the model is kept; afterwards
-evaluate.py attacks the copies in their order until one reaches the target. Minutes are steps times the run's median
-step: without start, compiling (a minute or two), copies and evaluation. Writes table.md and results.json; an
-interrupted comparison goes on.
+the first variant of benchmarks/train_step.py: float32, transformers' own layers, parameters that require gradients
+during the attack. "FARE" and "LORE" are train_lore.py. Every --check_steps steps a copy of the model is saved;
+afterwards evaluate.py attacks the copies in order until one reaches the target. Minutes are steps times the run's
+median step time, without start, compilation (a minute or two), copies and evaluation. Writes table.md and results.json;
+an interrupted comparison resumes.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def main() -> None:
 
 
 def train_plainly(settings: Settings, run_dir: Path) -> None:
-    """FARE with K = 1 by the plain step, on the batches of train_lore.py; leaves the same copies and metrics.jsonl."""
+    """FARE with K = 1 by the plain step, on the batches of train_lore.py; writes the same copies and metrics.jsonl."""
     device = "cuda" if ON_GPU else "cpu"
     clip, processor = load_model(settings.model, "--model")
     step = PlainSettings(seed=settings.seed, device=device)
@@ -136,7 +136,7 @@ def train_plainly(settings: Settings, run_dir: Path) -> None:
 
 @dataclass
 class PlainSettings:
-    """The settings of a ``Trainee`` of benchmarks/train_step.py: FARE as published, 10 attack steps, one update."""
+    """Settings for a ``Trainee`` of benchmarks/train_step.py: FARE as published, 10 attack steps, one update."""
 
     seed: int
     device: str
@@ -173,7 +173,7 @@ def call(command: list[str], settings: Settings) -> None:
 
 
 def first_robust(settings: Settings, run_dir: Path) -> dict[str, Any]:
-    """The first copy of a run that reaches the target, or its last one; minutes are None where none does."""
+    """The first copy of a run that reaches the target, or else the last one, with None for the minutes."""
     rows = MetricsFile(run_dir / "metrics.jsonl").read()
     seconds = statistics.median(settings.batch_size / row["images_per_second"] for row in rows)
     steps = sorted(int(path.name.removeprefix("step-")) for path in (run_dir / "checkpoints").glob("step-*"))

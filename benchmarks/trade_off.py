@@ -2,9 +2,9 @@
 
   python benchmarks/trade_off.py --model runs/small-clip --data data/cifar10 --seeds 0 1 2 --output_dir runs/results
 
-All runs see the same batches and make K updates on each; two more FARE runs make one, over as many batches and over K
-times as many. The encoders are judged by APGD, and by what became of their clean embeddings: cosine to 150 descriptions
-of the true class, distance to the start model's, and the largest change of a cosine to any text that this allows.
+All runs see the same batches and make K updates on each. Two more FARE runs make one update per batch, on as many
+batches and on K times as many. The encoders are measured under APGD, and by their clean embeddings: cosine to 150
+descriptions of the true class, distance to the start model's, and the largest possible change of a cosine to any text.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def make_variants(settings: Settings) -> dict[str, Flags]:
 def read_model(cells: list[dict], report: Results, names: list[str]) -> dict[str, list]:
     """Figures of a variant, one per seed; quantiles over the images of all seeds.
 
-    The largest change of a cosine: over all unit vectors t, |cos(z, t) - cos(z0, t)| <= ||z/|z| - z0/|z0||| =
-    sqrt(2 - 2 cos(z, z0)), reached by one of them; and at most 2 sqrt(||z - z0||^2 / ||z0||^2).
+    The largest change of a cosine: for all unit vectors t, |cos(z, t) - cos(z0, t)| <= ||z/|z| - z0/|z0||| =
+    sqrt(2 - 2 cos(z, z0)), with equality for one t; this is at most 2 sqrt(||z - z0||^2 / ||z0||^2).
     """
 
     def of(measure: str, attack: str = "clean") -> list[dict]:
@@ -95,7 +95,7 @@ def read_model(cells: list[dict], report: Results, names: list[str]) -> dict[str
         "distance": [cell["value"] for cell in of("fidelity")],
         "distance_quantiles": np.quantile(distance, QUANTILES).tolist(),
         "cosine_change_quantiles": np.quantile(change, QUANTILES).tolist(),
-        # A cosine of 1 - 1e-7, one rounding, is a change of 4e-4.
+        # Tolerance: one rounding, a cosine of 1 - 1e-7, gives a change of 4e-4.
         "beyond_bound": int((change > bound + 1e-3).sum()),
         "images": len(distance),
     }  # fmt: skip
@@ -145,7 +145,7 @@ def tables(numbers: Numbers) -> list[Table]:
 
 
 def front_areas(numbers: Numbers, name: str) -> list[float]:
-    """For each seed: the area that the points of a family dominate, above the lowest accuracies of all points."""
+    """For each seed, the area that a family's points dominate, measured from the lowest accuracies of all points."""
     found = numbers["results"]
     both = [label for each in (WEIGHT, LORE) for label in family(found, each)]
     corner = tuple(100 * min(min(found[label][key]) for label in both) for key in ("clean", "robust"))

@@ -1,22 +1,22 @@
-"""One training step as published trainers are written, and with every optimisation of this project added in turn.
+"""Measures one training step, written as in published trainers, then with each optimisation of this project added.
 
   python benchmarks/train_step.py --encoders small ViT-B/32 --batch_size 128 32 --output_dir runs/train-step
   python benchmarks/train_step.py --encoders ViT-B/32 ViT-L/14 --batch_size 448 128 --output_dir runs/train-step-gpu
 
-Encoders have random weights of the published sizes, or are CLIP models on disk; images are noise, or those of --data,
-on the device before the clock starts. All variants of an encoder and method start from the same weights and make the
-same steps on the same images and random starts, one step each in turn, so that whatever else happens on the machine
-meets all of them. The first step warms up (and compiles).
+Encoders have random weights of the published sizes, or are CLIP models on disk. Images are noise or those of --data,
+and are on the device before the clock starts. All variants of an encoder and method start from the same weights and see
+the same images and random starts. They make one step each in turn, so that other load on the machine affects all of
+them. The first step warms up (and compiles).
 
 "plain" runs in float32 with transformers' own layers: parameters require gradients during the attack, clean and
-perturbed images pass one after the other, perturbation and weights are updated operation by operation. The last row is
-train_lore.py itself as a user starts it with --compile true, with decoding, logging and all, in a process of its own.
+perturbed images are encoded one after the other, perturbation and weights are updated operation by operation. The last
+row is train_lore.py as a user starts it with --compile true, including decoding and logging, in a separate process.
 
-"off plain" is the largest relative difference, over all steps, of the perturbed images' distance after the attack (of
-the loss for PO) from the plain variant's. FLOP are the least that a step needs (52 F of one forward F for LORE, see
-utils/training/metrics.py), the same for all variants. Memory is what a variant needs beyond the libraries and the
-images: weights, optimizer, reference, and the peak of a step above that, resident on a CPU, allocated on a GPU. Writes
-results.json and table.md.
+"off plain" is the largest relative difference from the plain variant over all steps: of the perturbed images' distance
+after the attack, or for PO of the loss. FLOPs are the least that a step needs (52 F for LORE, with F for one forward
+pass, see utils/training/metrics.py), the same for all variants. Memory excludes libraries and images: it is weights,
+optimizer and reference plus the peak of a step above them, resident on a CPU, allocated on a GPU. Writes results.json
+and table.md.
 """
 
 from __future__ import annotations
@@ -95,14 +95,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Variant:
-    """How a step is made. Every variant is the one before with one thing more."""
+    """How a step is made. Each variant adds one optimisation to the one before."""
 
     name: str
     frozen_attack: bool = False  # parameters require no gradient during the attack
-    one_forward: bool = False  # clean and perturbed images together
+    one_forward: bool = False  # clean and perturbed images in one forward pass
     fused: bool = False  # PGD in place, AdamW in one pass
-    bf16: bool = False  # transformer blocks
-    lean: bool = False  # use_lean_layers in place of transformers' layers
+    bf16: bool = False  # transformer blocks in bfloat16
+    lean: bool = False  # use_lean_layers instead of transformers' layers
     compiled: bool = False
 
 
@@ -114,7 +114,7 @@ def ladder() -> list[Variant]:
 
 
 class PlainEncoder(nn.Module):
-    """Pixels in [0,1] to image_embeds by transformers' own layers; in bfloat16 the patch embedding stays float32."""
+    """Pixels in [0,1] to image_embeds by transformers' own layers; the patch embedding is float32 even in bfloat16."""
 
     def __init__(self, model: CLIPVisionModelWithProjection, bf16: bool) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class Float32Conv2d(nn.Conv2d):
 
 
 class Trainee:
-    """An encoder, its optimizer and multiplier, made from one seed; its steps are made as the variant says."""
+    """An encoder with optimizer and multiplier, made from one seed, that trains by the steps of its variant."""
 
     def __init__(
         self, variant: Variant, model: CLIPVisionModelWithProjection, method: str, settings: Settings, eps: float = EPS
@@ -162,12 +162,12 @@ class Trainee:
             self.encoder.compile(dynamic=False)
             self.reference.compile(dynamic=False)
             self.attack_update = torch.compile(ascend, dynamic=False)
-        self.watched: list[Tensor] = []  # of each step: distance of the perturbed images, loss of PO
+        self.watched: list[Tensor] = []  # per step: distance of the perturbed images, or the loss of PO
         self.seconds: list[float] = []
         self.peak: int | None = None  # bytes
 
     def step(self, index: int, batch: dict[str, Tensor]) -> None:
-        """A step with clock and meter."""
+        """Makes a step and measures its time and memory."""
         meter = MemoryMeter(self.settings.device)
         synchronise(self.settings.device)
         clock = time.perf_counter()
@@ -179,7 +179,7 @@ class Trainee:
             self.peak = max(self.peak or 0, self.standing() + above)
 
     def lore_step(self, index: int, batch: dict[str, Tensor]) -> None:
-        """This project's step, with the parts that the variant lacks as a plain trainer writes them."""
+        """This project's step, in which optimisations that the variant lacks are replaced by plain code."""
         pixel_values = batch["images"].float().div_(255)
         seeds = attack_seeds(self.settings.seed, index, range(len(pixel_values)))
         with torch.no_grad():
@@ -226,7 +226,7 @@ class Trainee:
         return delta
 
     def po_step(self, index: int, batch: dict[str, Tensor]) -> None:
-        """DPO of the image tower on clean images (retention) and as many attacked ones (preferences)."""
+        """DPO of the image tower on clean images (retention) and equally many attacked ones (preferences)."""
         pixel_values = batch["images"].float().div_(255)
         clean, attacked = pixel_values.chunk(2)
 
@@ -254,7 +254,7 @@ class Trainee:
         self.optimizer.zero_grad()
 
     def standing(self) -> int:
-        """Bytes between steps: weights, reference, optimizer."""
+        """Bytes held between steps: weights, reference, optimizer."""
         held = [*self.encoder.parameters(), *self.reference.parameters()]
         states = [value for state in self.optimizer.state.values() for value in state.values()]
         return sum(tensor.nbytes for tensor in held + states if isinstance(tensor, Tensor))
@@ -281,7 +281,7 @@ def make_encoder(model: CLIPVisionModelWithProjection, variant: Variant) -> nn.M
 
 
 class MemoryMeter:
-    """Highest use above that at its making: allocated on a GPU, resident on a CPU (Linux), else None."""
+    """Peak memory above the use when the meter was made: allocated on a GPU, resident on a CPU (Linux), else None."""
 
     def __init__(self, device: str) -> None:
         self.on_gpu = torch.device(device).type == "cuda"
@@ -291,9 +291,9 @@ class MemoryMeter:
             self.before = torch.cuda.memory_allocated()
             return
         self.before = None
-        with contextlib.suppress(OSError, AttributeError):  # another system, or one that does not let a process do this
+        with contextlib.suppress(OSError, AttributeError):  # not Linux, or not permitted
             ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
             self.before = resident("VmRSS")
 
     def above(self) -> int | None:
@@ -313,7 +313,7 @@ def synchronise(device: str) -> None:
 
 
 def matmul_rate(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of square products, the best of several: of larger ones until one takes a twentieth of a second."""
+    """FLOP/s of square matrix products, the best of several. Sizes grow until one takes a twentieth of a second."""
     size, largest, best = 512, 8192 if torch.device(device).type == "cuda" else 2048, float("inf")
     while True:
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -351,7 +351,7 @@ def main() -> None:
     for encoder, batch_size in zip(settings.encoders, sizes):
         for method in settings.methods:
             rows = measure(encoder, method, batch_size, variants, settings, rates["bfloat16"])
-            torch.cuda.empty_cache()  # for the process that comes next
+            torch.cuda.empty_cache()  # for the next process
             if settings.trainer and method != "PO image":
                 rows.append(measure_trainer(encoder, method, batch_size, settings, rates["bfloat16"]))
             found["rows"] += rows
@@ -366,9 +366,9 @@ def main() -> None:
 def measure(
     encoder: str, method: str, batch_size: int, variants: list[Variant], settings: Settings, rate: float
 ) -> list[dict[str, Any]]:
-    """All variants of an encoder and a method, one step each in turn."""
+    """Measures all variants of an encoder and a method, one step each in turn."""
     model = load_tower(encoder, settings.seed)
-    # What a variant would not change is not measured twice.
+    # Leave out variants that change nothing for this method.
     if method == "FARE":
         variants = [variant for variant in variants if variant.name != "+ one forward"]
     if method == "PO image":
@@ -421,7 +421,7 @@ def make_batch(config: CLIPVisionConfig, batch_size: int, index: int, settings: 
 
 
 def step_flops(model: CLIPVisionModelWithProjection, method: str, settings: Settings) -> int:
-    """The least FLOPs of an image in a step: F for a forward."""
+    """The least FLOPs of an image in a step, with F for a forward pass."""
     forward = forward_flops(make_encoder(copy.deepcopy(model), Variant("", lean=True)))
     if method == "PO image":
         return 4 * forward  # reference F, update 3 F
@@ -430,7 +430,7 @@ def step_flops(model: CLIPVisionModelWithProjection, method: str, settings: Sett
 
 
 def measure_trainer(encoder: str, method: str, batch_size: int, settings: Settings, rate: float) -> dict[str, Any]:
-    """train_lore.py itself, in a process of its own, in bf16, compiled like the last rung of the ladder."""
+    """train_lore.py in a separate process, in bf16 and compiled, like the last variant of the ladder."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         seconds = pool.submit(run_trainer, encoder, method, batch_size, settings).result()
     flops = step_flops(load_tower(encoder, settings.seed), method, settings)
@@ -444,7 +444,7 @@ def measure_trainer(encoder: str, method: str, batch_size: int, settings: Settin
 
 
 def run_trainer(encoder: str, method: str, batch_size: int, settings: Settings) -> list[float]:
-    """Seconds of each step of a run of train_lore.py on as many images of noise as it reads."""
+    """Seconds of each step of a run of train_lore.py on images of noise."""
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     directory = Path(settings.output_dir) / "model"
     shutil.rmtree(directory, ignore_errors=True)

@@ -1,12 +1,12 @@
-"""What robust fine-tuning on one set does on sets that it never saw: FARE and LORE under APGD, noise and corruptions.
+"""Effect of robust fine-tuning on one set on other sets: FARE and LORE under APGD, noise and corruptions.
 
   python benchmarks/transfer.py --model runs/two-sets-clip --data data/tinyimagenet150 \\
     --zero_shot_data data/tinyimagenet150 data/cifar10 data/tinyimagenet50_novel \\
     --probe_data data/tinyimagenet50_novel data/sign_digits --seeds 0 1 2 --output_dir runs/transfer
 
-The first --zero_shot_data is where the encoders are trained, the others are transfer. --probe_data are sets whose names
-the text tower never learnt: a linear probe of the frozen encoder is trained on one half of their test images, clean,
-and measured on the other half.
+The encoders are trained on the first --zero_shot_data; the others measure transfer. --probe_data are sets whose class
+names the text tower never learnt. For these a linear probe of the frozen encoder is trained on one half of the clean
+test images and measured on the other half.
 """
 
 from __future__ import annotations
@@ -86,17 +86,17 @@ def main() -> None:
 
 
 def figure(cells: Iterable[dict], column: str) -> float:
-    """Accuracy of one model on one set; over corruptions and severities the mean."""
+    """Accuracy of one model on one set; for corruptions, the mean over corruptions and severities."""
     attack = {"clean": "clean", "APGD": "apgd", "noise": "gaussian_noise", "corruptions": "corruptions"}[column]
     return statistics.mean(c["value"] for c in cells if (c["measure"], c["attack"]) == ("accuracy", attack))
 
 
 def halved(data: Path, folder: Path) -> Path:
-    """The set's test images in turn as train/ and test/ of a new set; made once."""
+    """A new set, made once, whose train/ and test/ get the set's test images in turn."""
     target = folder / data.name
     if (target / "test").is_dir():
         return target
-    data = data.resolve()  # a relative path may read like a URL, which the library would open
+    data = data.resolve()  # a relative path may look like a URL, which the library would open
     aside = folder.resolve() / f"{data.name}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     for split in ("train", "aside"):
@@ -165,7 +165,7 @@ def claims(numbers: Numbers) -> list[Claim]:
     def gap(first: str, second: str, column: str):
         sets = [[found[label][name][column] for name in away] for label in (first, second)]
         means = [[statistics.mean(of_seed) for of_seed in zip(*values)] for values in sets]
-        # There is one start model.
+        # There is only one start model for all seeds.
         means = [values * (len(settings["seeds"]) if len(values) == 1 else 1) for values in means]
         return difference(*means, n * len(away))
 

@@ -1,10 +1,10 @@
-"""What writing a word costs a data worker: images per second with and without it, in one run, in turns.
+"""The cost of writing a word for a data worker: images per second with and without it, measured in turns.
 
     python benchmarks/word_drawing.py --data data/imagenet-100
 
-Without: read, decode and resize (ShardDataset). With: the same and one word (TypographicDataset, attacks_per_image 1).
-Both read the same samples in the same process, a few at a time, every round with other words, as in training. Seconds
-are CPU time of this process: what else the machine does does not count, nor would waiting for a disk.
+Without: read, decode and resize (ShardDataset). With: the same plus one word (TypographicDataset, attacks_per_image 1).
+Both read the same samples in the same process, a few at a time, with new words in every round, as in training. Seconds
+are CPU time of this process, so other load on the machine and waiting for a disk do not count.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from utils.sets.labelled import LabelledSet, open_set
 from utils.sets.pairs import TypographicDataset
 from utils.sets.typographic import KINDS, WordStyle
 
-WARM_UP = 2  # rounds that are not counted: files come into memory, the first words into the cache
+WARM_UP = 2  # rounds that are not counted: they load the files into memory and the first words into the cache
 
 
 @dataclass
@@ -75,7 +75,7 @@ def measure(labelled: LabelledSet, side: int, kind: str, settings: Settings) -> 
     for number in range(WARM_UP + settings.rounds):
         spent = dict.fromkeys(rounds, 0.0)
         for start in range(0, settings.num_images, 10):
-            # In turns who comes first: the first one reads the file for both.
+            # Alternate the order: the first one reads the file from disk for both.
             for dataset in (plain, words) if (number + start // 10) % 2 else (words, plain):
                 clock = time.process_time()
                 for slot in range(start, min(start + 10, settings.num_images)):

@@ -1,9 +1,9 @@
-"""Counts collectives of one LORE step under ZeRO-3: parameters gathered once per attack, or in every pass.
+"""Counts the collectives of a LORE step under ZeRO-3, with parameters gathered once per attack or in every pass.
 
   python benchmarks/zero3_gathers.py --model runs/demo/base --data runs/demo/digits --output_dir runs/zero3-gathers
 
-Two CPU processes with accelerate_configs/zero3_cpu_2proc.yaml; counts do not depend on the device. The seconds are
-those of a CPU, where gathering is a copy in memory.
+Runs two CPU processes with accelerate_configs/zero3_cpu_2proc.yaml; the counts do not depend on the device. The seconds
+are those of a CPU, where gathering is a copy in memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ runs_flag = partial(flag, group="runs")
 
 @dataclass
 class Settings:
-    """What is counted."""
+    """The run whose collectives are counted."""
 
     model: str = required("CLIP model to train", group="runs", path=True)
     data: str = required("data set with train/", group="runs", path=True)
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def count(argv: Sequence[str]) -> None:
-    """One rank: trains, and counts what DeepSpeed sends between the start of the third step and that of the last."""
+    """One process: trains, and counts DeepSpeed's collectives from the start of step 3 to that of the last step."""
     import deepspeed
 
     import train_lore
@@ -105,11 +105,11 @@ def count(argv: Sequence[str]) -> None:
 
 
 def collectives(logged: dict[str, dict[int, list]]) -> tuple[int, float, int]:
-    """(all-gathers, floats that they brought to a process, other collectives) so far."""
+    """(all-gathers, floats that a process received by them, other collectives) so far."""
     gathers, floats, others = 0, 0.0, 0
     for name, by_size in logged.items():
         for size, (number, *_) in by_size.items():
-            if "all_gather" in name:  # its size is that of one process's share
+            if "all_gather" in name:  # the size is that of one process's part
                 gathers, floats = gathers + number, floats + number * size / 4 * int(os.environ["WORLD_SIZE"])
             else:
                 others += number

@@ -1,4 +1,4 @@
-"""APGD (Croce and Hein 2020): the attack of an evaluation, with restarts, targets and a step size that adapts."""
+"""APGD (Croce and Hein 2020): PGD with an adaptive step size, run with cross-entropy and with targets."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ NUM_TARGETS = 9
 def targeted_loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
     """The targeted difference of logits ratio, maximised: (B, C), (B,) int64, (B,) int64 -> (B,), dtype of the logits.
 
-    -(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12) with z sorted downwards: blind to the scale of the logits. It
-    needs 4 classes; with fewer the loss is the margin z_t - z_y. Source: Croce and Hein 2020 (arXiv 2003.01690), eq. 7.
+    -(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12), z in descending order: independent of the logits' scale. Needs
+    4 classes; with fewer the loss is the margin z_t - z_y. Source: Croce and Hein 2020 (arXiv 2003.01690), eq. 7.
     """
     margin = (logits.gather(1, labels[:, None]) - logits.gather(1, targets[:, None]))[:, 0]
     if logits.shape[1] < 4:
@@ -31,7 +31,7 @@ def targeted_loss(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
 def sphere_start(pixel_values: Tensor, eps: float, seeds: Sequence[int]) -> Tensor:
     """x + eps * u / max|u|, u uniform in [-1, 1], clamped to [0,1]: (B, 3, H, W) -> the same. Row i has ``seeds[i]``.
 
-    Drawn on the CPU, so that every device starts from the same points.
+    Drawn on the CPU, so that all devices start from the same points.
     """
     noise = torch.empty(pixel_values.shape)
     generator = torch.Generator()
@@ -42,7 +42,7 @@ def sphere_start(pixel_values: Tensor, eps: float, seeds: Sequence[int]) -> Tens
 
 
 def into_ball(adversarial: Tensor, pixel_values: Tensor, eps: float) -> Tensor:
-    """The nearest allowed image: clamped to [x - eps, x + eps], then to [0,1]."""
+    """The nearest allowed image: clamps to [x - eps, x + eps], then to [0,1]."""
     return adversarial.clamp(pixel_values - eps, pixel_values + eps).clamp_(0.0, 1.0)
 
 
@@ -53,40 +53,40 @@ def per_image(values: Tensor) -> Tensor:
 
 @dataclass
 class Runs:
-    """Runs of APGD side by side, a row each, every row at its own step, so that one may leave and another enter.
+    """Parallel runs of APGD, one per row. Each row is at its own step, so that runs can end and begin at any time.
 
-    Images and gradients are (B, 3, H, W) in the pixels' dtype, numbers (B,).
+    Images and gradients are (B, 3, H, W) in the pixels' dtype, all others (B,).
     """
 
     pixel_values: Tensor
     labels: Tensor  # int64
     targets: Tensor  # int64, -1: cross-entropy
-    adversarial: Tensor  # where the next forward looks
-    previous: Tensor  # where the one before looked
+    adversarial: Tensor  # image of the next forward pass
+    previous: Tensor  # image of the forward pass before
     gradient: Tensor  # at ``adversarial``
-    best: Tensor  # of the highest loss so far
+    best: Tensor  # image with the highest loss so far
     best_gradient: Tensor
     best_loss: Tensor
     best_loss_at_check: Tensor
-    last_loss: Tensor  # float32, zero before the first step: the first check compares with that
-    rises: Tensor  # steps since the last check that raised the loss
-    halved: Tensor  # bool, at the last check; true before the first
-    step: Tensor  # int64, gradient steps made
+    last_loss: Tensor  # float32, zero before the first step, as the first check needs it
+    rises: Tensor  # number of steps since the last check that raised the loss
+    halved: Tensor  # bool, whether the last check halved the step; true before the first check
+    step: Tensor  # int64, number of gradient steps made
     step_size: Tensor  # float32
 
     @classmethod
     def begin(cls, pixel_values: Tensor, labels: Tensor, targets: Tensor, start: Tensor, eps: float) -> Runs:
-        """Runs before their first forward; ``start``: (B, 3, H, W) in [0,1], inside the ball."""
+        """Runs before their first forward pass; ``start``: (B, 3, H, W) in [0,1], inside the ball."""
         zeros, no_gradient = torch.zeros(len(labels), device=labels.device), torch.zeros_like(pixel_values)
         no_loss, halved = zeros.to(pixel_values.dtype), torch.ones_like(labels, dtype=torch.bool)
-        # Nothing below changes a tensor in place, so that rows may begin with the same one.
+        # No method changes a tensor in place, so several fields may start as the same tensor.
         return cls(
             *(pixel_values, labels, targets, start, start, no_gradient, start, no_gradient, no_loss, no_loss),
             *(zeros, zeros, halved, torch.zeros_like(labels), torch.full_like(zeros, 2 * eps)),
         )
 
     def observe(self, loss: Tensor, gradient: Tensor) -> None:
-        """Takes in what the forward at ``adversarial`` found: losses (B,) and their gradients (B, 3, H, W)."""
+        """Records the forward pass at ``adversarial``: losses (B,) and their gradients (B, 3, H, W)."""
         first = self.step == 0
         better = first | (loss > self.best_loss)
         self.gradient = gradient
@@ -94,15 +94,15 @@ class Runs:
         self.best_gradient = torch.where(per_image(better), gradient, self.best_gradient)
         self.best_loss = torch.where(better, loss, self.best_loss)
         self.best_loss_at_check = torch.where(first, loss, self.best_loss_at_check)
-        rounded = loss.float()  # the reference keeps the losses of the steps in float32
+        rounded = loss.float()  # the reference code keeps the losses in float32
         self.rises = self.rises + (~first & (rounded > self.last_loss))
         self.last_loss = torch.where(first, self.last_loss, rounded)
 
     def advance(self, eps: float, periods: Tensor) -> None:
-        """One gradient step of every row, after the check of its step size where one is due.
+        """One gradient step of every row. Before it, checks the step size of each row that is due (``check_periods``).
 
-        ``periods``: of ``check_periods``. The step is halved, and goes on from the best point, where at most 3/4 of the
-        period's steps rose, or where the period found nothing better and the step was not halved before it.
+        The step size is halved, and the row continues from its best image, if at most 3/4 of the period's steps raised
+        the loss, or if the best loss did not rise in the period and the step size was not halved before it.
         """
         period = periods[self.step]
         due = period > 0
@@ -115,7 +115,7 @@ class Runs:
         now = torch.where(per_image(halve), self.best, self.adversarial)
         gradient = torch.where(per_image(halve), self.best_gradient, self.gradient)
         climbed = into_ball(now + per_image(self.step_size) * gradient.sign(), self.pixel_values, eps)
-        # 0.75 of the step and 0.25 of the movement before it; the first step has none before it.
+        # 0.75 of the gradient step plus 0.25 of the previous movement; the first step has no previous one.
         keep = per_image(torch.where(self.step == 0, 1.0, 0.75).to(now))
         moved = now + (climbed - now) * keep + (now - self.previous) * (1 - keep)
         self.previous, self.adversarial = now, into_ball(moved, self.pixel_values, eps)
@@ -123,7 +123,7 @@ class Runs:
 
 
 def check_periods(num_steps: int) -> Tensor:
-    """Where APGD checks its step size: 0.22 n steps after the start, then every 0.03 n fewer, at least 0.06 n.
+    """When APGD checks its step size: first after 0.22 n steps; each period is 0.03 n shorter, but at least 0.06 n.
 
     -> (n + 1,) int64: the length of the period that ends at step i, else 0.
     """
@@ -138,15 +138,15 @@ def check_periods(num_steps: int) -> Tensor:
 
 
 def loss_and_gradient(logits_fn: Logits, runs: Runs) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits (B, C), losses (B,) and the gradient of the losses' sum, at the runs' ``adversarial``. One forward.
+    """Logits (B, C), losses (B,) and the gradient of the losses' sum, at the runs' ``adversarial``. One forward pass.
 
-    The loss, maximised, is the cross-entropy where ``targets`` is -1, else the targeted one.
+    The loss is maximised: the cross-entropy if the target is -1, else the targeted loss.
     """
     adversarial = runs.adversarial.detach().requires_grad_()
     with torch.enable_grad():
         logits = logits_fn(adversarial)
         plain = F.cross_entropy(logits, runs.labels, reduction="none")
-        # Both for every row: they cost nothing beside a forward, and asking which is needed would wait for the device.
+        # Compute both losses for every row: they cost little, and asking which is needed would wait for the device.
         loss = torch.where(runs.targets < 0, plain, targeted_loss(logits, runs.labels, runs.targets.clamp_min(0)))
         (gradient,) = torch.autograd.grad(loss.sum(), adversarial)
     return logits.detach(), loss.detach(), gradient
@@ -154,22 +154,22 @@ def loss_and_gradient(logits_fn: Logits, runs: Runs) -> tuple[Tensor, Tensor, Te
 
 @dataclass
 class Point:
-    """An image under attack, and its way through the runs: they begin in order, and the first that breaks it counts."""
+    """An image under attack and the state of its runs. Runs begin in order, and the first one to break it counts."""
 
     position: int
     pixel_values: Tensor  # (3, H, W)
     label: int
-    targets: list[int]  # of the runs in turn: -1 for cross-entropy, then classes, the likeliest first
-    open: set[int] = field(default_factory=set)  # runs that have begun and go on
-    spent: list[int] = field(default_factory=list)  # forwards of each run that has begun
-    flat: set[int] = field(default_factory=set)  # targeted runs whose start had no gradient at all
+    targets: list[int]  # one per run: -1 for cross-entropy, then classes, the likeliest first
+    open: set[int] = field(default_factory=set)  # runs in progress
+    spent: list[int] = field(default_factory=list)  # forward passes of each run that has begun
+    flat: set[int] = field(default_factory=set)  # targeted runs with a zero gradient at the start
     broken_by: int | None = None  # the first run that broke it
     predicted: int = -1
-    adversarial: Tensor | None = None  # what broke it, or the best try of the last run, (3, H, W)
+    adversarial: Tensor | None = None  # the image that broke it, or the last run's best, (3, H, W)
 
     @property
     def forwards(self) -> int:
-        """Up to the wrong answer that counts, or of all runs."""
+        """Forward passes up to the run that broke the image, or of all runs."""
         return sum(self.spent if self.broken_by is None else self.spent[: self.broken_by + 1])
 
     @property
@@ -182,7 +182,7 @@ class Point:
 
     @property
     def may_run_ahead(self) -> bool:
-        """Outlasted the first two runs, so that nearly surely every run is needed: the next may begin beside others."""
+        """Whether the next run may begin early: an image that withstood the first two will likely need all runs."""
         return 1 < len(self.spent) < len(self.targets) and not {0, 1} & self.open and self.broken_by is None
 
     def begin_run(self) -> Owner:
@@ -191,7 +191,7 @@ class Point:
         return self, len(self.spent) - 1
 
 
-Owner = tuple[Point, int]  # point and run of a row
+Owner = tuple[Point, int]  # the point and the run in a row
 
 
 def make_points(
@@ -199,12 +199,12 @@ def make_points(
 ) -> list[Point]:
     """Points for ``run_apgd`` from correctly classified images and their clean logits (B, C).
 
-    APGD-CE, then APGD-T towards the ``num_targets`` likeliest other classes, or all others where there are fewer.
+    First APGD-CE, then APGD-T towards the ``num_targets`` likeliest other classes, or all others if there are fewer.
     """
     likeliest = logits.scatter(1, labels[:, None], float("-inf")).argsort(dim=1, descending=True, stable=True)
     targets = likeliest[:, : min(num_targets, logits.shape[1] - 1)].tolist()
     rows = zip(positions, pixel_values, labels.tolist(), targets, strict=True)
-    # Copies: a view would keep its whole batch in memory for as long as the point lives.
+    # Copy: a view would keep its whole batch in memory as long as the point exists.
     return [Point(position, x.clone(), label, [-1, *classes]) for position, x, label, classes in rows]
 
 
@@ -219,28 +219,28 @@ def run_apgd(
     seed: int = 0,
     judge: Logits | None = None,
 ) -> Iterator[Point]:
-    """APGD-CE and APGD-T on a stream of points, in full batches: who is broken leaves at once, and the next one enters.
+    """APGD-CE and APGD-T on a stream of points, in full batches: a broken point leaves at once and a new one enters.
 
-    Rows of one batch may be in different runs at different steps. When no new point is left, free places go to further
-    runs of points that have outlasted the first two. Of several runs side by side the first in order decides, so that
-    nothing depends on the batch, up to rounding: what a point meets depends on (seed, its position, run) alone.
+    Rows of one batch may be in different runs at different steps. When no new point is left, free rows take further
+    runs of points that withstood the first two. If several runs of a point go on in parallel, the first in order
+    decides. Up to rounding, nothing depends on the batch: a run depends only on (seed, the point's position, run).
 
     Args:
-        points: taken as places get free; ``Point.pixel_values`` on the device of the model.
-        logits_fn: attacked, in whatever precision. Call within ``frozen(module)``.
-        eps: radius, as a share of the pixel range.
-        batch_size: forwards at a time.
-        judge: float32 logits, where ``logits_fn`` is not float32: a point is broken once ``judge`` agrees; the best
-            try of every run is judged too. Without it ``logits_fn`` is the judge.
+        points: taken when rows become free; ``Point.pixel_values`` on the device of the model.
+        logits_fn: the attacked function, in any precision. Call within ``frozen(module)``.
+        eps: radius, as a fraction of the pixel range.
+        batch_size: rows per forward pass.
+        judge: float32 logits, if ``logits_fn`` is not float32. A point is broken only if ``judge`` agrees; the best
+            image of every run is judged too. By default ``logits_fn`` is the judge.
 
-    Yields the points, in the order in which they are decided.
-    Source: Croce and Hein 2020 (arXiv 2003.01690), algorithm 1; equal to their code step by step (tests).
+    Yields the points in the order in which they are decided.
+    Source: Croce and Hein 2020 (arXiv 2003.01690), algorithm 1; tests compare it with their code step by step.
     """
     points = iter(points)
     under_attack: list[Point] = []
     runs: Runs | None = None
     owners: list[Owner] = []
-    free: list[int] = []  # rows whose run is over
+    free: list[int] = []  # rows whose run has ended
     periods = check_periods(num_steps)
     while True:
         entering = _next_runs(points, under_attack, batch_size - len(owners) + len(free))
@@ -254,7 +254,7 @@ def run_apgd(
         ended = runs.step == num_steps
         if judge is not None:
             predicted = _judged(judge, runs, predicted, ended, owners)
-        # One synchronisation with the device per forward: who leaves is decided on the host.
+        # One synchronisation with the device per forward pass: the host decides which rows end.
         table = torch.stack([predicted, (predicted != runs.labels).long(), ended.long(), flat.long()]).tolist()
         free = []
         for row, ((point, run), guess, broken, over, zero) in enumerate(zip(owners, *table)):
@@ -267,7 +267,7 @@ def run_apgd(
                 point.predicted, point.adversarial = guess, runs.best[row].clone()
             if broken or over:
                 free.append(row)
-        # A later run of a point that is broken is not needed; an earlier one may still show that it breaks first.
+        # A broken point needs no later runs. Earlier ones go on: if one of them breaks the point too, it counts.
         for row, (point, run) in enumerate(owners):
             if point.broken_by is not None and run > point.broken_by and row not in free:
                 free.append(row)
@@ -281,7 +281,7 @@ def run_apgd(
 
 
 def _next_runs(points: Iterator[Point], under_attack: list[Point], places: int) -> list[Owner]:
-    """The runs that fill free places: of points between two runs, of new points, then of points further runs ahead."""
+    """Runs for the free rows: next runs of points between two runs, then new points, then runs that begin early."""
     waiting = [point for point in under_attack if not point.open][:places]
     new = list(itertools.islice(points, places - len(waiting)))
     under_attack += new
@@ -294,7 +294,7 @@ def _next_runs(points: Iterator[Point], under_attack: list[Point], places: int) 
 def _exchange(
     runs: Runs | None, owners: list[Owner], free: Sequence[int], entering: list[Owner], eps: float, seed: int
 ) -> tuple[Runs | None, list[Owner]]:
-    """Puts ``entering`` in the ``free`` rows, then behind the others; takes out rows that stay free. None: no row."""
+    """Puts ``entering`` into the ``free`` rows, then at the end; removes rows that stay free. None if none is left."""
     if not (free or entering):
         return runs, owners
     everyone = owners + entering
@@ -317,7 +317,7 @@ def _exchange(
 
 
 def _judged(judge: Logits, runs: Runs, predicted: Tensor, ended: Tensor, owners: list[Owner]) -> Tensor:
-    """``predicted`` by the judge, who is asked where the attack claims to have won, and of the best try of a run."""
+    """The judge's predictions, only for rows that the attack calls broken and for the best images of ended runs."""
     found = runs.labels.clone()
 
     def ask(rows: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The attacks of an evaluation, in one table, and the accuracy of a labelled set under them."""
+"""The table of attacks of an evaluation, and the accuracy of a labelled set under them."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from utils.processes.distributed import from_main_process, gather_objects
 from utils.sets.corruptions import require_package
 from utils.sets.labelled import same_classes
 
-PICTURES = 6  # kept of every attack
+PICTURES = 6  # kept for every attack
 
 
 @dataclass(frozen=True)
 class Attack:
-    """One of --attack: what the report says of it, what its figures depend on, and its call."""
+    """One of --attack: its description in the report, the settings of its figures, and its function."""
 
     about: str
-    # (settings, number of classes) -> for every figure its strength and all other settings that it depends on.
+    # (settings, number of classes) -> for every figure, its strength and all other settings that it depends on.
     cells: Callable[[Any, int], Iterable[dict[str, Any]]] = lambda settings, num_classes: [{}]
     # (settings, cell, logits_fn, pixel_values, labels, positions) -> attacked pixel_values, all (B, 3, H, W) in [0,1].
     perturb: Callable[..., Tensor] | None = None
-    follows_gradients: bool = False  # logits_fn is then the model in --attack_dtype; answers are judged in float32
-    any_answer: bool = False  # pictures are the first images, at every strength the same, and not those that it turned
-    at_once: int = 1  # batches that it works on together
+    follows_gradients: bool = False  # if so, logits_fn runs in --attack_dtype; answers are judged in float32
+    any_answer: bool = False  # show the first images, the same at every strength, not those whose answer changed
+    at_once: int = 1  # batches that are attacked together
     package: str | None = None
 
 
@@ -68,8 +68,8 @@ def corruption_cells(settings: Any, num_classes: int) -> list[dict[str, Any]]:
     return [{"corruption": name, "severity": severity, "files": "made from clean images"} for name, severity in pairs]
 
 
-# In the order of the report. Corrupted images come as they are read. Two calls are elsewhere: APGD works on a stream
-# of images (``apgd_verdicts``), written words are judged by texts (``measure_pairs``).
+# In the order of the report. Corruptions are applied when images are read. Two attacks are elsewhere: APGD works on a
+# stream of images (``apgd_verdicts``), and written words are judged by texts (``measure_pairs``).
 ATTACKS = {
     "clean": Attack("The images as they are; the most similar class is the answer."),
     "pgd": Attack(
@@ -102,7 +102,7 @@ ATTACKS = {
             batch_size=settings.batch_size,
             seed=settings.seed,
         ),
-        at_once=8,  # so that survivors fill batches
+        at_once=8,  # so that the images still under attack fill batches
         package="pyautoattack",
     ),
     "gaussian_noise": Attack(
@@ -126,7 +126,7 @@ ATTACKS = {
 
 @dataclass
 class Verdicts:
-    """What one process finds in a pass: a record of every image, the first pictures, warnings."""
+    """The findings of one process in a pass: a record of every image, the first pictures, warnings."""
 
     trial: Trial
     cell: Cell
@@ -135,10 +135,10 @@ class Verdicts:
     rows: list[Row] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    flat: int = 0  # images without a gradient where a targeted attack starts
+    flat: int = 0  # images with a zero gradient at the start of a targeted attack
 
     def classified(self, perturb: Callable[..., Tensor] | None = None) -> Iterator[Classified]:
-        """The batches that hold images, by ``utils.models.zeroshot.classified``."""
+        """The batches of ``utils.models.zeroshot.classified``, without empty ones."""
         batches = classified(self.logits_fn, self.batches, device=self.trial.model.device, perturb=perturb)
         for number, found in enumerate(batch for batch in batches if len(batch.labels)):
             if number == 0:
@@ -153,22 +153,22 @@ class Verdicts:
         self.batches.right += correct
 
     def show(self, position: int, clean: Tensor, attacked: Tensor, label: int, before: int, after: int) -> None:
-        """Keeps a picture; ``before`` and ``after`` are the classes predicted for the two."""
+        """Keeps a picture; ``before`` and ``after`` are the classes predicted for clean and attacked image."""
         names = self.trial.data.classnames
         caption = {"label": names[label], "predicted_clean": names[before], "predicted": names[after]}
         self.pictures.append(Picture(position, clean.cpu().numpy(), attacked.cpu().numpy(), caption))
 
 
 def measure_accuracy(trial: Trial, cells: Sequence[Cell]) -> list[Finding]:
-    """Whether each image of a labelled set is classified rightly under the cell's attack, judged in float32."""
+    """Whether each image of a labelled set is classified correctly under the cell's attack, judged in float32."""
     settings, model, (cell,) = trial.settings, trial.model, cells
     attack = ATTACKS[cell["attack"]]
     classifier = trial.classifier = trial.classifier or make_classifier(trial, cell)
-    in_attack_dtype = copy.copy(model.encoder)  # the same modules
+    in_attack_dtype = copy.copy(model.encoder)  # shares the modules
     in_attack_dtype.compute_dtype = getattr(torch, settings.attack_dtype)
 
     def logits_fn(pixel_values: Tensor) -> Tensor:
-        parts = pixel_values.split(settings.batch_size)  # several batches may come at once
+        parts = pixel_values.split(settings.batch_size)  # the argument may hold several batches
         return torch.cat([classifier(model.encoder(part)) for part in parts])
 
     def attacked_fn(pixel_values: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ def measure_accuracy(trial: Trial, cells: Sequence[Cell]) -> list[Finding]:
 
 
 def make_classifier(trial: Trial, cell: Cell) -> Callable[[Tensor], Tensor]:
-    """image_embeds (B, D) -> logits (B, C): by class texts, by a file, or learnt from the set's training images."""
+    """image_embeds (B, D) -> logits (B, C), by class texts, by a linear head's file, or learnt from training images."""
     settings, model, data = trial.settings, trial.model, trial.data
     num_classes, embed_dim = len(data.classnames), model.encoder.embed_dim
     if settings.classifier == "zero_shot":
@@ -215,7 +215,7 @@ def make_classifier(trial: Trial, cell: Cell) -> Callable[[Tensor], Tensor]:
 
 
 def learnt_probe(trial: Trial, cell: Cell) -> Path:
-    """The probe of --train_split, kept so that it need not be learnt again and can be given as a --linear_head."""
+    """The file of a probe learnt from --train_split. It is learnt only once, and can be used as a --linear_head."""
     split, settings = trial.settings.train_split, cell["settings"]
     fixed = ("digests", "model_revision", "prompts", "train_prompts")
     learnt = {name: settings[name] for name in fixed if name in settings} | {"shards": settings["shards"][split]}
@@ -232,7 +232,7 @@ def learnt_probe(trial: Trial, cell: Cell) -> Path:
 
 
 def train_features(trial: Trial, cell: Cell) -> tuple[Tensor, Tensor]:
-    """image_embeds (N, D) float32 and labels (N,) of the whole --train_split, on the CPU; its classes found by name."""
+    """image_embeds (N, D) float32 and labels (N,) of the whole --train_split, on the CPU; classes matched by name."""
     split = trial.settings.train_split
     names = trial.data.splits[split].classnames
     dataset = trial.images(split, with_labels=True, num_classes=len(names))
@@ -243,7 +243,7 @@ def train_features(trial: Trial, cell: Cell) -> tuple[Tensor, Tensor]:
 
 
 def batch_verdicts(verdicts: Verdicts, attack: Attack, perturbed_fn: Logits) -> None:
-    """Every image is changed once, or not at all, and judged once."""
+    """Changes every image once, or not at all, and judges it once."""
     settings, cell = verdicts.trial.settings, verdicts.cell
     perturb = None if attack.perturb is None else partial(attack.perturb, settings, cell, perturbed_fn)
     strongest = cell["corruption"] is None or cell["severity"] == max(settings.severities)
@@ -259,7 +259,7 @@ def batch_verdicts(verdicts: Verdicts, attack: Attack, perturbed_fn: Logits) -> 
 
 @torch.no_grad()
 def show_turned(verdicts: Verdicts, found: Classified, predicted: Tensor, any_answer: bool) -> None:
-    """Keeps pictures of the first images of a batch, without ``any_answer`` of those whose right answer was turned."""
+    """Keeps pictures of a batch's first images; without ``any_answer``, of those that the attack made wrong."""
     rows = torch.arange(len(predicted), device=predicted.device)
     rows = rows[:PICTURES] if any_answer else rows[predicted != found.labels]
     if not len(rows):
@@ -273,7 +273,7 @@ def show_turned(verdicts: Verdicts, found: Classified, predicted: Tensor, any_an
 
 
 def apgd_verdicts(verdicts: Verdicts, attacked_fn: Logits) -> None:
-    """APGD-CE and APGD-T: images stream in as places get free, and leave as soon as they are broken."""
+    """APGD-CE and APGD-T: images enter when rows become free, and leave as soon as they are broken."""
     settings, batches = verdicts.trial.settings, verdicts.batches
     keys: dict[int, str] = {}
     under_attack: dict[int, Point] = {}
@@ -295,7 +295,7 @@ def apgd_verdicts(verdicts: Verdicts, attacked_fn: Logits) -> None:
     most = (settings.apgd_steps + 1) * (1 + min(settings.apgd_targets, len(verdicts.trial.data.classnames) - 1))
 
     def watched(pixel_values: Tensor) -> Tensor:
-        # Who holds out counts by the share of its forwards: else the bar would stand still while survivors remain.
+        # An image under attack counts by its forward passes so far: else the bar would stop while robust ones remain.
         batches.show(batches.judged + sum(sum(point.spent) for point in under_attack.values()) / most)
         return attacked_fn(pixel_values)
 
@@ -311,7 +311,7 @@ def apgd_verdicts(verdicts: Verdicts, attacked_fn: Logits) -> None:
         del under_attack[point.position]
         broken_by = {None: None, 0: "cross-entropy"}.get(point.broken_by, f"target {point.broken_by}")
         shown = verdicts.pictures
-        early = len(shown) < PICTURES or point.position < shown[-1].position  # copies to the host are few
+        early = len(shown) < PICTURES or point.position < shown[-1].position  # avoids copies to the host
         if broken_by is not None and early and point.adversarial is not None:
             images = point.pixel_values, point.adversarial
             verdicts.show(point.position, *images, point.label, point.label, point.predicted)
@@ -323,7 +323,7 @@ def apgd_verdicts(verdicts: Verdicts, attacked_fn: Logits) -> None:
 
 @torch.no_grad()
 def beside_clean(trial: Trial, logits_fn: Logits, pictures: Sequence[Picture]) -> list[Picture]:
-    """One picture of a corruption, beside the image before it was corrupted; none of published files, which lack it."""
+    """One picture of a corruption next to the clean image. Published files have no clean images: no picture."""
     if trial.data.published is not None or not pictures:
         return []
     dataset, position = trial.labelled_images(), pictures[0].position
@@ -334,13 +334,13 @@ def beside_clean(trial: Trial, logits_fn: Logits, pictures: Sequence[Picture]) -
 
 
 def first_pictures(pictures: Iterable[Picture]) -> list[Picture]:
-    """The ones that come first in the set, so that they are the same for any number of processes."""
+    """The first ones in the set's order, so that they are the same for any number of processes."""
     return sorted(pictures, key=lambda picture: picture.position)[:PICTURES]
 
 
 @torch.no_grad()
 def random_outputs(logits_fn: Logits, pixel_values: Tensor) -> list[str]:
-    """A warning where two forwards of the same images differ: attacks that follow gradients then chase noise."""
+    """A warning if two forward passes of the same images differ: attacks that follow gradients then follow noise."""
     first, second = (F.normalize(logits_fn(pixel_values[:16]).double(), dim=1) for _ in range(2))
     difference = float((first - second).norm(dim=1).max())
     if difference <= 1e-4:

@@ -1,7 +1,7 @@
 """Pictures for reports: the panels of report.html, and rows of images.
 
-A panel is drawn by a function that takes its axes; ``figure_of`` makes the figure. All can be read in black and white:
-besides its colour a model, by its ``place``, has a line style and a marker, a bar has a hatch.
+Each panel has a function that draws on given axes; ``figure_of`` makes the figure. All can be read in black and white:
+a model's ``place`` sets its colour, line style and marker, or for bars its hatch.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
 
 LINES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "v"), ("-", "D"), ("--", "x")]
-# Okabe and Ito's colours, told apart by people with any colour vision; without the yellow, which white swallows.
+# Okabe and Ito's colours, which suit any colour vision, without the yellow, which is hard to see on white.
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#AA4A84", "#444444", "#E69F00", "#56B4E9"]
-HATCHES = ["", "////", "\\\\\\\\", "xxxx", "----", "||||"]  # lines alone: dots are a quarter of a megabyte
-PANEL_SIZE = (3.9, 2.75)  # inches: at the width of a phone the letters are still 11 px
+HATCHES = ["", "////", "\\\\\\\\", "xxxx", "----", "||||"]  # lines only: dots add a quarter of a megabyte
+PANEL_SIZE = (3.9, 2.75)  # inches: on a phone the letters are still 11 px
 
-# Names of models and classes are text, never mathematics; letters stay letters, drawn in the page's own font.
+# Names of models and classes are plain text, never mathematics. Text stays text, drawn in the page's font.
 STYLE: dict[RcKeyType, Any] = {
     "text.parse_math": False,
     "text.usetex": False,
@@ -61,14 +61,14 @@ STYLE: dict[RcKeyType, Any] = {
     "hatch.linewidth": 0.7,
 }
 
-MOST_LETTERS = 100  # of a line of text in a picture; a longer one would leave no room for the picture
-LABEL_LETTERS = 24  # in a line of a label beside a row of pictures
-Point = tuple[float, float, float | None, float | None]  # x, value, and the ends of its interval where it has one
+MOST_LETTERS = 100  # per line of text in a picture; a longer line would leave no room for the picture
+LABEL_LETTERS = 24  # per line of the label beside a row of pictures
+Point = tuple[float, float, float | None, float | None]  # x, value, and the ends of its interval, if any
 
 
 @matplotlib.rc_context(STYLE)
 def figure_of(panels: Mapping[str, Callable[[Axes], None]], title: str = "") -> Figure:
-    """{title: what draws it} side by side; with a ``title`` of all, their own titles and legends are drawn too."""
+    """Panels {title: draw function} in a row. With an overall ``title``, also draws the panels' titles and legends."""
     figure = Figure(figsize=(PANEL_SIZE[0] * len(panels), PANEL_SIZE[1] + 2 * bool(title)), layout="constrained")
     for axis, (name, draw) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         draw(axis)
@@ -80,16 +80,16 @@ def figure_of(panels: Mapping[str, Callable[[Axes], None]], title: str = "") -> 
 
 
 def save_figure(figure: Figure, file: Any, **options: Any) -> None:
-    """``figure.savefig`` for any text: control characters are escaped, endless lines are cut."""
+    """``figure.savefig`` for any text: escapes control characters and cuts long lines."""
     for text in figure.findobj(Text):
         text.set_text(drawable(text.get_text()))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box is drawn; the browser has its own fonts
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # it draws a box; the browser has its own fonts
         figure.savefig(file, **options)
 
 
 def drawable(text: str) -> str:
-    """Each line of ``text`` without control characters and not longer than ``MOST_LETTERS``."""
+    """``text`` without control characters, each line cut to ``MOST_LETTERS``."""
     lines = (escaped(line) for line in text.split("\n"))
     return "\n".join(line if len(line) <= MOST_LETTERS else f"{line[: MOST_LETTERS - 1]}…" for line in lines)
 
@@ -107,21 +107,21 @@ def draw_grid(path: Path, rows: Sequence[tuple[str, Sequence[tuple[Tensor, str]]
             axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
             if len(caption) <= LABEL_LETTERS:
                 axis.set_title(caption, fontsize=8, pad=3, loc="left")
-            else:  # such as a query: over its neighbours; as a title it would push them away
+            else:  # long, such as a query: may overlap its neighbours; a title would push them away
                 above = axis.text(0, 1.025, caption, transform=axis.transAxes, fontsize=8)
                 above.set_in_layout(False)
-        # Wrapped here: matplotlib's own wrapping takes dollars for mathematics whatever it was told.
+        # Wrapped here: matplotlib's wrapping reads dollars as mathematics even if told not to.
         label = "\n".join(part for of_label in label.split("\n") for part in textwrap.wrap(of_label, LABEL_LETTERS))
         line[0].text(-0.08, 0.5, label, transform=line[0].transAxes, ha="right", va="center", fontsize=8)
     if title:
         figure.suptitle(title, fontsize=10)
-    # A picture is about 1.25 inches wide; fewer dots than its pixels would break thin letters.
+    # A picture is about 1.25 inches wide. With fewer dots than pixels, thin letters would break up.
     widest = max(image.shape[-1] for _, pictures in rows for image, _ in pictures)
     save_figure(figure, path, dpi=max(120, round(widest / 1.2)))
 
 
 def line_style(place: int) -> dict[str, Any]:
-    """Colour, line and marker of the model in this place: 42 different ones."""
+    """Colour, line and marker of the model in this place: 42 different combinations."""
     line, marker = LINES[place % len(LINES)]
     return {"color": COLORS[place % len(COLORS)], "linestyle": line, "marker": marker}
 
@@ -134,7 +134,7 @@ def bar_style(place: int) -> dict[str, Any]:
 
 @matplotlib.rc_context(STYLE)
 def key_figure(place: int, bar: bool = False) -> Figure:
-    """The sample of a model's line (or bar) that stands in a legend."""
+    """The sample of a model's line (or bar) in a legend."""
     figure = Figure(figsize=(0.5, 0.17))
     if bar:
         figure.add_artist(Rectangle((0.2, 0), 0.6, 1, transform=figure.transFigure, **bar_style(place)))
@@ -144,7 +144,7 @@ def key_figure(place: int, bar: bool = False) -> Figure:
 
 
 def accuracy_curves(axis: Axes, curves: Mapping[int, Sequence[Point]], xlabel: str) -> None:
-    """Accuracies (fractions) over a strength, with bands: {place of the model: its points}."""
+    """Accuracies (fractions) over a strength, with bands for the intervals: {place of the model: its points}."""
     axis.set(xlabel=xlabel, ylabel="accuracy, %")
     for place, points in curves.items():
         xs, values, lows, highs = zip(*sorted(points))
@@ -153,7 +153,7 @@ def accuracy_curves(axis: Axes, curves: Mapping[int, Sequence[Point]], xlabel: s
         if None not in lows:
             axis.fill_between(xs, _percent(lows), _percent(highs), color=style["color"], alpha=0.14, linewidth=0)
     strengths = sorted({point[0] for points in curves.values() for point in points})
-    # Ticks where something was measured, but not on top of one another.
+    # Ticks at the measured strengths, unless they would overlap.
     apart = (strengths[-1] - strengths[0]) / 14
     ticks = [x for x, before in zip(strengths, [-np.inf, *strengths]) if x - before >= apart]
     axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
@@ -166,15 +166,15 @@ def _ticks() -> MaxNLocator:
 
 
 def _top(fractions: Iterable[float | None]) -> float:
-    """Where an axis in % ends, so that a set with low accuracies does not lie flat at its bottom."""
+    """The upper end of an axis in %, lower for low accuracies, so that curves do not lie at the bottom."""
     highest = 100 * max(value for value in fractions if value is not None)
     return next(top for top in (10, 20, 40, 60, 80, 100, highest) if highest <= top)
 
 
 def clean_robust_front(axis: Axes, points: Mapping[int, tuple[str, Point, Point]], ylabel: str) -> None:
-    """Models as points, {place: (label, clean, robust)}, and the step line along those that no other one beats in both.
+    """Models as points, {place: (label, clean, robust)}, and a step line along the models that no other beats in both.
 
-    Of the two ``Point`` only value and interval count.
+    Uses only value and interval of the two ``Point``.
     """
     axis.set(xlabel="clean accuracy, %", ylabel=ylabel)
     for place, (_, clean, robust) in points.items():
@@ -198,7 +198,7 @@ def clean_robust_front(axis: Axes, points: Mapping[int, tuple[str, Point, Point]
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points that no other point equals or passes in both coordinates, by the first one ascending."""
+    """The points that no other point equals or exceeds in both coordinates, sorted by the first."""
     front: list[tuple[float, float]] = []
     for x, y in sorted(set(points), reverse=True):
         if not front or y > front[-1][1]:
@@ -207,7 +207,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 
 
 def severity_bars(axis: Axes, bars: Mapping[int, Mapping[float, float]]) -> None:
-    """Mean accuracy (a fraction) by severity, model beside model: {place: {severity: value}}; severity 0 is clean."""
+    """Bars of mean accuracy (a fraction) by severity and model: {place: {severity: value}}; severity 0 is clean."""
     axis.set(xlabel="severity", ylabel="accuracy, %")
     severities = sorted({severity for values in bars.values() for severity in values})
     width = 0.8 / len(bars)
@@ -221,7 +221,7 @@ def severity_bars(axis: Axes, bars: Mapping[int, Mapping[float, float]]) -> None
 
 
 def distributions(axis: Axes, values: Mapping[int, Sequence[float]], xlabel: str) -> None:
-    """How a figure is distributed over the images, model over model: outlines of histograms with common bins."""
+    """The distribution of a figure over the images, by model: outlines of histograms with common bins."""
     axis.set(xlabel=xlabel, ylabel="share of images, %")
     every = np.concatenate([np.asarray(of_model, dtype=float) for of_model in values.values()])
     low, high = float(every.min()), float(every.max())
@@ -238,7 +238,7 @@ def distributions(axis: Axes, values: Mapping[int, Sequence[float]], xlabel: str
 
 
 def training_curves(axis: Axes, curves: Mapping[int, Sequence[tuple[float, float]]], ylabel: str, share: bool) -> None:
-    """What a run logged over its steps: {place: [(step, value), ...]}; a ``share`` is drawn in % from 0 to 100."""
+    """Logged values over the steps of runs: {place: [(step, value), ...]}; a ``share`` is drawn in % from 0 to 100."""
     axis.set(xlabel="step", ylabel=ylabel + (", %" if share else ""))
     for place, points in curves.items():
         steps, values = zip(*points)
@@ -272,17 +272,17 @@ def t_sweep(
     for t, mark in ({0.0: "original", 1.0: "trained"} | star).items():
         own = t not in (0, 1)
         axis.axvline(t, color="#888888", linewidth=0.8, linestyle="-" if own else ":", zorder=1)
-        # t* often lies close to 0: its name hangs lower.
+        # t* is often close to 0: write its name lower.
         below: dict[str, Any] = {"xytext": (2, -11 if own else -1), "textcoords": "offset points", "va": "top"}
         below |= {"fontsize": 7, "color": "#555555", "bbox": box}
         axis.annotate(mark, (t, 1), xycoords=("data", "axes fraction"), **below)
 
 
 def inline_svg(figure: Figure, name: str, title: str) -> str:
-    """A figure as an <svg> element of a page that holds many; it says ``title`` (none: decoration).
+    """A figure as an <svg> element, for a page with many; ``title`` describes it (without one it is decoration).
 
-    Its ids begin with ``name``; the same figure gives the same characters. Styles, metadata and namespaces would act on
-    the whole page or point out of it: they are left out, as are ids that nothing refers to.
+    Its ids begin with ``name``; equal figures give equal text. Styles, metadata and namespaces are left out, because
+    they would act on the whole page or refer to outside, and so are unused ids.
     """
     file = io.StringIO()
     with matplotlib.rc_context(STYLE):
@@ -324,10 +324,10 @@ def _percent(values: Iterable[float | None]) -> list[float]:
 
 
 def _label_points(axis: Axes, points: Sequence[tuple[str, float, float]]) -> None:
-    """A name beside every point, where it covers the fewest of the other names and points and stays inside."""
+    """Writes a name beside every point, inside the axes, where it overlaps other names and points the least."""
     figure = axis.get_figure(root=True)
     assert figure is not None
-    figure.draw_without_rendering()  # positions are final from here on: names do not take part in the layout
+    figure.draw_without_rendering()  # fixes the positions: names are not part of the layout
     renderer = FigureCanvasAgg(figure).get_renderer()
     frame = axis.get_window_extent(renderer)
     drawn = [axis.transData.transform((x, y)) for _, x, y in points]
@@ -350,7 +350,7 @@ def _label_points(axis: Axes, points: Sequence[tuple[str, float, float]]) -> Non
 
         best = min(places, key=cost)
         cost(best)
-        taken.append(tuple(text.get_window_extent(renderer).padded(3).extents))  # the browser's letters differ a little
+        taken.append(tuple(text.get_window_extent(renderer).padded(3).extents))  # the browser's font differs a little
 
 
 def _overlap(a: Sequence[float], b: Sequence[float]) -> float:

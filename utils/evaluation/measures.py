@@ -1,4 +1,4 @@
-"""Jobs, and what is measured beside accuracy under attacks: texts, embeddings, the head, fairness."""
+"""Jobs, and all measures but accuracy under attacks: texts, embeddings, the head, fairness."""
 
 from __future__ import annotations
 
@@ -31,37 +31,37 @@ from utils.sets.labelled import AttributeDataset, interpretability_templates, tw
 from utils.sets.pairs import PairDataset, PreferenceDataset, TypographicDataset
 from utils.sets.typographic import font_files, word_style
 
-# Figures that one pass gives together.
+# Figures that one pass measures together.
 FAIRNESS = (
     *("max_skew", "max_skew_worst_query", "ndkl", "parity_difference", "opportunity_difference"),
     *("worst_group_accuracy", "group_gap"),
 )
 FIDELITY = ("fidelity", "fidelity_median", "fidelity_p95", "fidelity_max", "fidelity_cosine")
-RETRIEVED = 10  # images of every query
+RETRIEVED = 10  # images per query
 
 logger = logging.getLogger(__name__)
 
 
 class Job(NamedTuple):
-    """Cells that one pass over a set, or one look at its embeddings, gives together, and what measures them."""
+    """Cells that are measured together, in one pass over a set or its embeddings, and the function that does it."""
 
     find: Callable[[Trial, Sequence[Cell]], list[Finding]]
     cells: list[Cell]
 
 
 def measure(trial: Trial, job: Job) -> list[Finding]:
-    """Raises ``NonFiniteError`` with the names of model and set."""
+    """Measures the cells of a job. A ``NonFiniteError`` gets the names of model and set."""
     try:
         return job.find(trial, job.cells)
     except NonFiniteError as error:
         raise NonFiniteError(f"--model {trial.model.name}, --data {job.cells[0]['dataset']}: {error}") from None
 
 
-# What is asked for
+# The figures asked for
 
 
 def find_revisions(settings: Any) -> dict[str, str]:
-    """Digests of the models and the reference by their names, of the linear head and the fonts by their flags."""
+    """Digests of the models and the reference, by name, and of the linear head and the fonts, by flag."""
     names = dict.fromkeys([*settings.model, settings.reference_model_name_or_path])
     found = {name: model_revision(name, settings.cache_dir) for name in names if name is not None}
     if settings.linear_head is not None:
@@ -87,12 +87,12 @@ def wanted_jobs(
     if data.labelled:
         classes = {"prompts": text_digest([*data.classnames, "", *data.templates]), "classifier": settings.classifier}
         learnt_from = data.splits.get(settings.train_split)
-        if learnt_from is not None and learnt_from.classnames != data.classnames:  # their labels are read by them
+        if learnt_from is not None and learnt_from.classnames != data.classnames:  # the labels depend on these names
             classes["train_prompts"] = text_digest(learnt_from.classnames)
         classes |= {name: shown_setting(getattr(settings, name)) for name in ("classnames", "linear_head")}
         if settings.linear_head is not None:
             classes["classifier_revision"] = revisions["--linear_head"]
-        style = json.loads(json.dumps(asdict(word_style(settings))))  # lists, as results.json gives them back
+        style = json.loads(json.dumps(asdict(word_style(settings))))  # tuples become lists, as in results.json
         words = {"words": style, "font_files": revisions.get("--fonts")}
 
     def cell(measure: str, attack: str = "clean", **depends_on: Any) -> Cell:
@@ -133,7 +133,7 @@ def wanted_jobs(
         ):
             if measure in settings.measure:
                 jobs.append(Job(find, [cell(figure, **own) for figure in figures]))
-    if "head_t" in settings.measure and "attack" not in data.splits:  # t* needs validation pairs of its own
+    if "head_t" in settings.measure and "attack" not in data.splits:  # t* needs separate validation pairs
         of_texts = ("accuracy", "follows_word") if data.labelled else ("pair_accuracy",)
         own = words if data.labelled else {"val_split": settings.val_split}
         swept = [cell("accuracy", t=t) for t in settings.t]
@@ -152,7 +152,7 @@ def wanted_jobs(
 
 
 def preference_dataset(trial: Trial, *, split: str | None = None, attacks: int = 1) -> PreferenceDataset:
-    """A labelled set with words written on it, or a split of pairs: ``split`` if there is one of this name."""
+    """A labelled set with words written on it, or a split of pairs, the one named ``split`` if it exists."""
     data, transform, settings = trial.data, trial.model.transform, trial.settings
     if not data.labelled:
         chosen = data.splits[split if split in data.splits else settings.split]
@@ -179,7 +179,7 @@ def judged(
     reference: Model | None = None,
     watch: Callable[[dict[str, Any]], dict[str, Any]] = lambda batch: batch,
 ) -> dict[str, Rows]:
-    """``choices`` of the model on every row, in the set's order. ``watch`` sees every batch and passes it on."""
+    """``choices`` of the model on every row, in the set's order. ``watch`` gets every batch and returns it."""
     model, templates = trial.model, trial.data.templates
     embed = partial(model.embed, model.texts(templates), None)
     ref_embed = partial(reference.embed, reference.texts(templates), None) if reference else None
@@ -188,14 +188,14 @@ def judged(
 
 
 def measure_pairs(trial: Trial, cells: Sequence[Cell]) -> list[Finding]:
-    """Accuracy on attacked images and how often the rejected text wins, or accuracy on a pair set's clean images."""
+    """Accuracy on attacked images and how often the rejected text wins; or accuracy on a pair set's clean images."""
 
     def found(cell: Cell, rows: Rows, **kept: Any) -> Finding:
         records = [{"position": position, "correct": value} for position, value in rows]
         return share(cell, values(rows), rows=records, **kept)
 
     if cells[0]["attack"] != "typographic":
-        # The clean half of a pair set is judged by the same texts; in a single split, the rows of the regulariser are.
+        # A pair set's clean half has the same texts. In a single split, the regulariser's rows are the clean images.
         rows = judged(trial, preference_dataset(trial, split="clean"), cells[0])
         return [found(cells[0], rows["chosen" if "clean" in trial.data.splits else "clean"])]
     pictures: list[Picture] = []
@@ -228,7 +228,7 @@ def measure_retention(trial: Trial, cells: Sequence[Cell]) -> list[Finding]:
 
 
 def comparable_reference(trial: Trial, cell: Cell) -> Model:
-    """The reference. ``UserError`` where it sees other pixels or, for fidelity, embeds into other dimensions."""
+    """The reference. Raises ``UserError`` if its input size or, for fidelity, its embedding size differs."""
     model, reference = trial.model, trial.reference
     assert reference is not None
     own_dim, other_dim = model.encoder.embed_dim, reference.encoder.embed_dim
@@ -246,7 +246,7 @@ def comparable_reference(trial: Trial, cell: Cell) -> Model:
 
 
 def embedded_rows(trial: Trial, cell: Cell, values: Callable[[dict[str, Any], Tensor], Iterable[Any]]) -> Rows:
-    """``values`` of every batch of a labelled set and its image_embeds, one an image, in the set's order."""
+    """Calls ``values`` with every batch of a labelled set and its image_embeds; one value per image, in set order."""
     rows: Rows = []
     with trial.read(trial.labelled_images(), cell) as batches:
         for batch in batches:
@@ -255,10 +255,10 @@ def embedded_rows(trial: Trial, cell: Cell, values: Callable[[dict[str, Any], Te
 
 
 def measure_interpretability(trial: Trial, cells: Sequence[Cell]) -> list[Finding]:
-    """Cosine of an image to 150 descriptions of its true class, mean over them and then over images."""
+    """Cosine of an image to 150 descriptions of its true class, averaged over descriptions, then over images."""
     model, templates = trial.model, interpretability_templates()
     prompts = prompt_embeddings(model.clip, model.processor, trial.data.classnames, templates, model.device)
-    described = F.normalize(prompts, dim=-1).mean(dim=1)  # a mean of cosines is the cosine to nothing: not made unit
+    described = F.normalize(prompts, dim=-1).mean(dim=1)  # not normalised again: z . mean(t) is the mean of the cosines
 
     def cosines(batch: dict[str, Any], embeds: Tensor) -> list[float]:
         of_class = described[batch["labels"].to(model.device)]
@@ -268,7 +268,7 @@ def measure_interpretability(trial: Trial, cells: Sequence[Cell]) -> list[Findin
 
 
 def measure_fidelity(trial: Trial, cells: Sequence[Cell]) -> list[Finding]:
-    """||phi(x) - phi0(x)||^2 / ||phi0(x)||^2, its mean and quantiles, and the cosine between the two."""
+    """Mean and quantiles of ||phi(x) - phi0(x)||^2 / ||phi0(x)||^2, and the mean cosine of the two embeddings."""
     reference = comparable_reference(trial, cells[0])
 
     def distance_and_cosine(batch: dict[str, Any], embeds: Tensor) -> Iterable[tuple[float, float]]:
@@ -298,7 +298,7 @@ def measure_fidelity(trial: Trial, cells: Sequence[Cell]) -> list[Finding]:
 
 
 def measure_head(trial: Trial, cells: Sequence[Cell]) -> list[Finding]:
-    """Accuracies over the strength of the model's head, images embedded once; t* comes from validation pairs."""
+    """Accuracies over the strength t of the model's head, with images embedded once; t* is from validation pairs."""
     settings, model, data = trial.settings, trial.model, trial.data
     head = load_head(model.name)
     weights = dict(zip(settings.t, head_powers(head["weight"].to(model.device), settings.t)))
@@ -333,7 +333,7 @@ def measure_head(trial: Trial, cells: Sequence[Cell]) -> list[Finding]:
 
 
 def without_head(model: Model, head: dict[str, Tensor] | None) -> AbstractContextManager[None]:
-    """Inside, a model with a head is as it was before the head was folded in."""
+    """Inside the block, a model with a head is as before the head was folded in."""
     return nullcontext() if head is None else unfolded(model.clip, head)
 
 
@@ -346,7 +346,7 @@ def cosines_by_strength(
     images: Tensor,
     texts: Sequence[str],
 ) -> Iterator[tuple[float | None, Tensor]]:
-    """(t, cosines (T, N) of texts and image_embeds (N, D)) for every strength of the head; t is None without a head."""
+    """(t, cosines (T, N) of texts and image_embeds (N, D)) for every strength t of the head; t is None without one."""
     powers: Sequence[Any] = [None] if head is None else head_powers(head["weight"].to(model.device), strengths)
     for t, weight in zip(strengths, powers):
         unit, text_embeds = model.embed(table, weight, images, texts)
@@ -354,7 +354,7 @@ def cosines_by_strength(
 
 
 def measure_fairness(trial: Trial, cells: Sequence[Cell]) -> list[Finding]:
-    """Of retrieval by the class prompts and of classification, between attributes; over t where the job asks."""
+    """Fairness between groups, of retrieval by class prompts and of classification; over t if the job asks for it."""
     settings, model, name = trial.settings, trial.model, cells[0]["dataset"]
     labelled = trial.data.splits[settings.split]
     dataset = AttributeDataset(labelled.index, model.transform, num_classes=len(labelled.classnames))
@@ -382,9 +382,9 @@ def measure_fairness(trial: Trial, cells: Sequence[Cell]) -> list[Finding]:
 
 
 def draw_retrieved(trials: Iterable[Trial], set_name: str, path: Path, results: Results) -> None:
-    """The best images of every --query by every model on one set, as a picture; with a head at t = 0, t* and t = 1.
+    """Draws the best images for every --query by every model on one set; for a head, at t = 0, t* and t = 1.
 
-    Call on all processes. The trials are of one set; t* where it is known.
+    Call on all processes. All trials are of one set; t* is left out if unknown.
     """
     rows: list[tuple[str, str, list[int]]] = []  # query, label, positions
     for trial in trials:
@@ -403,13 +403,13 @@ def draw_retrieved(trials: Iterable[Trial], set_name: str, path: Path, results: 
                 best = cosines.argsort(dim=1, descending=True, stable=True)[:, :RETRIEVED].tolist()
                 rows += [(query, label, [positions[i] for i in line]) for query, line in zip(settings.query, best)]
     if trial.accelerator.is_main_process:
-        rows.sort(key=lambda row: settings.query.index(row[0]))  # query by query, models in their order
+        rows.sort(key=lambda row: settings.query.index(row[0]))  # by query, then by model in the given order
         attempt(path.name, partial(draw_rows, path, dataset, rows), results.undrawn)
 
 
 def draw_rows(path: Path, dataset: ShardDataset, rows: Sequence[tuple[str, str, list[int]]]) -> None:
-    """(query, label of the row, positions of its images) as a picture."""
-    from utils.evaluation.figures import draw_grid  # matplotlib, only where something is drawn
+    """Draws rows of (query, label of the row, positions of its images)."""
+    from utils.evaluation.figures import draw_grid  # imports matplotlib, only if something is drawn
 
     shown = []
     for query, label, line in rows:

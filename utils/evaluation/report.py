@@ -1,7 +1,7 @@
-"""report.html, benchmark.csv and the tables of the terminal: what an evaluation found, made from its directory.
+"""report.html, benchmark.csv and the terminal's tables, made from the directory of an evaluation.
 
-They can be made again at any time. The page is one file that opens offline: figures and pictures are inside it, it has
-no script. Its words stand in report.html.jinja.
+They can be made again at any time. The page is one file without scripts that opens offline and contains its figures
+and pictures. Its text is in report.html.jinja.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from utils.processes.progress import wide_console
 from utils.redaction import escaped
 from utils.training.metrics import MetricsFile
 
-# CLIP_benchmark's columns (`clip_benchmark build`), then what tells our rows apart.
+# CLIP_benchmark's columns (`clip_benchmark build`), then those that distinguish our rows.
 CSV_COLUMNS = (
     *("acc1", "acc5", "mean_per_class_recall", "dataset", "model", "pretrained", "task", "language", "model_fullname"),
     *("classifier", "attack", "eps", "sigma", "corruption", "severity", "t", "ci95_low", "ci95_high", "n", "seed"),
 )
 TASKS = {"zero_shot": "zeroshot_classification", "linear_head": "linear_probe"}
-TRAINING = {  # of metrics.jsonl: title, axis, a share of images?
+TRAINING = {  # key of metrics.jsonl: title, axis, whether it is a share of images
     "eval_accuracy_clean": ("clean accuracy", "accuracy", True),
     "eval_accuracy_pgd": ("accuracy under PGD, at the run's own eps", "accuracy", True),
     "eval_accuracy_attacked": ("accuracy on attacked images", "accuracy", True),
@@ -57,25 +57,25 @@ TRAINING = {  # of metrics.jsonl: title, axis, a share of images?
     "violation_ratio_p95": ("clean distance / margin, 95th percentile", "ratio", False),
     "eval_kl": ("KL to the start model", "nats", False),
 }
-ON_IMAGES = ("accuracy", "follows_word")  # measures with a column in the table of accuracies
+ON_IMAGES = ("accuracy", "follows_word")  # measures in the table of accuracies
 SHARES = (*ON_IMAGES, "pair_accuracy", "worst_group_accuracy", "group_gap")  # drawn in %
-# Measures with an entry of their own under "How it was measured"; all others are fairness.
+# Measures with their own entry under "How it was measured"; all others are fairness.
 EXPLAINED = (*ON_IMAGES, "pair_accuracy", "retention", "neutral_t", "interpretability", "fidelity")
-MANY_COLUMNS = 7  # more than that are lines of the terminal's table
-PICTURES = 4  # examples of every model and attack
-PICTURE_SIDE = 128  # larger pictures are reduced: a page, not an archive
-CURVE_POINTS = 400  # of a training curve; longer ones are averaged in pieces
-BROKEN = ("wrong before", "cross-entropy", "targets", "standing")  # what became of an image under APGD
+MANY_COLUMNS = 7  # a terminal table with more columns is transposed
+PICTURES = 4  # examples for every model and attack
+PICTURE_SIDE = 128  # larger pictures are reduced, to keep the page small
+CURVE_POINTS = 400  # per training curve; longer ones are averaged
+BROKEN = ("wrong before", "cross-entropy", "targets", "standing")  # outcomes of an image under APGD
 
-# A cell with its figures; on the page also: ``place`` and ``label`` of its model, ``set`` (the short name),
-# ``variant``, and ``clean``, the clean accuracy of the same images by the same classifier, or None.
+# A result of results.json. The page adds ``place`` and ``label`` of its model, ``set`` (the short name), ``variant``,
+# and ``clean``, the clean accuracy of the same images by the same classifier, or None.
 Result = dict[str, Any]
 Table = dict[str, Any]
-Cells = dict[tuple[str, str, str], list[dict[str, Any]]]  # (set, row, column): what stands there, mostly one thing
+Cells = dict[tuple[str, str, str], list[dict[str, Any]]]  # (set, row, column): contents, mostly one
 
 
 class Panel(NamedTuple):
-    """A figure of a section, under the heading of its group; ``keys``: {place of a line style: what is drawn in it}."""
+    """A figure of a section, under the heading of its group; ``keys``: {place of a line style: name in the legend}."""
 
     group: str
     title: str
@@ -84,7 +84,7 @@ class Panel(NamedTuple):
 
 
 class Shown:
-    """Results with what the page says of them: see ``Result``."""
+    """The results of a page, as ``Result`` describes them."""
 
     def __init__(self, results: Results, found: Sequence[Result]) -> None:
         self.results = results
@@ -107,21 +107,21 @@ class Shown:
         self.plain = [r for r in self.every if "t" not in r["settings"]]
 
     def accuracies(self, attack: str = "") -> list[Result]:
-        """Of one attack, or of all."""
+        """The accuracies under one attack, or under all."""
         return [r for r in self.plain if r["measure"] == "accuracy" and attack in ("", r["attack"])]
 
     def panel(
         self, group: str, title: str, of_models: Mapping[int, Any], draw: Callable[..., None], **more: Any
     ) -> Panel:
-        """Drawn by ``draw(axis, of_models, **more)``; ``of_models`` by their places."""
+        """A panel that ``draw(axis, of_models, **more)`` draws; ``of_models`` is keyed by place."""
         keys = {place: self.labels[place] for place in of_models}
         return Panel(group, title, lambda axis: draw(axis, of_models, **more), keys)
 
 
 def write_report(output_dir: str | Path, undrawn: Sequence[str] = ()) -> Path:
-    """Writes report.html, benchmark.csv and pictures of heads into the directory of an evaluation; the page's path.
+    """Writes report.html, benchmark.csv and pictures of heads into an evaluation's directory; returns the page's path.
 
-    The page and the log name every figure that cannot be drawn; the page also names ``undrawn``.
+    The page and the log name every figure that cannot be drawn; the page also names those in ``undrawn``.
     """
     results = Results(output_dir)
     if not results.results:
@@ -143,13 +143,13 @@ def write_report(output_dir: str | Path, undrawn: Sequence[str] = ()) -> Path:
 
 
 def page_content(results: Results, found: Sequence[Result], undrawn: list[str]) -> dict[str, Any]:
-    """Everything that the template shows. ``found``: the current results with their ``record_figures``."""
+    """The variables of the template. ``found``: the current results with their ``record_figures``."""
     shown = Shown(results, found)
     attempt("head_t_*.png", partial(draw_heads, shown), undrawn)
     sections = []
     for name, (title, _) in SECTIONS.items():
         drawn = attempt(f"{name} in report.html", partial(section, shown, name), undrawn)
-        if drawn is None or drawn["groups"]:  # one that failed keeps its place: tables stand there too
+        if drawn is None or drawn["groups"]:  # keep a failed section: its place also has tables
             sections.append({"id": name, "title": title, "legend": [], "groups": []} | (drawn or {}))
     keys = attempt("the legend", lambda: legend("model", enumerate(shown.labels)), undrawn)
     pictures = attempt("pictures", lambda: picture_groups(shown), undrawn)
@@ -169,7 +169,7 @@ def page_content(results: Results, found: Sequence[Result], undrawn: list[str]) 
             w
             for w in results.warnings
             if w["model_revision"] == revisions.get(w["model"])
-            # Of data that have changed since: history, as its figures are. Earlier versions did not keep that.
+            # Leave out warnings on data that has changed since. Earlier versions did not record the data.
             and ("shards" not in w or (w["model"], w["dataset"], w["shards"]) in read)
         ],
         "summary": summary_table(shown),
@@ -193,12 +193,12 @@ def page_content(results: Results, found: Sequence[Result], undrawn: list[str]) 
 
 
 def heading(cell: Mapping[str, Any]) -> str:
-    """``column_name`` with spaces, so that it can be wrapped; also of a warning or a comparison."""
+    """``column_name`` with spaces, so that it can be wrapped; also for a warning or a comparison."""
     return column_name({"measure": "accuracy", "corruption": None, "sigma": None} | dict(cell)).replace("_", " ")
 
 
 def flat_settings(result: Mapping[str, Any]) -> dict[str, str]:
-    """Seed and settings in words, nested ones as group.name; None is left out."""
+    """Seed and settings in words, nested ones as group.name, without None."""
     found: dict[str, Any] = {"seed": result["seed"]}
     for name, value in result["settings"].items():
         if isinstance(value, dict):
@@ -221,7 +221,7 @@ def in_words(value: Any) -> str:
 
 
 def variants(results: Sequence[Result]) -> list[str]:
-    """What tells each result from others of the same model, set and attack: "seed 1", "attack_steps 50"; mostly "".
+    """The settings that distinguish each result from others of its model, set and attack: mostly "", or "seed 1".
 
     All results of one attack name the same settings, so that columns and lines hold comparable figures.
     """
@@ -252,11 +252,11 @@ def joined(*parts: str) -> str:
     return ", ".join(filter(None, parts))
 
 
-# Tables: groups of rows, a group per set. A cell's content has ``value``, and maybe ``small``, ``best``, ``shade``.
+# Tables: groups of rows, one per set. A cell's content has ``value``, and optionally ``small``, ``best``, ``shade``.
 
 
 def table(sets: Iterable[str], columns: Sequence[str], cells: Cells) -> Table | None:
-    """Rows stand in the order of their first cell, columns without one are left out; None without any."""
+    """A table with rows in the order of their first cell, without empty columns; None if there are no cells."""
     filled = {column for _, _, column in cells}
     columns = [column for column in columns if column in filled]
     groups = []
@@ -269,7 +269,7 @@ def table(sets: Iterable[str], columns: Sequence[str], cells: Cells) -> Table | 
 
 
 def turned(content: Table) -> Table:
-    """Columns as rows and rows as columns."""
+    """The table with rows and columns swapped."""
     cells: Cells = {}
     rows: dict[str, None] = {}
     for group in content["groups"]:
@@ -282,7 +282,7 @@ def turned(content: Table) -> Table:
 
 
 def print_tables(results: Results, asked: Iterable[Cell]) -> None:
-    """The figures asked for on the terminal, and what every head does at t = 0, t* (where pairs gave one) and t = 1."""
+    """Prints the figures asked for, and those of every head at t = 0, t* (if pairs gave one) and t = 1."""
     shown = Shown(results, [result for cell in asked if (result := results.find(cell)) is not None])
     tables = {"Accuracy in %, with Wilson 95 % intervals": summary_table(shown), "Other figures": other_figures(shown)}
     tables |= {f"The head of {name}": strength_table(shown, place) for place, name in enumerate(shown.models)}
@@ -307,7 +307,7 @@ def print_tables(results: Results, asked: Iterable[Cell]) -> None:
 def summary_table(shown: Shown) -> Table | None:
     """Accuracies in %: a row per model, a column per attack; corruptions as their mean."""
     order = {attack: place for place, attack in enumerate(ATTACKS)}
-    columns: dict[str, tuple] = {}  # and what they are sorted by
+    columns: dict[str, tuple] = {}  # column: sort key
     cells: Cells = {}
     images: dict[tuple[str, str], set[int]] = defaultdict(set)
     corrupted: dict[tuple[str, str, str], list[Result]] = defaultdict(list)
@@ -343,9 +343,9 @@ def summary_table(shown: Shown) -> Table | None:
 
 
 def mark_best(cells: Sequence[dict[str, Any]], comparisons: Sequence[Result]) -> None:
-    """Sets ``best`` on a column's highest cell and on those that McNemar's test does not tell from it (p >= 0.05).
+    """Sets ``best`` on a column's highest cell and on all that McNemar's test cannot distinguish from it (p >= 0.05).
 
-    On none where a test is missing (no records, other images, not an accuracy) or where nothing is told apart.
+    Marks none if a test is missing (no records, other images, not an accuracy) or if that would mark all cells.
     """
     rivals = [cell for cell in cells if cell.get("result", {}).get("measure") == "accuracy"]
     if len(rivals) < 2:
@@ -367,7 +367,7 @@ def mark_best(cells: Sequence[dict[str, Any]], comparisons: Sequence[Result]) ->
 
 
 def other_figures(shown: Shown) -> Table | None:
-    """What is not an accuracy: a row per figure, a column per model."""
+    """All figures but accuracies: a row per figure, a column per model."""
     others = [r for r in shown.plain if r["measure"] not in ON_IMAGES]
     cells: Cells = {}
     for r in others:
@@ -391,7 +391,7 @@ def test_table(shown: Shown) -> Table | None:
 
 
 def broken_table(shown: Shown) -> Table | None:
-    """What broke the images under APGD, in % of all; None where records do not say."""
+    """The outcomes of images under APGD, in % of all; None if the records do not say."""
     cells: Cells = {}
     for r in shown.every:
         if r["attack"] == "apgd" and r["broken"]:
@@ -415,7 +415,7 @@ def corruption_table(shown: Shown) -> Table | None:
 
 
 def strength_table(shown: Shown, place: int) -> Table | None:
-    """Everything that was measured over the strength t of a head, at t = 0, t* and t = 1."""
+    """All figures over the strength t of a head, at t = 0, t* and t = 1."""
     swept, neutral = strengths(shown, place)
     marks = {0.0: "t = 0"} | ({} if neutral is None else {neutral: f"t* = {neutral:g}"}) | {1.0: "t = 1"}
     cells: Cells = {}
@@ -430,9 +430,9 @@ def strength_table(shown: Shown, place: int) -> Table | None:
 
 
 def section(shown: Shown, name: str) -> dict[str, Any]:
-    """Panels under one legend; for heads a legend per group, as each has curves of its own.
+    """Panels under one legend; for heads one legend per group, because each head has its own curves.
 
-    Where no group has several panels, the group is part of their titles instead of a heading.
+    If no group has several panels, the groups' names go into the titles instead of headings.
     """
     about, panels = SECTIONS[name]
     of_heads = name == "strength"
@@ -457,7 +457,7 @@ def section(shown: Shown, name: str) -> dict[str, Any]:
 
 
 def legend(name: str, keys: Iterable[tuple[int, str]], bar: bool = False) -> list[dict[str, Any]]:
-    """Samples of lines or bars with what is drawn in them."""
+    """Samples of lines or bars, with their names."""
     return [
         {"key": Markup(figures.inline_svg(figures.key_figure(place, bar), f"{name}-{place}-key", "")), "label": label}
         for place, label in sorted(set(keys))
@@ -477,7 +477,7 @@ def point(result: Result, x: float) -> figures.Point:
 
 
 def strength_panels(shown: Shown, attack: str, unit: str) -> Iterator[Panel]:
-    """Accuracy over eps or sigma, in 1/255; 0 is the clean accuracy where it is known."""
+    """Accuracy over eps or sigma, in 1/255; the value at 0 is the clean accuracy, if known."""
     attacked = [r for r in shown.accuracies(attack) if r[unit] is not None]
     for (name, variant), of_models in by_panel(attacked).items():
         curves = {}
@@ -490,7 +490,7 @@ def strength_panels(shown: Shown, attack: str, unit: str) -> Iterator[Panel]:
 
 
 def front_panels(shown: Shown) -> Iterator[Panel]:
-    """Clean against robust accuracy under the strongest l_inf attack that several models share, and written words."""
+    """Clean against robust accuracy, under written words and the strongest l_inf attack that several models share."""
     beside = point_names(shown.labels)
     columns: dict[str, dict[tuple[str, str, float], dict[int, Result]]] = {}
     for r in shown.plain:
@@ -510,7 +510,7 @@ def front_panels(shown: Shown) -> Iterator[Panel]:
 
 
 def point_names(labels: Sequence[str], length: int = 22) -> list[str]:
-    """Names that fit beside points: long ones lose the words that all begin with, then their middle."""
+    """Names that fit beside points: long ones lose the words that all names begin with, then their middle."""
     if max(map(len, labels)) > length:
         differ = next((n for n, letters in enumerate(zip(*labels)) if len(set(letters)) > 1), 0)
         start = 1 + max(labels[0].rfind(separator, 0, differ) for separator in "-_ /")
@@ -534,7 +534,7 @@ def corruption_panels(shown: Shown) -> Iterator[Panel]:
 
 
 def distribution_panels(shown: Shown, measure: str, column: str, xlabel: str, title: str = "") -> Iterator[Panel]:
-    """How a column of the records is distributed, where records have it."""
+    """The distribution of a column of the records, if records have it."""
     of_measure = [r for r in shown.plain if r["measure"].startswith(measure)]
     for (name, variant), of_models in by_panel(of_measure).items():
         values = {}
@@ -544,7 +544,7 @@ def distribution_panels(shown: Shown, measure: str, column: str, xlabel: str, ti
             )
             found = next(filter(None, columns), [])
             same = {"fidelity": {"value": 0, "cosine": 1}}.get(measure, {}).get(column)
-            # Of the reference itself there is nothing to show.
+            # The reference itself does not differ from itself: nothing to show.
             if found and (same is None or max(abs(x - same) for x in found) > 1e-5):
                 values[place] = found
         if values:
@@ -558,14 +558,14 @@ def fidelity_panels(shown: Shown) -> Iterator[Panel]:
 
 def training_panels(shown: Shown) -> Iterator[Panel]:
     logged = {place: MetricsFile(Path(name) / "metrics.jsonl").read() for place, name in enumerate(shown.models)}
-    # A pretraining logs its clean accuracy too; its thousands of steps would push fine-tuning into a corner.
+    # Pretraining also logs a clean accuracy; its thousands of steps would squeeze the curves of fine-tuning.
     own = set(TRAINING) - {"eval_accuracy_clean"}
     logged = {place: rows for place, rows in logged.items() if any(own & row.keys() for row in rows)}
     for column, (title, ylabel, share) in TRAINING.items():
         curves = {}
         for place, rows in logged.items():
             points = [(row["step"], row[column]) for row in rows if isinstance(row.get(column), int | float)]
-            if points and (column != "multiplier_mean" or any(value for _, value in points)):  # FARE has none
+            if points and (column != "multiplier_mean" or any(value for _, value in points)):  # FARE has no multiplier
                 curves[place] = thinned(points)
         if curves:
             yield shown.panel("", title, curves, figures.training_curves, ylabel=ylabel, share=share)
@@ -579,14 +579,14 @@ def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def strengths(shown: Shown, place: int) -> tuple[list[Result], float | None]:
-    """What was measured over the strength t of this model's head, and its t* where pairs gave one."""
+    """The results over the strength t of this model's head, and its t* if pairs gave one."""
     of_model = [r for r in shown.every if r["place"] == place]
     neutral = [r["value"] for r in of_model if r["measure"] == "neutral_t"]
     return [r for r in of_model if "t" in r["settings"]], neutral[-1] if neutral else None
 
 
 def head_panels(shown: Shown) -> Iterator[Panel]:
-    """A group per head: for every set its shares of images, in %, and its other figures, over t."""
+    """A group per head: for every set, shares of images in % over t, and other figures over t."""
     for place, model in enumerate(shown.labels):
         swept, neutral = strengths(shown, place)
         swept = [r for r in swept if r["value"] is not None]
@@ -605,7 +605,7 @@ def head_panels(shown: Shown) -> Iterator[Panel]:
 
 
 def draw_heads(shown: Shown) -> None:
-    """head_t_<model>.png, the panels of every head in one picture."""
+    """Writes head_t_<model>.png for every head, its panels in one picture."""
     for model, panels in itertools.groupby(head_panels(shown), key=lambda panel: panel.group):
         path = shown.results.output_dir / f"head_t_{file_name(model)}.png"
         draws = {panel.title: panel.draw for panel in panels}
@@ -613,7 +613,7 @@ def draw_heads(shown: Shown) -> None:
         figures.save_figure(figure, path, dpi=120)
 
 
-# In the order of the page: title, and what is drawn.
+# In the order of the page: the title and the panels.
 SECTIONS: dict[str, tuple[str, Callable[[Shown], Iterable[Panel]]]] = {
     "robustness": (
         "Accuracy against the size of the perturbation",
@@ -640,7 +640,7 @@ def data_uri(png: bytes) -> str:
 
 
 def png(pixel_values: Tensor, *, smooth: bool = True) -> str:
-    """(3, H, W) in [0,1] as the source of an <img>; reduced to ``PICTURE_SIDE`` where larger."""
+    """(3, H, W) in [0,1] as the source of an <img>, reduced to ``PICTURE_SIDE`` if larger."""
     image = Image.fromarray((pixel_values.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
     if max(image.size) > PICTURE_SIDE:
         image.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST)
@@ -650,7 +650,7 @@ def png(pixel_values: Tensor, *, smooth: bool = True) -> str:
 
 
 def picture_groups(shown: Shown) -> list[dict[str, Any]]:
-    """Clean / attacked / perturbation of every model, per set and attack, at the largest eps that has pictures."""
+    """Clean image, attacked image and perturbation per model, set and attack, at the largest eps with pictures."""
     kept: dict[tuple[str, str, str], list[Result]] = defaultdict(list)
     for r in sorted(shown.accuracies(), key=lambda r: r["place"]):
         if (r["eps"] is not None or r["attack"] == "typographic") and shown.results.pictures_path(r).exists():
@@ -672,24 +672,24 @@ def picture_groups(shown: Shown) -> list[dict[str, Any]]:
 
 
 def example(clean: Tensor, attacked: Tensor, caption: Mapping[str, str], eps: float) -> dict[str, Any]:
-    """An image, its attacked copy, and under an l_inf attack 1/2 + delta / (2 eps): grey where nothing changed."""
+    """An image, its attacked copy, and for an l_inf attack 1/2 + delta / (2 eps): grey where nothing changed."""
     magnified = png(0.5 + (attacked - clean) * (255 / (2 * eps)), smooth=False) if eps else ""
     sources = {"clean": png(clean), "attacked": png(attacked), "magnified": magnified}
     return {**caption, **sources, "small": is_small(clean)}
 
 
 def is_small(pixel_values: Tensor) -> bool:
-    """So few pixels that the page shows each as a square."""
+    """Whether a picture has so few pixels that the page shows each as a square."""
     return max(pixel_values.shape[-2:]) <= 64
 
 
 def picture_strips(shown: Shown) -> list[dict[str, Any]]:
-    """What noise and corruptions look like: one image of each, clean first, with the first model's answers."""
+    """Examples of noise and corruptions: one image of each, the clean one first, with the first model's answers."""
     strips = []
     for name, attack in itertools.product(shown.sets.values(), ("gaussian_noise", "corruptions")):
         own = [r for r in shown.accuracies(attack) if r["set"] == name and shown.results.pictures_path(r).exists()]
         own = [r for r in own if r["place"] == own[0]["place"]]
-        # Of a corruption the highest severity; of noise every sigma.
+        # The highest severity of a corruption; every sigma of noise.
         highest = {(r["corruption"], r["sigma"]): r for r in sorted(own, key=lambda r: r["severity"] or 0)}
         found = []
         for r in sorted(highest.values(), key=lambda r: (r["corruption"] or "", r["sigma"] or 0)):
@@ -713,7 +713,7 @@ def picture_strips(shown: Shown) -> list[dict[str, Any]]:
 
 
 def methods(results: Sequence[Result]) -> dict[str, Any]:
-    """Every attack and measure with its settings; what all have in common is said once."""
+    """Every attack and measure with its settings; settings common to all are listed once."""
     groups: dict[tuple[str, str], list[Result]] = defaultdict(list)
     for r in results:
         measure = "fidelity" if r["measure"].startswith("fidelity") else r["measure"]
@@ -730,7 +730,7 @@ def methods(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def setting_values(group: Sequence[Result]) -> dict[str, str]:
-    """{setting: all its values} of the results of one attack or measure, strengths in their units."""
+    """{setting: all its values} for the results of one attack or measure, strengths with their units."""
     values: dict[str, list[str]] = defaultdict(list)
     for name, title in (("eps", "eps, 1/255"), ("sigma", "sigma, 1/255"), ("severity", "severity"), ("n", "images")):
         form = ",d" if name == "n" else "g"
@@ -750,10 +750,10 @@ def setting_values(group: Sequence[Result]) -> dict[str, str]:
 
 
 def record_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the records of an accuracy say besides the share of right answers; None where they do not say it.
+    """Further figures from the records of an accuracy; None if the records lack the values.
 
-    acc5: share of images with the class among the five likeliest, of five classes or more. mean_per_class_recall: the
-    mean over classes of the share that is right. broken: images of each of ``BROKEN``. forwards: mean per image.
+    acc5: share of images with their class among the five likeliest, for five classes or more. mean_per_class_recall:
+    mean over classes of the share of correct images. broken: images per ``BROKEN``. forwards: mean passes per image.
     """
     labelled = [row for row in rows if row.get("label") is not None and "correct" in row]
     by_class: dict[int, list[bool]] = defaultdict(list)
@@ -775,7 +775,7 @@ def record_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def benchmark_csv(found: Sequence[Result]) -> str:
-    """A row per accuracy. ``pretrained`` is the revision where one is known."""
+    """A row per accuracy. ``pretrained`` is the model's revision, if known."""
     file = io.StringIO()
     writer = csv.DictWriter(file, CSV_COLUMNS, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()

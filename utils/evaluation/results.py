@@ -1,7 +1,7 @@
-"""What an evaluation leaves: results.json, a record per sample, kept pictures; and what follows from them.
+"""The output of an evaluation: results.json, a record per sample, pictures, and the comparisons made from them.
 
-A cell is one figure, a dict with the keys of ``CELL``; its ``settings`` hold everything else that it depends on. Equal
-cells are the same measurement. A result is a cell with ``value``, ``ci95`` and ``n``.
+A cell identifies one figure: a dict with the keys of ``CELL``, whose ``settings`` hold everything else that it depends
+on. Equal cells are the same measurement. A result is a cell with ``value``, ``ci95`` and ``n``.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 CELL = ("model", "dataset", "measure", "attack", "eps", "seed", "corruption", "severity", "sigma", "settings")
 
-SHARES = ("accuracy", "follows_word", "pair_accuracy")  # of images: a number wherever there were any
+SHARES = ("accuracy", "follows_word", "pair_accuracy")  # shares of images: numbers if there were any images
 STRENGTH_OF = {"pgd": "eps", "apgd": "eps", "square": "eps", "gaussian_noise": "sigma", "corruptions": "severity"}
 
-FIGURE_NAMES = {  # of every measure but accuracy; k is the cell's top_k
+FIGURE_NAMES = {  # for every measure but accuracy; k is the cell's top_k
     "retention": "KL to the reference, nats",
     "max_skew": "MaxSkew@k, mean over classes",
     "max_skew_worst_query": "MaxSkew@k, worst class",
@@ -62,7 +62,7 @@ FIGURE_NAMES = {  # of every measure but accuracy; k is the cell's top_k
     "fidelity_cosine": "cosine to the reference, mean",
 }
 
-# Types of what is read back: of a result, a warning, a comparison; of a record what it may hold, where it holds it.
+# Types of the values in files that are read back: results, warnings, comparisons. The keys of a record are optional.
 NUMBER, NOTHING = int | float, types.NoneType
 NAMES = {"model": str, "dataset": str, "attack": str}
 STRENGTHS = dict.fromkeys(("eps", "sigma", "severity"), NUMBER | NOTHING) | {"corruption": str | NOTHING}
@@ -78,7 +78,7 @@ RECORD = {
 }
 CAPTION = {"label": str, "predicted_clean": str, "predicted": str}
 
-# Of a cell's settings: digests of what was read, and the flag that named it.
+# The digests in a cell's settings, and the flag that named their source.
 CONTENT = {
     "model_revision": "--model {model}",
     "shards": "--data {dataset}",
@@ -87,21 +87,21 @@ CONTENT = {
     "reference_revision": "--reference_model_name_or_path",
     "font_files": "--fonts",
 }
-# Of a cell's settings: which images and which classifier; the attack's own may differ.
+# The settings of a cell that identify images and classifier; those of the attack may differ.
 READING = ("split", "num_samples", "shards", "model_revision", "prompts", "classifier", "classifier_revision")
-BLACK_BOX_TOLERANCE = 0.002  # AutoAttack's: so much may Square win over APGD
+BLACK_BOX_TOLERANCE = 0.002  # AutoAttack's: Square may be better than APGD by so much
 LONGEST_FILE_NAME = 150  # in an output directory: ``cell_name`` and an ending
-NAMED_LATER = ("digests", "classnames", "linear_head")  # which cells of earlier versions lack
+NAMED_LATER = ("digests", "classnames", "linear_head")  # missing in cells of earlier versions
 MODEL_FILES = (".json", ".safetensors", ".bin", ".txt", ".model", ".jinja", ".spm", ".vocab", ".bpe", ".tiktoken")
-OWN_FILES = ("results.json", "run.json")  # written beside a model, never read with it
+OWN_FILES = ("results.json", "run.json")  # written beside a model, not part of it
 
 T = TypeVar("T")
 Cell = dict[str, Any]
-Row = dict[str, Any]  # of a sample: position, and what was found; accuracies have label, predicted, correct
+Row = dict[str, Any]  # a sample's position and values; for accuracies label, predicted, correct
 
 
 class Picture(NamedTuple):
-    """A sample whose prediction an attack changed; pixels (3, H, W) in [0,1] as NumPy arrays, which travel."""
+    """A sample whose prediction an attack changed; pixels (3, H, W) in [0,1], as NumPy arrays for pickling."""
 
     position: int
     clean: np.ndarray
@@ -110,7 +110,7 @@ class Picture(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """A measured cell with what is kept beside its value."""
+    """A measured cell: its value, records, pictures and warnings."""
 
     cell: Cell
     value: float | None
@@ -122,7 +122,7 @@ class Finding(NamedTuple):
 
 
 class Results:
-    """results.json of a directory with its records and pictures, read at the start and written after every cell."""
+    """A directory's results.json, records and pictures, read at the start and written after every job."""
 
     def __init__(self, output_dir: str | Path) -> None:
         self.output_dir = Path(output_dir)
@@ -152,7 +152,7 @@ class Results:
             ) from None
 
     def _check(self) -> None:
-        """ValueError, KeyError or TypeError where tables and figures could not be made of what was read."""
+        """Raises ValueError, KeyError or TypeError if no tables and figures can be made from the file."""
         _check_types("environment", self.environment, dict.fromkeys(self.environment, str))
         _check_types("written", {"written": self.written}, {"written": str})
         for what, found, kinds in (
@@ -164,7 +164,7 @@ class Results:
                 _check_types(what, entry, kinds)
         for result in self.results:
             if result["measure"] != "accuracy":
-                figure_name(result)  # KeyError for one that is not known
+                figure_name(result)  # KeyError for an unknown one
             if result["ci95"] is not None:
                 low, high = result["ci95"]
                 _check_types("ci95", {"low": low, "high": high}, {"low": NUMBER, "high": NUMBER})
@@ -189,7 +189,7 @@ class Results:
         self.results.append(cell | {"value": value, "ci95": None if interval is None else list(interval), "n": n})
 
     def current(self) -> list[dict[str, Any]]:
-        """The results of what models, data, class names and heads hold now; those of earlier contents are history."""
+        """The results for the latest contents of models, data, class names and heads, without those of earlier ones."""
         sources = [_sources(result) for result in self.results]
         last = {name: content for of_result in sources for name, content in of_result.items()}
         return [
@@ -199,10 +199,10 @@ class Results:
         ]
 
     def ask(self, cells: Sequence[Cell]) -> list[str]:
-        """Makes what is known of these cells current; a line for each reason to measure others again."""
+        """Makes known results of these cells current. Returns a line for each reason to measure others again."""
         found = [result for cell in cells if (result := self.find(cell)) is not None]
         current = {id(result) for result in self.current()}
-        if not all(id(result) in current for result in found):  # as where labels are put back to what they were
+        if not all(id(result) in current for result in found):  # for example if labels were changed back
             kept = {id(result) for result in found}
             self.results = [result for result in self.results if id(result) not in kept] + found
         known = {_question(result, "digests" not in result["settings"]): result for result in self.results}
@@ -222,7 +222,7 @@ class Results:
         ]
 
     def keep(self, finding: Finding) -> None:
-        """What lies beside a figure: written first, so that a figure in results.json always has its records."""
+        """Writes warnings, records and pictures. Call before the figure is written, so that it always has records."""
         for text in finding.warnings:
             self.warn(finding.cell, text)
         if finding.rows:
@@ -233,7 +233,7 @@ class Results:
             attempt("pictures", lambda: self.write_pictures(finding.cell, before, after, captions), self.undrawn)
 
     def warn(self, cell: Cell, text: str) -> None:
-        """Keeps what makes a figure doubtful, and says it; once."""
+        """Keeps and logs a warning about a figure, once."""
         where = ("model", "dataset", "attack", "eps", "sigma", "corruption", "severity")
         warning = {name: cell[name] for name in where} | {"text": text}
         warning |= {name: cell["settings"].get(name) for name in ("model_revision", "shards")}
@@ -242,7 +242,7 @@ class Results:
             logger.warning(f"{cell['model']}  {cell['dataset']}  {column_name(cell)}: {text}")
 
     def write(self) -> None:
-        """Replaces results.json, whole or not at all, with what the results say about one another."""
+        """Replaces results.json, whole or not at all, including comparisons and warnings between results."""
         for result, text in sanity_warnings(self.current()):
             self.warn(result, text)
         threads = torch.get_num_threads()
@@ -257,11 +257,11 @@ class Results:
         replace_file(self.path, json.dumps(report, indent=1, allow_nan=False).encode())
 
     def write_records(self, cell: Cell, rows: Sequence[Row]) -> None:
-        """records/<cell>.jsonl, one sample a line, in the set's order."""
+        """Writes records/<cell>.jsonl, one sample per line, in the set's order."""
         replace_file(self.records_path(cell), "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def records(self, cell: Cell) -> list[Row]:
-        """Empty where there are none (figures over a whole set, and reports of earlier versions)."""
+        """The records of a cell; empty for figures of a whole set and for files of earlier versions."""
         path = self.records_path(cell)
         if not path.exists():
             return []
@@ -281,7 +281,7 @@ class Results:
         return self.output_dir / "records" / f"{cell_name(cell)}.jsonl"
 
     def write_pictures(self, cell: Cell, clean: Tensor, attacked: Tensor, captions: Sequence[dict[str, str]]) -> None:
-        """pictures/<cell>.safetensors: clean and attacked pixel_values (k, 3, H, W) float32 in [0,1].
+        """Writes pictures/<cell>.safetensors: clean and attacked pixel_values (k, 3, H, W) float32 in [0,1].
 
         ``captions``, k of them: {"label", "predicted_clean", "predicted"}, names of classes.
         """
@@ -289,12 +289,12 @@ class Results:
         replace_file(self.pictures_path(cell), save(tensors, {"captions": json.dumps(list(captions))}))
 
     def pictures(self, cell: Cell) -> tuple[Tensor, Tensor, list[dict[str, str]]] | None:
-        """What ``write_pictures`` was given, or None."""
+        """Reads what ``write_pictures`` wrote, or None."""
         path = self.pictures_path(cell)
         if not path.exists():
             return None
         try:
-            # By its descriptor: safetensors opens no path that is not UTF-8, and an output directory may have any name.
+            # By the descriptor: safetensors opens only paths in UTF-8, but an output directory may have any name.
             with path.open("rb") as opened, safe_open(f"/dev/fd/{opened.fileno()}", framework="pt") as file:
                 clean, attacked = file.get_tensor("clean").float(), file.get_tensor("attacked").float()
                 captions = parse_json((file.metadata() or {})["captions"])
@@ -312,10 +312,10 @@ class Results:
         return self.output_dir / "pictures" / f"{cell_name(cell)}.safetensors"
 
     def compare(self) -> None:
-        """Compares every two models on the same images by McNemar's exact test: cells alike in all but the model.
+        """Compares every two models on the same images by McNemar's exact test, on cells that differ only in the model.
 
-        ``compared`` becomes a list of dicts with the keys of ``COMPARISON``: ``only_first`` images are right for the
-        first model alone. Corruptions are left out: 75 tests of one question would prove nothing.
+        ``compared`` becomes a list of dicts with the keys of ``COMPARISON``; ``only_first`` counts the images that only
+        the first model classifies correctly. Corruptions are left out: 75 tests of one question would prove nothing.
         """
         groups: dict[str, list[Cell]] = defaultdict(list)
         for result in self.current():
@@ -324,7 +324,7 @@ class Results:
         self.compared = []
         for group in groups.values():
             if len(group) < 2:
-                continue  # records are read where they are needed alone
+                continue  # read records only if needed
             records = [self.records(result) for result in group]
             correct = [{row["position"]: row["correct"] for row in rows if "correct" in row} for rows in records]
             for (first, a), (second, b) in itertools.combinations(zip(group, correct), 2):
@@ -337,16 +337,16 @@ class Results:
 
 
 def read_alike(result: Cell) -> str:
-    """What two accuracies must share to be compared: the model, the images and the classifier."""
+    """A key that two comparable accuracies share: the model, the images and the classifier."""
     reading = {name: result["settings"].get(name) for name in READING}
     return json.dumps([result["model"], result["dataset"], result["seed"], reading])
 
 
 def sanity_warnings(results: Sequence[Cell]) -> Iterator[tuple[Cell, str]]:
-    """(the doubtful result, what is wrong with it): accuracies under l_inf attacks checked against one another.
+    """Checks accuracies under l_inf attacks against one another, as AutoAttack does: (doubtful result, its fault).
 
-    As AutoAttack does. Croce and Hein 2020, arXiv 2003.01690; Carlini et al. 2019, arXiv 1902.06705. measures.py
-    notices what shows in a single pass: random outputs, zero gradients.
+    Croce and Hein 2020, arXiv 2003.01690; Carlini et al. 2019, arXiv 1902.06705. Faults that show in a single pass,
+    random outputs and zero gradients, are found in attacks.py.
     """
     groups: dict[str, dict[str, list[Cell]]] = defaultdict(lambda: defaultdict(list))
     for result in results:
@@ -364,7 +364,7 @@ def sanity_warnings(results: Sequence[Cell]) -> Iterator[tuple[Cell, str]]:
         clean = group.pop("clean", [])
         for attacked in group.values():
             for weaker, stronger in itertools.combinations([*clean, *sorted(attacked, key=eps)], 2):
-                # A larger ball holds the smaller one, so a good attack can only do better in it.
+                # A larger ball contains the smaller one, so a good attack must be at least as strong in it.
                 if eps(weaker) < eps(stronger) and weaker["value"] < stronger["value"]:
                     before, after = (f"{share(r)} at eps {eps(r):g}/255" for r in (weaker, stronger))
                     fails = "the attack fails at the larger radius; more steps may help"
@@ -382,11 +382,11 @@ def sanity_warnings(results: Sequence[Cell]) -> Iterator[tuple[Cell, str]]:
 
 
 def model_revision(name_or_path: str, cache_dir: str | None = None) -> str:
-    """Tells a model from another under the same name: a digest of all files that are loaded, or the hub's commit."""
+    """Identifies a model's contents: a digest of all files that are loaded, or the hub's commit."""
     folder = Path(name_or_path)
     if folder.is_dir():
         names = {path.name for path in folder.iterdir() if path.suffix in MODEL_FILES and path.is_file()}
-        for parts in folder.glob("*.index.json"):  # may name weights in folders below
+        for parts in folder.glob("*.index.json"):  # may list weights in subfolders
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
                 names |= set(map(str, parse_json(parts.read_bytes())["weight_map"].values()))
         loaded = [name for name in sorted(names.difference(OWN_FILES)) if (folder / name).is_file()]
@@ -401,7 +401,7 @@ def model_revision(name_or_path: str, cache_dir: str | None = None) -> str:
 
 
 def cell_name(cell: Cell) -> str:
-    """A file name for a cell: readable, and told apart from all others by a hash of its identity."""
+    """A file name for a cell: readable, and unique by a hash of its identity."""
     identity = {name: cell[name] for name in CELL}
     digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=6).hexdigest()
     parts = [Path(cell["model"]).name, Path(cell["dataset"]).name, cell["measure"], cell["attack"]]
@@ -412,7 +412,7 @@ def cell_name(cell: Cell) -> str:
 
 
 def _check_types(what: str, found: Any, kinds: dict[str, Any]) -> None:
-    """ValueError where a dict lacks a key of ``kinds`` or has a value of another type there. True is no number here."""
+    """Raises ValueError if a dict lacks a key of ``kinds`` or the value has another type. True is not a number here."""
     if not isinstance(found, dict):
         raise ValueError(f"{what} is a {type(found).__name__}")
     for name, kind in kinds.items():
@@ -424,10 +424,10 @@ def _check_types(what: str, found: Any, kinds: dict[str, Any]) -> None:
 
 
 def _sources(result: dict[str, Any]) -> dict[str, str]:
-    """{what a result was read from: the digest of what that held}."""
+    """{source that a result was read from: digest of its contents}."""
     settings = result["settings"]
     shards = settings.get("shards")
-    reading = [settings.get(name) for name in ("split", "num_samples", "classifier")]  # other ones read other shards
+    reading = [settings.get(name) for name in ("split", "num_samples", "classifier")]  # these select the shards
     words = settings.get("words")
     found: dict[tuple[Any, ...], Any] = {("model", result["model"]): settings.get("model_revision")}
     for split, content in shards.items() if isinstance(shards, dict) else ():
@@ -444,19 +444,19 @@ def _sources(result: dict[str, Any]) -> dict[str, str]:
 
 
 def _question(cell: Cell, earlier: bool) -> tuple[bool, str]:
-    """A cell without what was read: two equal ones ask the same. ``earlier``: as cells of earlier versions ask."""
+    """A cell without the digests of its sources. ``earlier``: in the form that cells of earlier versions have."""
     return earlier, _without(cell, *CONTENT, *(NAMED_LATER if earlier else ()))
 
 
 def _without(cell: Cell, *names: str) -> str:
-    """A cell without these keys and settings, as a text."""
+    """A cell as a text, without these keys and settings."""
     settings = {name: value for name, value in cell["settings"].items() if name not in names}
     left = {name: cell[name] for name in CELL if name not in names}
     return json.dumps(left | {"settings": settings}, sort_keys=True)
 
 
 def file_name(text: str) -> str:
-    """``text`` as part of a file name: a digest tells apart what had to be cut or lost other letters than a slash."""
+    """``text`` as part of a file name; a digest is added if it was cut or lost characters other than a slash."""
     slashless = text.replace("/", "-")
     plain = re.sub("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "-", slashless)
     short = plain.encode()[:100].decode(errors="ignore")
@@ -464,7 +464,7 @@ def file_name(text: str) -> str:
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
-    """{name: the last parts of its path that tell it from all others}, in the order of first appearance."""
+    """{name: the last parts of its path that make it unique}, in the order of first appearance."""
     parts = {name: [part for part in name.split("/") if part] or [name] for name in dict.fromkeys(names)}
     short = {}
     for name, own in parts.items():
@@ -476,7 +476,7 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def refuse_unwritable(output_dir: str) -> None:
-    """UserError where what an evaluation leaves could not be written at its end. Makes nothing."""
+    """Raises UserError if an evaluation's output could not be written at its end. Creates nothing."""
     folder = Path(output_dir)
     try:
         (folder / "pictures" / ("x" * LONGEST_FILE_NAME)).absolute().lstat()
@@ -498,7 +498,7 @@ def refuse_unwritable(output_dir: str) -> None:
 
 
 def attempt(what: str, draw: Callable[[], T], undrawn: list[str]) -> T | None:
-    """``draw()``; None where it fails, which is said and noted: a picture must not cost the figures."""
+    """``draw()``, or None if it fails; logs and notes the failure, since a picture must not cost the figures."""
     try:
         return draw()
     except Exception as error:
@@ -514,7 +514,7 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def column_name(cell: Cell) -> str:
-    """The heading of a cell among accuracies: clean, apgd 4/255, gaussian_noise 16/255, follows the word, ..."""
+    """The heading of a cell in the table of accuracies: clean, apgd 4/255, gaussian_noise 16/255, follows the word."""
     if cell["measure"] == "follows_word":
         return "follows the word"
     strength = cell["eps"] if cell["sigma"] is None else cell["sigma"]
@@ -524,7 +524,7 @@ def column_name(cell: Cell) -> str:
 
 
 def figure_name(cell: Cell) -> str:
-    """What a figure says, in words."""
+    """The name of a figure in words."""
     if cell["measure"] == "accuracy":
         return f"accuracy, {cell['attack']}"
     return FIGURE_NAMES[cell["measure"]].replace("@k", f"@{cell['settings'].get('top_k')}")
@@ -532,7 +532,7 @@ def figure_name(cell: Cell) -> str:
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     """Wilson 95 % interval of a share, both ends in [0,1]."""
-    from scipy.stats import binomtest  # a second to import
+    from scipy.stats import binomtest  # takes a second to import
 
     interval = binomtest(successes, trials).proportion_ci(confidence_level=0.95, method="wilson")
     return float(interval.low), float(interval.high)
@@ -547,9 +547,9 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int, float]:
-    """McNemar's exact test of two models on the same images: (right for the first alone, for the second alone, p).
+    """McNemar's exact test of two models on the same images: (b, c, p), b right for the first only, c for the second.
 
-    p is two-sided under b ~ Binomial(b + c, 1/2), 1 where the two never differ. Source: McNemar 1947.
+    p is two-sided under b ~ Binomial(b + c, 1/2), and 1 if the two never differ. Source: McNemar 1947.
     """
     from scipy.stats import binomtest
 

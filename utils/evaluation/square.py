@@ -1,4 +1,4 @@
-"""Square attack (Andriushchenko et al. 2020): by the logits alone, without gradients."""
+"""Square attack (Andriushchenko et al. 2020): uses only the logits, no gradients."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def square(
     batch_size: int,
     seed: int = 0,
 ) -> Tensor:
-    """Random search on squares by the logits alone. -> images (B, 3, H, W), those classified rightly attacked.
+    """Random search over squares. -> images (B, 3, H, W); only correctly classified ones are attacked.
 
-    The search is ``pyautoattack``'s. Its random numbers are drawn here, so that no attack depends on the images beside:
-    stripes of the start from (seed, position), squares from ``seed``, the same for every image. pixel_values
-    (B, 3, H, W) float32 in [0,1], labels (B,) int64, positions of the images in their set; eps as a share of the pixel
-    range; num_queries: forwards for an image that holds out. Source: Andriushchenko et al. 2020 (arXiv 1912.00049).
+    The search is ``pyautoattack``'s. The random numbers are drawn here, so that an attack does not depend on its batch:
+    the start's stripes from (seed, position), the squares from ``seed``, the same for every image. pixel_values
+    (B, 3, H, W) float32 in [0,1], labels (B,) int64, positions of the images in their set; eps as a fraction of the
+    pixel range; num_queries: most forward passes per image. Source: Andriushchenko et al. 2020 (arXiv 1912.00049).
     """
     from pyautoattack.square import SquareAttack
 
@@ -51,13 +51,13 @@ def square(
             return (low + (high - low) * torch.rand(*shape, generator=self.generator)).long().to(self.device)
 
         def random_choice(self, shape: Sequence[int]) -> Tensor:
-            if len(shape) < 4:  # the colour of a square
+            if len(shape) < 4:  # a square's colour
                 return uniform(shape, self.generator).sign().to(self.device)
             own = [torch.Generator().manual_seed(seed_from("square", seed, position)) for position in positions]
             return torch.stack([uniform(shape[1:], generator) for generator in own]).sign().to(self.device)
 
         def margin_and_loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            """z_y - max of the others, in (0, ...) as long as y is the answer: two equal classes are no success."""
+            """z_y - max of the others, kept above 0 while y is the answer: a tie is not a success."""
             logits = predict(x)
             others = logits.scatter(1, y[:, None], float("-inf")).amax(dim=1)
             margin = logits.gather(1, y[:, None])[:, 0] - others

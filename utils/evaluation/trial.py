@@ -1,7 +1,7 @@
-"""One model on one data set: what is measured, passes over the images, and findings gathered from all processes.
+"""One model on one data set: both of them, passes over the images, and findings gathered from all processes.
 
-All processes call every function here alike and get the same result. No figure depends on how many they are, nor on the
-batch size, but for rounding.
+All processes make the same calls here and get the same results. Up to rounding, no figure depends on the number of
+processes or the batch size.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from utils.sets.labelled import LabelledSet
 
 logger = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_LINES = 60  # of progress, where there is no terminal
+SECONDS_BETWEEN_LINES = 60  # between progress lines without a terminal
 
-Rows = list[tuple[int, Any]]  # (position in the set, what was found there)
+Rows = list[tuple[int, Any]]  # (position in the set, value)
 
 
 @dataclass
 class EvalSet:
-    """One of --data: labelled splits; pairs, in ``attack`` and ``clean`` or in one split; or published files."""
+    """One of --data: labelled splits; or pairs, in ``attack`` and ``clean`` or in one split; or published files."""
 
     labelled: bool
     splits: dict[str, LabelledSet]
@@ -64,7 +64,7 @@ class Model:
     device: torch.device
     clip: Any = None
     processor: Any = None
-    with_head: Any = None  # the whole model, where it brings a classifier of its own
+    with_head: Any = None  # the whole model, if it has its own classifier
     tables: dict[tuple, TextTable] = field(default_factory=dict)  # so that no text is encoded twice
 
     @property
@@ -72,7 +72,7 @@ class Model:
         return logit_scale(self.clip)
 
     def texts(self, templates: Sequence[str], *, per_prompt: bool = False) -> TextTable:
-        """The model's texts in these templates. With ``per_prompt`` they are of a model whose head is unfolded."""
+        """The model's text embeddings in these templates; ``per_prompt`` is for a model whose head is unfolded."""
         templates = list(templates) or ["{c}"]
         key = (*templates, per_prompt)
         if key not in self.tables:
@@ -82,7 +82,7 @@ class Model:
     def embed(
         self, table: TextTable, weight: Tensor | None, images: Tensor, texts: Sequence[str]
     ) -> tuple[Tensor, Tensor]:
-        """Unit embeddings of images (uint8, or image_embeds) and texts, both through a head ``weight`` (D, D)."""
+        """Unit embeddings of images (uint8, or image_embeds) and texts, both after a head ``weight`` (D, D)."""
         image_embeds, prompt_embeds = images.to(self.device), table(texts)
         if images.dtype == torch.uint8:
             image_embeds = self.encoder(to_pixel_values(images, self.device))
@@ -92,7 +92,7 @@ class Model:
 
     @torch.no_grad()
     def embed_images(self, batch: dict[str, Any]) -> Tensor:
-        """A batch's images, uint8 (N, 3, H, W), N maybe 0 -> image_embeds (N, D). Raises ``NonFiniteError``."""
+        """A batch's images, uint8 (N, 3, H, W), N >= 0 -> image_embeds (N, D). Raises ``NonFiniteError``."""
         images = batch["images"]
         if not len(images):
             return torch.empty(0, self.encoder.embed_dim, device=self.device)
@@ -104,13 +104,13 @@ class Model:
 
 @cache
 def say_once(line: str) -> None:
-    """Many passes read the same set: what was left out of it is said in the first one alone."""
+    """Logs a warning once. Many passes read the same set, but its skipped samples are reported once."""
     logger.warning(line)
 
 
 @dataclass
 class Batches:
-    """The batches of one pass. The bar counts the samples read; where ``by_hand``, ``show`` moves it."""
+    """The batches of one pass. The bar counts the samples read; with ``by_hand`` the caller moves it by ``show``."""
 
     loader: DataLoader
     skips: SkipCounter
@@ -127,7 +127,7 @@ class Batches:
                 self.show(self.skips.seen)
 
     def show(self, done: float) -> None:
-        """Moves the bar to ``done`` samples of this process. The accuracy shown can only fall during an attack."""
+        """Moves the bar to ``done`` samples of this process. During an attack the shown accuracy can only fall."""
         progress, done = self.progress, min(self.progress.total, int(done * self.world_size))
         fields = {"accuracy": 1 - (self.judged - self.right) / self.skips.seen} if self.judged else {}
         due = time.monotonic() - progress.spoken > SECONDS_BETWEEN_LINES
@@ -142,8 +142,8 @@ class Trial:
     accelerator: Accelerator
     model: Model
     data: EvalSet
-    reference: Model | None = None  # what retention and fidelity compare with
-    classifier: Callable[[Tensor], Tensor] | None = None  # of a labelled set: image_embeds (B, D) -> logits (B, C)
+    reference: Model | None = None  # for retention and fidelity
+    classifier: Callable[[Tensor], Tensor] | None = None  # for a labelled set: image_embeds (B, D) -> logits (B, C)
 
     @contextmanager
     def read(
@@ -155,7 +155,7 @@ class Trial:
         num_samples: int | None = None,
         by_hand: bool = False,
     ) -> Iterator[Batches]:
-        """One pass over a set with a bar, ``at_once`` batches in one. At its end it weighs what was skipped."""
+        """One pass over a set with a bar, ``at_once`` batches in one. Checks the skipped samples at its end."""
         settings, accelerator = self.settings, self.accelerator
         num_samples = min(num_samples or settings.num_samples or len(dataset), len(dataset))
         skips = SkipCounter(dataset.index, settings.max_bad_fraction, say_once, num_samples)
@@ -183,11 +183,11 @@ class Trial:
             progress.update(num_samples, fields, report=True)
 
     def images(self, split: str, **options: Any) -> ShardDataset:
-        """A split's images in order as the encoder sees them, without labels or words."""
+        """A split's images in order, transformed for the encoder, without labels or words."""
         return ShardDataset(self.data.splits[split].index, self.model.transform, order="sequential", **options)
 
     def labelled_images(self, corruption: Any = None, severity: Any = None) -> ShardDataset:
-        """The images of a labelled set as the encoder sees them, corrupted where a corruption is given."""
+        """The images of a labelled set, transformed for the encoder, and corrupted if a corruption is given."""
         data, settings, transform = self.data, self.settings, self.model.transform
         if data.published is not None:
             return data.published.dataset(transform, corruption, severity)
@@ -198,7 +198,7 @@ class Trial:
         return CorruptedDataset(data.splits[settings.split].index, transform, corruption=corruption, **options)
 
     def merge(self, own: Mapping[str, Rows]) -> dict[str, Rows]:
-        """The rows of all processes in the set's order; empty for a name that nobody has."""
+        """The rows of all processes in the set's order; empty for a name that no process has."""
         merged: dict[str, Rows] = defaultdict(list)
         for part in gather_objects(self.accelerator, dict(own)):
             for name, rows in part.items():
@@ -210,11 +210,11 @@ class Trial:
     def embedded(
         self, dataset: ShardDataset, cell: Cell, *columns: str, num_samples: int | None = None
     ) -> tuple[list[int], Tensor, dict[str, Any]]:
-        """Positions, image_embeds (N, D) on the CPU and ``columns`` of the batches: all images, in the set's order."""
+        """Positions, image_embeds (N, D) on the CPU and ``columns`` of the batches, for all images in set order."""
         own: list[tuple[Any, ...]] = []
         with self.read(dataset, cell, num_samples=num_samples) as batches:
             for batch in batches:
-                # Copies: what data workers made holds a file open for as long as it lives.
+                # Copy: a tensor from a data worker keeps a file open as long as it exists.
                 arrays = [np.array(batch[name]) for name in ("positions", *columns)]
                 own.append((*arrays, self.model.embed_images(batch).cpu().numpy()))
         parts = [part for parts in gather_objects(self.accelerator, own) for part in parts if len(part[0])]
@@ -235,7 +235,7 @@ def nothing_read(cell: Cell) -> UserError:
 
 
 def share(cell: Cell, outcomes: Sequence[bool], **kept: Any) -> Finding:
-    """A share of successes with its Wilson interval."""
+    """The share of successes with its Wilson interval."""
     if not len(outcomes):
         raise nothing_read(cell)
     successes = int(sum(outcomes))
@@ -243,7 +243,7 @@ def share(cell: Cell, outcomes: Sequence[bool], **kept: Any) -> Finding:
 
 
 def mean_of(cell: Cell, rows: Rows) -> Finding:
-    """A mean over images with its normal interval."""
+    """The mean over images with its normal interval."""
     if not rows:
         raise nothing_read(cell)
     kept = [{"position": position, "value": value} for position, value in rows]

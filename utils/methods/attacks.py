@@ -1,6 +1,6 @@
 """Adversarial attacks as functions: a per-sample loss, pixels in [0,1], ``eps`` and ``step_size`` in; ``delta`` out.
 
-All radii here are in units of the pixel range, eps = 4/255 and not 4: the command line converts once.
+All radii here are fractions of the pixel range, eps = 4/255 and not 4: only the command line counts in 1/255.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ def pgd(
     With ``momentum`` m > 0, v <- sign(m * v + sign(gradient)). P clamps delta to the ball, then x + delta to [0,1].
 
     Args:
-        loss_fn: maximised. Losses are summed over samples, so that a sample's attack does not depend on its batch.
+        loss_fn: is maximised. Losses are summed over samples, so that a sample's attack does not depend on its batch.
         pixel_values: x, (B, 3, H, W), float32, in [0,1].
-        eps, step_size: radius and step, as shares of the pixel range.
+        eps, step_size: radius and step, as fractions of the pixel range.
         num_steps: gradient steps; 0 returns the projected start.
-        start: first delta, same shape as x (default: zeros). It should be random where the loss is a distance to the
-            clean embedding of the same weights, whose gradient at zero is exactly zero.
-        update: ``ascend`` (default) or what ``torch.compile`` makes of it, one kernel in place of three.
+        start: first delta, same shape as x (default: zeros). Must be random if the loss is the distance to the clean
+            embedding of the same weights: at delta = 0 its gradient is exactly zero.
+        update: ``ascend`` (default), or ``torch.compile`` of it, which is one kernel instead of three.
 
     Returns:
         delta, (B, 3, H, W), float32, detached. |delta| <= eps and x + delta in [0,1], up to one float32 rounding.
 
-    Only the gradient with respect to the pixels is asked for. Call it inside ``frozen(module)``, so that autograd keeps
-    none of the activations that weight gradients need.
+    Only the gradient with respect to the pixels is computed. Call it inside ``frozen(module)``: then autograd does not
+    keep the activations that weight gradients need.
     Source: Madry et al. 2018 (arXiv 1706.06083), equation for PGD; sign momentum as in FARE (arXiv 2402.12336).
     """
     pixel_values = pixel_values.detach()
     update = update or ascend
-    # The ball within [0,1]: to clamp delta to the ball and then x + delta to [0,1] is to clamp x + delta to both.
+    # Bounds of x + delta. Clamping delta to the ball and then x + delta to [0,1] equals one clamp to these bounds.
     lowest, highest = (pixel_values - eps).clamp_min_(0.0), (pixel_values + eps).clamp_max_(1.0)
     adversarial = pixel_values.clone() if start is None else torch.clamp(pixel_values + start, lowest, highest)
     velocity = torch.zeros_like(pixel_values) if momentum else None
@@ -72,14 +72,14 @@ def ascend(adversarial: Tensor, gradient: Tensor, lowest: Tensor, highest: Tenso
 
 
 def project(delta: Tensor, pixel_values: Tensor, eps: float) -> Tensor:
-    """The nearest allowed perturbation: delta clamped to [-eps, eps], then x + delta to [0,1], in this order."""
+    """The nearest allowed perturbation: clamps delta to [-eps, eps], then x + delta to [0,1]."""
     return (pixel_values + delta.clamp(-eps, eps)).clamp(0.0, 1.0) - pixel_values
 
 
 def uniform_start(pixel_values: Tensor, eps: float, seeds: Sequence[int]) -> Tensor:
     """delta uniform in [-eps, eps] per pixel, projected; sample i is drawn from its own ``seeds[i]``.
 
-    A start depends on its seed alone, not on the batch or the process it is drawn in (reproducible per device type).
+    A start depends only on its seed, not on the batch or the process. It differs between types of device.
     """
     delta = torch.empty_like(pixel_values)
     generator = torch.Generator(device=pixel_values.device)
@@ -90,7 +90,7 @@ def uniform_start(pixel_values: Tensor, eps: float, seeds: Sequence[int]) -> Ten
 
 
 def attack_seeds(seed: int, step: int | str, positions: Sequence[int]) -> list[int]:
-    """A 63-bit seed for every sample, from (the run's seed, training step or purpose, position in the global batch)."""
+    """A 63-bit seed per sample, from (the run's seed, training step or purpose, position in the global batch)."""
     return [seed_from(seed, step, position) for position in positions]
 
 
@@ -102,7 +102,7 @@ def seed_from(*parts: int | float | str) -> int:
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Parameters require no gradient inside, and what they required before afterwards."""
+    """Inside the block no parameter requires a gradient; afterwards each one does if it did before."""
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
@@ -119,7 +119,7 @@ Logits = Callable[[Tensor], Tensor]  # pixel_values (B, 3, H, W) in [0,1] -> log
 def gaussian_noise(pixel_values: Tensor, sigma: float, seeds: Sequence[int]) -> Tensor:
     """x + sigma * n with n standard normal, clamped to [0,1]; row i is drawn from its own ``seeds[i]``, on the CPU.
 
-    (B, 3, H, W) float32 in [0,1], sigma as a share of the pixel range -> the same.
+    (B, 3, H, W) float32 in [0,1] -> the same; sigma as a fraction of the pixel range.
     """
     noise = torch.empty(pixel_values.shape)
     generator = torch.Generator()

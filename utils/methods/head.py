@@ -1,12 +1,12 @@
-"""The head: one square matrix W on image and text embeddings alike, and the dial t that sets how strongly it acts.
+"""The head: one square matrix W for both image and text embeddings, and the strength t with which it acts.
 
 The similarity of the trained model is cos(W I, W T), which depends on W^T W alone. With W = U S V^T,
 
     W_t = U S^t V^T
 
-is the trained head at t = 1 and a rotation at t = 0, where every similarity is the original's; t < 0 inverts what was
-learned, values between interpolate. Folding W_t into the two projections of a ``CLIPModel`` gives a plain model with
-exactly these similarities. Source: Afzali, Khodabandeh et al. (arXiv 2411.08923), section on controlling concepts.
+is the trained head at t = 1. At t = 0 it is a rotation and every similarity equals the original's. Values in between
+interpolate, and t < 0 inverts what was learnt. Folding W_t into the two projections of a ``CLIPModel`` gives a plain
+model with these similarities. Source: Afzali, Khodabandeh et al. (arXiv 2411.08923), section on controlling concepts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from utils.errors import UserError
 
 HEAD_FILE = "head.safetensors"
 PROJECTIONS = ("visual_projection", "text_projection")
-SMALLEST_SINGULAR_VALUE = 1e-4  # as a share of the largest: below it, t < 0 would explode
+SMALLEST_SINGULAR_VALUE = 1e-4  # relative to the largest; smaller ones would explode at t < 0
 LARGEST_CONDITION_NUMBER = 1e3
 
 
@@ -42,14 +42,14 @@ class Head(nn.Module):
 
 
 def orthogonality_penalty(weight: Tensor) -> Tensor:
-    """||W^T W - I||_F^2, (D, D) -> scalar: 0 where the head changes no similarity."""
+    """||W^T W - I||_F^2, (D, D) -> scalar; 0 if the head changes no similarity."""
     return (weight.T @ weight - torch.eye(len(weight), dtype=weight.dtype, device=weight.device)).square().sum()
 
 
 def head_powers(weight: Tensor, ts: Sequence[float]) -> list[Tensor]:
-    """W_t = U S^t V^T of every t: (D, D) -> (D, D) each, float64 inside, the dtype of ``weight`` outside.
+    """W_t = U S^t V^T for every t: (D, D) -> (D, D) each, computed in float64, returned in the dtype of ``weight``.
 
-    Singular values below 1e-4 of the largest are raised to that. Raises ValueError where W is zero or not finite.
+    Singular values below 1e-4 of the largest are raised to 1e-4 of it. Raises ValueError if W is zero or not finite.
     """
     if not (weight.isfinite().all() and weight.any()):
         raise ValueError("the head is zero or not finite")
@@ -59,17 +59,17 @@ def head_powers(weight: Tensor, ts: Sequence[float]) -> list[Tensor]:
 
 
 def head_power(weight: Tensor, t: float) -> Tensor:
-    """W_t of one t; see ``head_powers``."""
+    """W_t for one t; see ``head_powers``."""
     return head_powers(weight, [t])[0]
 
 
 def neutral_t(
     ts: Sequence[float], pair_accuracies: Sequence[float], task_accuracies: Sequence[float], tolerance: float
 ) -> float:
-    """t*: where the pairs' accuracy is nearest chance, 1/2, among those t that keep the task.
+    """t*: the t at which the accuracy on pairs is nearest to chance, 1/2, while the task accuracy is kept.
 
-    Kept: at most ``tolerance`` below the task accuracy of the original, t = 0, which must be among ``ts``. Of equally
-    near ones the nearest to 0. To be chosen on validation data and reported on other data.
+    Kept means at most ``tolerance`` below the task accuracy at t = 0, which must be among ``ts``. Ties go to the t
+    nearest to 0. Choose t* on validation data and report it on other data.
     """
     least = task_accuracies[list(ts).index(0)] - tolerance
     found = zip(ts, pair_accuracies, task_accuracies)
@@ -77,7 +77,7 @@ def neutral_t(
 
 
 def warn_of_condition(weight: Tensor) -> str | None:
-    """A line about a head (D, D) that the dial cannot turn well, or None. Largest singular value over the smallest."""
+    """A warning if the condition number of a head (D, D), largest over smallest singular value, is high; else None."""
     number = float(torch.linalg.cond(weight.double()))
     if number <= LARGEST_CONDITION_NUMBER:
         return None
@@ -88,27 +88,27 @@ def warn_of_condition(weight: Tensor) -> str | None:
 
 @torch.no_grad()
 def fold_head(clip: CLIPModel, weight: Tensor) -> None:
-    """Multiplies both projections by ``weight`` (D, D) in place, in float64: W (P x) = (W P) x, whatever the input."""
+    """Multiplies both projections P by ``weight`` (D, D) in place, in float64: W (P x) = (W P) x for every input x."""
     for name in PROJECTIONS:
         projection = clip.get_parameter(f"{name}.weight")
         projection.copy_(weight.double().to(projection.device) @ projection.double())
 
 
 def save_head(directory: str | Path, weight: Tensor, clip: CLIPModel) -> None:
-    """Writes W and the two projections *before* any folding, so that the model beside it can be given another t."""
+    """Writes W and the two projections as they were before folding, so that t can be changed later."""
     Path(directory).mkdir(parents=True, exist_ok=True)
     tensors = {"weight": weight.detach().float()} | _projections(clip)
     save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, Path(directory) / HEAD_FILE)
 
 
 def load_head(directory: str | Path, flag: str = "--model") -> dict[str, Tensor]:
-    """What ``save_head`` wrote; ``UserError`` where the directory holds no head."""
+    """Reads what ``save_head`` wrote. Raises ``UserError`` if the directory holds no valid head."""
     where, expected = f"{flag} {directory}", "expected the output_dir of train_po.py --trainable head"
     try:
         head = load_file(Path(directory) / HEAD_FILE)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{where}: no readable {HEAD_FILE} ({str(error)[:160]}); {expected}") from None
-    # Each maps to the same space: (D, D), (D, hidden), (D, hidden).
+    # All three map to the same space: (D, D), (D, hidden), (D, hidden).
     shapes = {name: tuple(tensor.shape) for name, tensor in head.items()}
     found = [shapes.get(name, ()) for name in ("weight", *PROJECTIONS)]
     if not all(len(shape) == 2 and shape[0] == found[0][1] for shape in found):
@@ -127,7 +127,7 @@ def _projections(clip: PreTrainedModel) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _set_projections(clip: PreTrainedModel, projections: dict[str, Tensor]) -> None:
-    """``UserError`` for those of another model, before any is set."""
+    """Sets both projections. Raises ``UserError`` for those of another model, before any is set."""
     weights = {name: clip.get_parameter(f"{name}.weight") for name in PROJECTIONS}
     for name, weight in weights.items():
         found, needed = tuple(projections[name].shape), tuple(weight.shape)
@@ -139,7 +139,7 @@ def _set_projections(clip: PreTrainedModel, projections: dict[str, Tensor]) -> N
 
 @contextmanager
 def unfolded(clip: PreTrainedModel, head: dict[str, Tensor]) -> Iterator[None]:
-    """Inside, the model has the projections of before any head was folded in. UserError for another model's head."""
+    """Inside the block the model has its projections without the head. Raises UserError for another model's head."""
     kept = _projections(clip)
     _set_projections(clip, head)
     try:
@@ -149,6 +149,6 @@ def unfolded(clip: PreTrainedModel, head: dict[str, Tensor]) -> Iterator[None]:
 
 
 def set_head_t(clip: CLIPModel, head: dict[str, Tensor], t: float) -> None:
-    """Gives a model exported with a head the strength ``t``, whatever it was folded with before."""
+    """Sets the strength ``t`` of a model that was exported with a head, whatever t it had before."""
     _set_projections(clip, head)
     fold_head(clip, head_power(head["weight"], t))

@@ -2,8 +2,8 @@
 
     minimise over the encoder   E[objective]     subject to   violation = distance - rho * margin <= 0 for every image
 
-A violation <= 0 is feasible, here and everywhere. The primal step sees the multiplier as a constant, the dual step
-sees the violation as a constant. Source: Khodabandeh, Afzali et al. (arXiv 2505.18884).
+A violation <= 0 is feasible, here and everywhere. The primal step treats the multiplier as a constant, the dual step
+the violation. Source: Khodabandeh, Afzali et al. (arXiv 2505.18884).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def violation(distance: Tensor, margin: Tensor, rho: float) -> Tensor:
 def primal_lagrangian(objective: Tensor, violation: Tensor, multiplier: Tensor, count: Tensor | None = None) -> Tensor:
     """mean[objective + stopgrad(multiplier) * violation], minimised over the encoder. Three (B,) -> scalar.
 
-    ``count``: what the sum is divided by in place of B, where these are but some of the rows of a mean.
+    ``count`` replaces B as the divisor, for when these are only some of the rows of the mean.
     """
     values = objective + multiplier.detach() * violation
     return values.mean() if count is None else values.sum() / count
@@ -58,8 +58,8 @@ def dual_lagrangian(violation: Tensor, multiplier: Tensor, count: Tensor | None 
 class Multiplier(nn.Module):
     """lambda_w(z0) = softplus(g_w(z0)) >= 0, one value per image: (B, D) -> (B,), float32.
 
-    ``network``: g is two linear layers with a ReLU between them; ``linear``: one; ``scalar``: one number for all
-    images, 0 at the start (lambda = ln 2).
+    ``network``: g is two linear layers with a ReLU between them; ``linear``: one linear layer; ``scalar``: one number
+    for all images, 0 at the start (lambda = ln 2).
     """
 
     def __init__(self, kind: str, embed_dim: int) -> None:
@@ -93,6 +93,6 @@ def make_dual_optimizer(multiplier: Multiplier, learning_rate: float) -> torch.o
 
 
 def multiplier_statistics(multipliers: Tensor) -> dict[str, float]:
-    """Mean, least and largest of a batch's multipliers, (n,). Synchronises."""
+    """Mean, smallest and largest of a batch's multipliers, (n,). Synchronises."""
     values = torch.stack([multipliers.mean(), multipliers.min(), multipliers.max()]).tolist()
     return dict(zip(("multiplier_mean", "multiplier_min", "multiplier_max"), values))

@@ -1,10 +1,10 @@
-"""A step of LORE and its relatives: what attacks maximise, updates minimise, and the multiplier ascends on.
+"""A step of LORE and related methods: the attack, the primal loss of the encoder and the dual loss of the multiplier.
 
     minimise over phi   E[objective(phi(x + delta))]
     subject to          distance(phi(x)) <= rho * margin(x)   for every image x
 
-An encoder is any function from pixel_values (B, 3, H, W) in [0,1] to image_embeds (B, D); a classifier turns those into
-logits (B, C). Nothing here knows settings, files or processes. Source: Khodabandeh, Afzali et al. (arXiv 2505.18884).
+An encoder is any function from pixel_values (B, 3, H, W) in [0,1] to image_embeds (B, D). A classifier maps these to
+logits (B, C). Settings, files and processes play no part here. Source: Khodabandeh, Afzali et al. (arXiv 2505.18884).
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ Encoder = Callable[[Tensor], Tensor]
 
 @dataclass
 class MicroBatch:
-    """Pixels, their perturbation and the reference's view, the same in all K updates of a step. None until known."""
+    """Pixels, perturbation and reference embeddings, the same in all K updates of a step. None until computed."""
 
     pixel_values: Tensor  # (B, 3, H, W), float32 in [0,1]
     labels: Any = None  # (B,), int64
     ref_image_embeds: Any = None  # (B, D), float32
     margin: Any = None  # (B,), float32
     delta: Any = None  # (B, 3, H, W), float32
-    image_embeds: Any = None  # (B, D), of the attacked encoder: on logged steps whose updates do not see them
+    image_embeds: Any = None  # (B, D), before the updates; only on logged steps if the updates do not see clean images
 
 
 class Objective(NamedTuple):
-    """What attacks maximise and updates minimise: the loss of (image_embeds, batch, classifier), (B,) float32."""
+    """Attacks maximise it and updates minimise it: a loss of (image_embeds, batch, classifier), (B,) float32."""
 
     loss: Callable[[Tensor, MicroBatch, Any], Tensor]
-    name: str  # of the method without a constraint, as tables call it
+    name: str  # of the method without a constraint, in tables
     needs_labels: bool = False
     needs_reference: bool = True
 
@@ -61,11 +61,11 @@ CONSTRAINTS = ("embedding", "kl", "none")
 
 
 class Primal(NamedTuple):
-    """A primal loss and what it is made of."""
+    """A primal loss and its parts."""
 
     loss: Tensor  # scalar
     terms: Tensor  # (3,), detached: the loss, the mean objective, the mean distance of the clean images (or 0)
-    image_embeds: Any  # (B, D), of the clean images; None where neither the loss nor a log row sees them
+    image_embeds: Any  # (B, D), of the clean images; None if neither the loss nor the log needs them
     adversarial_embeds: Tensor  # (B, D)
 
 
@@ -73,8 +73,8 @@ class Primal(NamedTuple):
 class Problem:
     """The constrained problem. ``constraint``: embedding, kl or none; ``margin_kind``: relative or fixed.
 
-    ``clean_weight``: a fixed weight of the clean distance in place of the multiplier, without a constraint.
-    ``classifier``: for labels and for the KL constraint.
+    ``clean_weight``: without a constraint, a fixed weight on the clean distance instead of the multiplier.
+    ``classifier``: needed for labels and for the KL constraint.
     """
 
     objective: str = "embedding"
@@ -90,7 +90,7 @@ class Problem:
 
     @property
     def clean_in_primal(self) -> bool:
-        """Whether an update sees the clean images too."""
+        """Whether an update also encodes the clean images."""
         return self.constrained or self.clean_weight > 0
 
     @property
@@ -104,7 +104,7 @@ class Problem:
 
     @property
     def name(self) -> str:
-        """The field's name for this combination."""
+        """The usual name of this combination."""
         name = OBJECTIVES[self.objective].name
         if self.clean_weight > 0:
             return f"{name} + clean distance"
@@ -114,29 +114,29 @@ class Problem:
         return name + {"none": "", "embedding": " + l2", "kl": " + KL"}[self.constraint]
 
     def loss(self, image_embeds: Tensor, batch: MicroBatch) -> Tensor:
-        """The objective of every image, (B, D) -> (B,)."""
+        """The objective for every image, (B, D) -> (B,)."""
         return OBJECTIVES[self.objective].loss(image_embeds, batch, self.classifier)
 
     def distance(self, image_embeds: Tensor, batch: MicroBatch) -> Tensor:
-        """How far each clean embedding (under kl, each prediction) is from the reference's, (B, D) -> (B,), >= 0."""
+        """Distance of each clean embedding (kl: of each prediction) from the reference's, (B, D) -> (B,), >= 0."""
         if self.constraint == "kl":
             return kl_divergence(self.classifier(batch.ref_image_embeds), self.classifier(image_embeds))
         return squared_distance(image_embeds, batch.ref_image_embeds)
 
     def margin(self, ref_image_embeds: Tensor) -> Tensor:
-        """m(x): rho times it is how far an image may move. (B, D) -> (B,)."""
+        """m(x), (B, D) -> (B,): a clean image may move by rho * m(x)."""
         if self.constraint == "kl":
             return entropy_margin(self.classifier(ref_image_embeds), self.margin_kind)
         return embedding_margin(ref_image_embeds, self.margin_kind)
 
     @torch.no_grad()
     def refer(self, reference: Encoder, batch: MicroBatch) -> None:
-        """Fills in the reference's embeddings of the clean images, and their margin."""
+        """Fills in the reference's embeddings of the clean images and the margin."""
         batch.ref_image_embeds = reference(batch.pixel_values)
         batch.margin = self.margin(batch.ref_image_embeds)
 
     def primal(self, encoder: Encoder, batch: MicroBatch, multiplier: Any = None) -> Primal:
-        """What one update of the encoder descends on: mean[objective + lambda * violation], lambda a constant."""
+        """The loss of one update of the encoder: mean[objective + lambda * violation], with lambda as a constant."""
         adversarial = batch.pixel_values + batch.delta
         if not self.clean_in_primal:
             adversarial_embeds = encoder(adversarial)
@@ -155,10 +155,10 @@ class Problem:
         return Primal(loss, terms, image_embeds, adversarial_embeds)
 
     def dual(self, encoder: Encoder, batch: MicroBatch, multiplier: Multiplier, count: Any = None) -> Tensor:
-        """What the multiplier ascends on: mean[lambda * violation], the violation of the updated encoder a constant.
+        """What the multiplier maximises: mean[lambda * violation], with the updated encoder's violation as a constant.
 
-        ``count``: what the sum is divided by in place of B. A batch of no images is a forward of a black one: under
-        ZeRO-3 all processes make equal forwards.
+        ``count`` replaces B as the divisor. An empty batch still encodes one black image: under ZeRO-3 all processes
+        must make the same number of forward passes.
         """
         pixel_values, size = batch.pixel_values, len(batch.pixel_values)
         if not size:
@@ -170,7 +170,7 @@ class Problem:
 
     @torch.no_grad()
     def measure(self, primal: Primal, batch: MicroBatch, multiplier: Any) -> Tensor:
-        """For a log row, (B, 5): distances of perturbed and clean images, what is constrained, margin, lambda."""
+        """For a log row, (B, 5): distances of perturbed and clean images, the constrained distance, margin, lambda."""
         columns = [
             squared_distance(primal.adversarial_embeds, batch.ref_image_embeds),
             squared_distance(primal.image_embeds, batch.ref_image_embeds),
@@ -193,9 +193,9 @@ def attack(
     momentum: float = 0.0,
     update: Callable[..., None] = ascend,
 ) -> Tensor:
-    """delta within eps that maximises the problem's objective by PGD from a start of each image's own seed.
+    """delta within eps that maximises the problem's objective, by PGD from a random start with a seed per image.
 
-    (B, 3, H, W) float32; eps and step_size as shares of the pixel range. No parameter of the encoder gets a gradient.
+    (B, 3, H, W) float32; eps and step_size as fractions of the pixel range. The encoder's parameters get no gradient.
     """
     with frozen(encoder):
         return pgd(

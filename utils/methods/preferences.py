@@ -1,11 +1,11 @@
 """Preference losses for contrastive models: one decision per image among a list of texts.
 
-The policy is pi(y|x) = softmax over the candidate texts y of s * cos(I(x), T(y)), the reference pi_ref the same of the
-frozen model. Everything starts from logits, in float32: log pi(y_w) - log pi(y_l) is a difference of two logits, the
-normaliser cancels. Nothing is the log of a softmax, which underflows at s = 100.
+The policy pi(y|x) is the softmax of s * cos(I(x), T(y)) over the candidate texts y. The reference pi_ref is the same of
+the frozen model. All losses start from float32 logits: log pi(y_w) - log pi(y_l) is a difference of two logits, because
+the normaliser cancels. None takes the log of a softmax, which underflows at s = 100.
 
 Source: Afzali, Khodabandeh et al., ICLR 2025 (arXiv 2411.08923); DPO: arXiv 2305.18290, IPO: arXiv 2310.12036, KTO:
-arXiv 2402.01306. Several rejected texts of one image are pairs of their own, averaged within the image.
+arXiv 2402.01306. If an image has several rejected texts, each makes a pair, and the mean over them is taken.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from utils.methods.lore import MicroBatch, Problem
 from utils.methods.losses import kl_divergence
 
 PREFERENCES = ("dpo", "ipo", "kto", "ce")
-DEFAULT_BETA = {"dpo": 1.0, "ipo": 0.1, "kto": 1.5, "ce": 1.0}  # cross-entropy has none
+DEFAULT_BETA = {"dpo": 1.0, "ipo": 0.1, "kto": 1.5, "ce": 1.0}  # cross-entropy has no beta
 
 
 def candidate_logits(logits: Tensor, candidates: Tensor | None) -> Tensor:
-    """Logits (N, T) with -inf where ``candidates`` (N, T) bool is False; None lets every text stand."""
+    """Logits (N, T) with -inf where ``candidates`` (N, T) bool is False; with None every text is a candidate."""
     logits = logits.float()
     return logits if candidates is None else logits.masked_fill(~candidates, float("-inf"))
 
@@ -35,24 +35,24 @@ def candidate_logits(logits: Tensor, candidates: Tensor | None) -> Tensor:
 def log_ratios(logits: Tensor, chosen: Tensor, rejected: Tensor) -> Tensor:
     """log pi(chosen) - log pi(rejected) = logit difference. (N, T), (N,), (N, R) indices -> (N, R), nats.
 
-    A rejected index of -1 stands for none: its entry is 0, without a gradient.
+    A rejected index of -1 means no text: its entry is 0, without a gradient.
     """
     logits = logits.float()
-    # An absent text stands for the chosen one: a difference of 0.
+    # An absent text is replaced by the chosen one: a difference of 0.
     return logits.gather(1, chosen[:, None]) - logits.gather(1, torch.where(rejected < 0, chosen[:, None], rejected))
 
 
 def _gather(values: Tensor, texts: Tensor) -> Tensor:
-    """The values (N, T) of some texts (N, R), 0 where the index is -1 -> (N, R).
+    """Values (N, T) at the indices ``texts`` (N, R), 0 for an index of -1 -> (N, R).
 
-    Filled before any arithmetic: the text in place of an absent one may be no candidate, and -inf minus -inf is NaN,
-    whose gradient 0 * NaN no mask behind it takes out (pytorch#64305).
+    Fills before any arithmetic: text 0 stands in for an absent one and may be -inf. -inf minus -inf is NaN, and a later
+    mask does not remove its gradient, 0 * NaN (pytorch#64305).
     """
     return values.gather(1, texts.clamp_min(0)).masked_fill(texts < 0, 0.0)
 
 
 def margin(logits: Tensor, ref_logits: Tensor, chosen: Tensor, rejected: Tensor) -> Tensor:
-    """h = [log pi(y_w|x') - log pi(y_l|x')] - [the same of pi_ref]. (N, T) twice, (N,), (N, R) -> (N, R), nats."""
+    """h = [log pi(y_w|x') - log pi(y_l|x')] - [same for pi_ref]. (N, T) twice, (N,), (N, R) -> (N, R), nats."""
     return log_ratios(logits, chosen, rejected) - log_ratios(ref_logits, chosen, rejected)
 
 
@@ -62,7 +62,7 @@ def dpo_loss(margin: Tensor, beta: float, label_smoothing: float = 0.0) -> Tenso
 
 
 def ipo_loss(margin: Tensor, beta: float) -> Tensor:
-    """(h - 1/(2 beta))^2. Any shape -> the same; 1/(4 beta^2) at h = 0, so that a small beta asks for a large scale."""
+    """(h - 1/(2 beta))^2. Any shape -> the same; 1/(4 beta^2) at h = 0: the smaller beta, the larger the loss."""
     return (margin - 1 / (2 * beta)).square()
 
 
@@ -77,16 +77,16 @@ def kto_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, baseline: Tensor,
 
 
 def rewards(logits: Tensor, ref_logits: Tensor, texts: Tensor) -> Tensor:
-    """r = log pi(y|x') - log pi_ref(y|x') of the texts (N, R) among logits (N, T) -> (N, R), nats; 0 for none, -1."""
+    """r = log pi(y|x') - log pi_ref(y|x'). Logits (N, T) twice, texts (N, R) -> (N, R), nats; 0 for an index of -1."""
     return _gather(F.log_softmax(logits.float(), dim=-1), texts) - _gather(
         F.log_softmax(ref_logits.float(), dim=-1), texts
     )
 
 
 def mean_over_rejected(values: Tensor, rejected: Tensor) -> Tensor:
-    """Mean over the rejected texts of an image, those of index -1 left out. (N, R), (N, R) -> (N,), 0 where all are.
+    """Mean over an image's rejected texts without those of index -1. (N, R), (N, R) -> (N,), 0 if all are -1.
 
-    Their values have to be finite all the same, or the gradient is NaN.
+    The values left out must be finite too, or the gradient is NaN.
     """
     present = rejected >= 0
     return values.masked_fill(~present, 0.0).sum(dim=-1) / present.sum(dim=-1).clamp_min(1)
@@ -103,12 +103,12 @@ def preference_loss(
     label_smoothing: float = 0.0,
     baseline: Tensor | None = None,
 ) -> Tensor:
-    """The loss of every image: ``dpo``, ``ipo``, ``kto`` or ``ce`` (the baseline, -log pi(chosen)). -> (N,), float32.
+    """The loss of every image: ``dpo``, ``ipo``, ``kto`` or ``ce``, the baseline -log pi(chosen). -> (N,), float32.
 
     Args:
-        logits, ref_logits: (N, T), of the policy and of the reference, -inf where a text is no candidate.
-        chosen, rejected: (N,) and (N, R) int64, places among the T texts; rejected ones may be -1, not all of a row.
-        baseline: z of KTO, a scalar; the other losses have none.
+        logits, ref_logits: (N, T), of the policy and of the reference, -inf for a text that is no candidate.
+        chosen, rejected: (N,) and (N, R) int64, indices into the T texts; in ``rejected`` some of a row may be -1.
+        baseline: z of KTO, a scalar; the other losses do not use it.
     """
     if preference == "ce":
         return F.cross_entropy(logits.float(), chosen, reduction="none")
@@ -123,37 +123,37 @@ def preference_loss(
 
 
 def retention_kl(ref_logits: Tensor, logits: Tensor) -> Tensor:
-    """KL(pi_ref || pi) over the candidates (the others are -inf in both). (N, T), (N, T) -> (N,), nats."""
+    """KL(pi_ref || pi) over the candidates (other texts are -inf in both). (N, T), (N, T) -> (N,), nats."""
     return kl_divergence(ref_logits, logits)
 
 
 def kto_baseline(batch: PreferenceBatch, logits: BatchLogits, total: Callable[[Tensor], Tensor]) -> Tensor:
-    """z: the mean KL over this micro-batch's clean images on all processes, a constant. ``total`` sums over those."""
+    """z: the mean KL over this micro-batch's clean images, a constant. ``total`` sums a tensor over all processes."""
     kl = retention_kl(batch.ref_logits.reg, logits.reg).detach()
     summed, count = total(torch.stack([kl.sum(), kl.new_tensor(float(len(kl)))])).unbind()
     return (summed / count.clamp_min(1)).clamp_min(0)
 
 
 class BatchLogits(NamedTuple):
-    """Logits over the T texts of a batch, -inf where a text is no candidate, float32."""
+    """Logits over the T texts of a batch, -inf for a text that is no candidate, float32."""
 
-    reg: Tensor  # (R, T), of the clean rows that the regulariser sees
+    reg: Tensor  # (R, T), of the clean rows, for the regulariser
     pairs: Tensor  # (P, T), of the preferences
 
 
 @dataclass
 class PreferenceBatch:
-    """The first R of N images are the regulariser's, the other P have a chosen and some rejected texts."""
+    """N images: the first R are for the regulariser, the other P have a chosen text and rejected ones."""
 
     inputs: Tensor  # (N, 3, H, W), float32 in [0,1]; for a head (N, D)
-    chosen: Tensor  # (P,), int64, places among the batch's texts
+    chosen: Tensor  # (P,), int64, indices into the batch's texts
     rejected: Tensor  # (P, ...), int64, -1 for none
     ref_image_embeds: Tensor  # (N, D), float32, un-normalised
     ref_logits: BatchLogits
 
 
 class PreferencePrimal(NamedTuple):
-    """The loss of a batch and what it is made of; every sum is divided by the rows of the whole global batch."""
+    """The loss of a batch and its parts; every sum is divided by the number of rows of the global batch."""
 
     loss: Tensor  # scalar
     terms: list[Tensor]  # scalars, in the order of ``PreferenceProblem.terms``
@@ -167,14 +167,14 @@ class PreferencePrimal(NamedTuple):
 class PreferenceProblem:
     """minimise E[preference loss on P images] + reg_weight * E[KL(reference || policy) on R clean images].
 
-    Subject to ``held``'s constraint, where it has one: ||z - z0||^2 <= rho * margin for every clean image.
+    Subject to the constraint of ``held``, if it has one: ||z - z0||^2 <= rho * margin for every clean image.
     """
 
     preference: str = "dpo"
     beta: float = 1.0
     label_smoothing: float = 0.0
     reg_weight: float = 1.0
-    held: Problem = Problem(constraint="none")  # whose constraint holds the clean images
+    held: Problem = Problem(constraint="none")  # has the constraint on the clean images
 
     @property
     def constrained(self) -> bool:
@@ -195,7 +195,7 @@ class PreferenceProblem:
         baseline: Tensor | None,
         multiplier: Any = None,
     ) -> PreferencePrimal:
-        """This batch's part of the mean over a global batch of ``totals`` = (P, R) rows, the multiplier a constant.
+        """This batch's part of the mean over a global batch of ``totals`` = (P, R) rows; the multiplier is a constant.
 
         image_embeds (N, D) and logits are the policy's; ``baseline`` is z of KTO.
         """
@@ -228,7 +228,7 @@ class PreferenceProblem:
 
     @torch.no_grad()
     def measure(self, primal: PreferencePrimal, batch: PreferenceBatch, logits: BatchLogits) -> Tensor:
-        """What ``MEASURED`` names, (7,): sums over the batch's preferences, the last over its clean rows."""
+        """The values named in ``MEASURED``, (7,): sums over the batch's preferences, the last over its clean rows."""
         pairs, ref_pairs, chosen, rejected = logits.pairs, batch.ref_logits.pairs, batch.chosen, batch.rejected
         h = margin(pairs, ref_pairs, chosen, rejected)
         ordered = pairs.gather(1, chosen[:, None]) > pairs.gather(1, rejected.clamp_min(0))

@@ -1,6 +1,6 @@
 """Classifiers of image embeddings: class texts or a linear head, a linear probe, nearest neighbours.
 
-``classifier(image_embeds)``: (B, D), any float dtype -> (B, C) float32, differentiable: an attack sees through them.
+``classifier(image_embeds)``: (B, D), any float dtype -> (B, C) float32, differentiable, so that attacks can follow it.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from utils.methods.losses import class_logits, unit
 from utils.models.published import has_own_head
 from utils.whole_files import whole_file
 
-# C = 0.316 of CLIP's linear probe (arXiv 2103.00020) weighs the losses, l2 = 1 / C the weights.
+# CLIP's linear probe (arXiv 2103.00020) multiplies the losses by C = 0.316; here l2 = 1 / C multiplies the weights.
 CLIP_PROBE_L2 = 1 / 0.316
 
 
 @dataclass(frozen=True, eq=False)
 class LinearClassifier:
-    """logits = scale * f(z) W^T + b, f(z) = z / ||z|| where ``normalise``, else z.
+    """logits = scale * f(z) W^T + b, with f(z) = z / ||z|| if ``normalise``, else z.
 
-    Zero-shot CLIP, to the bit: W = class_embeds, scale = exp(logit_scale), normalise.
+    With W = class_embeds, scale = exp(logit_scale) and ``normalise`` this is zero-shot CLIP, to the bit.
     """
 
     weight: Tensor  # W, (C, D), any float dtype, used in float32
@@ -53,7 +53,7 @@ class LinearClassifier:
 def read_linear_head(
     path: str | Path, embed_dim: int, num_classes: int, flag: str = "--linear_head"
 ) -> LinearClassifier:
-    """A linear head from a safetensors file, whose metadata may say normalise "true". Raises ``UserError``."""
+    """A linear head from a safetensors file; its metadata may hold normalise "true". Raises ``UserError``."""
 
     layout = f"weight ({num_classes}, {embed_dim}) and maybe bias ({num_classes},)"
 
@@ -63,7 +63,7 @@ def read_linear_head(
     if not Path(path).is_file():
         raise wrong("no such file")
     try:
-        # By its descriptor: safetensors opens no path that is not UTF-8.
+        # By the descriptor: safetensors opens only paths in UTF-8.
         with open(path, "rb") as opened, safe_open(f"/dev/fd/{opened.fileno()}", framework="pt") as file:
             normalise = (file.metadata() or {}).get("normalise", "false")
             names = sorted(file.keys())
@@ -84,7 +84,7 @@ def read_linear_head(
 
 
 def own_linear_head(model: PreTrainedModel, num_classes: int) -> LinearClassifier:
-    """The classifier that a model brings, of DINOv2 saved for image classification. Raises ``UserError``."""
+    """The model's own classifier, for a DINOv2 saved for image classification. Raises ``UserError``."""
     head = model.get_submodule("classifier") if has_own_head(model.config) else None
     if not isinstance(head, nn.Linear):
         kind = model.config.model_type
@@ -96,7 +96,7 @@ def own_linear_head(model: PreTrainedModel, num_classes: int) -> LinearClassifie
 
 
 def save_linear_head(path: str | Path, classifier: LinearClassifier) -> None:
-    """Writes what ``read_linear_head`` reads; ``scale`` goes into W, so that logits may change in their last bits."""
+    """Writes a file for ``read_linear_head``. ``scale`` goes into W, which may change the last bits of the logits."""
     tensors = {"weight": classifier.scale * classifier.weight.float()}
     if classifier.bias is not None:
         tensors["bias"] = classifier.bias.float()
@@ -110,14 +110,14 @@ def fit_linear_probe(
 ) -> LinearClassifier:
     """Multinomial logistic regression: min over W, b of sum_i -log p(y_i | x_i) + l2 / 2 ||W||^2, by L-BFGS.
 
-    x are the features (N, D), standardised in each dimension, so that one l2 does for short and for long embeddings;
-    that goes into the W and b returned, float32. labels (N,) int64. The optimum is that of scikit-learn's
-    LogisticRegression(C=1 / l2). In float64 from zero: the same features give the same head.
+    x are the features (N, D), standardised in each dimension, so that one l2 suits short and long embeddings; the
+    returned W and b, float32, include that. labels (N,) int64. The optimum equals that of scikit-learn's
+    LogisticRegression(C=1 / l2). Computed in float64 from zero: the same features give the same head.
     """
     features, labels = _training_set(features, labels, num_classes)
     x = features.double()
     mean, deviation = x.mean(dim=0), x.std(dim=0, correction=0)
-    # A dimension that does not vary gets the weight 0, not its rounding errors made large.
+    # A dimension that does not vary gets the weight 0: dividing would blow up its rounding errors.
     deviation = torch.where(deviation > 1e-6 * deviation.max(), deviation, torch.inf)
     x = (x - mean) / deviation
 
@@ -130,7 +130,7 @@ def fit_linear_probe(
 
         def closure() -> Tensor:
             optimizer.zero_grad()
-            penalty = l2 / 2 * weight.square().sum() / len(x)  # of the mean loss: tolerances do not depend on N
+            penalty = l2 / 2 * weight.square().sum() / len(x)  # the loss is a mean, so tolerances do not depend on N
             loss = F.cross_entropy(x @ weight.T + bias, labels) + penalty
             loss.backward()
             return loss
@@ -143,13 +143,13 @@ def fit_linear_probe(
 class KnnClassifier:
     """Weighted nearest neighbours: logit_c = log sum over the k nearest training images of class c of exp(cos / T).
 
-    features (N, D), labels (N,) int64 in [0, num_classes). softmax(logits) are the shares of the votes; a class without
-    a vote gets a finite logit. The gradient is that of the votes; the choice of neighbours has none. Source: arXiv
-    1805.01978, as in DINO (arXiv 2104.14294), k = 20 and T = 0.07.
+    features (N, D), labels (N,) int64 in [0, num_classes). softmax(logits) are the fractions of the votes; a class
+    without a vote gets a finite logit. Gradients flow through the votes, not through the choice of neighbours. Source:
+    arXiv 1805.01978, as in DINO (arXiv 2104.14294), k = 20 and T = 0.07.
     """
 
     BLOCK = 64  # images compared at once: (64, N) similarities in memory
-    FLOOR = 1e-30  # of a vote where the nearest image's is 1
+    FLOOR = 1e-30  # the smallest vote; the nearest image's is 1
 
     def __init__(
         self, features: Tensor, labels: Tensor, num_classes: int, k: int = 20, temperature: float = 0.07
@@ -171,8 +171,8 @@ class KnnClassifier:
 
     def _logits(self, image_embeds: Tensor) -> Tensor:
         count = len(image_embeds)
-        # Filled up to a whole block: the last bits of a product depend on its shape, and decide between equally near
-        # images. The votes shall not depend on the batch size.
+        # Pad to a whole block: the last bits of a product depend on its shape, and they decide between equally near
+        # images. The votes must not depend on the batch size.
         queries = unit(F.pad(image_embeds, (0, 0, 0, self.BLOCK - count)))
         nearest, places = (queries @ self.features.T).topk(self.k, dim=1)
         log_votes = nearest / self.temperature
@@ -183,7 +183,7 @@ class KnnClassifier:
 
 
 def _training_set(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Checked features and their labels, int64 on the same device. Raises ``UserError``."""
+    """Checked features and their labels, int64, on the same device. Raises ``UserError``."""
     features, labels = features.detach(), labels.to(features.device, torch.int64)
     if len(features) == 0:
         raise UserError("no training image to classify by; give a training split with readable images")

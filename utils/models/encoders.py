@@ -1,7 +1,7 @@
 """Encoders: pixels in [0,1] to un-normalised image embeddings, and token ids to text embeddings, in lean layers.
 
-The embedding is the image tower's pooled output, through its projection where it has one; dinov2's is the class token,
-and for its own linear head (Dinov2ForImageClassification) the mean of the patches as well. ``published`` has the types.
+The embedding is the image tower's pooled output, after the projection if there is one. For dinov2 it is the class
+token, with the mean of the patches appended if the model has a linear head. ``published`` lists the supported types.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from utils.data.images import pixel_normalisation
 from utils.errors import UserError
 from utils.models.published import image_size, image_tower, load_model
 
-ATTENTION = "lean"  # of ``attention`` in transformers' table; a name with "flash" in it would mean another package
+ATTENTION = "lean"  # key of ``attention`` in transformers' table; "flash" in the name would select another package
 
 
 class ImageEncoder(nn.Module):
-    """phi: a model's own image tower and its projection, if it has one, with the normalisation of pixels inside.
+    """phi: a model's image tower and its projection, if it has one, including the normalisation of pixels.
 
-    Pixels and patch embedding stay in float32, the blocks run in ``compute_dtype``: bfloat16 would lose an attack's
-    steps. Autocast is entered here, so that attack, reference and trained encoder compute alike, wrapped or not.
-    mean_of_patches: the embedding is [class token; mean of the patch tokens], as DINOv2's linear heads take it.
+    The blocks run in ``compute_dtype``. Pixels and patch embedding stay in float32: bfloat16 would round an attack's
+    steps away. Autocast is entered here, so that attack, reference and trained encoder compute alike, wrapped or not.
+    mean_of_patches: the embedding is [class token; mean of the patch tokens], the input of DINOv2's linear heads.
     """
 
     image_mean: Tensor
@@ -57,9 +57,9 @@ class ImageEncoder(nn.Module):
         self.register_buffer("image_mean", torch.tensor(image_mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(image_std).view(1, 3, 1, 1), persistent=False)
         use_lean_layers(vision_model)
-        if config.model_type != "convnext":  # which has no attention
+        if config.model_type != "convnext":  # ConvNeXt has no attention
             config._attn_implementation = ATTENTION
-        # SigLIP 2's tower wants to be told where patches are; its embeddings here see that by themselves.
+        # SigLIP 2's tower expects the positions of the patches; the embeddings used here do not need them.
         siglip2 = config.model_type == "siglip2_vision_model"
         self._arguments = {"pixel_attention_mask": None, "spatial_shapes": None} if siglip2 else {}
 
@@ -77,7 +77,7 @@ class ImageEncoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """A contrastive model's own text tower and its projection, if it has one."""
+    """A contrastive model's text tower and its projection, if it has one."""
 
     def __init__(self, model: PreTrainedModel, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class TextEncoder(nn.Module):
         self.compute_dtype = compute_dtype
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """(..., L) int64, and in the same shape 0 for what is not seen -> (..., D), float32, not of unit length."""
+        """(..., L) int64, and a mask of that shape, 0 for hidden tokens -> (..., D), float32, not of unit length."""
         autocast = self.compute_dtype != torch.float32
         mask = None if attention_mask is None else attention_mask.flatten(0, -2)
         with torch.autocast(input_ids.device.type, dtype=self.compute_dtype, enabled=autocast):
@@ -97,25 +97,25 @@ class TextEncoder(nn.Module):
 
 
 def make_encoder(model: PreTrainedModel, processor: Any, compute_dtype: torch.dtype = torch.float32) -> ImageEncoder:
-    """The image encoder inside ``model``, normalising as its processor says."""
+    """The image encoder inside ``model``, with the processor's mean and standard deviation."""
     tower, projection = image_tower(model)
     mask_token = getattr(getattr(tower, "embeddings", None), "mask_token", None)
     if mask_token is not None:
-        mask_token.requires_grad_(False)  # no forward here uses it: DDP would wait for its gradient
+        mask_token.requires_grad_(False)  # no forward pass here uses it, and DDP would wait for its gradient
     mean, std = pixel_normalisation(getattr(processor, "image_processor", processor))
     with_patches = isinstance(model, Dinov2ForImageClassification)
     return ImageEncoder(tower, projection, image_size(processor), mean, std, compute_dtype, with_patches)
 
 
 def enable_gradient_checkpointing(encoder: ImageEncoder) -> None:
-    """Recomputes activations in the backward pass, in train mode only. Non-reentrant, or autograd.grad refuses it."""
+    """Recomputes activations in the backward pass, in train mode only. Non-reentrant, because of autograd.grad."""
     tower = encoder.vision_model
-    if tower.config.model_type == "convnext":  # transformers offers none for it
+    if tower.config.model_type == "convnext":  # transformers has no checkpointing for it
         for module in tower.modules():
             if type(module) is ConvNextLayer:
                 module.__class__ = RecomputedConvNextLayer
     else:
-        enable = getattr(tower, "activation_checkpointing_enable", tower.gradient_checkpointing_enable)  # its old name
+        enable = getattr(tower, "activation_checkpointing_enable", tower.gradient_checkpointing_enable)  # the old name
         enable({"use_reentrant": False})
 
 
@@ -124,7 +124,7 @@ def frozen_copy(encoder: ImageEncoder) -> ImageEncoder:
 
 
 def load_reference(name_or_path: str | None, encoder: ImageEncoder) -> tuple[ImageEncoder, PreTrainedModel | None]:
-    """phi0 of --reference_model_name_or_path, frozen, and its whole model; without a name a copy of ``encoder``."""
+    """phi0, frozen, and its whole model: --reference_model_name_or_path's, or else a copy of ``encoder`` and None."""
     if name_or_path is None:
         return frozen_copy(encoder), None
     model, processor = load_model(name_or_path, "--reference_model_name_or_path")
@@ -139,7 +139,7 @@ def load_reference(name_or_path: str | None, encoder: ImageEncoder) -> tuple[Ima
 
 
 def check_reference_dtype(name: str, compute_dtype: torch.dtype) -> None:
-    """``UserError`` where --reference_dtype bfloat16 would change what the reference computes."""
+    """Raises ``UserError`` if --reference_dtype bfloat16 would change the reference's embeddings."""
     if name == "bfloat16" and compute_dtype != torch.bfloat16:
         raise UserError(
             f"--reference_dtype bfloat16: the transformer blocks run in {str(compute_dtype).removeprefix('torch.')}, "
@@ -148,7 +148,7 @@ def check_reference_dtype(name: str, compute_dtype: torch.dtype) -> None:
 
 
 def keep_weights_in(name: str, reference: ImageEncoder) -> ImageEncoder:
-    """``bfloat16``: stores the blocks' linear layers so, in place. Autocast rounds them anyway: the embeddings stay."""
+    """With ``bfloat16``, stores the blocks' linear layers so, in place. The embeddings stay: autocast rounds anyway."""
     if name == "bfloat16":
         blocks = [module for module in reference.vision_model.modules() if isinstance(module, nn.ModuleList)]
         for linear in {part for block in blocks for part in block.modules() if isinstance(part, nn.Linear)}:
@@ -157,12 +157,12 @@ def keep_weights_in(name: str, reference: ImageEncoder) -> ImageEncoder:
     return reference
 
 
-# Layers that compute what transformers' own do in less memory and time, with the same parameters. Each was measured
-# (docs/performance.md), and changes no result by more than the rounding of its precision.
+# Layers that do the same as transformers' own, with the same parameters, in less memory and time. Each was measured
+# (docs/performance.md) and changes results only by the rounding of its precision.
 
 
 def use_lean_layers(tower: nn.Module) -> None:
-    """Replaces the classes of a tower's layers by those below, in place. Norms outside of blocks stay as they are."""
+    """Replaces the classes of a tower's layers by those below, in place. Norms outside the blocks stay."""
     for module in tower.modules():
         of_pixels = type(module) is nn.Conv2d and module.in_channels == 3 and module.padding in ((0, 0), "valid")
         if of_pixels and module.stride == module.kernel_size:
@@ -180,10 +180,10 @@ def use_lean_layers(tower: nn.Module) -> None:
 
 
 def embed_patches(pixel_values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Patches side by side times weights, always in float32: (B, 3, H, W), (D, 3, P, P) -> (B, D, H/P, W/P).
+    """The patch embedding, always in float32: (B, 3, H, W), (D, 3, P, P) -> (B, D, H/P, W/P).
 
-    On a CPU as one product: oneDNN takes twice as long for the convolution's gradient to the pixels. On a GPU TF32 must
-    be off for convolutions: see utils/processes/distributed.py.
+    On a CPU it is one matrix product: oneDNN takes twice as long for the convolution's gradient to the pixels. On a GPU
+    TF32 must be off for convolutions: see utils/processes/distributed.py.
     """
     with torch.autocast(pixel_values.device.type, enabled=False):
         pixel_values = pixel_values.float()
@@ -198,14 +198,14 @@ def embed_patches(pixel_values: Tensor, weight: Tensor, bias: Tensor | None) -> 
 
 
 class Float32PatchEmbedding(nn.Conv2d):
-    """The patch embedding, which autocast leaves in float32: conv(x), (B, 3, H, W) -> (B, D, H/P, W/P), float32."""
+    """The patch embedding in float32 even under autocast: conv(x), (B, 3, H, W) -> (B, D, H/P, W/P), float32."""
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         return embed_patches(pixel_values, self.weight, self.bias)
 
 
 class Float32PatchProduct(nn.Linear):
-    """SigLIP 2's patch embedding, float32: (B, 3, H, W) -> (B, D, H/P, W/P). The weights (D, 3 P P) are P x P x 3."""
+    """SigLIP 2's patch embedding, float32: (B, 3, H, W) -> (B, D, H/P, W/P). Rows of the weight are P x P x 3."""
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         patch = math.isqrt(self.in_features // 3)
@@ -214,11 +214,11 @@ class Float32PatchProduct(nn.Linear):
 
 
 class SquareImageEmbeddings(Siglip2VisionEmbeddings):
-    """SigLIP 2's embeddings of images of one size, positions resized once: (B, 3, H, W) -> (B, patches, D), float32."""
+    """SigLIP 2's embeddings of images of one size: (B, 3, H, W) -> (B, patches, D), float32. Resizes positions once."""
 
     def forward(self, pixel_values: Tensor, spatial_shapes: Tensor | None = None) -> Tensor:
         patches, size = self.patch_embedding(pixel_values), self.position_embedding_size
-        # By a call of the module, not by its weight: ZeRO-3 gathers what is called.
+        # Call the module, do not read its weight: ZeRO-3 gathers parameters when a module is called.
         positions = self.position_embedding(torch.arange(size * size, device=pixel_values.device)).float()
         positions = positions.unflatten(0, (size, size)).permute(2, 0, 1)[None]
         shape = patches.shape[2:]
@@ -228,7 +228,7 @@ class SquareImageEmbeddings(Siglip2VisionEmbeddings):
 
 
 class PoolingAttention(nn.MultiheadAttention):
-    """SigLIP's pooling: (B, Q, D), (B, T, D) twice -> (B, Q, D). It calls out_proj, as torch's does not: ZeRO-3."""
+    """SigLIP's pooling: (B, Q, D), (B, T, D) twice -> (B, Q, D). Calls out_proj, unlike torch's: ZeRO-3 needs it."""
 
     def forward(  # type: ignore[override]
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None
@@ -240,7 +240,7 @@ class PoolingAttention(nn.MultiheadAttention):
 
 
 class RecomputedConvNextLayer(ConvNextLayer):
-    """A block of ConvNeXt that keeps its input alone for the backward pass, in train mode. (B, C, H, W) -> the same."""
+    """A ConvNeXt block that in train mode keeps only its input for the backward pass. (B, C, H, W) -> the same."""
 
     def forward(self, features: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():
@@ -249,7 +249,7 @@ class RecomputedConvNextLayer(ConvNextLayer):
 
 
 class RoundedLayerNorm(nn.LayerNorm):
-    """Layer norm in float32, rounded once. Autocast would keep copies for query, key and value. (..., D) -> same."""
+    """Layer norm in float32, rounded once: autocast would keep copies for query, key and value. (..., D) -> same."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         normalised = super().forward(hidden_states)
@@ -258,7 +258,7 @@ class RoundedLayerNorm(nn.LayerNorm):
 
 
 class QuickGELU(QuickGELUActivation):
-    """x * sigmoid(1.702 x) = silu(1.702 x) / 1.702, elementwise. Keeps one tensor for the backward pass and not two."""
+    """x * sigmoid(1.702 x) = silu(1.702 x) / 1.702, elementwise. Keeps one tensor for the backward pass, not two."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.silu(1.702 * input) * (1 / 1.702)
@@ -267,9 +267,9 @@ class QuickGELU(QuickGELUActivation):
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """softmax(scaling * Q K^T) V, (B, heads, T, d) each -> (B, T, heads, d). No ``scaling``: 1 / sqrt(d).
+    """softmax(scaling * Q K^T) V, (B, heads, T, d) each -> (B, T, heads, d); ``scaling`` is 1 / sqrt(d) by default.
 
-    By torch's flash attention, but for bfloat16 on a CPU: there the products written out are five times as fast.
+    Uses torch's flash attention, except for bfloat16 on a CPU: there two explicit products are five times as fast.
     """
     plain = query.device.type == "cpu" and query.dtype == torch.bfloat16
     if not plain or attention_mask is not None or options.get("dropout"):

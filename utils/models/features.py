@@ -1,4 +1,4 @@
-"""Image embeddings of a preference data set, computed once and kept: they make training a head a matter of seconds."""
+"""Image embeddings of a preference data set, computed once and cached, so that training a head takes seconds."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from utils.sets.pairs import PreferenceDataset, Row
 
 
 class FeatureDataset(PreferenceDataset):
-    """``source`` with image embeddings (D,) in place of pictures: what ``compute_features`` gives."""
+    """``source`` with image embeddings (D,) from ``compute_features`` in place of pictures."""
 
     def __init__(self, source: PreferenceDataset, embeds: Tensor, samples: list[dict[str, Any]]) -> None:
         super().__init__(source.index, source.transform, order=source.order, seed=source.seed)
         self.texts, self.embeds, self.samples = source.texts, embeds, samples
-        self._starts = [0, *accumulate(source.index.sizes)]  # of shards, in samples
-        self._firsts = [0, *accumulate(len(sample.get("rows", ())) for sample in samples)]  # of samples, in rows
+        self._starts = [0, *accumulate(source.index.sizes)]  # first sample of each shard
+        self._firsts = [0, *accumulate(len(sample.get("rows", ())) for sample in samples)]  # first row of each sample
 
     @property
     def no_images(self) -> Tensor:
@@ -62,19 +62,19 @@ def features(
     num_samples: int,
     **reading: Any,
 ) -> tuple[FeatureDataset, bool]:
-    """The first ``num_samples`` with embedded pictures (``reading``: as of ``compute_features``); True if cached.
+    """The first ``num_samples`` with embedded pictures, and whether they were cached.
 
-    The cache knows them by the encoder's ``weights`` (whole ones), a digest of the shards, and ``identity``: whatever
-    else the embeddings depend on. The first process of each machine writes, all read.
+    The cache key is the encoder's whole ``weights``, a digest of the shards, and ``identity``: everything else that the
+    embeddings depend on. ``reading`` goes to ``compute_features``. The first process of each machine writes, all read.
     """
     folder = Path(dataset.index.cache_dir or default_cache_dir()) / "features"
     shards = shards_digest(accelerator, dataset.index, num_samples)
     name = fingerprint(weights, identity | {"num_samples": num_samples, "shards": shards})
     tensors, texts = folder / f"{name}.safetensors", folder / f"{name}.json"
-    # The machines may have caches of their own: it is used where all have it.
+    # Each machine may have its own cache: it is used only if all of them have the embeddings.
     known = all(gather_objects(accelerator, tensors.exists() and texts.exists()))
     if not known:
-        on_every_node(accelerator, lambda: _keep(folder, {}))  # before the work: a cache that cannot be written ends it
+        on_every_node(accelerator, lambda: _keep(folder, {}))  # first: fail early if the cache cannot be written
         embeds, samples = compute_features(accelerator, dataset, encoder, num_samples=num_samples, **reading)
         files: dict[str, Callable[[Path], Any]] = {
             tensors.name: lambda path: save_file({"embeds": embeds}, path),
@@ -86,7 +86,7 @@ def features(
 
 
 def _keep(folder: Path, files: dict[str, Callable[[Path], Any]]) -> None:
-    """Writes each file of ``folder`` whole or not at all, also where two runs write the same one; or ``UserError``."""
+    """Writes each file of ``folder`` whole or not at all, even if two runs write it. Raises ``UserError``."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, suffix=".tmp") as aside:
@@ -108,10 +108,10 @@ def compute_features(
     on_batch: Callable[[int], None],
     **loading: Any,
 ) -> tuple[Tensor, list[dict[str, Any]]]:
-    """image_embeds (rows, D) float32 on the CPU of the first ``num_samples``, and these in order, on every process.
+    """image_embeds (rows, D) float32 on the CPU for the first ``num_samples``, and these samples, on every process.
 
-    A sample is its key with its rows and notices, or with why it is skipped. ``on_batch`` hears how many are done,
-    ``loading`` goes to ``eval_loader``.
+    A sample is its key with its rows and notices, or with the reason why it is skipped. ``on_batch`` is called with the
+    number of finished samples; ``loading`` goes to ``eval_loader``.
     """
     loader = eval_loader(
         SampleRows(dataset),
@@ -121,12 +121,12 @@ def compute_features(
         pin_memory=accelerator.device.type == "cuda",
         **loading,
     )
-    # Position, sample, embeddings of its rows: as an array, as a part of a tensor would travel with the whole of it.
+    # (position, sample, embeddings of its rows). NumPy arrays: pickling a slice of a tensor sends the whole tensor.
     own: list[tuple[int, dict[str, Any], np.ndarray]] = []
     for batch in loader:
         rows_of = [sample.get("rows", []) for sample in batch]
         images = [row.image for rows in rows_of for row in rows]
-        # A process that has run out goes on with a black image: a sharded encoder is called equally often by all.
+        # A process without images encodes a black one: all processes must call a sharded encoder equally often.
         pixels = torch.stack(images) if images else dataset.no_images.new_zeros(1, *dataset.no_images.shape[1:])
         embeds = encoder(to_pixel_values(pixels, accelerator.device)).cpu()[: len(images)]
         keys = [sample["key"] for sample, rows in zip(batch, rows_of) for _ in rows]
@@ -146,7 +146,7 @@ def compute_features(
 
 
 class SampleRows(PreferenceDataset):
-    """The samples of ``source`` in order, kept apart in a batch: a list of items."""
+    """The samples of ``source`` in order; a batch is a list of samples."""
 
     def __init__(self, source: PreferenceDataset) -> None:
         super().__init__(source.index, source.transform, order="sequential", seed=source.seed)
@@ -161,7 +161,7 @@ class SampleRows(PreferenceDataset):
 
 
 def fingerprint(weights: dict[str, Tensor], identity: dict[str, Any]) -> str:
-    """A name that changes with any weight and with ``identity``. RuntimeError for weights that are not whole."""
+    """A digest of all weights and of ``identity``. Raises RuntimeError for weights that are not whole."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(weights.items()):
         if not tensor.numel():

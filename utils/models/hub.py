@@ -1,6 +1,6 @@
-"""Files of the Hugging Face hub on every node: its first process (LOCAL_RANK 0) brings them, the others find them.
+"""Files of the Hugging Face hub on every node: its first process (LOCAL_RANK 0) downloads them, the others find them.
 
-Nodes may have caches of their own (HF_HOME, --cache_dir on a local disk). An error of one process is raised on all.
+Each node may have its own cache (HF_HOME, --cache_dir on a local disk). An error on one process is raised on all.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 
 
 def folder_on_every_node(accelerator: Accelerator, find: Callable[[bool], Path], what: str) -> Path:
-    """This node's folder: ``find(False)`` on its first process, which may download, then ``find(True)`` on its others.
+    """This node's folder: ``find(False)`` on its first process, which may download, then ``find(True)`` on the others.
 
-    A folder of the hub's cache is named after its commit. UserError where the nodes' commits differ.
+    A folder of the hub's cache is named after its commit. Raises UserError if the nodes' commits differ.
     """
     brought = on_every_node(accelerator, lambda: find(False))
     folder = everywhere(accelerator, lambda: brought or find(True))
@@ -39,7 +39,7 @@ def folder_on_every_node(accelerator: Accelerator, find: Callable[[bool], Path],
 
 
 def fetch_model(accelerator: Accelerator, name_or_path: str, flag: str, supported: Sequence[str] = MODEL_TYPES) -> str:
-    """The local folder of a model on this node, downloaded once per node where it lacks it. Raises ``UserError``."""
+    """The local folder of a model on this node; each node downloads it at most once. Raises ``UserError``."""
 
     def find(local_files_only: bool) -> Path:
         return model_folder(name_or_path, flag, supported, local_files_only=local_files_only)
@@ -48,7 +48,7 @@ def fetch_model(accelerator: Accelerator, name_or_path: str, flag: str, supporte
 
 
 def refuse_mistyped_paths(models: Sequence[tuple[str, str | None]]) -> None:
-    """``UserError`` for the first of (flag, name or None) that no model can have, before anything else is read."""
+    """Raises ``UserError`` for the first (flag, name or None) that cannot be a model. Reads nothing else."""
     for flag, name in models:
         if name is not None:
             refuse_mistyped_path(name, flag)
@@ -57,9 +57,9 @@ def refuse_mistyped_paths(models: Sequence[tuple[str, str | None]]) -> None:
 def model_folder(
     name_or_path: str, flag: str, supported: Sequence[str] = MODEL_TYPES, *, local_files_only: bool = False
 ) -> Path:
-    """The folder itself, or the hub's cache's with all files that ``from_pretrained`` reads. Raises ``UserError``.
+    """The folder itself, or one in the hub's cache with all files that ``from_pretrained`` reads. Raises ``UserError``.
 
-    The model's type is checked before its weights come. Where the hub cannot be reached, the cache has to do.
+    The model's type is checked before its weights are downloaded. If the hub cannot be reached, the cache is used.
     """
     from huggingface_hub import HfApi, snapshot_download
 
@@ -77,7 +77,7 @@ def model_folder(
             return Path(snapshot_download(name_or_path, allow_patterns=[*map(glob.escape, model_files(names))]))
         except UserError:
             raise
-        except Exception as error:  # the hub raises its own errors, httpx's and OSError
+        except Exception as error:  # the hub raises its own errors, httpx errors and OSError
             reason = one_line(error)
             if hub_answered(error):
                 fault = f"neither a local model directory nor a model that the hub gives out ({reason})"
@@ -90,7 +90,7 @@ def model_folder(
 
 
 def model_files(names: Sequence[str]) -> list[str]:
-    """The files of a repository that are loaded: configs, tokenizer and one format of the weights."""
+    """The files of a repository that are used: configs, tokenizer and one format of the weights."""
     top = [name for name in names if "/" not in name]
     weights = [name for name in top if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", name)]
     weights = weights or [name for name in top if re.fullmatch(r"pytorch_model(-\d+-of-\d+)?\.bin", name)]
@@ -98,7 +98,7 @@ def model_files(names: Sequence[str]) -> list[str]:
 
 
 def _cached_model(name: str, flag: str, reason: str) -> str:
-    """The folder of the hub's cache, if it holds config and weights. Raises ``UserError``."""
+    """The model's folder in the hub's cache. Raises ``UserError`` if it lacks config or weights."""
     from huggingface_hub import try_to_load_from_cache
 
     config, lacking = try_to_load_from_cache(name, "config.json"), "config.json"
@@ -112,7 +112,7 @@ def _cached_model(name: str, flag: str, reason: str) -> str:
 
 
 def on_this_node(accelerator: Accelerator, index: ShardIndex, folders: Sequence[str | Path], flag: str) -> None:
-    """Gives the main process's index the paths of this one: ``folders`` are its own. UserError for lacking shards."""
+    """Replaces the main process's paths in the index by this node's, in ``folders``. UserError for missing shards."""
     for there, here in zip(from_main_process(accelerator, lambda: list(map(str, folders))), map(str, folders)):
         index.urls = [here + url[len(there) :] if url.startswith(f"{there}/") else url for url in index.urls]
         index.cache_dir = here if index.cache_dir == there else index.cache_dir

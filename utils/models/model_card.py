@@ -21,7 +21,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "webdataset", "b
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result depends on; absent packages are left out."""
+    """Versions of Python and of the packages that results depend on, without packages that are not installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -30,13 +30,13 @@ def versions() -> dict[str, str]:
 
 
 def command_line() -> str:
-    """The command of this process, as one would type it; without secrets."""
+    """The command line of this process, as a user would type it, without secrets."""
     words = (word.partition("=") if word.startswith("--") else ("", "", word) for word in sys.argv)
     return shlex.join(["python", *(flag + equals + shown_setting(value) for flag, equals, value in words)])
 
 
 def write_card(directory: Path, make: Callable[[], str]) -> None:
-    """Writes the text of ``make()`` as README.md. It comes after the model: a failure is a warning, the model stays."""
+    """Writes the text of ``make()`` as README.md. A failure is only a warning: the model is already saved."""
     path = directory / "README.md"
     try:
         path.write_text(make(), encoding="utf-8")

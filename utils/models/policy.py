@@ -1,4 +1,4 @@
-"""The policy of preference optimisation: what is trained of a contrastive model, its logits and its choices."""
+"""The policy of preference optimisation: the trained parts of a contrastive model, its logits and its choices."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Embed = Callable[[Tensor, Sequence[str]], tuple[Tensor, Tensor]]
 
 
 class Policy(nn.Module):
-    """Pictures and texts to embeddings, through those parts that are trained; the others' embeddings are given."""
+    """Maps pictures and texts to embeddings by the trained parts; the frozen parts' embeddings are its inputs."""
 
     def __init__(
         self, image_encoder: ImageEncoder | None, text_encoder: TextEncoder | None = None, head: Head | None = None
@@ -33,21 +33,21 @@ class Policy(nn.Module):
         self.image_encoder, self.text_encoder, self.head = image_encoder, text_encoder, head
 
     def forward(self, images: Tensor, texts: Tensor | Tokens) -> tuple[Tensor, Tensor]:
-        """(N, 3, H, W) in [0,1] or (N, D); tokens (T, P, L) or (T, P, D) -> (N, D) as it is, unit (T, D), float32."""
+        """(N, 3, H, W) in [0,1] or (N, D); tokens (T, P, L) or (T, P, D) -> (N, D), unit (T, D), float32."""
         image_embeds = self.embed_images(images)
         prompt_embeds: Any = texts if self.text_encoder is None else self.text_encoder(*texts)
         return image_embeds, ensemble(prompt_embeds if self.head is None else self.head(prompt_embeds))  # as folded
 
     def embed_images(self, images: Tensor) -> Tensor:
-        """image_embeds (N, D), float32, not normalised to unit length: what a constraint on distances measures."""
+        """image_embeds (N, D), float32, not of unit length, for a constraint on distances."""
         image_embeds = images if self.image_encoder is None else self.image_encoder(images)
         return (image_embeds if self.head is None else self.head(image_embeds)).float()
 
 
 class TextTable:
-    """Embeddings of texts by the frozen text tower, (T, P, D): each text is encoded once, when it is first met.
+    """Embeddings of texts by the frozen text tower, (T, P, D). Each text is encoded once, when it first appears.
 
-    ``per_prompt`` keeps the P prompts of a text apart, for a head that stands before their mean; else P = 1, the mean.
+    ``per_prompt`` keeps the P prompts of a text apart, for a head that acts before the mean; else P = 1, the mean.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class TextTable:
         self._last: tuple[list[str], Tensor] = ([], self._embeds)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        if list(texts) == self._last[0]:  # the classes of a typographic run, step after step
+        if list(texts) == self._last[0]:  # a typographic run asks for the same classes in every step
             return self._last[1]
         new = [text for text in dict.fromkeys(texts) if text not in self._places]
         if new:
@@ -71,7 +71,7 @@ class TextTable:
         return self._last[1]
 
     def tokens(self, texts: Sequence[str], templates: Sequence[str]) -> Tokens:
-        """(T, P, L) of the texts in P templates, for a text tower that is trained."""
+        """Token ids (T, P, L) of T texts in P templates, for a text tower that is trained."""
         config = self._clip.config
         rows = read_prompts(self.processor, config, fill_in(templates, texts))
         ids, mask = fill_up(rows, self.processor, config, self.device)
@@ -81,7 +81,7 @@ class TextTable:
 
 @dataclass
 class Views:
-    """Pictures and texts as the policy and its frozen reference see them; ``trainable`` is one of TRAINABLE."""
+    """Inputs and embeddings for the policy and its frozen reference; ``trainable`` is one of TRAINABLE."""
 
     reference: nn.Module  # pictures to embeddings (N, D)
     text_table: TextTable
@@ -90,7 +90,7 @@ class Views:
     trainable: str
 
     def inputs(self, images: Tensor) -> Tensor:
-        """uint8 pixels (N, 3, H, W) to [0,1], for a head on to embeddings (N, D); embeddings stay."""
+        """uint8 pixels (N, 3, H, W) to [0,1], or for a head to embeddings (N, D). Embeddings stay as they are."""
         if images.dtype != torch.uint8:
             return images.to(self.text_table.device)
         pixel_values = to_pixel_values(images, self.text_table.device)
@@ -98,7 +98,7 @@ class Views:
             return self.reference(pixel_values) if self.trainable == "head" else pixel_values
 
     def texts(self, texts: Sequence[str], template: int | None = None) -> Tensor | Tokens:
-        """Prompts for the policy: embeddings, or for a trained text tower the tokens, in one template or in all."""
+        """The policy's text inputs, in one template or in all: embeddings, or tokens for a trained text tower."""
         if self.trainable != "all":
             return self.text_table(texts)
         templates = self.text_table.templates
@@ -122,7 +122,7 @@ class Views:
         return batch_logits(*unit_images(embeds), self.logit_scale, batch)
 
     def batch(self, loaded: dict[str, Any], template: int) -> PreferenceBatch:
-        """A loader's batch as the reference sees it, on the device."""
+        """A loader's batch on the device, with the reference's embeddings and logits."""
         inputs, device = self.inputs(loaded["images"]), self.text_table.device
         chosen, rejected = loaded["chosen"].to(device), loaded["rejected"].to(device)
         embeds = self.by_reference(inputs, loaded["texts"], template)
@@ -134,7 +134,7 @@ def unit_images(embeds: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def batch_logits(image_embeds: Tensor, text_embeds: Tensor, logit_scale: float, batch: dict[str, Any]) -> BatchLogits:
-    """s * cos(I, T) of all rows of a batch, the regulariser's first. Unit (N, D), (T, D)."""
+    """s * cos(I, T) for all rows of a batch, the regulariser's first, from unit embeddings (N, D) and (T, D)."""
     logits, num_reg = logit_scale * image_embeds @ text_embeds.T, len(batch["reg_chosen"])
     masks = (
         None if mask is None else mask.to(logits.device) for mask in (batch["reg_candidates"], batch["candidates"])
@@ -144,10 +144,10 @@ def batch_logits(image_embeds: Tensor, text_embeds: Tensor, logit_scale: float, 
 
 @torch.no_grad()
 def choices(logits: BatchLogits, ref_logits: BatchLogits | None, batch: dict[str, Any]) -> dict[str, Tensor]:
-    """What the policy chooses, on the CPU: clean and kl of the regulariser's rows, the rest of the preferences.
+    """The policy's choices, on the CPU: clean and kl for the regulariser's rows, the others for the preferences.
 
-    clean: the right text is the likeliest (rows without one are left out); chosen: the chosen text is the likeliest
-    candidate; rejected: a rejected one is; pair: the chosen one beats every rejected one.
+    clean: the right text is the likeliest (rows without a right text are left out); chosen: the chosen text is the
+    likeliest candidate; rejected: a rejected text is the likeliest; pair: the chosen text beats every rejected one.
     """
     device = logits.pairs.device
     reg_chosen, chosen, rejected = (batch[name].to(device) for name in ("reg_chosen", "chosen", "rejected"))
@@ -166,7 +166,7 @@ def choices(logits: BatchLogits, ref_logits: BatchLogits | None, batch: dict[str
 
 
 def row_names(batch: dict[str, Any]) -> list[str]:
-    """The samples' keys of an evaluation batch's rows, the regulariser's first."""
+    """The sample key of every row of an evaluation batch, the regulariser's rows first."""
     keys = dict(zip(batch["sample_positions"], batch["keys"]))
     return [keys[position] for position in (*batch["reg_positions"].tolist(), *batch["positions"].tolist())]
 
@@ -177,12 +177,12 @@ def judge(
 ) -> dict[str, list[tuple[int, Any]]]:
     """``choices`` over an evaluation loader's batches: name -> [(position, value), ...] of this process's rows.
 
-    ``embed`` maps (images as they come, texts) to unit embeddings; ``ref_embed`` those of the reference, or None.
+    ``embed`` maps (images from the loader, texts) to unit embeddings; ``ref_embed`` is the reference's, or None.
     """
 
     def logits_of(batch: dict[str, Any], embed: Embed, what: str) -> BatchLogits:
         image_embeds, text_embeds = embed(batch["images"], batch["texts"])
-        # Zeros are what normalising leaves of a vector whose length is beyond float32: NaN here.
+        # Normalising a vector whose length overflows float32 gives zeros: make them NaN.
         lengths = image_embeds.norm(dim=-1, keepdim=True)
         refuse_non_finite_rows(image_embeds / lengths, row_names(batch), what)
         return batch_logits(image_embeds, text_embeds, logit_scale, batch)
@@ -190,7 +190,7 @@ def judge(
     rows: dict[str, list[tuple[int, Any]]] = {}
     for batch in batches:
         images = batch["images"]
-        if not len(images):  # a process that has run out embeds a black image: under ZeRO-3 all make equal forwards
+        if not len(images):  # a process without images embeds a black one: under ZeRO-3 all must encode equally often
             for function in filter(None, (embed, ref_embed)):
                 function(images.new_zeros(1, *images.shape[1:]), batch["texts"] or [""])
             continue

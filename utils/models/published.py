@@ -1,6 +1,6 @@
-"""Published models: a directory that transformers wrote, checked and loaded whole, and written again after training.
+"""Published models: directories written by transformers. Checks and loads them, and writes them after training.
 
-Every field of its files is obeyed or refused; every weight is there and finite.
+Every field of the files is either obeyed or refused; every weight must be there and finite.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from utils.redaction import printable
 
 logger = logging.getLogger(__name__)
 
-# Names in transformers: the model, the image processor if no file says which, the processor of one with a text tower.
+# Classes in transformers: the model, the default image processor, the processor of a model with a text tower.
 CLASSES: dict[str, tuple[str, str, str | None]] = {
     "clip": ("CLIPModel", "CLIPImageProcessor", "CLIPProcessor"),
     "siglip": ("SiglipModel", "SiglipImageProcessor", "SiglipProcessor"),
@@ -45,13 +45,13 @@ CLASSES: dict[str, tuple[str, str, str | None]] = {
 }
 MODEL_TYPES = tuple(CLASSES)
 CONTRASTIVE_MODEL_TYPES = tuple(name for name, (_, _, with_text) in CLASSES.items() if with_text)
-# An image processor does what CLIP's does, by other defaults, or has steps of its own that ``ImageTransform`` knows.
+# Image processors do the same as CLIP's with other defaults; these two have steps of their own, in ``ImageTransform``.
 OWN_STEPS = ("ConvNextImageProcessor", "Siglip2ImageProcessor")
 STEPS = (
     *("preprocess", "process_image", "_preprocess", "_preprocess_image_like_inputs", "_prepare_image_like_inputs"),
     *("_standardize_kwargs", "convert_to_rgb", "resize", "center_crop", "rescale", "normalize", "pad"),
 )
-# Of a vision-text-dual-encoder: a text tower that ``utils.models.tokens`` knows how to end and pad for.
+# Towers of a vision-text-dual-encoder; ``utils.models.tokens`` can end and pad texts for this text tower.
 DUAL_ENCODER_PARTS = {"vision_config": ("convnext", "clip_vision_model"), "text_config": ("clip_text_model",)}
 FIXED_POSITIONS = ("clip_vision_model", "siglip_vision_model")  # towers that take images of one size only
 HUB_ID = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}(/[A-Za-z0-9][A-Za-z0-9_.-]{0,95})?"
@@ -61,7 +61,7 @@ OF_OTHER_PARTS = ("text_model", "text_projection", "visual_projection", "logit_s
 
 
 def refuse_mistyped_path(name: str, flag: str) -> None:
-    """``UserError`` for a name that is no model's directory and can be no id of the hub. Asks no hub."""
+    """Raises ``UserError`` for a name that is neither a model's directory nor a possible hub id. Works offline."""
     inside = os.listdir(name) if os.path.isdir(name) else []
     if "adapter_config.json" in inside:
         raise UserError(f"{flag} {name}: holds an adapter (LoRA), not a whole model; merge it into its model first")
@@ -87,7 +87,7 @@ def refuse_mistyped_path(name: str, flag: str) -> None:
 
 
 def nearest(name: str) -> str:
-    """A directory of nearly this name, in parentheses."""
+    """A directory with a similar name, in parentheses."""
     parent, last = os.path.split(name.rstrip("/"))
     entries = os.listdir(parent or ".") if os.path.isdir(parent or ".") else []
     folders = [entry for entry in entries if os.path.isdir(os.path.join(parent, entry))]
@@ -97,7 +97,7 @@ def nearest(name: str) -> str:
 
 @contextmanager
 def _refusing(where: str) -> Iterator[None]:
-    """Whatever transformers, tokenizers, safetensors and torch raise of a damaged file is a ``UserError``."""
+    """Turns any error of transformers, tokenizers, safetensors and torch about a damaged file into ``UserError``."""
     try:
         with quiet_transformers():
             yield
@@ -106,9 +106,9 @@ def _refusing(where: str) -> Iterator[None]:
 
 
 def check_model(name_or_path: str, flag: str, supported: Sequence[str] = MODEL_TYPES) -> PreTrainedConfig:
-    """The model's config, read before any weights. ``UserError`` where there is none, or one that is not supported.
+    """The model's config, read before any weights. Raises ``UserError`` if it is missing or not supported.
 
-    Fields that say how transformers computes or answers (attn_implementation, return_dict) are reset, unread.
+    Fields on how transformers computes or returns results (attn_implementation, return_dict) are reset, unread.
     """
     refuse_mistyped_path(name_or_path, flag)
     where = f"{flag} {name_or_path}"
@@ -131,7 +131,7 @@ def check_model(name_or_path: str, flag: str, supported: Sequence[str] = MODEL_T
 
 
 def _check_config(config: PreTrainedConfig, parts: Sequence[PreTrainedConfig]) -> None:
-    """``ValueError`` for what the encoders here cannot do as a config says."""
+    """Raises ``ValueError`` for settings of a config that the encoders here do not support."""
     if config.model_type == "vision-text-dual-encoder":
         for name, kinds in DUAL_ENCODER_PARTS.items():
             if (kind := getattr(config, name).model_type) not in kinds:
@@ -155,7 +155,7 @@ def _check_config(config: PreTrainedConfig, parts: Sequence[PreTrainedConfig]) -
         for is_wrong, fault in faults:
             if is_wrong:
                 raise ValueError(f"config.json: {fault}")
-    if config.model_type in ("siglip", "siglip2"):  # no projection makes them the same
+    if config.model_type in ("siglip", "siglip2"):  # no projection makes the sizes equal
         image_dim, text_dim = config.vision_config.hidden_size, config.text_config.projection_size
         if image_dim != text_dim:
             equal = "expected hidden_size of vision_config to be projection_size of text_config"
@@ -167,23 +167,23 @@ def _is_square(number: Any) -> bool:
 
 
 def has_text(config: PreTrainedConfig) -> bool:
-    """Whether a model has a text tower, for class names and prompts."""
+    """Whether a model has a text tower."""
     return config.model_type in CONTRASTIVE_MODEL_TYPES
 
 
 def has_own_head(config: PreTrainedConfig) -> bool:
-    """Whether a model brings a linear classifier of its embeddings: DINOv2 saved for image classification."""
+    """Whether a model has its own linear classifier: a DINOv2 saved for image classification."""
     return config.model_type == "dinov2" and "Dinov2ForImageClassification" in (config.architectures or ())
 
 
 def load_model(
     name_or_path: str, flag: str = "--model_name_or_path", supported: Sequence[str] = MODEL_TYPES
 ) -> tuple[PreTrainedModel, Any]:
-    """The whole float32 model, nothing random in train mode, and its processor (for images, without a text tower)."""
+    """The whole float32 model, without dropout, and its processor (without a text tower: its image processor)."""
     config = check_model(name_or_path, flag, supported)
     where = f"{flag} {name_or_path}"
     name, _, processor_name = CLASSES[config.model_type]
-    if processor_name:  # first: it takes no time
+    if processor_name:  # first, because it is quick
         with _refusing(f"{where}: the model does not load"):
             tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
             check_tokenizer(tokenizer, config)
@@ -195,7 +195,7 @@ def load_model(
     if patch is not None and patch != tower.patch_size:
         sizes = f"patches of {patch} px, the model takes {tower.patch_size} px"
         raise UserError(f"{where}: its image processor makes {sizes}; correct its patch_size")
-    # The other towers interpolate their position embeddings, or have none.
+    # The other towers interpolate their position embeddings or have none.
     if tower.model_type in FIXED_POSITIONS and size != tower.image_size:
         sizes = f"{size} px, the model takes {tower.image_size} px"
         raise UserError(f"{where}: its image processor gives {sizes}; correct its crop_size")
@@ -214,7 +214,7 @@ def load_model(
 def load_weights(
     model_class: type[PreTrainedModel], name_or_path: str | Path, flag: str, config: PreTrainedConfig | None = None
 ) -> PreTrainedModel:
-    """A float32 model, never partitioned, also under ZeRO-3. ``UserError`` where it does not load or lacks weights."""
+    """A float32 model, whole even under ZeRO-3. Raises ``UserError`` if it does not load or lacks weights."""
     where = f"{flag} {name_or_path}"
     for path in Path(name_or_path).glob("*.[sb]*"):  # .safetensors, .bin
         with path.open("rb") as file:
@@ -228,16 +228,16 @@ def load_weights(
             dtype=torch.float32,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # said below, with the name
+            ignore_mismatched_sizes=True,  # reported below, with the name
         )
     model, info = loaded
     lacking = sorted(name for name in info["missing_keys"] if not name.endswith("mask_token"))
     with_projection = isinstance(model, transformers.CLIPVisionModelWithProjection)
-    if with_projection and "visual_projection.weight" in lacking:  # saved without
+    if with_projection and "visual_projection.weight" in lacking:  # saved without projection
         return load_weights(transformers.CLIPVisionModel, name_or_path, flag, config)
     for name, fault in _weight_faults(model, info):
         raise UserError(f"{where}: {_weights_file(name_or_path, name)}: {name} {fault}")
-    if lacking:  # they would be drawn at random
+    if lacking:  # transformers would fill them with random values
         kind = f"{len(lacking)} weights of a {model.config.model_type}"
         expected = "expected a directory saved by save_pretrained"
         raise UserError(f"{where}: {kind} are missing, the first is {lacking[0]}; {expected}")
@@ -245,12 +245,12 @@ def load_weights(
 
 
 def _weight_faults(model: PreTrainedModel, info: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Names of weights, and why no model can be made of them."""
+    """(name of a weight, reason why the model cannot be used)."""
     for name, there, here in sorted(info["mismatched_keys"]):
         yield name, f"is {tuple(there)}, by config.json {tuple(here)}; give the config of these weights"
     for name in sorted(info["unexpected_keys"]):
         part = name.split(".")[0]
-        # Old files have numbers of positions, pre-training a token of the mask.
+        # Old files also hold position ids, and pre-training leaves a mask token.
         if not name.endswith(("position_ids", "mask_token")) and (part not in OF_OTHER_PARTS or hasattr(model, part)):
             yield name, f"has no place in a {type(model).__name__} by config.json; give the config of these weights"
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -259,7 +259,7 @@ def _weight_faults(model: PreTrainedModel, info: dict[str, Any]) -> Iterator[tup
 
 
 def weight_files(folder: str | Path) -> tuple[str, dict[str, str]]:
-    """The file of a model's weights; for weights in several files their index, and the file of each tensor."""
+    """The file of a model's weights and {}; for weights in several files their index, and the file of each tensor."""
     for file in ("model.safetensors", "pytorch_model.bin"):
         if (Path(folder) / file).is_file():
             return file, {}
@@ -270,13 +270,13 @@ def weight_files(folder: str | Path) -> tuple[str, dict[str, str]]:
 
 
 def _weights_file(folder: str | Path, name: str) -> str:
-    """The file of a model's directory that holds a tensor, as far as is known."""
+    """The file of a model's directory that holds a tensor, as far as known."""
     file, parts = weight_files(folder)
     return parts.get(name, file)
 
 
 def switch_off_randomness(model: nn.Module) -> list[str]:
-    """Sets dropout and drop_prob to 0, of layers and of what modules hand on, in place; returns them, "dropout 0.1"."""
+    """Sets dropout and drop_prob of all modules to 0, in place; returns the old ones, such as "dropout 0.1"."""
     found: dict[str, None] = {}
     for module in model.modules():
         names = ["p"] if isinstance(module, nn.modules.dropout._DropoutNd) else []
@@ -289,8 +289,8 @@ def switch_off_randomness(model: nn.Module) -> list[str]:
 
 
 def load_image_processor(name_or_path: str, model_type: str, flag: str) -> Any:
-    """A directory's image processor, by Pillow. ``UserError`` for one that ``ImageTransform`` does not compute."""
-    nested = Path(name_or_path) / "processor_config.json"  # where it holds an image processor it goes first
+    """A directory's image processor, on Pillow. Raises ``UserError`` for one that ``ImageTransform`` does not cover."""
+    nested = Path(name_or_path) / "processor_config.json"  # takes precedence if it holds an image processor
     where = f"{flag} {name_or_path}: preprocessor_config.json"
     with _refusing(f"{where}: no image processor, expected one saved by save_pretrained"):
         if nested.is_file() and "image_processor" in json.loads(nested.read_text(encoding="utf-8")):
@@ -313,25 +313,25 @@ def load_image_processor(name_or_path: str, model_type: str, flag: str) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """An error's text in one line, or its kind where it has none."""
+    """An error's text in one line, or its type if it has none."""
     text = " ".join(str(error).split())
     return (f"{type(error).__name__} {text}" if isinstance(error, KeyError) or not text else text)[:300]
 
 
 def image_tower(model: PreTrainedModel) -> tuple[PreTrainedModel, nn.Linear | None]:
-    """A model's own image tower, whose output has what the encoder takes, and its projection, where it has one."""
+    """A model's image tower, whose output the encoder uses, and its projection, if it has one."""
     if isinstance(model, Dinov2ForImageClassification):
         return model.dinov2, None
     return getattr(model, "vision_model", model), getattr(model, "visual_projection", None)
 
 
 def image_transform(processor: Any) -> ImageTransform:
-    """From encoded images to what the model of this processor takes."""
+    """The transform from encoded images to the input of this processor's model."""
     return ImageTransform.from_processor(getattr(processor, "image_processor", processor))
 
 
 def image_size(processor: Any) -> int:
-    """The side of the square images that a processor makes, in pixels. ``ValueError`` for any others."""
+    """The side of a processor's square images, in pixels. Raises ``ValueError`` if they are not square."""
     size = image_transform(processor).output_size
     if size is None or size[0] != size[1]:
         raise ValueError("its image processor gives no square images; set its crop_size")
@@ -339,20 +339,20 @@ def image_size(processor: Any) -> int:
 
 
 def text_embed_dim(model: PreTrainedModel) -> int:
-    """Of a contrastive model's text embeddings. Not by projection_dim of the config, which SigLIP does not use."""
+    """The size of a contrastive model's text embeddings. SigLIP ignores projection_dim of the config."""
     projection = getattr(model, "text_projection", None)
     return model.config.text_config.projection_size if projection is None else projection.out_features
 
 
 def logit_scale(model: PreTrainedModel) -> float:
-    """s = exp(logit_scale), by which a contrastive model multiplies cosines."""
+    """s = exp(logit_scale), the factor of a contrastive model's cosines."""
     return float(model.get_parameter("logit_scale").detach().exp())
 
 
 def save_model(directory: str | Path, model: PreTrainedModel, processor: Any, encoder_state: dict[str, Tensor]) -> None:
-    """Writes config, model.safetensors and processor files: ``model`` with the encoder's new weights. On one process.
+    """Writes config, model.safetensors and processor files of ``model`` with the encoder's new weights. On one process.
 
-    ``encoder_state``: the full state dict of ``ImageEncoder``, gathered under ZeRO-3, maybe with ``TextEncoder``'s.
+    ``encoder_state``: the full state dict of ``ImageEncoder``, gathered under ZeRO-3, and maybe of ``TextEncoder``.
     """
     inside = next(name for name, module in model.named_modules() if module is image_tower(model)[0])
     prefix = f"{inside}." if inside else ""  # "" for a tower alone
@@ -371,13 +371,13 @@ def save_model(directory: str | Path, model: PreTrainedModel, processor: Any, en
 
 
 def _save_processor(directory: Path, model: PreTrainedModel, processor: Any) -> None:
-    """The processor's files; where it cannot be saved, with a warning, copies of those that it was loaded from."""
+    """Writes the processor's files. If it cannot be saved, copies those it was loaded from, with a warning."""
     try:
         processor.save_pretrained(directory)
     except Exception as error:
         source = Path(str(model.name_or_path))
         files = [path for pattern in PROCESSOR_FILES for path in source.glob(pattern) if path.is_file()]
-        if not files and isinstance(error, OSError):  # the disk does not take them
+        if not files and isinstance(error, OSError):  # the disk cannot be written
             raise
         for path in files:
             shutil.copyfile(path, directory / path.name)
@@ -388,7 +388,7 @@ def _save_processor(directory: Path, model: PreTrainedModel, processor: Any) -> 
 
 @contextmanager
 def unpartitioned() -> Iterator[None]:
-    """Hugging Face models built inside are whole, also after an Accelerator with a ZeRO-3 config was made."""
+    """Hugging Face models built inside the block are whole, even if an Accelerator has a ZeRO-3 config."""
     from transformers.integrations import deepspeed as integration
 
     kept, integration._hf_deepspeed_config_weak_ref = integration._hf_deepspeed_config_weak_ref, None
@@ -400,9 +400,9 @@ def unpartitioned() -> Iterator[None]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without the bars of loading and saving, and without the note that images go through Pillow: they are meant to."""
+    """Hides the progress bars of loading and saving, and the note that images go through Pillow, which is intended."""
     level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(logging.CRITICAL)  # what it logs as an error it also raises, or is said here
+    transformers_logging.set_verbosity(logging.CRITICAL)  # its logged errors are also raised, or reported here
     transformers_logging.disable_progress_bar()
     try:
         yield

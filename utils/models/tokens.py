@@ -1,7 +1,7 @@
-"""Texts to the token ids that a text tower reads: cut, ended and filled up as the tower was trained.
+"""Texts to the token ids that a text tower reads: cut, ended and padded as in the tower's training.
 
-A tokenizer's files may ask for padding on the left, or for no longest text. Here the tower decides: texts are cut at
-its positions and keep their end, padding comes on the right. The tokenizer itself stays as it was, and is saved so.
+A tokenizer's files may ask for padding on the left, or set no maximal length. Here the tower decides: texts are cut to
+its number of positions and keep their end token; padding is on the right. The tokenizer itself is not changed.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-SIGLIP2_LENGTH = 64  # of the processor in transformers, which asks no tokenizer
-WORDS = 20  # of a vocabulary, to see whether they are found
+SIGLIP2_LENGTH = 64  # fixed in transformers' processor, whatever the tokenizer says
+WORDS = 20  # of the vocabulary, to check that the tokenizer finds them
 OWN_FILES = "put the model's own tokenizer files beside config.json"
-SHORTEST = 3  # a text of one token between a start and an end
-ARGMAX_EOS = 2  # in the config of a CLIP of before 2023: the tower pools the token of the highest id
-# Words of several scripts, in pairs of as many letters and bytes: a tokenizer that tells one pair apart knows letters.
+SHORTEST = 3  # one token between a start and an end
+ARGMAX_EOS = 2  # eos_token_id in CLIP configs before 2023: the tower pools the token with the highest id
+# Pairs of words in several scripts, equal in letters and bytes. A tokenizer that tells a pair apart knows the script.
 PROBES = (("cat", "dog"), ("猫", "犬"), ("кот", "пёс"), ("قط", "بط"))
 
-_said: set[str] = set()  # the notes of this process: each once, not once per batch
+_said: set[str] = set()  # notes already printed by this process: each one only once
 
 
 class Tokens(NamedTuple):
     input_ids: Tensor  # (..., L) int64
-    attention_mask: Tensor | None = None  # (..., L) int64, 0 for padding; None where the tower sees it, or never can
+    attention_mask: Tensor | None = None  # (..., L) int64, 0 for padding; None if the tower needs no mask
 
 
 def fill_in(templates: Sequence[str], texts: Sequence[str]) -> list[str]:
-    """The prompts of T texts in P templates, text by text."""
+    """The T * P prompts of T texts in P templates, text by text."""
     return [template.replace("{c}", text) for text in texts for template in templates]
 
 
 def read_prompts(processor: Any, config: PreTrainedConfig, prompts: Sequence[str]) -> list[list[int]]:
-    """The ids of every prompt, cut at what the tower takes, said once. ``UserError`` for ids that the tower lacks."""
+    """The ids of every prompt, cut to the tower's length with a note. Raises ``UserError`` for ids that it lacks."""
     tokenizer, size = processor.tokenizer, config.text_config.vocab_size
     length = text_length(tokenizer, config)
     rows = token_ids(tokenizer, prompts)
@@ -63,14 +63,14 @@ def read_prompts(processor: Any, config: PreTrainedConfig, prompts: Sequence[str
 def fill_up(rows: Sequence[list[int]], processor: Any, config: PreTrainedConfig, device: torch.device | str) -> Tokens:
     """Ids (n, L) with padding on the right, on ``device``.
 
-    CLIP's towers pool the end of text and do not look ahead: up to the longest. SigLIP pools the last place: up to the
-    full length, padding seen as in its training, unless the tokenizer's file asks for masks.
+    CLIP's towers pool the end of text and do not look ahead: pad to the longest. SigLIP pools the last position: pad to
+    the full length, visible as in its training, unless the tokenizer's file asks for masks.
     """
     tokenizer, siglip = processor.tokenizer, _is_siglip(config)
     if siglip:
         padding, width = tokenizer.pad_token_id, text_length(tokenizer, config)
     else:
-        # Of equal ids the first is pooled, and of ``ARGMAX_EOS`` the highest: no other padding is safe.
+        # Pad with the end token: the tower pools its first occurrence, or for ``ARGMAX_EOS`` the highest id.
         padding, width = max((_end(ids, config) for ids in rows), default=0), max(map(len, rows), default=1)
     input_ids = torch.full((len(rows), width), padding, dtype=torch.int64)
     for row, ids in zip(input_ids, rows):
@@ -83,8 +83,8 @@ def fill_up(rows: Sequence[list[int]], processor: Any, config: PreTrainedConfig,
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
-    """The ids of every prompt, as long as it is, with those of start and end. The tokenizer's own settings stay."""
-    if tokenizer.init_kwargs.get("do_lower_case"):  # which transformers overlooks where it loads SigLIP 2's
+    """The ids of every prompt, with start and end, neither cut nor padded. The tokenizer's settings do not change."""
+    if tokenizer.init_kwargs.get("do_lower_case"):  # transformers ignores this for SigLIP 2's tokenizer
         small, large = _plain_ids(tokenizer, [PROBES[0][0], PROBES[0][0].upper()])
         prompts = prompts if small == large else [prompt.lower() for prompt in prompts]
     return _plain_ids(tokenizer, prompts)
@@ -97,7 +97,7 @@ def _plain_ids(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
     truncation, padding = getattr(backend, "truncation", None), getattr(backend, "padding", None)
     try:
         return tokenizer(list(prompts), padding=False, truncation=False, verbose=False)["input_ids"]
-    finally:  # they are part of the file that is saved with the model
+    finally:  # the settings are saved with the model
         if truncation is not None:
             backend.enable_truncation(**truncation)
         if padding is not None:
@@ -105,15 +105,15 @@ def _plain_ids(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
 
 
 def text_length(tokenizer: Any, config: PreTrainedConfig) -> int:
-    """How many tokens of a text the tower reads: its positions, or fewer where the tokenizer's file says so."""
+    """How many tokens of a text the tower reads: its positions, or fewer if the tokenizer's file says so."""
     positions = config.text_config.max_position_embeddings
     if config.text_config.model_type == "siglip2_text_model":
         return min(positions, SIGLIP2_LENGTH)
-    return int(min(positions, tokenizer.model_max_length))  # 1e30 where the file says nothing
+    return int(min(positions, tokenizer.model_max_length))  # 1e30 if the file says nothing
 
 
 def check_tokenizer(tokenizer: Any, config: PreTrainedConfig) -> None:
-    """Raises ``ValueError`` where a tokenizer cannot be that of the model's text tower."""
+    """Raises ``ValueError`` if a tokenizer cannot belong to the model's text tower."""
     text, length, known = config.text_config, text_length(tokenizer, config), len(tokenizer)
     if length < SHORTEST:
         cut = f"cuts texts at {length} tokens (model_max_length)"
@@ -130,7 +130,7 @@ def check_tokenizer(tokenizer: Any, config: PreTrainedConfig) -> None:
     if largest >= text.vocab_size or known < text.vocab_size / 2:
         fault = f"its tokenizer knows {known} tokens, the largest id is {largest}, its text tower {text.vocab_size}"
         raise ValueError(f"{fault} (vocab_size); it is another model's: {OWN_FILES}")
-    # CLIP's vocabulary says where words end, and which ones it has.
+    # CLIP's vocabulary marks the ends of words, which shows the whole words in it.
     words = [word for word in vocabulary if re.fullmatch("[a-z]{3,}</w>", word)][:WORDS]
     spelt = token_ids(tokenizer, [word.removesuffix("</w>") for word in words])
     if words and not any(vocabulary[word] in ids for word, ids in zip(words, spelt)):
@@ -148,7 +148,7 @@ def check_tokenizer(tokenizer: Any, config: PreTrainedConfig) -> None:
             pooled = f"id {wanted} (eos_token_id {text.eos_token_id} in config.json)"
             fault = f"its text tower pools the end of text, {pooled}, and its tokenizer ends texts with id {last}"
             raise ValueError(f"{fault}; {OWN_FILES}, or correct eos_token_id")
-    # Old configs name another start as well, and no tower looks at it: a note.
+    # Old configs also name a wrong start token. No tower uses it, so this is only a note.
     start, first = tokenizer.bos_token_id if old else text.bos_token_id, texts[0][0]
     if isinstance(start, int) and start < text.vocab_size and first != start:
         line = f"the tokenizer begins texts with id {first}, the model's start is {start} (bos_token_id)"
@@ -156,7 +156,7 @@ def check_tokenizer(tokenizer: Any, config: PreTrainedConfig) -> None:
 
 
 def refuse_equal_texts(processor: Any, config: PreTrainedConfig, texts: Sequence[str], template: str) -> None:
-    """``UserError`` for names that are equal when cut, or in unknown letters. Those of equal tokens are said once."""
+    """Raises ``UserError`` for names that are equal when cut, or in unknown letters. Equal tokens are noted once."""
     tokenizer, length = processor.tokenizer, text_length(processor.tokenizer, config)
     names = list(dict.fromkeys(texts))
     found = token_ids(tokenizer, fill_in([template], names))
@@ -170,7 +170,7 @@ def refuse_equal_texts(processor: Any, config: PreTrainedConfig, texts: Sequence
     more = f" ({len(equal)} such names)" if len(equal) > 1 else ""
     if found[first] != found[second]:
         raise UserError(f"{shown} text to the model, which reads {length} tokens{more}; shorten names or templates")
-    end = None if _is_siglip(config) else -1  # CLIP's unknown token is the end of text
+    end = None if _is_siglip(config) else -1  # CLIP's unknown token is its end token
     alone = token_ids(tokenizer, [names[first], names[second]])
     unknown = any(tokenizer.unk_token_id in ids[:end] for ids in alone)
     if unknown or len(seen) == 1:
@@ -180,7 +180,7 @@ def refuse_equal_texts(processor: Any, config: PreTrainedConfig, texts: Sequence
 
 
 def _cut(rows: Sequence[list[int]], length: int, tokenizer: Any) -> list[list[int]]:
-    """At most ``length`` ids of each; the end of text that the tokenizer adds, where it does, stays the last."""
+    """At most ``length`` ids of each row; the end token, if the tokenizer adds one, stays last."""
     empty, probe = token_ids(tokenizer, ["", PROBES[0][0]])
     end = empty[-1:] if empty[-1:] == probe[-1:] else []
     return [ids if len(ids) <= length else [*ids[: length - len(end)], *end] for ids in rows]
@@ -191,7 +191,7 @@ def _is_siglip(config: PreTrainedConfig) -> bool:
 
 
 def _end(ids: list[int], config: PreTrainedConfig) -> int:
-    """The id that CLIP's tower pools, the first of its kind."""
+    """The id whose first occurrence CLIP's tower pools."""
     end = config.text_config.eos_token_id
     return max(ids) if end == ARGMAX_EOS else end
 

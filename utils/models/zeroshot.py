@@ -1,4 +1,4 @@
-"""Zero-shot classification: class embeddings, and what a classifier makes of clean and attacked images."""
+"""Zero-shot classification: class embeddings, and predictions for clean and attacked images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from utils.models.published import has_text, logit_scale
 from utils.models.tokens import fill_in, fill_up, read_prompts, refuse_equal_texts
 from utils.sets.labelled import LabelledSet
 
-TEXTS_AT_ONCE = 256  # in a batch of the text tower
+TEXTS_AT_ONCE = 256  # batch size of the text tower
 Device = torch.device | str
 
 
@@ -32,9 +32,9 @@ def set_classifier(
     device: torch.device,
     linear_head: str | None = None,
 ) -> LinearClassifier:
-    """What tells the classes of a set apart: a linear head's file, else the text tower, else the model's own head.
+    """The classifier of a set: a linear head's file if given, else the text tower, else the model's own head.
 
-    By the text tower: s * cos(z, t_c), s = exp(logit_scale); SigLIP's bias, equal for all classes, is left out.
+    The text tower gives s * cos(z, t_c), s = exp(logit_scale), without SigLIP's bias, which is equal for all classes.
     """
     names = labelled.classnames
     if linear_head is not None:
@@ -48,13 +48,13 @@ def set_classifier(
 def class_embeddings(
     model: PreTrainedModel, processor: Any, classnames: Sequence[str], templates: Sequence[str], device: Device = "cpu"
 ) -> Tensor:
-    """t_c: ``ensemble`` of each class's prompts, (C, D). ``UserError`` for names that are one to the model."""
+    """t_c: ``ensemble`` of each class's prompts, (C, D). Raises ``UserError`` for names that give equal tokens."""
     refuse_equal_texts(processor, model.config, classnames, templates[0])
     return ensemble(prompt_embeddings(model, processor, classnames, templates, device))
 
 
 def ensemble(prompt_embeds: Tensor) -> Tensor:
-    """Unit embedding of each text from those of its prompts: normalise, mean, normalise. (T, P, D) -> (T, D)."""
+    """Unit embedding of each text from its prompts' embeddings: normalise, mean, normalise. (T, P, D) -> (T, D)."""
     return F.normalize(F.normalize(prompt_embeds.float(), dim=-1).mean(dim=1), dim=-1)
 
 
@@ -62,7 +62,7 @@ def ensemble(prompt_embeds: Tensor) -> Tensor:
 def prompt_embeddings(
     model: PreTrainedModel, processor: Any, texts: Sequence[str], templates: Sequence[str], device: Device = "cpu"
 ) -> Tensor:
-    """Un-normalised embeddings of T texts in P templates, (T, P, D) float32 on ``device``. The tower only visits it."""
+    """Un-normalised embeddings of T texts in P templates, (T, P, D) float32 on ``device``. The tower moves back."""
     encoder = TextEncoder(model)
     home = next(encoder.text_model.parameters()).device
     encoder.to(device)
@@ -76,13 +76,13 @@ def prompt_embeddings(
 
 
 class NonFiniteError(UserError):
-    """A model whose numbers are not finite: no figure can be made of them."""
+    """Raised for outputs that are not finite: no figure can be computed from them."""
 
-    every_rank = False  # it is met by the process that reads the image
+    every_rank = False  # only the process that reads the image raises it
 
 
 def refuse_non_finite_rows(values: Tensor, keys: Sequence[str], what: str) -> None:
-    """``NonFiniteError`` that names the first of the rows (N, D) of ``keys`` that is not finite. Synchronises."""
+    """Raises ``NonFiniteError`` with the key of the first row of (N, D) that is not finite. Synchronises."""
     finite = values.isfinite().all(dim=1)
     if not finite.all():
         fault = f"{keys[int((~finite).nonzero()[0])]}: its {what} are not finite; no figure is made of them"
@@ -91,13 +91,13 @@ def refuse_non_finite_rows(values: Tensor, keys: Sequence[str], what: str) -> No
 
 
 class Classified(NamedTuple):
-    """One batch on its way through a classifier. B images; B may be 0."""
+    """One batch of B images and its logits; B may be 0."""
 
     positions: list[int]  # in the set
     keys: list[str]
     labels: Tensor  # (B,) int64
     pixel_values: Tensor  # (B, 3, H, W) float32 in [0,1]
-    attacked: Tensor  # the same, or what was made of it
+    attacked: Tensor  # pixel_values after ``perturb``, or unchanged
     logits: Tensor  # (B, C), of ``attacked``
 
 
@@ -111,12 +111,12 @@ def classified(
     """The batches of an evaluation loader, changed by ``perturb`` and classified: pixel_values -> logits (B, C).
 
     batches: with ``images`` uint8 (B, 3, H, W), ``labels`` and ``positions`` (B,) int64, ``keys``.
-    perturb: (pixel_values, labels, positions) -> pixel_values, with gradients.
+    perturb: (pixel_values, labels, positions) -> pixel_values; may use gradients.
     """
     for batch in batches:
         images, labels, places = batch["images"], batch["labels"], batch["positions"]
         count = len(places)
-        if not count:  # a rank that has run out goes on with a black image: under ZeRO-3 all must make equal forwards
+        if not count:  # a process without images uses a black one: under ZeRO-3 all must encode equally often
             images, labels, places = (rows.new_zeros(1, *rows.shape[1:]) for rows in (images, labels, places))
         pixel_values, labels = to_pixel_values(images, device), labels.to(device)
         attacked = pixel_values if perturb is None else perturb(pixel_values, labels, places.tolist())
@@ -130,7 +130,7 @@ def classified(
 def pgd_images(
     logits_fn: Logits, pixel_values: Tensor, labels: Tensor, positions: Sequence[int], *, seed: int, **options: Any
 ) -> Tensor:
-    """Images under PGD on the cross-entropy, ``options`` as of ``pgd``; image i starts as (seed, position i) says."""
+    """Images under PGD on the cross-entropy; ``options`` go to ``pgd``. Image i starts from (seed, position i)."""
     start = uniform_start(pixel_values, options["eps"], attack_seeds(seed, 0, positions))
     return pixel_values + pgd(lambda x: cross_entropy(logits_fn(x), labels), pixel_values, start=start, **options)
 
@@ -144,7 +144,7 @@ def predictions(
     eps: float | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Whether each image is classified rightly: clean (``eps`` None) or under PGD with 10 steps of eps / 4.
+    """Whether each image is classified correctly: clean (``eps`` None) or under PGD with 10 steps of eps / 4.
 
     batches as in ``classified``; classifier: image_embeds (B, D) -> logits (B, C).
     -> positions (n,) int64 and correct (n,) bool, on the CPU, of this process's images in the order read.
@@ -165,5 +165,5 @@ def predictions(
 
 
 def to_pixel_values(images: Tensor, device: torch.device) -> Tensor:
-    """uint8 (B, 3, H, W) -> float32 in [0,1] on ``device``; a quarter of the bytes travel."""
+    """uint8 (B, 3, H, W) -> float32 in [0,1] on ``device``; copies a quarter of float32's bytes."""
     return images.to(device, non_blocking=True).float().div_(255.0)

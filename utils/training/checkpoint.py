@@ -1,12 +1,12 @@
-"""Checkpoints: whole or absent, checked when they are read; and who may write into an output directory.
+"""Checkpoints, complete or absent and checked when read, and the lock of an output directory.
 
     checkpoints/step-<n>/
-      trainer_state.json    step, settings, what was skipped, and size and SHA-256 of every other file
+      trainer_state.json    step, settings, skipped samples, and size and SHA-256 of every other file
       parameters.safetensors, optimizer.<key>.safetensors    see utils/training/state.py
-      extra.safetensors     what is not prepared by accelerate: the multiplier and its optimizer, a running average
-      model/                what from_pretrained loads
+      extra.safetensors     state not prepared by accelerate: the multiplier and its optimizer, a running average
+      model/                a directory for from_pretrained
 
-Nothing here is ever unpickled.
+Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "trainer_state.json"
 EXTRA_FILE = "extra.safetensors"
 LOCK_FILE = ".lock"
-FORMAT = 2  # of a checkpoint; another one is refused
+FORMAT = 2  # of a checkpoint; other formats are refused
 STATE_KEYS = {"settings", "skips", "best", "sizes", "optimizer_numbers", "extra_numbers", "scaler"}
 
 
 class FolderWriting:
-    """A folder that all processes write together. ``aside`` is where, until it is complete and takes its place.
+    """A folder that all processes write together, in ``aside`` until it is complete.
 
-    The first failure inside an ``attempt()`` is kept while the processes go on through the collectives in between.
-    ``agree()`` raises it on all of them, and deletes what was written.
+    ``attempt()`` keeps its first failure and does not raise it, so that the processes still meet in the collectives.
+    ``agree()`` then raises a failure of any process on all of them and deletes ``aside``.
     """
 
     def __init__(self, accelerator: Accelerator, what: str, aside: Path, last_good: Path | None) -> None:
@@ -82,7 +82,7 @@ class FolderWriting:
 
 @contextlib.contextmanager
 def writing_folder(accelerator: Accelerator, what: str, aside: Path, checkpoints: Path) -> Iterator[FolderWriting]:
-    """Makes ``aside`` anew; the body fills it and puts it in place. A failure is one ``UserError`` on all processes."""
+    """Makes an empty ``aside``; the body fills it and moves it. A failure raises the same ``UserError`` everywhere."""
     steps = _checkpoint_steps(checkpoints)
     writing = FolderWriting(accelerator, what, aside, steps[max(steps)] if steps else None)
     with writing.attempt():
@@ -95,9 +95,9 @@ def writing_folder(accelerator: Accelerator, what: str, aside: Path, checkpoints
 
 
 def replace_directory(aside: Path, final: Path) -> None:
-    """Syncs every file of ``aside`` to the disk and gives it the name ``final``, in place of what had it.
+    """Syncs every file of ``aside`` to the disk, then renames it to ``final`` and deletes the old ``final``.
 
-    Killed between the two renames it leaves the old one as ``.<name>.replaced``, which ``take_output_dir`` puts back.
+    If killed between the two renames, the old one is left as ``.<name>.replaced``; ``take_output_dir`` restores it.
     """
     _sync(*sorted(aside.rglob("*"), reverse=True), aside)
     replaced = final.with_name(f".{final.name}.replaced")
@@ -110,7 +110,7 @@ def replace_directory(aside: Path, final: Path) -> None:
 
 
 def replace_model(accelerator: Accelerator, directory: Path, write_model: Callable[[Path], None]) -> None:
-    """Puts the present model in place of the one in ``directory``, whole or not at all. Call on all processes."""
+    """Replaces the model in ``directory`` by the present one, whole or not at all. Call on all processes."""
     aside, checkpoints = directory.with_name(f".{directory.name}.incomplete"), directory.with_name("checkpoints")
     with writing_folder(accelerator, "model", aside, checkpoints) as writing, writing.attempt():
         write_model(aside)
@@ -119,7 +119,7 @@ def replace_model(accelerator: Accelerator, directory: Path, write_model: Callab
 
 
 def publish_model(accelerator: Accelerator, output_dir: Path, write_model: Callable[[Path], None]) -> None:
-    """Puts the final model's files into ``output_dir``, none of them half-written. Call on all processes."""
+    """Puts the final model's files into ``output_dir``, each one whole or not at all. Call on all processes."""
     aside, checkpoints = output_dir / ".model.incomplete", output_dir / "checkpoints"
     with writing_folder(accelerator, "model", aside, checkpoints) as writing, writing.attempt():
         write_model(aside)
@@ -143,12 +143,12 @@ def save_checkpoint(
     write_model: Callable[[Path], None],
     total_limit: int,
 ) -> Path:
-    """Writes checkpoints/step-<n>/, whole or not at all, and deletes the oldest beyond ``total_limit`` (0: none).
+    """Writes checkpoints/step-<n>/, whole or not at all, and deletes the oldest beyond ``total_limit`` (0: no limit).
 
     Call on all processes. ``model`` and ``optimizer`` are the prepared ones, ``state`` is JSON (step, settings, ...),
-    ``extra_state`` holds state dicts of what is not prepared. ``write_model(directory)`` writes a directory that
-    ``from_pretrained`` loads, on all processes, for it may have to gather the weights. Raises ``UserError`` on all
-    processes where it cannot be written; the earlier checkpoints stay.
+    ``extra_state`` holds the state dicts of everything not prepared. All processes call ``write_model(directory)``,
+    which writes a directory for ``from_pretrained``, because it may have to gather the weights. If the checkpoint
+    cannot be written, raises ``UserError`` on all processes; earlier checkpoints stay.
     """
     checkpoints = Path(output_dir) / "checkpoints"
     final, aside = checkpoints / f"step-{step}", checkpoints / f".step-{step}.incomplete"
@@ -167,7 +167,7 @@ def save_checkpoint(
             if accelerator.is_main_process:
                 tensors, extra_numbers = training_state.flatten(extra_state)
                 save_file(tensors, aside / EXTRA_FILE)
-                scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()  # of fp16's gradients
+                scaler = None if accelerator.scaler is None else accelerator.scaler.state_dict()  # of fp16
                 whole = state | {"format": FORMAT, "optimizer_numbers": merged, "extra_numbers": extra_numbers}
                 whole |= {"scaler": scaler, "files": describe_files(aside)}
                 (aside / STATE_FILE).write_text(json.dumps(whole, indent=1), encoding="utf-8")
@@ -177,7 +177,7 @@ def save_checkpoint(
 
 
 def _delete_oldest(checkpoints: Path, total_limit: int) -> None:
-    """Killed meanwhile it leaves no half checkpoint behind."""
+    """Deletes the oldest checkpoints; if killed meanwhile, leaves no partial one behind."""
     steps = _checkpoint_steps(checkpoints)
     for step in sorted(steps)[:-total_limit] if total_limit > 0 else ():
         outdated = checkpoints / f".step-{step}.outdated"
@@ -206,7 +206,7 @@ def _sha256(path: Path) -> str:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in a few words; None where every file is as it was written."""
+    """The fault of a checkpoint in a few words; None if every file is as it was written."""
     try:
         state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
         if state.get("format") != FORMAT:
@@ -221,7 +221,7 @@ def damage(checkpoint: Path) -> str | None:
         return None if isinstance(state["step"], int) and known else f"{STATE_FILE} lacks entries"
     except (FileNotFoundError, NotADirectoryError) as error:
         return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
-    except OSError as error:  # of the disk or the network, not of the checkpoint
+    except OSError as error:  # an error of the disk or the network, not of the checkpoint
         raise UserError(
             f"--resume_from_checkpoint {checkpoint}: cannot be read ({error.strerror}); mend that and start again"
         ) from None
@@ -230,7 +230,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The JSON state of a whole checkpoint. Raises ``UserError`` for a damaged one."""
+    """The JSON state of a checkpoint. Raises ``UserError`` if the checkpoint is damaged."""
     if wrong := damage(checkpoint):
         raise UserError(
             f"--resume_from_checkpoint {checkpoint}: not a whole checkpoint ({wrong}); expected a directory "
@@ -242,10 +242,10 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def load_checkpoint(
     accelerator: Accelerator, model: nn.Module, optimizer: Any, checkpoint: Path, state: dict[str, Any]
 ) -> dict[str, Any]:
-    """Restores the prepared ``optimizer``; returns ``extra_state``, its tensors on the CPU, its lists as dictionaries.
+    """Restores the prepared ``optimizer``; returns ``extra_state``, with tensors on the CPU and lists as dictionaries.
 
-    Call on all processes, with the ``state`` from ``read_state``. The parameters come before ``prepare``:
-    ``load_parameters``.
+    Call on all processes, with the ``state`` from ``read_state``. ``load_parameters`` restores the parameters, before
+    ``prepare``.
     """
     training_state.load_optimizer(accelerator, model, optimizer, checkpoint, state["optimizer_numbers"])
     if accelerator.scaler is not None and state["scaler"] is not None:
@@ -254,7 +254,7 @@ def load_checkpoint(
 
 
 def find_checkpoint(output_dir: str | Path, resume: str | None) -> Path | None:
-    """The checkpoint to go on from, or None for a fresh start; refuses a used output_dir without ``resume``."""
+    """The checkpoint to resume from, or None for a new run. A new run in a used output_dir raises ``UserError``."""
     if resume == "latest":
         return last_checkpoint(output_dir)
     if resume is None and any(path.name != LOCK_FILE for path in Path(output_dir).iterdir()):
@@ -270,9 +270,9 @@ def find_checkpoint(output_dir: str | Path, resume: str | None) -> Path | None:
 
 
 def last_checkpoint(output_dir: str | Path) -> Path | None:
-    """The whole checkpoint with the highest step, or None. Damaged ones are passed over with a warning.
+    """The intact checkpoint with the highest step, or None. Skips damaged ones with a warning.
 
-    Raises ``UserError`` where all of them are damaged: a run must not begin anew over another one.
+    Raises ``UserError`` if all are damaged: a new run must not overwrite an old one.
     """
     found = sorted(_checkpoint_steps(Path(output_dir) / "checkpoints").items(), reverse=True)
     problems = []
@@ -300,7 +300,7 @@ def _checkpoint_steps(checkpoints: Path) -> dict[int, Path]:
 
 
 def set_aside_later(output_dir: str | Path, step: int) -> None:
-    """Renames the checkpoints after ``step``, where a run goes on: it writes its own and must not meet these again."""
+    """Renames the checkpoints after ``step``, from which the run resumes: it will write these steps again."""
     for later, path in sorted(_checkpoint_steps(Path(output_dir) / "checkpoints").items()):
         if later > step:
             names = (path.with_name(f"{path.name}.aside-{number}") for number in itertools.count(1))
@@ -312,25 +312,25 @@ def set_aside_later(output_dir: str | Path, step: int) -> None:
 def best_so_far(
     resumed: dict[str, Any], settings: dict[str, Any], output_dir: Path, fresh: dict[str, Any]
 ) -> dict[str, Any]:
-    """The checkpoint's best value, if it is ``of`` the same images and texts and its model is there; else ``fresh``."""
+    """The checkpoint's best value if it is ``of`` the same images and texts and its model exists, else ``fresh``."""
     best = resumed["best"]
     same = best.get("of") == fresh["of"] and best.get("metric") == settings["keep_best"]
     return best if same and (output_dir / "best").is_dir() else fresh
 
 
-_LOCKS: list[IO[str]] = []  # open for as long as the process lives, and so do their locks
+_LOCKS: list[IO[str]] = []  # kept open until the process ends, because the locks end with them
 
-# Of what a run writes into its output_dir, by the ends of their names: files. The rest are folders.
+# Endings of the files that a run writes into its output_dir. Everything else there is a folder.
 FILE_ENDINGS = (".safetensors", ".json", ".jsonl", ".txt", ".md", ".model", ".jinja", ".part")
-# Characters that a run adds to output_dir: checkpoints/.step-<n>.incomplete/model/<file>, events of a tracker.
+# Characters that a run may add to output_dir: checkpoints/.step-<n>.incomplete/model/<file>, a tracker's event files.
 LONGEST_NAME = 150
 
 
 def take_output_dir(output_dir: str | Path) -> None:
-    """Makes the directory and locks it for this process, until the process ends, however it ends.
+    """Makes the directory and locks it for this process, until the process ends for any reason.
 
-    Call on the main process. Deletes what a killed run left half-written. Raises ``UserError`` where the directory
-    cannot be written, or where another run holds the lock.
+    Call on the main process. Deletes the partial files of a killed run. Raises ``UserError`` if the directory cannot
+    be written or another run holds the lock.
     """
     output_dir = Path(output_dir)
     if output_dir.exists() and not output_dir.is_dir():
@@ -350,7 +350,7 @@ def take_output_dir(output_dir: str | Path) -> None:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             problem = f"cannot be locked ({error.strerror}); name a directory on a file system with locks"
         raise UserError(f"--output_dir {output_dir}: {problem}") from None
-    with contextlib.suppress(OSError):  # of a full disk: the lock holds without a name in it
+    with contextlib.suppress(OSError):  # on a full disk the lock still holds, without a name in it
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
@@ -360,7 +360,7 @@ def take_output_dir(output_dir: str | Path) -> None:
 
 
 def _clear_leftovers(folder: Path) -> None:
-    """Deletes what a killed run was writing or deleting; what it was replacing is put back."""
+    """Deletes what a killed run was writing or deleting, and restores what it was replacing."""
     for path in folder.glob(".*.replaced"):
         final = folder / path.name[1:].removesuffix(".replaced")
         if not final.exists():
@@ -371,11 +371,11 @@ def _clear_leftovers(folder: Path) -> None:
 
 
 def refuse_unwritable(output_dir: str | Path, folders: Sequence[str] = ()) -> None:
-    """Raises ``UserError`` where the run could not write later. Call on the main process, at the start.
+    """Raises ``UserError`` if the run could not write later. Call on the main process, at the start.
 
-    Tried: a checkpoint's folder with the longest name is made, renamed and deleted. Looked at: what stands in the way
-    of checkpoints/, best/, ``folders`` and files; whether the path is UTF-8: safetensors and tokenizers open nothing
-    else.
+    Makes, renames and deletes a checkpoint folder with the longest possible name. Checks that nothing blocks
+    checkpoints/, best/, ``folders`` and the files, and that the path is UTF-8: safetensors and tokenizers open no
+    other.
     """
     output_dir = Path(output_dir)
     checkpoints = output_dir / "checkpoints"
@@ -395,7 +395,7 @@ def refuse_unwritable(output_dir: str | Path, folders: Sequence[str] = ()) -> No
     made = not checkpoints.exists()
     trial, renamed = checkpoints / ".trial.incomplete", checkpoints / ".trial.outdated"
     try:
-        trial.mkdir(parents=True, exist_ok=True)  # it is there where a start was killed in here
+        trial.mkdir(parents=True, exist_ok=True)  # exists if an earlier start was killed here
         (trial / ("x" * (LONGEST_NAME - len("checkpoints/.trial.incomplete/")))).write_bytes(bytes(4096))
         replace_directory(trial, renamed)
     except OSError as error:
@@ -412,9 +412,9 @@ def refuse_unwritable(output_dir: str | Path, folders: Sequence[str] = ()) -> No
 
 
 def refuse_changed_settings(before: dict[str, Any], now: dict[str, Any], free: set[str]) -> None:
-    """Raises ``UserError`` that names every setting of a resumed run, not in ``free``, that is not the checkpoint's.
+    """Raises ``UserError`` if settings that are not in ``free`` differ from the checkpoint's, and names them all.
 
-    A setting that the checkpoint does not have came into the project later: it was at its default, if anything.
+    A setting that the checkpoint lacks was added to the project later and is not compared.
     """
     changed = [
         f"{name} was {before[name]}, is {value}"
@@ -434,9 +434,9 @@ def refuse_changed_settings(before: dict[str, Any], now: dict[str, Any], free: s
 
 
 def _known_by(value: Any) -> Any:
-    """A setting as it is compared: a web address without the mark of its query, which signs it for hours or days.
+    """A setting in comparable form: a web address without the digest of its query, which is a signature that expires.
 
-    Older checkpoints hold ``~`` as it was typed.
+    Expands ``~``, which older checkpoints hold as typed.
     """
     if isinstance(value, list):
         return [_known_by(item) for item in value]
@@ -456,18 +456,18 @@ def refuse_non_finite(
     terms: Sequence[str] = (),
     grad_norm: Tensor | float | None = None,
 ) -> None:
-    """Stops the run on all processes where a loss up to step ``done``, or the last step's gradient, is not finite.
+    """Raises on all processes if a loss up to step ``done``, or the last step's gradient, is not finite.
 
-    ``losses``: of the micro-batches, each the loss, () or (1 + terms,) with the ``terms`` it is made of behind it.
-    ``first_step``: before which no update was made, so that no learning rate can be at fault. ``grad_norm``: not looked
-    at under fp16, whose scaler leaves out updates that overflow.
+    ``losses``: one per micro-batch, () or (1 + terms,): the loss, followed by the parts named in ``terms``.
+    ``first_step``: no update was made before it, so the learning rate cannot be the cause. ``grad_norm`` is ignored
+    under fp16, whose scaler skips updates that overflow.
     """
     means = accelerator.reduce(torch.stack(losses), reduction="mean").view(len(losses), -1)
     bad = (~means.isfinite()).any(dim=1).nonzero().flatten().tolist()
     place = bad[0] if bad else len(losses) - 1
     steps_back, updates_ahead = divmod(len(losses) - 1 - place, updates_per_step)
     step, update = done - steps_back, updates_per_step - 1 - updates_ahead
-    first = update < accelerator.gradient_accumulation_steps  # update of the step
+    first = update < accelerator.gradient_accumulation_steps  # first update of the step
     rescue = f"the last good checkpoint is {last_good}" if last_good else "there is no checkpoint yet"
     norm = 0.0 if grad_norm is None or accelerator.mixed_precision == "fp16" else float(grad_norm)
     loss_came_first = bad and (step < done or first)

@@ -1,4 +1,4 @@
-"""Does the data keep up? Data workers from two measured speeds, and the share of time that a run waits for batches."""
+"""Whether the data keeps up: the number of data workers needed, and the fraction of time a run waits for batches."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from utils.data.sources import is_remote
 from utils.data.workers import waited_for
 from utils.processes.distributed import default_num_workers
 
-SPARE = 1.25  # workers share memory, caches and disk; alone a sample is read faster than beside others
-SAMPLES, SECONDS = 48, 0.5  # that are timed at most
+SPARE = 1.25  # workers share memory, caches and disk: a sample takes longer than when read alone
+SAMPLES, SECONDS = 48, 0.5  # at most so many samples, for so long, are timed
 NOTABLE_WAIT = 0.02
 NOTHING_READ = "--train_shards: not one sample could be read in all this time; look whether disk and network answer"
 
 
 def workers_needed(seconds_per_image: float, images_per_second: float, most: int) -> int:
-    """Data workers that keep up with ``images_per_second``: ceil(1.25 * seconds * rate), between 1 and ``most``."""
+    """Data workers needed for ``images_per_second``: ceil(1.25 * seconds * rate), between 1 and ``most``."""
     return max(1, math.ceil(min(SPARE * seconds_per_image * images_per_second, most)))
 
 
 def measured_workers(
     dataset: ShardDataset, order: TrainBatchSampler, flops_per_sample: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[int, str]:
-    """Data workers for this process, and a line that says why: as many as an ideal device could use.
+    """Data workers for this process, as many as an ideal device could use, and a line that says why.
 
-    Samples of the first batch of ``order`` are timed, and matrix products in ``dtype``. Nothing random is drawn.
+    Times samples of the first batch of ``order``, and matrix products in ``dtype``. Draws no random numbers.
     """
     most = default_num_workers()
     seconds = seconds_per_sample(dataset, next(iter(order), []))
@@ -48,9 +48,9 @@ def measured_workers(
 def seconds_per_sample(
     dataset: ShardDataset, references: Sequence[tuple[int, int, int]], patience: float = SECONDS
 ) -> float | None:
-    """Mean seconds to read and decode one of ``references`` (epoch, slot, position) that are here, or None."""
+    """Mean seconds to read and decode a sample of ``references`` (epoch, slot, position); None if none is local."""
     urls, timed, started = dataset.index.urls, [], time.perf_counter()
-    # A reader of its own: no descriptor and no prefetch thread is there when the workers are forked.
+    # A separate reader, closed afterwards: workers must not inherit its descriptors or prefetch threads by fork.
     with closing(ShardReader(dataset.index)) as reader, waited_for(lambda: NOTHING_READ):
         for epoch, slot, _ in references[: SAMPLES + 1]:
             if time.perf_counter() - started > patience:
@@ -59,23 +59,23 @@ def seconds_per_sample(
             if is_remote(urls[shard]) and not reader.cache.copy_of(urls[shard]).exists():
                 continue
             with suppress(BadSample):
-                reader.read(shard, sample, ())  # opens the shard, which costs once in thousands of samples
+                reader.read(shard, sample, ())  # opens the shard, which training does once in thousands of samples
                 clock = time.perf_counter()
                 dataset.load(reader, shard, sample, epoch)
                 timed.append(time.perf_counter() - clock)
-    timed = timed[1:] or timed  # the first one loads libraries
+    timed = timed[1:] or timed  # the first sample also loads libraries
     return sum(timed) / len(timed) if timed else None
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of square matrix products on ``device``, warm, over about 0.05 s."""
+    """FLOP/s of square matrix products on ``device``, after a warm-up, over about 0.05 s."""
     side = 4096 if device.type == "cuda" else 512
     factor = torch.full((side, side), 1 / side, device=device, dtype=dtype)
     product = factor @ factor
     count, elapsed = 1, 0.0
     while elapsed < 0.025:
         count *= 2
-        product[0, 0].item()  # waits for the device, whichever it is
+        product[0, 0].item()  # waits for the device
         clock = time.perf_counter()
         for _ in range(count):
             torch.mm(factor, factor, out=product)
@@ -85,7 +85,7 @@ def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 class TimedBatches:
-    """The batches of an iterator, and how long they were waited for by the host's clock. A GPU waits no longer."""
+    """The batches of an iterator, and how long the host waited for them. A GPU waits no longer than that."""
 
     def __init__(self, batches: Iterator[dict[str, Any]]) -> None:
         self.batches, self.seconds, self.intervals, self.advised = batches, 0.0, 0, False
@@ -101,12 +101,12 @@ class TimedBatches:
             self.seconds += time.perf_counter() - clock
 
     def wait_fraction(self, seconds: float) -> float:
-        """Which share of ``seconds``, the time since the last call, was spent waiting. In [0,1]."""
+        """The fraction of ``seconds``, the time since the last call, that was spent waiting, in [0,1]."""
         waited, self.seconds = self.seconds, 0.0
         return min(1.0, waited / seconds)
 
     def advice(self, fraction: float, num_workers: int) -> str | None:
-        """What to do about a notable ``fraction``; once, and not in the first interval, when workers start."""
+        """Advice if ``fraction`` is large, only once, and not in the first interval, when workers start."""
         self.intervals += 1
         if self.advised or self.intervals == 1 or fraction <= NOTABLE_WAIT:
             return None

@@ -1,7 +1,7 @@
-"""Memory of a LORE step on one device: counted on tensors without data, then laid out as DDP or DeepSpeed's ZeRO would.
+"""Estimates the memory of a LORE step on one device, under DDP and every stage of DeepSpeed's ZeRO.
 
-What a step holds beside weights, gradients and optimizer is counted on fake tensors, which have shapes and lifetimes
-but no data. The rest is arithmetic on DeepSpeed's source. docs/memory.md compares it with real runs. GB is 10^9 bytes.
+Activations and temporaries are counted on fake tensors, which have shapes and lifetimes but no data. Weights, gradients
+and optimizer follow from DeepSpeed's source. docs/memory.md compares this with real runs. GB is 10^9 bytes.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from utils.processes.progress import RunProgress, wide_console
 GB = 10**9
 DEVICES = (24, 40, 80, 141)  # GB
 FLOAT32 = 4  # bytes
-COUNTED = 4  # blocks; a deeper tower is continued from there
+COUNTED = 4  # blocks that are counted; deeper towers are extrapolated
 KINDS = ["weights", "reference", "optimizer", "gradients", "buckets", "gathered weights", "pixels, perturbations"]
 KINDS += ["activations", "temporaries"]
 
-# The image towers of OpenAI's (B, L: quick_gelu) and LAION's models (H, bigG: gelu). Heads do not change the bytes.
+# The image towers of OpenAI's models (B, L: quick_gelu) and LAION's (H, bigG: gelu). The heads do not change the bytes.
 _FIELDS = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size", "image_size"]
 _FIELDS += ["projection_dim", "hidden_act"]
 TOWERS: dict[str, tuple[Any, ...]] = {
@@ -56,7 +56,7 @@ def tower_config(name: str) -> CLIPVisionConfig:
 
 
 def random_encoder(config: CLIPVisionConfig, compute_dtype: torch.dtype) -> ImageEncoder:
-    """The image tower of this config. Weights are random, or fake inside ``FakeTensorMode``."""
+    """The image tower of this config, with random weights, or fake ones inside ``FakeTensorMode``."""
     model, third = CLIPVisionModelWithProjection(config), [1 / 3] * 3
     side: Any = config.image_size
     encoder = ImageEncoder(model.vision_model, model.visual_projection, side, third, third, compute_dtype)
@@ -65,28 +65,28 @@ def random_encoder(config: CLIPVisionConfig, compute_dtype: torch.dtype) -> Imag
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside the block ``live`` is the bytes of all storages that anything refers to, ``peak`` their highest.
+    """Counts memory inside the block: ``live`` is the bytes of all storages in use, ``peak`` the highest so far.
 
-    What a kernel allocates and frees within itself is not seen.
+    Memory that a kernel allocates and frees internally is not counted.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self.history: list[tuple[Any, int]] = []  # operations, and the live bytes after them
+        self.history: list[tuple[Any, int]] = []  # (operation, live bytes after it)
         self._known: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.device.type != "meta":  # those have no memory
+            if isinstance(tensor, Tensor) and tensor.device.type != "meta":  # meta tensors have no memory
                 self._watch(tensor.untyped_storage())
         self.peak = max(self.peak, self.live)
         self.history.append((func, self.live))
         return result
 
     def _watch(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()  # one key per storage, while it lives
+        key, size = storage._cdata, storage.nbytes()  # the key is unique while the storage lives
         if key in self._known:
             return
 
@@ -100,23 +100,23 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class StepCount:
-    """What one step of an image tower needs beside weights, reference and optimizer, for any batch size.
+    """The memory of one step of an image tower besides weights, reference and optimizer, for any batch size.
 
-    ``phases``: by name an array (operations, 3): bytes live after each operation with no images, the further bytes of
-    each image, and the bytes of gradients among the former.
+    ``phases`` maps each name to an array (operations, 3): after each operation the live bytes with no images, the
+    further bytes per image, and the gradients' part of the first number.
     """
 
     phases: dict[str, np.ndarray]
     parameters: list[int]  # elements of each parameter of the encoder
     reference_bytes: int
-    layer_bytes: int  # of the weights of one transformer block, float32
+    layer_bytes: int  # weights of one transformer block, float32
     reference_layer_bytes: int
     data_bytes: int  # per image: pixels, perturbation, reference embedding, margin
 
 
 @dataclass
 class _Segment:
-    """Operations that run through the blocks once, forwards or backwards: names, and bytes as in ``StepCount``."""
+    """The operations of one pass through the blocks, forward or backward: names, and bytes as in ``StepCount``."""
 
     phase: str
     names: list[Any]
@@ -132,18 +132,18 @@ def count_step(
     clean_in_primal: bool = True,
     momentum: bool = False,
 ) -> StepCount:
-    """Counts a LORE step of the image tower of this config. No weights are made, nothing is computed.
+    """Counts a LORE step of the image tower of this config, without making weights or computing anything.
 
-    ``clean_in_primal``: whether the updates see the clean images too (LORE, not FARE). ``momentum``: the attack's.
-    The same operations run at every batch size, so the live bytes after each are a + b * images; two sizes give both.
-    Blocks are alike, so two depths give all: exact, and many times as fast.
+    ``clean_in_primal``: whether updates also encode the clean images (LORE, not FARE). ``momentum``: the attack's.
+    The same operations run at every batch size: the live bytes after each are a + b * images, and two sizes give a, b.
+    All blocks are alike, so two depths give every depth, exactly and many times faster.
     """
     problem = Problem(constraint="embedding" if clean_in_primal else "none")
 
     def encoders(depth: int) -> tuple[ImageEncoder, ImageEncoder]:
         shallow = copy.deepcopy(config)
         shallow.num_hidden_layers = depth
-        # The reference is no copy: fake tensors cannot be copied deeply.
+        # The reference is built, not copied: fake tensors cannot be deep-copied.
         encoder, reference = (random_encoder(shallow, compute_dtype) for _ in range(2))
         if gradient_checkpointing:
             enable_gradient_checkpointing(encoder)
@@ -182,16 +182,16 @@ def count_step(
 
 
 def _deepen(shorter: _Segment, longer: _Segment, more: int) -> np.ndarray:
-    """The bytes of a segment with ``more`` blocks than the longer one, from two that differ by one block.
+    """The bytes of a segment with ``more`` blocks than ``longer``, which has one block more than ``shorter``.
 
-    Operation i from the start, and from the end, is the same at both depths, and its bytes grow evenly with the depth.
+    Counted from the start or from the end, operation i is the same at both depths; its bytes are linear in the depth.
     """
     block = len(longer.names) - len(shorter.names)
     parts = []
     for direction in (1, -1):
         pairs = zip(shorter.names[::direction], longer.names[::direction])
         alike = next((place for place, (one, other) in enumerate(pairs) if one != other), len(shorter.names))
-        alike -= block  # the first operations after the last block may be named alike by accident
+        alike -= block  # operations after the last block may by chance have the same names
         near, far = (segment.bytes[::direction][:alike] for segment in (shorter, longer))
         parts.append(far + more * (far - near))
     return np.concatenate(parts)
@@ -205,12 +205,12 @@ def _trace(
     batch_size: int,
     momentum: bool,
 ) -> list[_Segment]:
-    """One step: by operation the live bytes beside weights and reference, and those of gradients among them."""
+    """One step: after each operation the live bytes besides weights and reference, and the gradients' part of them."""
     history, resident = tensors.history, tensors.live
-    ends = [len(history)]  # of forward and of backward passes since the phase began, as counts of operations
+    ends = [len(history)]  # ends of the passes in this phase, as numbers of operations
     encoder.register_forward_pre_hook(lambda *_: ends.append(len(history)))
     encoder.register_forward_hook(lambda *_: ends.append(len(history)))
-    made: list[tuple[int, int]] = []  # gradients: operations done before, bytes
+    made: list[tuple[int, int]] = []  # for each gradient: number of operations before it, bytes
     for parameter in encoder.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: made.append((len(history), p.grad.nbytes)))
     cuts: list[tuple[str, int, int]] = []
@@ -224,7 +224,7 @@ def _trace(
         rows[operation:, 1] += size
     found = [_Segment(phase, [name for name, _ in history[first:end]], rows[first:end]) for phase, first, end in cuts]
     for segment in found:
-        if segment.phase != "first backward":  # gradients that were there before are counted in device_bytes
+        if segment.phase != "first backward":  # older gradients are counted in device_bytes
             segment.bytes[:, 1] = 0
         if segment.phase == "further backward":
             segment.bytes[:, 0] -= _bytes(encoder)
@@ -234,7 +234,7 @@ def _trace(
 def _step(
     encoder: ImageEncoder, reference: ImageEncoder, problem: Problem, batch_size: int, momentum: bool
 ) -> Iterator[str]:
-    """The step of train_lore.py, two attack steps and two updates. Yields the name of each phase when it is over."""
+    """The step of train_lore.py with two attack steps and two updates. Yields each phase's name at its end."""
     multiplier = Multiplier("scalar", encoder.embed_dim)
     batch = MicroBatch(torch.zeros(batch_size, 3, encoder.image_size, encoder.image_size))
     with torch.no_grad():
@@ -247,12 +247,12 @@ def _step(
         "num_steps": 2,
         "momentum": 0.9 if momentum else 0.0,
     }
-    with frozen(encoder):  # not by ``attack``: its start is drawn image by image, by more operations for more images
+    with frozen(encoder):  # not by ``attack``: it draws starts image by image, so operations depend on the batch
         start = torch.zeros_like(batch.pixel_values)
         batch.delta = pgd(lambda x: problem.loss(encoder(x), batch), batch.pixel_values, start=start, **options)
         del start
     yield "attack"
-    for phase in ("first backward", "further backward"):  # the first makes the gradients, the second adds to them
+    for phase in ("first backward", "further backward"):  # the first creates the gradients, the second adds to them
         problem.primal(encoder, batch, multiplier).loss.backward()
         yield phase
     encoder.zero_grad()
@@ -270,9 +270,9 @@ def _bytes(module: torch.nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run lies on its devices. Bucket sizes are in elements, as in accelerate_configs/deepspeed."""
+    """How a run is split over its devices. Bucket sizes are in elements, as in accelerate_configs/deepspeed."""
 
-    stage: int = 0  # of ZeRO; 0 is DDP or a single process
+    stage: int = 0  # ZeRO stage; 0 is DDP or a single process
     processes: int = 1
     optimizer: str = "adamw"
     accumulation: int = 1
@@ -285,9 +285,9 @@ class Layout:
 
 
 def optimizer_bytes(optimizer: str, parameters: Sequence[int]) -> int:
-    """Bytes of AdamW's two states for parameters of these many elements.
+    """Bytes of AdamW's two states for parameters with these numbers of elements.
 
-    bitsandbytes: 8 bits and a float32 scale per 256 from 4,096 elements on. Paged states count in full.
+    bitsandbytes: from 4,096 elements on 8 bits each, and a float32 scale per 256. Paged states count in full.
     """
     if optimizer == "adamw":
         return 8 * sum(parameters)
@@ -298,36 +298,36 @@ Phase = tuple[str, dict[str, int], np.ndarray]
 
 
 def device_bytes(count: StepCount, layout: Layout) -> list[Phase]:
-    """What is on a device, by phase: (name, bytes by kind whatever the batch, counted bytes as in ``StepCount``).
+    """The bytes on a device in each phase: (name, bytes by kind at any batch size, counted bytes as in ``StepCount``).
 
     Sources: torch's DistributedDataParallel; deepspeed/runtime/zero/stage_1_and_2.py, stage3.py and
-    partitioned_param_coordinator.py of DeepSpeed 0.19. Padding of shares is left out.
+    partitioned_param_coordinator.py of DeepSpeed 0.19. Padding of partitions is ignored.
     """
     numel, stage = sum(count.parameters), layout.stage
     weights = FLOAT32 * numel
     share = FLOAT32 * math.ceil(numel / layout.processes)
-    owned = [share // FLOAT32] if stage else count.parameters  # what the optimizer of this device updates
+    owned = [share // FLOAT32] if stage else count.parameters  # elements that this device's optimizer updates
     bucket = FLOAT32 * layout.reduce_bucket_size
-    filled = min(bucket, weights)  # gradients that are reduced together; they are copied once for it
+    filled = min(bucket, weights)  # gradients that are reduced together, from one copy
     always = {
         "weights": weights,
         "reference": count.reference_bytes,
-        "optimizer": optimizer_bytes(layout.optimizer, owned) + (share if stage else 0),  # with DeepSpeed's master copy
+        "optimizer": optimizer_bytes(layout.optimizer, owned) + (share if stage else 0),  # plus DeepSpeed's master copy
     }
     nothing = np.zeros((1, 3))
     first, further = count.phases["first backward"], count.phases["further backward"]
-    gathered = {"reference": 0, "attack": 0, "dual": 0}  # weights, under ZeRO-3
-    accumulated: dict[str, int] | None = None  # what is there in a backward pass after the first of a step
+    gathered = {"reference": 0, "attack": 0, "dual": 0}  # bytes of gathered weights, under ZeRO-3
+    accumulated: dict[str, int] | None = None  # present in every backward pass of a step but the first
     phases: list[Phase]
 
     if stage == 0 and layout.processes > 1:
-        always["gradients"] = weights  # DDP's buckets, which the gradients are views of, stay
+        always["gradients"] = weights  # gradients are views of DDP's buckets, which stay allocated
         phases = [("updates", {}, further), ("optimizer", {}, nothing)]
     elif stage == 0:
         accumulated = {"gradients": weights}
         phases = [("updates", {}, first), ("optimizer", accumulated, nothing)]
     elif stage <= 2:
-        # Under 1 the whole gradients stay until the last backward of a step has made them all; then they are reduced.
+        # ZeRO-1 keeps the whole gradients until the last backward pass of a step is over, then reduces them.
         kept = weights if stage == 1 else share
         accumulated = {"buckets": bucket + (0 if stage == 1 else filled), "gradients": kept}
         phases = [
@@ -337,7 +337,7 @@ def device_bytes(count: StepCount, layout: Layout) -> list[Phase]:
         ]
     else:
         always |= {"weights": share, "gradients": share, "buckets": bucket}
-        small = sum(size for size in count.parameters if size < layout.param_persistence_threshold)  # stay whole
+        small = sum(size for size in count.parameters if size < layout.param_persistence_threshold)  # never partitioned
         ahead = FLOAT32 * (small + layout.prefetch_bucket_size)
         streamed = min(weights, ahead + count.layer_bytes)
         gathered = {
@@ -348,8 +348,8 @@ def device_bytes(count: StepCount, layout: Layout) -> list[Phase]:
         if layout.shard_reference:
             always["reference"] = math.ceil(count.reference_bytes / layout.processes)
             gathered["reference"] += count.reference_layer_bytes
-        # A gathered weight is kept where it is needed again within the reuse distance: from a block of the forward pass
-        # to the same one of the backward pass it is twice the weights behind that block.
+        # A gathered weight is kept if it is needed again within the reuse distance. From a block in the forward pass to
+        # the same block in the backward pass, the distance is twice the weights of all later blocks.
         reused = min(weights, ahead + FLOAT32 * layout.max_reuse_distance // 2)
         phases = [
             ("updates", {"gathered weights": reused}, _reduced(first, layout, filled)),
@@ -367,8 +367,8 @@ def device_bytes(count: StepCount, layout: Layout) -> list[Phase]:
 
 
 def _reduced(first: np.ndarray, layout: Layout, filled: int) -> np.ndarray:
-    """The first backward pass where gradients leave for the bucket as they are made, and at most a share comes back."""
-    kept = 1 / layout.processes if layout.stage == 2 else 0  # ZeRO-3 has room for its share anyway
+    """The first backward pass if each gradient moves to the bucket at once and at most the device's part is kept."""
+    kept = 1 / layout.processes if layout.stage == 2 else 0  # ZeRO-3 has memory for its part anyway
     gradients = first[:, 2]
     gone = gradients * (1 - kept)
     copied = np.where(gradients >= FLOAT32 * layout.reduce_bucket_size, filled, 0)
@@ -376,7 +376,7 @@ def _reduced(first: np.ndarray, layout: Layout, filled: int) -> np.ndarray:
 
 
 def peak_bytes(count: StepCount, layout: Layout, batch_size: int) -> dict[str, Any]:
-    """The highest use of a step by kind, in bytes: ``phase`` is its name, ``total`` the sum of the others."""
+    """The peak of a step, in bytes by kind: ``phase`` is when, ``total`` is the sum of the others."""
     data = batch_size * layout.accumulation * count.data_bytes
     peaks = []
     for name, kinds, counted in device_bytes(count, layout):
@@ -393,7 +393,7 @@ def peak_bytes(count: StepCount, layout: Layout, batch_size: int) -> dict[str, A
 
 
 def largest_batch(count: StepCount, layout: Layout, capacity: float) -> int:
-    """The most images per micro-batch that a device of ``capacity`` bytes holds, 0 where it holds none."""
+    """The most images per micro-batch that fit on a device of ``capacity`` bytes; 0 if not even one fits."""
     largest = math.inf
     for _, kinds, counted in device_bytes(count, layout):
         free = capacity - sum(kinds.values()) - counted[:, 0]
@@ -412,10 +412,10 @@ def print_estimate(
     gradient_checkpointing: bool,
     **counted: Any,
 ) -> None:
-    """Prints the peak of a step on one device, the largest batches, and what the peak is made of.
+    """Prints the peak of a step on one device, the largest batches, and the parts of the peak.
 
-    For all ``TOWERS`` and the ``model`` (name and config), where given; the breakdown is that model's, else ViT-L/14's.
-    ``run`` is laid out under every stage; ``counted``: what else ``count_step`` takes.
+    Covers all ``TOWERS`` and ``model`` (name and config), if given. The parts are shown for that model, else for
+    ViT-L/14. ``run`` is estimated under every stage; ``counted`` goes to ``count_step``.
     """
     configs = {tower: tower_config(tower) for tower in TOWERS} | dict([model] if model else [])
     shown, counts = model[0] if model else "ViT-L/14", {}
@@ -460,7 +460,7 @@ def print_estimate(
 
 
 def _print_table(console: Console, title: str, rows: Sequence[Sequence[str]]) -> None:
-    """The first row is the heading."""
+    """Prints a table whose first row has the headings."""
     table = Table(title=title, title_justify="left")
     for place, heading in enumerate(rows[0]):
         table.add_column(heading, justify="right" if place else "left", no_wrap=True)

@@ -1,4 +1,4 @@
-"""What runs report: statistics of a batch, FLOPs, and the metrics.jsonl file."""
+"""Metrics of a run: statistics of a batch, FLOPs, and the file metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from utils.whole_files import write_whole
 
 
 def violation_statistics(distance: Tensor, margin: Tensor, rho: float) -> dict[str, float]:
-    """Distribution of distance / margin, (n,) both (feasible: <= rho), and the share above rho. One synchronisation."""
+    """Statistics of distance / margin, both (n,), feasible if <= rho, and the fraction above rho. Synchronises once."""
     ratio = distance.float() / margin.float().clamp_min(1e-12)
     quantiles = torch.quantile(ratio, torch.tensor([0.5, 0.95], device=ratio.device))
     violated = (distance > rho * margin).float().mean()
@@ -33,7 +33,7 @@ def violation_statistics(distance: Tensor, margin: Tensor, rho: float) -> dict[s
 def forward_flops(encoder: ImageEncoder) -> int:
     """FLOPs of one image's forward pass (a multiply-add counts 2), counted by torch on a batch of one."""
     pixel_values = torch.zeros(1, 3, encoder.image_size, encoder.image_size, device=encoder.image_mean.device)
-    # The plain attention kernel: the counter does not know every fused one.
+    # Use the plain attention kernel: the counter does not know every fused one.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         encoder(pixel_values)
     return counter.get_total_flops()
@@ -42,27 +42,27 @@ def forward_flops(encoder: ImageEncoder) -> int:
 def lore_flops_per_image(
     forward: int, attack_steps: int, primal_steps: int, clean_in_primal: bool, dual: bool, reference: bool = True
 ) -> int:
-    """FLOPs that one image needs in one step, from those of a forward F (backward to the input F, with weights 2F).
+    """FLOPs of one image in one step, in terms of a forward pass F (a backward pass is F, with weight gradients 2F).
 
-    Reference F, attack 2F a step, each primal update 3F for x + delta and 3F more where x takes part, dual F.
+    Reference F, attack 2F per step, primal update 3F for x + delta and 3F more if it also encodes x, dual F.
     """
     return forward * (reference + 2 * attack_steps + primal_steps * (6 if clean_in_primal else 3) + dual)
 
 
 def preference_flops_per_sample(forward: int, pictures: int, head: bool, dual: bool = False) -> int:
-    """FLOPs that one sample's pictures need in one step: reference F each, and 3F each where no ``head`` is trained.
+    """FLOPs of one sample's pictures in one step: F each for the reference, and 3F each unless a ``head`` is trained.
 
-    ``dual``: F more for the clean picture. Texts are left out: few in comparison.
+    ``dual``: F more for the clean picture. Texts are ignored: they need little in comparison.
     """
     return forward * (pictures if head else 4 * pictures + dual)
 
 
-# Dense bf16 peaks from the vendors' data sheets, FLOP/s. Other devices report no utilisation.
+# Dense bf16 peaks in FLOP/s from the vendors' data sheets. For other devices no utilisation is logged.
 _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12}
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 peak in FLOP/s, None where it is not known."""
+    """The device's dense bf16 peak in FLOP/s; None if unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -78,7 +78,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class MetricsFile:
-    """``metrics.jsonl``: one JSON object a line, written through at once."""
+    """``metrics.jsonl``: one JSON object per line, written to disk at once."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -90,7 +90,7 @@ class MetricsFile:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """The rows in order; what is no row of a step is left out."""
+        """The rows in order, without lines that are not the row of a step."""
         rows = []
         text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
         for line in text.split("\n"):
@@ -101,6 +101,6 @@ class MetricsFile:
         return rows
 
     def cut_back(self, step: int) -> None:
-        """Drops what was written after ``step``: a resumed run writes it again."""
+        """Drops the rows after ``step``: a resumed run writes them again."""
         kept = [json.dumps(row) + "\n" for row in self.read() if row["step"] <= step]
         write_whole(self.path, "".join(kept))

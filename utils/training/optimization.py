@@ -1,4 +1,4 @@
-"""Optimizer, number of steps, and the learning rate, a pure function of the step: nothing to save."""
+"""Optimizer, number of steps, and the learning rate, a function of the step alone, so that nothing must be saved."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ADAMW = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 
 
 def make_optimizer(name: str, module: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
-    """Over all parameters: ``adamax``, ``adamw``, or AdamW with 8-bit states."""
+    """An optimizer of all parameters: ``adamax``, ``adamw``, or AdamW with 8-bit states."""
     options: dict[str, Any] = {"params": module.parameters(), "lr": learning_rate, "weight_decay": weight_decay}
     if name == "adamw":  # fused: one pass over the weights, no temporaries of their size
         return torch.optim.AdamW(**options, fused=True)
@@ -34,9 +34,9 @@ def make_optimizer(name: str, module: nn.Module, learning_rate: float, weight_de
 def accumulation_steps(
     global_batch_size: int | None, per_device_batch_size: int, processes: int, given: int | None = None
 ) -> int:
-    """Micro-batches per step: N / (processes x per-device batch); without a global batch N ``given``, else 1.
+    """Micro-batches per step: N / (processes x per-device batch); without a global batch size N, ``given`` or 1.
 
-    Raises ``UserError`` with what would fit where that is no whole number, or not the ``given`` one.
+    Raises ``UserError``, with sizes that fit, if this is not a whole number or differs from ``given``.
     """
     if global_batch_size is None:
         return given or 1
@@ -60,7 +60,7 @@ def accumulation_steps(
 def count_steps(
     *, samples_per_epoch: int, num_samples: int, global_batch_size: int, epochs: int, max_steps: int | None
 ) -> int:
-    """Steps of the whole run; a last partial batch of an epoch is dropped. Refuses an epoch that holds no batch."""
+    """Steps of the whole run, without partial batches. Raises ``UserError`` if an epoch holds no whole batch."""
     if samples_per_epoch > num_samples:
         held = f"the shards hold {num_samples} samples, and an epoch reads each at most once"
         raise UserError(f"--train_num_samples {samples_per_epoch}: {held}; lower it")
@@ -72,7 +72,7 @@ def count_steps(
 
 
 def cosine_learning_rate(step: int, peak: float, total_steps: int, warmup_steps: int = 0) -> float:
-    """Linear from peak / warmup_steps to ``peak``, then half a cosine that would reach 0 at ``total_steps``."""
+    """Rises linearly from peak / warmup_steps to ``peak``, then falls by half a cosine to 0 at ``total_steps``."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
@@ -82,7 +82,7 @@ def cosine_learning_rate(step: int, peak: float, total_steps: int, warmup_steps:
 class BetaAverage:
     """Running average of a module's weights over a run, float32: weight Beta(0.7, 0.7) at (k + 1/2) / (n + 1).
 
-    k = 0 at the start. First and last moments weigh most. Source: the official code of arXiv 2411.08923.
+    k is the step, 0 at the start. The first and last steps weigh most. Source: official code of arXiv 2411.08923.
     """
 
     def __init__(self, module: nn.Module, total_steps: int) -> None:
@@ -91,7 +91,7 @@ class BetaAverage:
         self.total = self._weight(0)
 
     def update(self, module: nn.Module, step: int) -> None:
-        """Takes in the weights after ``step`` steps, 1 ... total_steps."""
+        """Adds the weights after ``step`` steps, 1 ... total_steps, to the average."""
         weight = self._weight(step)
         self.total += weight
         with torch.no_grad():
@@ -99,7 +99,7 @@ class BetaAverage:
 
     @contextmanager
     def applied(self, module: nn.Module) -> Iterator[None]:
-        """Inside, the module has the average's weights."""
+        """Inside the block the module has the averaged weights."""
         parameters = [parameter.detach() for parameter in module.parameters()]
         kept = [parameter.clone() for parameter in parameters]
         torch._foreach_copy_(parameters, self.weights)
@@ -121,7 +121,7 @@ class BetaAverage:
 
 
 def load_optimizer_state(optimizer: Optimizer, state: dict) -> None:
-    """Puts back ``optimizer.state_dict()["state"]``, tensors by the parameter's place; the hyperparameters stay."""
+    """Restores ``optimizer.state_dict()["state"]``, keyed by the parameter's index; hyperparameters stay."""
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -1,6 +1,6 @@
-"""--prefetch: brings everything that a run needs into the caches, for compute nodes without internet.
+"""--prefetch: downloads everything that a run needs into the caches, for compute nodes without internet.
 
-The run itself looks for things by the same functions. With HF_HUB_OFFLINE=1 it is only checked that all is there.
+The run finds its files by the same functions. With HF_HUB_OFFLINE=1, --prefetch only checks that they are there.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from utils.processes.progress import RunProgress
 from utils.sets.labelled import find_classes, open_set
 from utils.training.settings import RunSettings
 
-DOWNLOADS = 4  # shards at a time
-QUESTIONS = 8  # sizes asked for at a time
-MOST_LOST = 8  # shards after which no more are tried: the server is gone
-SECONDS_BETWEEN_LINES = 30.0  # of progress in a log file
+DOWNLOADS = 4  # shards downloaded at a time
+QUESTIONS = 8  # requests for sizes at a time
+MOST_LOST = 8  # failed shards before giving up: the server is down
+SECONDS_BETWEEN_LINES = 30.0  # between progress lines in a log file
 
 Models = Sequence[tuple[str, str, Sequence[str]]]  # flag, name or path, supported types
 
@@ -43,10 +43,10 @@ Models = Sequence[tuple[str, str, Sequence[str]]]  # flag, name or path, support
 def prefetch_training(
     settings: RunSettings, sets: Sequence[dict[str, Any]], supported: Sequence[str] = MODEL_TYPES
 ) -> None:
-    """Brings models, listings, texts and shards of a training run, and says where they are. Raises ``UserError``.
+    """Downloads models, listings, texts and shards of a training run, and prints where they are. Raises ``UserError``.
 
-    ``sets``: the arguments of ``open_set``; ``supported``: model types. Mistakes are found before anything large is
-    downloaded. Under a launcher the first process works alone, the others leave.
+    ``sets``: the arguments of ``open_set``; ``supported``: model types. Mistakes are reported before any large
+    download. Under a launcher only the first process works; the others return.
     """
     if launched_rank() > 0:
         return
@@ -79,7 +79,7 @@ def prefetch_training(
 
 
 def prefetch_models(models: Models) -> list[str]:
-    """Brings the files of every model that is on the hub; a line for each that says where it is."""
+    """Downloads the files of every model on the hub. Returns a line for each model that says where it is."""
     lines = []
     for flag, name, supported in models:
         if not Path(name).exists():
@@ -92,16 +92,16 @@ def prefetch_models(models: Models) -> list[str]:
 
 
 def shards_to_fetch(remote: Sequence[str], cache: ShardCache) -> dict[str, int | None]:
-    """Those that the cache lacks, with their bytes where the server states them.
+    """The shards that the cache lacks, with their bytes if the server states them.
 
-    UserError where one of them is not there, and where ``cache_limit_gb`` or the disk is too small for all of the run.
+    Raises UserError if a shard does not exist, or if ``cache_limit_gb`` or the disk is too small for all shards.
     """
     where = f"--cache_dir {cache.cache_dir}"
     with os_errors(f"{where}: cannot be made", "name a folder that can be written"):
         cache.cache_dir.mkdir(parents=True, exist_ok=True)
     present = [url for url in remote if cache.copy_of(url).exists()]
     for url in present:
-        with cache.local(url):  # marks the copy as used: others go first when room is needed
+        with cache.local(url):  # marks the copy as used, so that others are evicted first
             pass
     lacking = [url for url in remote if url not in set(present)]
     absent: dict[str, str] = {}
@@ -128,7 +128,7 @@ def shards_to_fetch(remote: Sequence[str], cache: ShardCache) -> dict[str, int |
 
 
 def fetch_shards(lacking: dict[str, int | None], cache: ShardCache) -> None:
-    """Fetches shards side by side and indexes them. UserError where some could not be had; those fetched stay."""
+    """Downloads shards in parallel and indexes them. Raises UserError if some failed; the downloaded ones stay."""
 
     def fetch(url: str) -> int:
         with cache.local(url) as path:
@@ -165,7 +165,7 @@ def _refuse_lost(lost: dict[str, str], total: int, what_to_do: str) -> None:
 
 
 def say_where(lines: Sequence[str], cache_dir: str | Path | None) -> None:
-    """Says what was brought, and how a run without internet finds it. ``cache_dir`` None: as if not named."""
+    """Prints what was downloaded and how a run without internet finds it. ``cache_dir`` is None if not set."""
     from huggingface_hub import constants
 
     print(f"prefetched: {'; '.join(lines) or 'nothing, all is local'}")

@@ -1,4 +1,4 @@
-"""One run of a trainer: its processes, files and clock, from the launch to the published model. It knows no method."""
+"""One run of a trainer, from launch to published model: processes, files and timing, independent of the method."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ from utils.training.state import load_parameters
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a run, and what is due after it."""
+    """A step of a run, and what follows it: logging, evaluation, a checkpoint."""
 
     index: int  # from 0
     last: bool
@@ -76,23 +76,23 @@ class Step:
 
     @property
     def done(self) -> int:
-        """Steps made once this one is over."""
+        """The number of steps made, including this one."""
         return self.index + 1
 
     @property
     def due(self) -> bool:
-        """Whether the device has to be waited for."""
+        """Whether the run waits for the device after this step."""
         return self.log or self.evaluate or self.save
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a checkpoint is made of. All processes call ``write_model(directory)``: it may have to gather weights."""
+    """The contents of a checkpoint. All processes call ``write_model(directory)``: it may have to gather weights."""
 
     model: nn.Module  # prepared
     optimizer: Any  # prepared
     write_model: Callable[[Path], None]
-    others: dict[str, Any]  # by name: multiplier, dual_optimizer, average; whatever has a state_dict, or None
+    others: dict[str, Any]  # by name: multiplier, dual_optimizer, average; each has a state_dict or is None
 
     def extra_state(self) -> dict[str, Any]:
         states = {name: other.state_dict() for name, other in self.others.items() if other is not None}
@@ -102,8 +102,8 @@ class Trained:
 class Run:
     """A run from its launch on. Call every method on all processes, in the same order.
 
-    ``script``: the trainer's file. ``updates``: of the encoder, for each batch. ``free``: settings that may change on
-    resume, beside FREE_SETTINGS. ``supported``: model types. Raises ``UserError`` before any model is loaded.
+    ``script``: the trainer's file. ``updates``: encoder updates per batch. ``free``: settings that may change on
+    resume, besides FREE_SETTINGS. ``supported``: model types. Raises ``UserError`` before any model is loaded.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Run:
         self.settings, self.script, self.method, self.supported = settings, Path(script).stem, method, supported
         self.free = FREE_SETTINGS | set(free)
         self.output_dir = Path(settings.output_dir)
-        # Before the accelerator: DeepSpeed has to know it then.
+        # Before the accelerator is made: DeepSpeed reads it then.
         settings.gradient_accumulation_steps = accumulation_steps(
             settings.global_batch_size,
             settings.per_device_train_batch_size,
@@ -150,8 +150,8 @@ class Run:
         self.resumed = self.on_main(lambda: read_state(self.checkpoint)) if self.checkpoint else None
         self.first_step = self.done = self.resumed["step"] if self.resumed else 0
         self.last_good: Path | None = self.checkpoint
-        self.losses: list[Tensor] = []  # of all updates since they were last checked; on the device until then
-        self.terms: Sequence[str] = ()  # names of what stands behind each loss
+        self.losses: list[Tensor] = []  # of all updates since the last check; they stay on the device until then
+        self.terms: Sequence[str] = ()  # names of the parts that follow each loss
         self.grad_norm: Any = None  # of the last update that was measured
         self.num_workers: Any = settings.num_workers
         self.data_note = ""
@@ -167,9 +167,9 @@ class Run:
     def open_sets(
         self, train: dict[str, Any], evaluation: dict[str, Any], earlier: dict[str, Any] | None = None
     ) -> tuple[LabelledSet, LabelledSet | None]:
-        """The sets of training and evaluation from the arguments of ``open_set``; None where nothing is evaluated.
+        """The training and evaluation set from the arguments of ``open_set``; None if nothing is evaluated.
 
-        The steps are counted, and a resumed run's settings are compared; ``earlier``: what older ones lack.
+        Also counts the steps and compares a resumed run's settings. ``earlier``: values that older checkpoints lack.
         """
         opened = (
             self.on_main(lambda: open_set(**train)),
@@ -202,19 +202,19 @@ class Run:
         return self.train_set, self.eval_set
 
     def fetch_model(self, name: str | None, flag: str = "--model_name_or_path") -> str | None:
-        """The folder of a model, which the first process of every node brings; None for None."""
+        """The folder of a model, downloaded by the first process of every node; None for None."""
         return None if name is None else fetch_model(self.accelerator, name, flag, self.supported)
 
     # ------------------------------------------------------------------------------------------- the model, and data
 
     def prepare(self, model: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
-        """Both as the launch wants them, with the checkpoint's parameters: engines copy them when they start."""
+        """Prepares both, after loading the checkpoint's parameters, because engines copy them when they start."""
         if self.checkpoint:
             load_parameters(model, self.checkpoint)
         return self.accelerator.prepare(model, optimizer)
 
     def restore(self, trained: Trained) -> None:
-        """Everything else of the checkpoint; without one, the beginning."""
+        """Restores everything else from the checkpoint. Without a checkpoint, sets up the start of a run."""
         fraction = self.settings.max_bad_fraction
         of = None
         if self.settings.keep_best:
@@ -236,7 +236,7 @@ class Run:
         self.all_skips = self.skips
 
     def _share(self) -> dict[str, int]:
-        """Seed, sizes of the shards and global batch size give all global batches: the step is the position."""
+        """This process's part of the data. Seed, shard sizes, global batch size and step determine every batch."""
         return {
             "samples_per_epoch": self.samples_per_epoch,
             "global_batch_size": self.global_batch_size,
@@ -248,7 +248,7 @@ class Run:
         }
 
     def measure_workers(self, dataset: Any, flops_per_sample: int) -> int:
-        """Data workers of this process: as many as the settings say, else as many as keep up."""
+        """Data workers of this process: the number in the settings, or else as many as keep up."""
         self.flops_per_sample = flops_per_sample
         if self.num_workers is None:
             self.num_workers, self.data_note = measured_workers(
@@ -258,7 +258,7 @@ class Run:
         return self.num_workers
 
     def train_batches(self, dataset: Any, num_workers: int | None) -> TimedBatches:
-        """The batches of all steps to come, for ``take``. No number of workers: the data lies in memory."""
+        """The batches of all remaining steps, for ``take``. ``num_workers`` is None if the data is in memory."""
         pinned, self.reading = self.device.type == "cuda", num_workers is not None
         batches = train_batches(dataset, **self._share(), num_workers=num_workers or 0, pin_memory=pinned)
         self.batches = TimedBatches(count_skipped(batches, self.skips))
@@ -268,9 +268,9 @@ class Run:
 
     @contextlib.contextmanager
     def begun(self, shown: dict[str, str], what: str = "images") -> Iterator[None]:
-        """Opens the run's files and its line of progress, inside of which all steps are made.
+        """Opens the run's files and its progress line; make all steps inside the block.
 
-        ``shown``: {word: key} of what the line shows of the rows, beside speed and loss.
+        ``shown``: {word: key of a row}, the values that the line shows besides speed and loss.
         """
         self.metrics_file = MetricsFile(self.output_dir / "metrics.jsonl")
         self.on_main(lambda: self.metrics_file.cut_back(self.first_step if self.resumed else -1))
@@ -301,7 +301,7 @@ class Run:
             yield
 
     def steps(self) -> Iterator[Step]:
-        """The steps that are left; ends early where the run is told to stop: ``stopped`` then says so."""
+        """The remaining steps. Ends early if the run is told to stop; ``stopped`` is then true."""
         self.stop.ask()
         if self.stopped():
             return
@@ -323,11 +323,11 @@ class Run:
         return self.done < self.total_steps and self.stop.agreed() is not None
 
     def gave_up(self) -> bool:
-        """Whether some process was told to stop and its data did not come: the step cannot be made."""
+        """Whether a process was told to stop and its data did not arrive, so that the step cannot be made."""
         return self.stop.gave_up()
 
     def set_learning_rates(self, step: Step, **optimizers: Any) -> None:
-        """By the name of its setting, the learning rate of every optimizer."""
+        """Sets the learning rate of every optimizer; the keyword is the name of its setting."""
         self.rates = {}
         for name, optimizer in optimizers.items():
             if optimizer is None:
@@ -337,21 +337,21 @@ class Run:
             set_learning_rate(optimizer, self.rates[name])
 
     def take(self, batches: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The micro-batches of a step; none where the run was told to stop and they do not come (``gave_up``)."""
+        """The micro-batches of a step; empty if the run was told to stop and they did not arrive (``gave_up``)."""
         count = self.settings.gradient_accumulation_steps or 1
         taken = self.stop.unless_told(lambda: [next(batches) for _ in range(count)])
         self.stop.ask()
-        # Under ZeRO-3 a forward gathers: no process begins one while another has no batch. Without it none has to wait.
+        # Under ZeRO-3 a forward pass gathers weights: no process may start one if another has no batch.
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED and self.gave_up():
             return []
         return taken or []
 
     def update(self, loss: Tensor, terms: Tensor, model: nn.Module, optimizer: Any, *, measure: bool = False) -> None:
-        """Backward, and the optimizer's step where it is due. ``terms``: the loss and its parts, kept for ``check``.
+        """Backward pass, and the optimizer's step if it is due. ``terms``: the loss and its parts, kept for ``check``.
 
-        ``measure``: keeps the gradient's norm. Call inside ``accelerator.accumulate(model)``.
+        ``measure``: keep the gradient's norm. Call inside ``accelerator.accumulate(model)``.
         """
-        self.accelerator.backward(loss)  # under DeepSpeed this is the update too, clipped by its own config
+        self.accelerator.backward(loss)  # DeepSpeed also clips, by its own config, and updates here
         self.losses.append(terms)
         clip = self.settings.max_grad_norm
         if self.accelerator.sync_gradients and (clip > 0 or measure):
@@ -362,13 +362,13 @@ class Run:
         optimizer.zero_grad()
 
     def update_outside(self, module: nn.Module, optimizer: Any) -> None:
-        """The step of a module that is not prepared, on its gradients' mean over the processes."""
+        """Updates a module that is not prepared, with its gradients averaged over the processes."""
         average_gradients(self.accelerator, module)
         optimizer.step()
         optimizer.zero_grad()
 
     def trained(self, step: Step) -> bool:
-        """Ends the training part of a step. Whether more is due, which waits for the device and the processes."""
+        """Ends the training part of a step. Returns ``step.due``, and if so first waits for device and processes."""
         self.seconds += time.perf_counter() - self._clock
         self.done = step.done
         if not step.due:
@@ -378,11 +378,11 @@ class Run:
         first_update = self.losses[-self.updates_per_step :][: self.settings.gradient_accumulation_steps]
         self._loss = torch.stack(first_update)[:, 0].mean()
         self.check(self.grad_norm if step.log else None)
-        self.seconds += time.perf_counter() - clock  # a device finishes its queue in here
+        self.seconds += time.perf_counter() - clock  # includes the wait for the device's queue
         return True
 
     def check(self, grad_norm: Any = None) -> None:
-        """Ends the run where a loss since the last check is not finite, or too many samples are lost."""
+        """Ends the run if a loss since the last check is not finite or too many samples were skipped."""
         if self.losses:
             refuse_non_finite(
                 self.accelerator,
@@ -399,7 +399,7 @@ class Run:
         self.all_skips.check()
 
     def row(self, step: Step, values: dict[str, float]) -> dict[str, Any]:
-        """A row of metrics: ``values`` of the method, the loss and gradient of the first update, rates and speed."""
+        """A row of metrics: the method's ``values``, loss and gradient norm of the first update, rates and speed."""
         images_per_second = (step.done - self.logged_step) * self.global_batch_size / self.seconds
         row = values | {
             "loss": self.accelerator.reduce(self._loss, reduction="mean").item(),
@@ -409,7 +409,7 @@ class Run:
             "data_wait_fraction": max(gather_objects(self.accelerator, self.batches.wait_fraction(self.seconds))),
             "peak_memory_gib": peak_memory_gib(self.device),
         }
-        if peak := peak_flops(self.device):  # the share of it that the method's FLOPs are, where it is known
+        if peak := peak_flops(self.device):  # log utilisation: the method's FLOPs relative to the peak
             flops_per_second = images_per_second * self.flops_per_sample
             row["model_flops_utilisation"] = flops_per_second / (peak * self.world_size)
         if self.reading and (advice := self.batches.advice(row["data_wait_fraction"], self.num_workers)):
@@ -418,7 +418,7 @@ class Run:
         return row
 
     def record(self, row: dict[str, Any], step: Step | None = None) -> None:
-        """Shows a row, writes it to metrics.jsonl and to the tracker; without a step that before the first one."""
+        """Shows a row and writes it to metrics.jsonl and the tracker. ``step`` is None for the row before training."""
         done = step.done if step else 0
         if row:
             row = {"step": done, "samples": done * self.global_batch_size, **row}
@@ -431,7 +431,7 @@ class Run:
 
     @contextlib.contextmanager
     def evaluating(self, dataset: Any, what: str) -> Iterator[Iterator[dict[str, Any]]]:
-        """This process's batches of the first --eval_num_samples. Stops where the run is told to and none comes."""
+        """This process's batches of the first --eval_num_samples. Ends if the run is told to stop and none arrives."""
         loader = eval_loader(
             dataset,
             num_samples=self.num_eval_samples(dataset),
@@ -441,7 +441,7 @@ class Run:
             num_workers=0,
             pin_memory=self.device.type == "cuda",
         )
-        self.eval_skips.seen = 0  # every pass is weighed by itself
+        self.eval_skips.seen = 0  # every pass is judged separately
         with contextlib.suppress(GivenUp):
             yield count_skipped(self.progress.within(what, self.stop.patiently(loader), len(loader)), self.eval_skips)
         self.stop.ask()
@@ -450,13 +450,13 @@ class Run:
         return min(self.settings.eval_num_samples, len(dataset))
 
     def check_evaluation(self) -> None:
-        """Ends the run where too many samples of the evaluation are lost."""
+        """Ends the run if too many evaluation samples were skipped."""
         self.eval_skips.merge(gather_objects(self.accelerator, self.eval_skips.state())).check()
 
     # --------------------------------------------------------------------------------------------------------- files
 
     def save(self, step: Step, row: dict[str, Any], trained: Trained) -> None:
-        """What is due after a step: the best model so far, a checkpoint."""
+        """Saves the best model so far and a checkpoint, whichever is due after a step."""
         name = self.settings.keep_best
         if name and row.get(name, -1.0) > self.best["value"]:
             self.best |= {"step": step.done, "value": row[name], "metric": name}
@@ -465,7 +465,7 @@ class Run:
             self.save_checkpoint(trained)
 
     def save_checkpoint(self, trained: Trained) -> None:
-        """The checkpoint of the last whole step, where it is not there yet."""
+        """Writes the checkpoint of the last complete step, unless it exists."""
         if self.last_good == self.output_dir / "checkpoints" / f"step-{self.done}":
             return
         self.last_good = save_checkpoint(
@@ -506,7 +506,7 @@ class Run:
         )
 
     def leave(self, trained: Trained) -> NoReturn:
-        """Saves the last whole step of a run that was told to stop, and ends the process."""
+        """Saves the last complete step of a run that was told to stop, and ends the process."""
         waiting = "while waiting for data, " if self.gave_up() else ""
         told = self.stop.agreed()
         if self.done == self.first_step:
@@ -519,7 +519,7 @@ class Run:
         self.stop.leave(told, state, self.progress.note)
 
     def finish(self, trained: Trained, *notes: str) -> None:
-        """Publishes the model, says what was skipped, and closes the run."""
+        """Publishes the model, reports skipped samples, and closes the run."""
         publish_model(self.accelerator, self.output_dir, trained.write_model)
         self.progress.note(f"saved {self.output_dir}")
         for line in notes:

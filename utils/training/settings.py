@@ -1,4 +1,4 @@
-"""Settings that both trainers have; each adds those of its method."""
+"""Settings that both trainers share; each trainer adds those of its method."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class RunSettings:
         }
 
 
-# May differ between a run and its continuation: where and how often, not what is computed. A trainer adds its own.
+# These may change when a run resumes: they set where and how often, not what is computed. Each trainer adds its own.
 FREE_SETTINGS = {
     *("output_dir", "resume_from_checkpoint", "cache_dir", "cache_limit_gb", "num_workers", "report_to"),
     *(

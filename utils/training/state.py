@@ -1,10 +1,10 @@
-"""The state of training as whole, named tensors, the same under DDP and every ZeRO stage.
+"""The training state as whole, named tensors, the same under DDP and every ZeRO stage.
 
-A run goes on from them under any number of processes and any stage. The exception are 8-bit optimizers under ZeRO:
-their blocks are cut out of a process's share, so each process keeps its own.
+A run can resume from them with any number of processes and any stage. The exception is an 8-bit optimizer under ZeRO:
+its blocks are made of one process's partition, so each process keeps its own.
 
     parameters.safetensors                  {parameter: tensor}, float32
-    optimizer.<key>.safetensors             {parameter: tensor} for exp_avg, exp_avg_sq, step or what the state holds
+    optimizer.<key>.safetensors             {parameter: tensor} for exp_avg, exp_avg_sq, step or other keys
     optimizer.process-<rank>.safetensors    {<share>/<key>: tensor}, 8-bit optimizers under ZeRO only
 """
 
@@ -30,7 +30,7 @@ OWN_SHARE = "optimizer.process-{rank}"
 def flatten(
     nested: dict[Any, Any] | list[Any] | tuple[Any, ...], prefix: str = ""
 ) -> tuple[Tensors, dict[str, int | float]]:
-    """Nested dictionaries and lists -> tensors on the CPU and numbers, both by path ``a/b/c``. None is left out."""
+    """Nested dictionaries and lists -> tensors on the CPU and numbers, both by path ``a/b/c``, without None values."""
     tensors: Tensors = {}
     numbers: dict[str, int | float] = {}
     for key, value in nested.items() if isinstance(nested, dict) else enumerate(nested):
@@ -49,7 +49,7 @@ def flatten(
 
 
 def unflatten(values: dict[str, Any]) -> dict[Any, Any]:
-    """Paths back to nested dictionaries; whole numbers as keys become integers again."""
+    """Turns paths back into nested dictionaries; keys that are whole numbers become integers again."""
     nested: dict[Any, Any] = {}
     for path, value in values.items():
         *parents, last = (int(part) if part.isdigit() else part for part in path.split("/"))
@@ -63,9 +63,9 @@ def unflatten(values: dict[str, Any]) -> dict[Any, Any]:
 def collect(
     accelerator: Accelerator, model: nn.Module, optimizer: Any, write: Callable[[str, Tensors], None]
 ) -> dict[str, Any]:
-    """Hands parameters and optimizer state to ``write(file stem, tensors)``, file by file; returns its plain numbers.
+    """Passes parameters and optimizer state to ``write(file stem, tensors)``, file by file; returns plain numbers.
 
-    Call on all processes, with what is prepared: ZeRO gathers here. The main process writes, and each its own shares.
+    Call on all processes with the prepared model: ZeRO gathers here. The main process writes, and each its own part.
     """
     parameters = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
@@ -83,7 +83,7 @@ def collect(
 
 
 def _by_key(values: dict[str, Any], names: list[str]) -> dict[str, dict[str, Any]]:
-    """{"<place of a parameter>/<key>": value} -> {key: {name of the parameter: value}}."""
+    """{"<index of a parameter>/<key>": value} -> {key: {name of the parameter: value}}."""
     found: dict[str, dict[str, Any]] = {}
     for path, value in values.items():
         place, _, key = path.partition("/")
@@ -103,7 +103,7 @@ def _collect_zero(accelerator: Accelerator, engine: Any, write: Callable[[str, T
     for key in states[0]:
         whole: Tensors = {}
         for name, parameter in engine.module.named_parameters():
-            same = key == "step"  # for all parameters; everything else takes a collective
+            same = key == "step"  # equal for all parameters; everything else needs a collective
             tensor = torch.as_tensor(states[0][key]) if same else safe_get_full_optimizer_state(parameter, key)
             if accelerator.is_main_process:
                 whole[name] = _own(tensor)
@@ -113,7 +113,7 @@ def _collect_zero(accelerator: Accelerator, engine: Any, write: Callable[[str, T
 
 
 def read_tensors(path: Path) -> Tensors:
-    """A file of a checkpoint. Raises ``UserError`` for what is not finite: nothing good comes of going on from it."""
+    """Reads a file of a checkpoint. Raises ``UserError`` for non-finite values: such a run cannot recover."""
     tensors = load_file(path)
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
@@ -124,7 +124,7 @@ def read_tensors(path: Path) -> Tensors:
 
 
 def load_parameters(module: nn.Module, checkpoint: Path) -> None:
-    """Puts the checkpoint's parameters into ``module``, before it is prepared: engines copy them when they start."""
+    """Loads the checkpoint's parameters into ``module``, before it is prepared: engines copy them when they start."""
     found, wanted = read_tensors(checkpoint / "parameters.safetensors"), module.state_dict()
     names = sorted(found.keys() ^ wanted.keys())
     names += [name for name in wanted if name in found and found[name].shape != wanted[name].shape]
@@ -137,7 +137,7 @@ def load_parameters(module: nn.Module, checkpoint: Path) -> None:
 def load_optimizer(
     accelerator: Accelerator, model: nn.Module, optimizer: Any, checkpoint: Path, numbers: dict[str, Any]
 ) -> None:
-    """Puts the state, and the ``numbers`` of ``collect``, into the prepared ``optimizer``. Call on all processes."""
+    """Loads the state and the ``numbers`` of ``collect`` into the prepared ``optimizer``. Call on all processes."""
     own_shares = list(checkpoint.glob(OWN_SHARE.format(rank="*") + ".safetensors"))
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if not own_shares:
@@ -176,22 +176,22 @@ def _load_zero(accelerator: Accelerator, engine: Any, checkpoint: Path) -> None:
     zero, device = engine.optimizer, accelerator.device
     keys = []
     for key, tensors in _optimizer_files(checkpoint):
-        if not all(tensor.is_floating_point() for tensor in tensors.values()):  # 8-bit blocks, of whole parameters
+        if not all(tensor.is_floating_point() for tensor in tensors.values()):  # 8-bit blocks of whole parameters
             raise _other_shares(checkpoint)
         keys.append(key)
-        count = next(iter(tensors.values()))  # of steps, under "step"; the fused AdamW wants it where the share is
+        count = next(iter(tensors.values()))  # of steps, under "step"; the fused AdamW needs it on the share's device
         for share in _shares(zero):
             zero.optimizer.state[share][key] = (
                 count.clone().to(share.device) if key == "step" else torch.zeros_like(share)
             )
     if keys and hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
-        zero._lazy_init_hp_params_optimizer_state()  # stages 1 and 2 look for the state after their first step only
+        zero._lazy_init_hp_params_optimizer_state()  # stages 1 and 2 would set it up only after their first step
     for key, tensors in _optimizer_files(checkpoint):
         if key == "step":
             continue
         for name, parameter in engine.module.named_parameters():
             if hasattr(parameter, "ds_id"):
-                # Of its share alone: what sets whole tensors overruns where the processes do not divide a tensor.
+                # Set only the local part: DeepSpeed's setter of whole tensors overruns if the split is uneven.
                 size = parts.safe_get_local_optimizer_state(parameter, key).numel()
                 first = accelerator.process_index * size
                 values = tensors[name].flatten()[first : first + size]
@@ -203,13 +203,13 @@ def _load_zero(accelerator: Accelerator, engine: Any, checkpoint: Path) -> None:
 
 
 def _shares(zero: Any) -> list[Tensor]:
-    """The flat float32 master parameters of this process, which the optimizer beneath steps on."""
+    """This process's flat float32 master parameters, which the inner optimizer updates."""
     stage_3 = hasattr(zero, "fp32_partitioned_groups_flat")
     return zero.fp32_partitioned_groups_flat if stage_3 else zero.single_partition_of_fp32_groups
 
 
 def _is_elementwise(share: Tensor, state: dict[str, Any]) -> bool:
-    """Whether the state is one step count and tensors with a float for every parameter."""
+    """Whether the state is one step count and tensors with one float per parameter."""
     return all(
         key == "step" or (isinstance(value, Tensor) and value.shape == share.shape and value.is_floating_point())
         for key, value in state.items()
@@ -223,7 +223,7 @@ def _optimizer_files(checkpoint: Path) -> Iterator[tuple[str, Tensors]]:
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """On the CPU, contiguous, with memory of its own: safetensors refuses tensors that share it."""
+    """A contiguous copy on the CPU with its own memory: safetensors refuses tensors that share memory."""
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
