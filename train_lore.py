@@ -15,7 +15,6 @@ Precision (bf16, fp16, no) and sharding are set in the accelerate config. Radii 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -117,7 +116,7 @@ SHOWN = {
 }  # shown on the progress line: word -> key of the row
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     settings = parse_settings(Settings, argv, description=__doc__)
     check_settings(settings)
     problem = Problem(settings.objective, settings.constraint, settings.margin, settings.rho, settings.clean_weight)

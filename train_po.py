@@ -20,7 +20,6 @@ import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -146,7 +145,7 @@ class Settings(RunSettings):
         return self.trainable == "head"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     settings = parse_settings(Settings, argv, description=__doc__)
     check_settings(settings)
     problem = PreferenceProblem(

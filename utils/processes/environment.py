@@ -89,6 +89,21 @@ RULES: dict[str, Rule] = {
     "ACCELERATE_USE_SEEDABLE_SAMPLER": _NO_LOADER,
     "ACCELERATE_STEP_SCHEDULER_WITH_OPTIMIZER": Rule(OFF, "the scripts set the learning rate, see --warmup_steps"),
 }
+# Settings of an accelerate config that have another name than their variable.
+IN_CONFIG = {
+    "ACCELERATE_USE_DEEPSPEED": "distributed_type",
+    "ACCELERATE_USE_FSDP": "distributed_type: FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "distributed_type: MEGATRON_LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "parallelism_config",
+    "ACCELERATE_USE_SAGEMAKER": "compute_environment",
+    "ACCELERATE_DEBUG_MODE": "debug",
+    "ACCELERATE_CPU_AFFINITY": "enable_cpu_affinity",
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "zero3_init_flag",
+    "ACCELERATE_DYNAMO_BACKEND": "dynamo_config: dynamo_backend",
+    "ACCELERATE_FP8_BACKEND": "fp8_config: backend",
+    "ACCELERATE_USE_IPEX": "ipex_config: ipex",
+    "ACCELERATE_USE_XPU": "ipex_config: use_xpu",
+}
 # Prefixes of variables that accelerate reads only together with a refused setting.
 REFUSED_ELSEWHERE = ("ACCELERATE_DYNAMO_", "ACCELERATE_FP8_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")
 # Fields of a DeepSpeed json. "auto" is allowed where the scripts or the accelerate config's precision fill it in.
@@ -169,7 +184,7 @@ def _says(name: str, values: tuple[str, ...]) -> bool:
 
 
 def _said(name: str) -> str:
-    setting = re.sub("^ACCELERATE_(DEEPSPEED_)?", "", name).lower()
+    setting = IN_CONFIG.get(name) or re.sub("^ACCELERATE_(DEEPSPEED_)?", "", name).lower()
     in_config = f"{setting} in the accelerate config, or " if name.startswith("ACCELERATE_") else ""
     return f"{name}={os.environ[name]} ({in_config}in the environment)"
 
