@@ -59,7 +59,7 @@ REFUSED = [
     ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, r"distributed_type: FSDP in .*zero2.yaml"),
     ({"ACCELERATE_USE_FSDP": "1"}, "sharding is DeepSpeed's here"),
     ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "sharding is DeepSpeed's here"),
-    ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"}, r"\(use_parallelism_config in"),
+    ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_TP_SIZE": "2"}, r"\(parallelism_config in"),
     ({"ACCELERATE_USE_SAGEMAKER": "true"}, "on the machine itself"),
     ({"ACCELERATE_DOWNCAST_BF16": "yes"}, r"\(downcast_bf16 in"),
     ({"XLA_USE_BF16": "1"}, "mixed_precision"),
