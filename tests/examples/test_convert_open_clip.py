@@ -22,6 +22,7 @@ from transformers import (
 from examples import convert_open_clip
 from examples.convert_open_clip import build, to_open_clip, to_transformers
 from tests.conftest import run_script
+from tests.published_layouts import RandomWeights, text_forward, vit_forward
 from tests.small_models import photos
 from utils.errors import UserError
 
@@ -34,114 +35,35 @@ SETTINGS = {
 
 
 def open_clip_state(kind: str, text_prefix: str = "", seed: int = 0) -> dict[str, Tensor]:
-    """Random weights under open_clip's names. Every tensor is drawn, so that none can be dropped or swapped unseen."""
-    generator = torch.Generator().manual_seed(seed)
-    state: dict[str, Tensor] = {}
-
-    def draw(name: str, *shape: int, scale: float | None = None, mean: float = 0.0) -> None:
-        scale = shape[-1] ** -0.5 if scale is None else scale
-        state[name] = mean + scale * torch.randn(*shape, generator=generator)
-
-    def norm(name: str, width: int) -> None:
-        draw(f"{name}.weight", width, scale=0.3, mean=1.0)
-        draw(f"{name}.bias", width, scale=0.3)
-
-    def linear(name: str, *shape: int) -> None:
-        draw(f"{name}.weight", *shape, scale=(shape[0] / torch.tensor(shape).prod().item()) ** 0.5)
-        draw(f"{name}.bias", shape[0], scale=0.3)
-
-    def blocks(prefix: str, width: int, depth: int, hidden: int) -> None:
-        for number in range(depth):
-            block = f"{prefix}.resblocks.{number}"
-            norm(f"{block}.ln_1", width)
-            norm(f"{block}.ln_2", width)
-            draw(f"{block}.attn.in_proj_weight", 3 * width, width)
-            draw(f"{block}.attn.in_proj_bias", 3 * width, scale=0.3)
-            linear(f"{block}.attn.out_proj", width, width)
-            linear(f"{block}.mlp.c_fc", hidden, width)
-            linear(f"{block}.mlp.c_proj", width, hidden)
-
+    """Random weights under open_clip's names."""
+    weights = RandomWeights(seed)
     if kind == "vit":
-        draw("visual.conv1.weight", 48, 3, 8, 8, scale=0.07)
-        draw("visual.class_embedding", 48, scale=1.0)
-        draw("visual.positional_embedding", 1 + 4 * 4, 48, scale=0.5)
-        norm("visual.ln_pre", 48)
-        blocks("visual.transformer", 48, 3, 100)
-        norm("visual.ln_post", 48)
-        draw("visual.proj", 48, 20)
+        weights.vit(width=48, depth=3, hidden=100, image_size=32, patch_size=8, embed_dim=20)
     else:
         sizes, depths = (8, 12, 16, 24), (1, 2, 1, 1)
-        linear("visual.trunk.stem.0", 8, 3, 4, 4)
-        norm("visual.trunk.stem.1", 8)
+        weights.linear("visual.trunk.stem.0", 8, 3, 4, 4)
+        weights.norm("visual.trunk.stem.1", 8)
         for stage, (size, depth) in enumerate(zip(sizes, depths)):
             if stage:
-                norm(f"visual.trunk.stages.{stage}.downsample.0", sizes[stage - 1])
-                linear(f"visual.trunk.stages.{stage}.downsample.1", size, sizes[stage - 1], 2, 2)
+                weights.norm(f"visual.trunk.stages.{stage}.downsample.0", sizes[stage - 1])
+                weights.linear(f"visual.trunk.stages.{stage}.downsample.1", size, sizes[stage - 1], 2, 2)
             for number in range(depth):
                 block = f"visual.trunk.stages.{stage}.blocks.{number}"
-                draw(f"{block}.gamma", size, scale=0.3, mean=0.5)
-                linear(f"{block}.conv_dw", size, 1, 7, 7)
-                norm(f"{block}.norm", size)
-                linear(f"{block}.mlp.fc1", 4 * size, size)
-                linear(f"{block}.mlp.fc2", size, 4 * size)
-        norm("visual.trunk.head.norm", 24)
-        draw("visual.head.proj.weight", 20, 24)
-    draw(f"{text_prefix}token_embedding.weight", VOCABULARY, 32, scale=0.5)
-    draw(f"{text_prefix}positional_embedding", 77, 32, scale=0.5)
-    blocks(f"{text_prefix}transformer", 32, 2, 128)
-    norm(f"{text_prefix}ln_final", 32)
-    draw(f"{text_prefix}text_projection", 32, 20)
-    state["logit_scale"] = torch.tensor(3.21)
-    return state
-
-
-# ------------------------------------------------------------- open_clip's forward, from its state dict and torch alone
-
-
-def run_blocks(
-    x: Tensor, state: dict[str, Tensor], prefix: str, heads: int, activation: str, mask: Tensor | None
-) -> Tensor:
-    """Pre-norm residual blocks. x: (length, batch, width)."""
-    width, number = x.shape[-1], 0
-    act = F.gelu if activation == "gelu" else lambda values: values * torch.sigmoid(1.702 * values)
-    while f"{prefix}.resblocks.{number}.ln_1.weight" in state:
-        part = {
-            name.removeprefix(f"{prefix}.resblocks.{number}."): tensor
-            for name, tensor in state.items()
-            if name.startswith(f"{prefix}.resblocks.{number}.")
-        }
-        y = F.layer_norm(x, (width,), part["ln_1.weight"], part["ln_1.bias"], 1e-5)
-        attended, _ = F.multi_head_attention_forward(
-            y, y, y, width, heads, part["attn.in_proj_weight"], part["attn.in_proj_bias"], None, None, False, 0.0,
-            part["attn.out_proj.weight"], part["attn.out_proj.bias"], training=False, need_weights=False,
-            attn_mask=mask,
-        )  # fmt: skip
-        x = x + attended
-        y = F.layer_norm(x, (width,), part["ln_2.weight"], part["ln_2.bias"], 1e-5)
-        y = act(F.linear(y, part["mlp.c_fc.weight"], part["mlp.c_fc.bias"]))
-        x = x + F.linear(y, part["mlp.c_proj.weight"], part["mlp.c_proj.bias"])
-        number += 1
-    assert number > 0
-    return x
-
-
-def vit_forward(state: dict[str, Tensor], images: Tensor, heads: int, activation: str) -> Tensor:
-    patch = state["visual.conv1.weight"].shape[-1]
-    x = F.conv2d(images, state["visual.conv1.weight"], stride=patch).flatten(2).transpose(1, 2)
-    x = (
-        torch.cat([state["visual.class_embedding"].expand(len(x), 1, -1), x], dim=1)
-        + state["visual.positional_embedding"]
-    )
-    width = (x.shape[-1],)
-    x = F.layer_norm(x, width, state["visual.ln_pre.weight"], state["visual.ln_pre.bias"], 1e-5)
-    x = run_blocks(x.transpose(0, 1), state, "visual.transformer", heads, activation, None)[0]
-    return (
-        F.layer_norm(x, width, state["visual.ln_post.weight"], state["visual.ln_post.bias"], 1e-5)
-        @ state["visual.proj"]
-    )
+                weights.draw(f"{block}.gamma", size, scale=0.3, mean=0.5)
+                weights.linear(f"{block}.conv_dw", size, 1, 7, 7)
+                weights.norm(f"{block}.norm", size)
+                weights.linear(f"{block}.mlp.fc1", 4 * size, size)
+                weights.linear(f"{block}.mlp.fc2", size, 4 * size)
+        weights.norm("visual.trunk.head.norm", 24)
+        weights.draw("visual.head.proj.weight", 20, 24)
+    weights.text(text_prefix, vocab_size=VOCABULARY, width=32, depth=2, hidden=128, embed_dim=20)
+    weights.state["logit_scale"] = torch.tensor(3.21)
+    return weights.state
 
 
 def convnext_forward(state: dict[str, Tensor], images: Tensor) -> Tensor:
+    """open_clip's ConvNeXt tower, from its state dict and torch alone."""
+
     def norm(x: Tensor, name: str) -> Tensor:
         x = F.layer_norm(x.movedim(1, -1), x.shape[1:2], state[f"{name}.weight"], state[f"{name}.bias"], 1e-6)
         return x.movedim(-1, 1)
@@ -166,15 +88,6 @@ def convnext_forward(state: dict[str, Tensor], images: Tensor) -> Tensor:
             number += 1
         assert number > 0
     return F.linear(norm(x.mean(dim=(2, 3)), f"{trunk}.head.norm"), state["visual.head.proj.weight"])
-
-
-def text_forward(state: dict[str, Tensor], ids: Tensor, heads: int, activation: str, prefix: str) -> Tensor:
-    length = ids.shape[1]
-    x = state[f"{prefix}token_embedding.weight"][ids] + state[f"{prefix}positional_embedding"][:length]
-    mask = torch.full((length, length), float("-inf")).triu(1)
-    x = run_blocks(x.transpose(0, 1), state, f"{prefix}transformer", heads, activation, mask).transpose(0, 1)
-    x = F.layer_norm(x, x.shape[-1:], state[f"{prefix}ln_final.weight"], state[f"{prefix}ln_final.bias"], 1e-5)
-    return x[torch.arange(len(x)), ids.argmax(dim=-1)] @ state[f"{prefix}text_projection"]
 
 
 def call(*arguments: object) -> None:
