@@ -35,15 +35,18 @@ from utils.evaluation.results import Cell, Results, file_name, refuse_unwritable
 from utils.evaluation.trial import EvalSet, Model, Trial
 from utils.methods.head import load_head
 from utils.models.encoders import make_encoder
-from utils.models.hub import fetch_model, folder_on_every_node, on_this_node
+from utils.models.hub import fetch_model, find_config, folder_on_every_node, on_this_node
 from utils.models.published import (
+    BASE_MODEL_HELP,
     CONTRASTIVE_MODEL_TYPES,
     MODEL_TYPES,
-    check_model,
+    PROCESSOR_HELP,
+    ModelName,
     has_own_head,
     has_text,
     image_transform,
     load_model,
+    model_name,
 )
 from utils.processes.distributed import everywhere, from_main_process, on_every_node, start_accelerator
 from utils.sets.corruptions import CORRUPTIONS, KNOWN, SEVERITIES, PublishedCorruptions, find_published
@@ -75,7 +78,9 @@ class Settings:
     """All settings of an evaluation; docs/evaluation.md has the details."""
 
     # fmt: off
-    model: list[str] = required("Hugging Face ids or directories of encoders", group="what", path=True, many=True)
+    model: list[str] = required("ids, directories or files, or NAME@BASE", group="what", path=True, many=True)
+    base_model: str | None = flag(None, BASE_MODEL_HELP, group="what", path=True)
+    processor: str | None = flag(None, PROCESSOR_HELP, group="what", path=True)
     data: list[str] = required("directories or sets of the hub, see above", group="what", path=True, many=True)
     split: str = flag("test", "folder of each data set that is read", group="what")
     num_samples: int | None = flag(None, "the first N samples of each set (default: all)", group="what", minimum=1)
@@ -157,9 +162,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
         if not any(missing.values()):
             continue
-        model = load(name, accelerator, "--model")
+        model = load(settings, name, accelerator, "--model")
         if reference is None and {"retention", "fidelity"} & set(settings.measure):
-            reference = load(settings.reference_model_name_or_path, accelerator, "--reference_model_name_or_path")
+            compared_with = settings.reference_model_name_or_path
+            reference = load(settings, compared_with, accelerator, "--reference_model_name_or_path")
         for set_name, set_jobs in missing.items():
             trial = Trial(settings, accelerator, model, sets[set_name], reference)
             for job in set_jobs:
@@ -178,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         for set_name, data in sets.items():
             if settings.query and data.labelled and data.published is None:
-                models = (load(name, accelerator, "--model") for name in settings.model)
+                models = (load(settings, name, accelerator, "--model") for name in settings.model)
                 trials = (Trial(settings, accelerator, model, data) for model in models)
                 path = results.output_dir / f"retrieval_{file_name(short_names(sets)[set_name])}.png"
                 draw_retrieved(trials, set_name, path, results)
@@ -259,20 +265,25 @@ def tidy(name: str) -> str:
     return os.path.normpath(name) if os.path.exists(name) else name
 
 
-def named_models(settings: Settings) -> list[tuple[str, str, tuple[str, ...]]]:
+def named(settings: Settings, text: str) -> ModelName:
+    """A model of the command line, with what completes it."""
+    return model_name(text, settings.base_model, settings.processor)
+
+
+def named_models(settings: Settings) -> list[tuple[str, ModelName, tuple[str, ...]]]:
     """(flag, name, supported types) of every model."""
-    models = [("--model", name, MODEL_TYPES) for name in settings.model]
+    models = [("--model", named(settings, text), MODEL_TYPES) for text in settings.model]
     if settings.reference_model_name_or_path is not None:
         kinds = CONTRASTIVE_MODEL_TYPES if "retention" in settings.measure else MODEL_TYPES
-        models.append(("--reference_model_name_or_path", settings.reference_model_name_or_path, kinds))
+        models.append(("--reference_model_name_or_path", named(settings, settings.reference_model_name_or_path), kinds))
     return models
 
 
 def check_models(settings: Settings) -> None:
-    """Raises ``UserError`` for unsuitable configs, before any weights are read or downloaded."""
+    """Raises ``UserError`` for unsuitable configs, before any weights are downloaded."""
     for its_flag, name, kinds in named_models(settings):
-        config = check_model(name, its_flag, kinds)
-        if its_flag != "--model":
+        here, config = find_config(name, its_flag, kinds)
+        if its_flag != "--model" or config is None:
             continue
         if not has_text(config) and settings.classifier == "zero_shot":
             raise UserError(
@@ -285,7 +296,7 @@ def check_models(settings: Settings) -> None:
                 "it a file with --linear_head"
             )
         if "head_t" in settings.measure:
-            load_head(name)
+            load_head(here.path)
 
 
 def prefetch(settings: Settings) -> None:
@@ -302,12 +313,12 @@ def prefetch(settings: Settings) -> None:
     say_where(prefetch_models(named_models(settings)) + lines, settings.cache_dir)
 
 
-def load(name: str, accelerator: Accelerator, flag: str) -> Model:
+def load(settings: Settings, text: str, accelerator: Accelerator, flag: str) -> Model:
     """A model in float32, whatever precision the accelerate config sets: all figures are measured in float32."""
-    folder = fetch_model(accelerator, name, flag)
-    model, processor = everywhere(accelerator, lambda: load_model(folder, flag))
+    name = fetch_model(accelerator, named(settings, text), flag)
+    model, processor = everywhere(accelerator, lambda: load_model(name, flag))
     encoder = make_encoder(model, processor).to(accelerator.device).eval()
-    loaded = Model(name, encoder, image_transform(processor), accelerator.device)
+    loaded = Model(text, encoder, image_transform(processor), accelerator.device)
     if has_text(model.config):
         loaded.clip, loaded.processor = model, processor
     if has_own_head(model.config):

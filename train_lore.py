@@ -38,7 +38,16 @@ from utils.models.encoders import (
     load_reference,
     make_encoder,
 )
-from utils.models.published import check_model, has_own_head, has_text, image_transform, load_model, save_model
+from utils.models.hub import find_config
+from utils.models.published import (
+    ModelName,
+    check_model,
+    has_own_head,
+    has_text,
+    image_transform,
+    load_model,
+    save_model,
+)
 from utils.models.zeroshot import predictions, set_classifier, to_pixel_values
 from utils.processes.distributed import (
     MIXED_PRECISIONS,
@@ -231,21 +240,20 @@ def check_settings(settings: Settings) -> None:
 
 def load_encoders(run: Run, settings: Settings, problem: Problem) -> tuple[Any, Any, Any, nn.Module]:
     """The model, its processor, its image encoder, and the frozen reference on the device."""
-    folder = run.fetch_model(settings.model_name_or_path)
+    start, other = run.fetch_models()
     if problem.needs_labels or run.eval_set:
-        run.everywhere(lambda: refuse_without_classes(settings, folder))
-    model, processor = run.everywhere(lambda: load_model(folder))
+        run.everywhere(lambda: refuse_without_classes(settings, start))
+    model, processor = run.everywhere(lambda: load_model(start))
     encoder = make_encoder(model, processor, run.compute_dtype)
-    other = run.fetch_model(settings.reference_model_name_or_path, "--reference_model_name_or_path")
     reference, _ = run.everywhere(lambda: load_reference(other, encoder))
     if settings.gradient_checkpointing:
         enable_gradient_checkpointing(encoder)
     return model, processor, encoder, keep_weights_in(settings.reference_dtype, reference).to(run.device)
 
 
-def refuse_without_classes(settings: Settings, folder: str) -> None:
+def refuse_without_classes(settings: Settings, start: ModelName) -> None:
     """Raises ``UserError`` if labels are used but there is neither a text tower nor a linear head to classify with."""
-    config = check_model(folder, "--model_name_or_path")
+    config = check_model(start, "--model_name_or_path")
     if settings.linear_head is not None and not Path(settings.linear_head).is_file():
         raise UserError(f"--linear_head {settings.linear_head}: no such file; expected safetensors with weight (C, D)")
     if settings.linear_head is None and not has_text(config) and not has_own_head(config):
@@ -307,7 +315,7 @@ def write_trained(run: Run, encoder: nn.Module, model: Any, processor: Any, dire
         about = (
             "The image tower was fine-tuned to resist l_inf perturbations of the pixels; the rest is the base model's."
         )
-        run.write_card(directory, model, about=about, tag="adversarial-robustness")
+        run.complete(directory, model, about=about, tag="adversarial-robustness")
 
 
 def estimate_memory(settings: Settings, problem: Problem) -> None:
@@ -320,11 +328,13 @@ def estimate_memory(settings: Settings, problem: Problem) -> None:
         settings.estimate_processes,
         settings.gradient_accumulation_steps,
     )
-    name, model = settings.model_name_or_path, None
+    (flag, name), model = settings.models[0], None
     if name is not None:
-        config = check_model(name, "--model_name_or_path", ("clip",))
+        _, config = find_config(name, flag, ("clip",))
+        if config is None:
+            raise UserError(f"{flag} {name}: a repository of weights alone; name its --base_model, or download it")
         config.vision_config.projection_dim = config.projection_dim
-        model = Path(name).resolve().name if Path(name).exists() else name, config.vision_config
+        model = Path(name.path).resolve().name if Path(name.path).exists() else name.path, config.vision_config
     if launched_rank():
         return
     layout = Layout(

@@ -50,6 +50,7 @@ from utils.models.features import features
 from utils.models.policy import TRAINABLE, Policy, TextTable, Views, judge, unit_images
 from utils.models.published import (
     CONTRASTIVE_MODEL_TYPES,
+    ModelName,
     check_model,
     image_transform,
     load_model,
@@ -298,9 +299,9 @@ def check_settings(settings: Settings) -> None:
         raise UserError(f"--keep_best {settings.keep_best}: nothing is evaluated; name shards with --eval_shards")
 
 
-def refuse_head_without_projections(settings: Settings, folder: str) -> None:
+def refuse_head_without_projections(settings: Settings, start: ModelName) -> None:
     """Raises ``UserError`` if a head is to be trained on a model without projections to fold it into."""
-    config = check_model(folder, "--model_name_or_path", CONTRASTIVE_MODEL_TYPES)
+    config = check_model(start, "--model_name_or_path", CONTRASTIVE_MODEL_TYPES)
     if settings.trainable == "head" and config.model_type.startswith("siglip"):
         raise UserError(
             f"--trainable head with --model_name_or_path {settings.model_name_or_path}: a {config.model_type} ends "
@@ -342,14 +343,13 @@ def open_sets(run: Run, settings: Settings) -> tuple[LabelledSet, LabelledSet | 
 
 def load_views(run: Run, settings: Settings) -> tuple[Any, Any, ImageEncoder, Views]:
     """The model, its processor, its image encoder, and the views of policy and reference on pictures and texts."""
-    folder = run.fetch_model(settings.model_name_or_path)
-    run.everywhere(lambda: refuse_head_without_projections(settings, folder))
-    clip, processor = run.everywhere(lambda: load_model(folder))
+    start, other = run.fetch_models()
+    run.everywhere(lambda: refuse_head_without_projections(settings, start))
+    clip, processor = run.everywhere(lambda: load_model(start))
     encoder = make_encoder(clip, processor, run.compute_dtype)
     templates = run.train_set.templates or ["{c}"]
     if settings.task == "typographic":
         refuse_equal_texts(processor, clip.config, merge_names(run.train_set.classnames)[0], templates[0])
-    other = run.fetch_model(settings.reference_model_name_or_path, "--reference_model_name_or_path")
     reference, reference_clip = run.everywhere(lambda: load_reference(other, encoder))
     if reference_clip is None:
         reference_clip = copy.deepcopy(clip) if settings.trainable == "all" else clip
@@ -518,7 +518,7 @@ def write_trained(
         towers = {name.split(".", 1)[1]: tensor for name, tensor in state.items()}
         save_model(directory, clip, processor, towers)
     about = ABOUT[settings.trainable].format(t=settings.export_t) + (HELD if settings.constraint != "none" else "")
-    run.write_card(directory, clip, about=about, tag="preference-optimization")
+    run.complete(directory, clip, about=about, tag="preference-optimization")
 
 
 def method_name(settings: Settings) -> str:

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.comparison import COMMANDS, print_table
 from utils.evaluation.figures import STYLE, line_style
 from utils.evaluation.results import wilson_interval
-from utils.models.model_card import command_line, versions
+from utils.model_card import command_line, versions
 from utils.text_files import text_lines
 
 Numbers = dict[str, Any]

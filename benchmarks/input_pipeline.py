@@ -37,7 +37,7 @@ from utils.data.images import ImageTransform
 from utils.data.shards import Members, ShardDataset, ShardIndex, index_shards, train_batches
 from utils.data.sources import expand_shards
 from utils.errors import UserError
-from utils.models.model_card import versions
+from utils.model_card import versions
 from utils.processes.distributed import default_num_workers
 from utils.training.metrics import MetricsFile
 

@@ -34,8 +34,8 @@ from utils.data.shards import ShardDataset, eval_loader
 from utils.data.skipped import SkipCounter
 from utils.data.sources import has_shards
 from utils.errors import UserError
+from utils.model_card import command_line, versions, write_card
 from utils.models.encoders import ImageEncoder, make_encoder
-from utils.models.model_card import command_line, versions, write_card
 from utils.models.published import check_model, load_model, quiet_transformers
 from utils.models.zeroshot import class_embeddings, to_pixel_values
 from utils.processes.progress import RunProgress

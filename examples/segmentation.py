@@ -41,8 +41,8 @@ from utils.evaluation.figures import draw_grid
 from utils.evaluation.results import attempt
 from utils.methods.attacks import attack_seeds, frozen, pgd, seed_from, uniform_start
 from utils.methods.losses import squared_distance
+from utils.model_card import versions
 from utils.models.encoders import ImageEncoder, make_encoder
-from utils.models.model_card import versions
 from utils.models.published import check_model, load_model
 from utils.processes.progress import wide_console
 

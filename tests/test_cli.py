@@ -11,7 +11,7 @@ import train_po
 from tests.conftest import ROOT, run_script
 from utils.cli import flag, parse_settings, required
 from utils.errors import UserError
-from utils.models.model_card import command_line
+from utils.model_card import command_line
 from utils.training.checkpoint import refuse_changed_settings
 
 

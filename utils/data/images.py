@@ -31,6 +31,10 @@ MAX_OUTPUT_SIDE = 4096  # models take 224 to 1024
 MAX_PROFILE_BYTES = 1 << 20  # of a colour profile that is kept; the usual ones take 0.5 to 4 KiB
 MAX_IMAGE_BYTES = 256 << 20  # of an encoded image: three bytes for each of MAX_PIXELS, without any compression
 
+# torchvision, and so open_clip, rounds half a pixel of a centre crop to the even number, transformers down. The image
+# processor of a model in open_clip's layout has this attribute. Its saved file keeps it, transformers ignores it.
+CROP_ROUNDING = "crop_rounding"
+
 # By default Pillow tries every format it knows on untrusted bytes, even PostScript.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 OWN_FORMATS = (*FORMATS, "TIFF", "AVIF")  # also allowed for the user's own pictures when shards are made of them
@@ -60,6 +64,8 @@ class ImageTransform:
         (height, width); or None for no resizing.
     crop: (height, width) cut from the centre, with a black frame if the image is smaller; or None.
     resample: number of Pillow's filter; 3 is bicubic.
+    even: half a pixel of the crop's place is rounded to the even number, as in open_clip, else down, as in
+        transformers. Every second odd difference gives a crop one pixel further.
     draft: decode a JPEG at 1/2, 1/4 or 1/8 of its size if that is still at least twice the target size. This is two to
         three times as fast, but pixels differ slightly: about 50 dB (34 to 44 dB if less than twice were enough).
     """
@@ -68,6 +74,7 @@ class ImageTransform:
     crop: tuple[int, int] | None = (224, 224)
     resample: int = int(Image.Resampling.BICUBIC)
     draft: bool = False
+    even: bool = False
 
     @classmethod
     def from_processor(cls, image_processor: Any, *, draft: bool = False) -> ImageTransform:
@@ -106,7 +113,10 @@ class ImageTransform:
         sides = [*(resize if isinstance(resize, tuple) else [resize]), *(crop or ())]
         if not all(side is None or 1 <= side <= MAX_OUTPUT_SIDE for side in sides):
             raise UserError(f"{name}: size {resize} and crop {crop}; expected 1 to {MAX_OUTPUT_SIDE} pixels a side")
-        return cls(resize, crop, int(resample), draft)
+        rounding = getattr(image_processor, CROP_ROUNDING, "floor")
+        if rounding not in ("floor", "even"):
+            raise UserError(f"{name}: {CROP_ROUNDING} is {rounding!r}; expected floor or even")
+        return cls(resize, crop, int(resample), draft, even=rounding == "even")
 
     @property
     def output_size(self) -> tuple[int, int] | None:
@@ -135,10 +145,15 @@ class ImageTransform:
         if size is not None:
             image = image.resize(size, resample=self.resample, box=box)
         if self.crop is not None:
-            # Odd differences are rounded as the image processors do it; the area outside the image is black.
-            left, top = (image.width - self.crop[1]) // 2, (image.height - self.crop[0]) // 2
-            image = image.crop((left, top, left + self.crop[1], top + self.crop[0]))
+            left, top = (self._half(image.width - self.crop[1]), self._half(image.height - self.crop[0]))
+            image = image.crop((left, top, left + self.crop[1], top + self.crop[0]))  # outside the image it is black
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+    def _half(self, difference: int) -> int:
+        """Where the crop begins, if the image is longer by ``difference``; below 0 in a shorter one."""
+        if self.even:
+            return round(difference / 2) if difference > 0 else -(-difference // 2)
+        return difference // 2
 
     def _resized(self, width: int, height: int) -> tuple[int, int] | None:
         """(width, height) after resizing."""

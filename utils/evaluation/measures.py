@@ -24,6 +24,7 @@ from utils.evaluation.results import Cell, Finding, Picture, Results, attempt, m
 from utils.evaluation.trial import EvalSet, Model, Rows, Trial, mean_of, nothing_read, share, values
 from utils.methods.head import HEAD_FILE, head_powers, load_head, neutral_t, unfolded
 from utils.models.policy import TextTable, judge
+from utils.models.published import model_name
 from utils.models.zeroshot import NonFiniteError, prompt_embeddings
 from utils.processes.distributed import gather_objects
 from utils.redaction import shown_setting
@@ -63,7 +64,10 @@ def measure(trial: Trial, job: Job) -> list[Finding]:
 def find_revisions(settings: Any) -> dict[str, str]:
     """Digests of the models and the reference, by name, and of the linear head and the fonts, by flag."""
     names = dict.fromkeys([*settings.model, settings.reference_model_name_or_path])
-    found = {name: model_revision(name, settings.cache_dir) for name in names if name is not None}
+    completion = settings.base_model, settings.processor
+    found = {
+        name: model_revision(model_name(name, *completion), settings.cache_dir) for name in names if name is not None
+    }
     if settings.linear_head is not None:
         found["--linear_head"] = files_digest([settings.linear_head], settings.cache_dir)[:16]
     if "typographic" in settings.attack or "head_t" in settings.measure:

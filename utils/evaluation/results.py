@@ -30,7 +30,9 @@ from torch import Tensor
 from utils.data.digests import files_digest, text_digest
 from utils.data.sources import one_line
 from utils.errors import UserError
-from utils.models.model_card import versions
+from utils.model_card import versions
+from utils.models.hub import find_config
+from utils.models.published import ModelName, layout, model_name
 from utils.text_files import parse_json
 from utils.whole_files import write_whole
 
@@ -381,23 +383,39 @@ def sanity_warnings(results: Sequence[Cell]) -> Iterator[tuple[Cell, str]]:
                 yield apgd, f"the black-box Square attack leaves {share(other)}, APGD {share(apgd)}: {doubt}"
 
 
-def model_revision(name_or_path: str, cache_dir: str | None = None) -> str:
-    """Identifies a model's contents: a digest of all files that are loaded, or the hub's commit."""
-    folder = Path(name_or_path)
-    if folder.is_dir():
-        names = {path.name for path in folder.iterdir() if path.suffix in MODEL_FILES and path.is_file()}
-        for parts in folder.glob("*.index.json"):  # may list weights in subfolders
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-                names |= set(map(str, parse_json(parts.read_bytes())["weight_map"].values()))
-        loaded = [name for name in sorted(names.difference(OWN_FILES)) if (folder / name).is_file()]
-        try:
-            return text_digest([f"{name!r} {files_digest([folder / name], cache_dir)}" for name in loaded])
-        except OSError as error:
-            problem = f"cannot be read ({error.strerror}); check the files of the model {name_or_path}"
-            raise UserError(f"{error.filename}: {problem}") from None
-    from transformers import AutoConfig
+def model_revision(text: str | ModelName, cache_dir: str | None = None, flag: str = "--model") -> str:
+    """Identifies a model's contents: digests of all files that are loaded, or commits of the hub.
 
-    return str(getattr(AutoConfig.from_pretrained(name_or_path, trust_remote_code=False), "_commit_hash", None))
+    A base model, a processor or a tokenizer that completes the model counts too. Raises ``UserError``.
+    """
+    name = model_name(text)
+    here, _ = find_config(name, flag)
+    typed = name.path, name.base_model, name.processor, None
+    local = here.path, here.base_model, here.processor, here.tokenizer
+    parts = [(there, path) for there, path in zip(typed, local) if path is not None]
+    revisions = [_files_revision(here, path, cache_dir) if path == there else Path(path).name for there, path in parts]
+    return revisions[0] if len(revisions) == 1 else text_digest(revisions)
+
+
+def _files_revision(name: ModelName, path: str, cache_dir: str | None) -> str:
+    """A digest of a file, or of the files of a directory that are loaded."""
+    own = layout(name, "--model") if path == name.path else None
+    folder = Path(path)
+    if folder.is_file():
+        if own is None or own.kind == "weights":
+            return files_digest([folder], cache_dir)[:16]
+        folder = folder.parent
+    names = {path.name for path in folder.iterdir() if path.suffix in MODEL_FILES and path.is_file()}
+    names |= {own.file} if own else set()
+    for parts in folder.glob("*.index.json"):  # may list weights in subfolders
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            names |= set(map(str, parse_json(parts.read_bytes())["weight_map"].values()))
+    loaded = [name for name in sorted(names.difference(OWN_FILES)) if (folder / name).is_file()]
+    try:
+        return text_digest([f"{name!r} {files_digest([folder / name], cache_dir)}" for name in loaded])
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror}); check the files of the model {path}"
+        raise UserError(f"{error.filename}: {problem}") from None
 
 
 def cell_name(cell: Cell) -> str:

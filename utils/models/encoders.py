@@ -22,7 +22,7 @@ from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings
 
 from utils.data.images import pixel_normalisation
 from utils.errors import UserError
-from utils.models.published import image_size, image_tower, load_model
+from utils.models.published import ModelName, image_size, image_tower, load_model
 
 ATTENTION = "lean"  # key of ``attention`` in transformers' table; "flash" in the name would select another package
 
@@ -123,7 +123,9 @@ def frozen_copy(encoder: ImageEncoder) -> ImageEncoder:
     return copy.deepcopy(encoder).eval().requires_grad_(False)
 
 
-def load_reference(name_or_path: str | None, encoder: ImageEncoder) -> tuple[ImageEncoder, PreTrainedModel | None]:
+def load_reference(
+    name_or_path: str | ModelName | None, encoder: ImageEncoder
+) -> tuple[ImageEncoder, PreTrainedModel | None]:
     """phi0, frozen, and its whole model: --reference_model_name_or_path's, or else a copy of ``encoder`` and None."""
     if name_or_path is None:
         return frozen_copy(encoder), None

@@ -1,35 +1,46 @@
-"""Published models: directories written by transformers. Checks and loads them, and writes them after training.
+"""Published models, in the layouts in which people publish CLIPs: checks and loads them, and writes trained ones.
 
-Every field of the files is either obeyed or refused; every weight must be there and finite.
+Layouts: a directory of transformers; a directory of open_clip; a file of weights alone, completed by a base model. All
+become the model classes of transformers, in memory and in float32. Every field of the files is either obeyed or
+refused; every weight must be there and finite; nothing is unpickled but tensors. Names of the hub are ``hub``'s: here
+all paths are local.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import difflib
+import functools
 import json
 import logging
 import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, Dinov2ForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
 
-from utils.data.images import ImageTransform, pixel_normalisation
+from utils.data.images import CROP_ROUNDING, ImageTransform, pixel_normalisation
 from utils.data.sources import BRING_IT
-from utils.errors import UserError
+from utils.errors import UserError, os_errors
+from utils.models import open_clip
+from utils.models.open_clip import DUAL_ENCODER, State
 from utils.models.tokens import check_tokenizer
 from utils.redaction import printable
+from utils.text_files import decode_text, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +56,7 @@ CLASSES: dict[str, tuple[str, str, str | None]] = {
 }
 MODEL_TYPES = tuple(CLASSES)
 CONTRASTIVE_MODEL_TYPES = tuple(name for name, (_, _, with_text) in CLASSES.items() if with_text)
+OPEN_CLIP_MODEL_TYPES = ("clip", DUAL_ENCODER)  # what open_clip's layouts become
 # Image processors do the same as CLIP's with other defaults; these two have steps of their own, in ``ImageTransform``.
 OWN_STEPS = ("ConvNextImageProcessor", "Siglip2ImageProcessor")
 STEPS = (
@@ -55,43 +67,187 @@ STEPS = (
 DUAL_ENCODER_PARTS = {"vision_config": ("convnext", "clip_vision_model"), "text_config": ("clip_text_model",)}
 FIXED_POSITIONS = ("clip_vision_model", "siglip_vision_model")  # towers that take images of one size only
 HUB_ID = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}(/[A-Za-z0-9][A-Za-z0-9_.-]{0,95})?"
+HUB_PREFIX = "hf-hub:"  # as open_clip writes an id whose repository is in its layout
 LFS_POINTER = b"version https://git-lfs"
+CONFIG, OPEN_CLIP_CONFIG = "config.json", "open_clip_config.json"
+OPEN_CLIP_FILES = (
+    *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"),
+    "open_clip_pytorch_model.pth",
+)
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
+CLIP_TOKENIZER = "openai/clip-vit-base-patch32"  # every CLIP of OpenAI and nearly every one of open_clip has this one
 PROCESSOR_FILES = ("*processor_config.json", "*token*.json", "vocab.*", "merges.txt", "*.model", "*.jinja")
 OF_OTHER_PARTS = ("text_model", "text_projection", "visual_projection", "logit_scale", "logit_bias")
+BASE_MODEL_HELP = "the CLIP, or open_clip model config JSON, that completes a file of weights (or NAME@BASE)"
+PROCESSOR_HELP = "id or directory of tokenizer and image processor, for a model without"
+# Keys under which checkpoints keep a state dict: of open_clip's and others' training; of TeCoA.
+INSIDE = ("state_dict", "vision_encoder_state_dict", "model_state_dict")
 
 
-def refuse_mistyped_path(name: str, flag: str) -> None:
-    """Raises ``UserError`` for a name that is neither a model's directory nor a possible hub id. Works offline."""
-    inside = os.listdir(name) if os.path.isdir(name) else []
+# ---------------------------------------------------------------------------------------------------------------- names
+
+
+@dataclass(frozen=True)
+class ModelName:
+    """A model as the user named it: a directory, a file or an id of the hub, and what completes it."""
+
+    text: str  # as typed, for messages and results
+    path: str
+    base_model: str | None = None  # says what weights alone do not: sizes, text tower, processor
+    processor: str | None = None  # tokenizer and image processor, for a model that has none
+    tokenizer: str | None = None  # CLIP's own, for one of its vocabulary for which nothing names another
+    open_clip: bool = False  # typed as hf-hub:...: open_clip's files, if there are also those of transformers
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def base(self) -> ModelName:
+        assert self.base_model is not None
+        return model_name(self.base_model, processor=self.processor)
+
+
+def model_name(text: str | ModelName, base_model: str | None = None, processor: str | None = None) -> ModelName:
+    """Reads NAME or NAME@BASE. ``base_model`` stands for a BASE that is not written. A name that exists has none."""
+    if isinstance(text, ModelName):
+        return text
+    path, of_hub = text.removeprefix(HUB_PREFIX), text.startswith(HUB_PREFIX)
+    if "@" in path and "://" not in path and not os.path.lexists(path):
+        cuts = [place for place, letter in enumerate(path) if letter == "@"]
+        there = [place for place in cuts if os.path.lexists(path[:place])]
+        cut = (there or cuts)[-1]
+        path, base_model = path[:cut], path[cut + 1 :]
+    return ModelName(text, path, base_model, processor, open_clip=of_hub)
+
+
+class Layout(NamedTuple):
+    """The layout of a model's files, and the file that shows it."""
+
+    kind: str  # transformers (config.json), open_clip (its weights), weights (a file of weights alone)
+    file: str
+
+
+def find_layout(folder: str | Path, names: Collection[str], open_clip_first: bool = False) -> Layout:
+    """The layout of a directory with files of these names, whose weights may still be missing. Raises ``ValueError``.
+
+    If both layouts are there, as in many repositories of LAION, transformers' is taken unless ``open_clip_first``.
+    """
+    of_open_clip = OPEN_CLIP_CONFIG in names
+    if CONFIG in names and not (of_open_clip and (open_clip_first or not _is_of_transformers(Path(folder) / CONFIG))):
+        return Layout("transformers", CONFIG)
+    if of_open_clip:
+        return Layout("open_clip", next((name for name in OPEN_CLIP_FILES if name in names), OPEN_CLIP_FILES[0]))
+    weights = sorted(name for name in names if name.endswith(WEIGHT_SUFFIXES))
+    if len(weights) > 1:
+        raise ValueError(f"holds no config.json and several files of weights ({', '.join(weights[:5])}); name one")
+    if not weights:
+        raise ValueError("holds no config.json")
+    return Layout("weights", weights[0])
+
+
+def _is_of_transformers(path: Path) -> bool:
+    """Whether a config.json is transformers'; timm writes one too. A file that cannot be read is judged later."""
+    try:
+        return "model_type" in parse_json(path.read_bytes())
+    except (OSError, ValueError, TypeError):
+        return True
+
+
+def layout(name: ModelName, flag: str, names: Collection[str] | None = None) -> Layout:
+    """The layout of a local model. Raises ``UserError`` if there is none.
+
+    ``names``: all files of the model's repository, of which some may not be in its directory yet.
+    """
+    path = Path(name.path)
+    if names is None:
+        refuse_mistyped_path(name, flag)
+    if path.is_file():
+        in_folder = path.parent / OPEN_CLIP_CONFIG
+        return Layout("open_clip" if path.name in OPEN_CLIP_FILES and in_folder.is_file() else "weights", path.name)
+    if names is None and not path.is_dir():
+        fault = f"neither a local model directory{nearest(name.path)} nor a model that the hub gave"
+        raise UserError(f"{flag} {name}: {fault}; check the name, or without internet {BRING_IT}")
+    try:
+        return find_layout(path, os.listdir(path) if names is None else names, name.open_clip)
+    except ValueError as error:
+        raise UserError(
+            f"{flag} {name}: {error}; expected a model in the layout of transformers or open_clip"
+        ) from None
+
+
+def folder_of(name: ModelName) -> Path:
+    return Path(name.path).parent if os.path.isfile(name.path) else Path(name.path)
+
+
+def completed_by(name: ModelName, found: Layout, with_text: bool = True) -> ModelName:
+    """The name without base model and processor if the model's own files, as their names say, leave no use for them."""
+    folder = folder_of(name)
+    lacks = with_text and not _has_any(folder, TOKENIZER_FILES)
+    lacks |= found.kind == "transformers" and image_processor_file(folder) is None
+    return name if lacks or found.kind == "weights" else dataclasses.replace(name, base_model=None, processor=None)
+
+
+def image_processor_file(folder: str | Path) -> Path | None:
+    """The file of a directory that holds an image processor: the nested one of processor_config.json goes first."""
+    nested, plain = Path(folder) / "processor_config.json", Path(folder) / "preprocessor_config.json"
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        if "image_processor" in json.loads(nested.read_text(encoding="utf-8")):
+            return nested
+    return plain if plain.is_file() else None
+
+
+def _has_any(folder: str | Path, names: Sequence[str]) -> bool:
+    return any((Path(folder) / name).is_file() for name in names)
+
+
+def refuse_mistyped_path(text: str | ModelName, flag: str) -> None:
+    """Raises ``UserError`` for a name that is neither a model's files nor a possible hub id. Works offline."""
+    name = model_name(text)
+    path, of_weights = name.path, name.path.endswith(WEIGHT_SUFFIXES)
+    inside = os.listdir(path) if os.path.isdir(path) else []
+    problem = None
     if "adapter_config.json" in inside:
         raise UserError(f"{flag} {name}: holds an adapter (LoRA), not a whole model; merge it into its model first")
-    if "config.json" in inside:
-        return
-    if os.path.isdir(name):
-        models = sorted(Path(name).glob("*/config.json"))
-        problem = "holds no config.json" + (f"; {models[-1].parent} holds one" if models else "")
-    elif os.path.exists(name):
-        problem = "a file"
-    elif os.path.islink(name):
-        problem = f"a link to {os.readlink(name)}, which is not there"
-    elif "://" in name:
+    if os.path.isdir(path):
+        try:
+            find_layout(path, inside, name.open_clip)
+        except ValueError as error:
+            models = sorted(Path(path).glob("*/config.json"))
+            problem = str(error) + (f"; {models[-1].parent} holds one" if models else "")
+    elif os.path.isfile(path):
+        if not of_weights:
+            problem = "a file"
+        elif path.endswith("model.safetensors") and (Path(path).parent / CONFIG).is_file():
+            problem = f"a file of the model in {Path(path).parent}, which is to be named"
+    elif os.path.islink(path):
+        problem = f"a link to {os.readlink(path)}, which is not there"
+    elif "://" in path:
         problem = "a URL"
-    elif name.startswith("~"):
+    elif path.startswith("~"):
         problem = "no such directory, ~ stands for none here; write the path in full"
-    elif re.fullmatch(HUB_ID, name):
-        return
-    else:
-        problem = f"no such directory{nearest(name)}" if name.strip() else "empty"
-    expected = "expected a directory saved by save_pretrained, or an id of the hub such as openai/clip-vit-base-patch32"
-    raise UserError(f"{flag} {name}".rstrip() + f": {problem}; {expected}")
+    elif not re.fullmatch(HUB_ID, path) or (of_weights and "/" not in path):
+        kind = "file" if of_weights else "directory"
+        problem = f"no such {kind}{nearest(path)}" if path.strip() else "empty"
+    if problem:
+        expected = "expected a directory saved by save_pretrained or by open_clip, a file of weights"
+        expected += f" ({', '.join(WEIGHT_SUFFIXES)}), or an id of the hub such as openai/clip-vit-base-patch32"
+        raise UserError(f"{flag} {name}".rstrip() + f": {problem}; {expected}")
+    for part, value in (("--base_model", name.base_model), ("--processor", name.processor)):
+        if value is not None and not os.path.exists(value) and not re.fullmatch(HUB_ID, value):
+            what = "no such directory or file" if value.strip() else "empty"
+            raise UserError(f"{part} {value}".rstrip() + f": {what}{nearest(value)}; expected a directory or a hub id")
 
 
 def nearest(name: str) -> str:
-    """A directory with a similar name, in parentheses."""
+    """A directory or file with a similar name, in parentheses."""
     parent, last = os.path.split(name.rstrip("/"))
     entries = os.listdir(parent or ".") if os.path.isdir(parent or ".") else []
-    folders = [entry for entry in entries if os.path.isdir(os.path.join(parent, entry))]
-    close = difflib.get_close_matches(last, folders, n=1)
+    known = [
+        entry for entry in entries if entry.endswith(WEIGHT_SUFFIXES) or os.path.isdir(os.path.join(parent, entry))
+    ]
+    close = difflib.get_close_matches(last, known, n=1)
     return f" (did you mean {os.path.join(parent, close[0])}?)" if close else ""
 
 
@@ -101,33 +257,168 @@ def _refusing(where: str) -> Iterator[None]:
     try:
         with quiet_transformers():
             yield
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{where}: {_reason(error)}") from None
 
 
-def check_model(name_or_path: str, flag: str, supported: Sequence[str] = MODEL_TYPES) -> PreTrainedConfig:
-    """The model's config, read before any weights. Raises ``UserError`` if it is missing or not supported.
+# --------------------------------------------------------------------------------------------------------------- config
 
-    Fields on how transformers computes or returns results (attn_implementation, return_dict) are reset, unread.
+
+@dataclass(frozen=True)
+class Described:
+    """A local model before its weights are loaded."""
+
+    name: ModelName
+    layout: Layout
+    config: PreTrainedConfig
+    state: State | None = None  # of a file of weights: tidy, in the file's own names, mapped from disk
+    preprocess: dict[str, Any] | None = None  # open_clip's preprocess_cfg; None in transformers' layout
+
+    @property
+    def rounds_even(self) -> bool:
+        """Whether the model comes from open_clip's world, whose centre crops round half a pixel to even."""
+        if self.layout.kind == "weights":
+            return open_clip.in_open_clip_names(self.state or {})
+        return self.layout.kind == "open_clip"
+
+
+def check_model(name: str | ModelName, flag: str, supported: Sequence[str] = MODEL_TYPES) -> PreTrainedConfig:
+    """The config of a local model, read before any weights. Raises ``UserError`` if it is missing or not supported.
+
+    Fields on how transformers computes or returns results (attn_implementation, return_dict) are reset, unread. For a
+    file of weights alone, its names and shapes are compared with the base model's.
     """
-    refuse_mistyped_path(name_or_path, flag)
-    where = f"{flag} {name_or_path}"
-    fault = "config.json is none that transformers reads, expected one saved by save_pretrained"
-    if not os.path.isdir(name_or_path):
-        fault = f"neither a local model directory{nearest(name_or_path)} nor a model that the hub gave"
-        fault += f"; check the name, or without internet {BRING_IT}"
-    with _refusing(f"{where}: {fault}"):
-        config = transformers.AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+    return describe(name, flag, supported).config
+
+
+def describe(text: str | ModelName, flag: str, supported: Sequence[str] = MODEL_TYPES) -> Described:
+    """``check_model``, with what else was read."""
+    name = model_name(text)
+    where, found = f"{flag} {name}", layout(name, flag)
+    if found.kind == "transformers":
+        described = Described(name, found, _read_config(name.path, where))
+    elif found.kind == "open_clip":
+        described = Described(name, found, *_read_open_clip_config(folder_of(name) / OPEN_CLIP_CONFIG, where))
+    else:
+        described = _describe_weights(name, found, flag)
+    config = described.config
     if config.model_type not in supported:
         raise UserError(f"{where}: model type {config.model_type!r}; supported: {', '.join(supported)}")
-    towers = (getattr(config, name, None) for name in ("vision_config", "text_config"))
+    towers = (getattr(config, part, None) for part in ("vision_config", "text_config"))
     parts = [config, *(tower for tower in towers if isinstance(tower, PreTrainedConfig))]
     with _refusing(where):
         _check_config(config, parts)
     for part in parts:
         part.return_dict, part.output_attentions, part.output_hidden_states = True, False, False
         part._attn_implementation = None
-    return config
+    return described
+
+
+def _read_config(folder: str, where: str) -> PreTrainedConfig:
+    fault = "config.json is none that transformers reads, expected one saved by save_pretrained"
+    with _refusing(f"{where}: {fault}"):
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def _read_open_clip_config(path: Path, where: str) -> tuple[PreTrainedConfig, None, dict[str, Any]]:
+    """The config in open_clip's file, and its preprocess_cfg. The model config may be the whole file, as in open_clip's
+    own model_configs/. Raises ``UserError``."""
+    try:
+        fields = parse_json(decode_text(path.read_bytes(), str(path)))
+        model = fields.get("model_cfg", fields)
+        preprocess = dict(fields.get("preprocess_cfg") or model["vision_cfg"].get("preprocess_cfg") or {})
+        for name, usual in (("resize_mode", "shortest"), ("interpolation", "bicubic")):
+            if preprocess.get(name, usual) != usual:
+                raise ValueError(f"preprocess_cfg.{name} is {preprocess[name]!r}, expected {usual!r}")
+        if str(model.get("quick_gelu")).lower() == "false" and isinstance(model["quick_gelu"], str):
+            line = "%s: quick_gelu is the text %r: gelu is meant and taken, open_clip reads any text as quick_gelu"
+            logger.warning(line, path, model["quick_gelu"])
+        return open_clip.to_config(model), None, preprocess
+    except OSError as error:
+        raise UserError(f"{where}: {path.name} cannot be read ({error.strerror}); check the file") from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(f"{where}: {path.name}: {_reason(error)}; not a model that can be loaded here") from None
+
+
+def _describe_weights(name: ModelName, found: Layout, flag: str) -> Described:
+    """Reads the names and shapes of a file of weights. The config is the base model's, or OpenAI's by the shapes."""
+    where = f"{flag} {name}"
+    state, bare = weights_alone(name, found, flag)
+    in_open_clip = open_clip.in_open_clip_names(state)
+    if not in_open_clip and not any(key.startswith(("vision_model.", "text_model.")) for key in state):
+        keys = ", ".join(list(state)[:3])
+        raise UserError(f"{where}: its {len(state)} tensors are no CLIP's by their names, such as {keys}; give a CLIP")
+    preprocess = None
+    if name.base_model is not None:
+        if os.path.isfile(name.base_model) and name.base_model.endswith(".json"):
+            at = f"--base_model {name.base_model}"
+            config, _, preprocess = _read_open_clip_config(Path(name.base_model), at)
+        else:
+            config = check_model(name.base, "--base_model", OPEN_CLIP_MODEL_TYPES)
+        by = f"{name.base_model} (the base model)"
+    elif bare and in_open_clip and open_clip.is_of_openai(state) and open_clip.holds_text(state):
+        with _refusing(f"{where}: the shapes of its tensors are none of OpenAI's CLIPs"):
+            config, preprocess, by = open_clip.to_config(open_clip.openai_model(state)), {}, "these sizes"
+        say_once(
+            f"{name}: half precision as OpenAI's own: taken with quick_gelu and heads of 64; else name --base_model"
+        )
+    else:
+        what = "all weights" if open_clip.holds_text(state) else "an image tower alone"
+        unsaid = "its activation and heads" if open_clip.holds_text(state) else "its text tower, activation and heads"
+        example = f"as {name}@openai/clip-vit-large-patch14, or by --base_model"
+        raise UserError(f"{where}: {what}, and nothing in it says {unsaid}; name the CLIP it was made from, {example}")
+    if not open_clip.holds_text(state) and preprocess is not None:
+        raise UserError(f"{where}: an image tower alone, and {by} has no weights; name a whole CLIP as base model")
+    if in_open_clip:
+        with _refusing(where):
+            open_clip.to_transformers({key: tensor.to("meta") for key, tensor in state.items()}, config, by)
+    return Described(name, found, config, state, preprocess)
+
+
+def weights_alone(name: ModelName, found: Layout, flag: str) -> tuple[State, bool]:
+    """``read_state`` of a model's own file of weights."""
+    return read_state(folder_of(name) / found.file, f"{flag} {name}")
+
+
+def read_state(path: Path, where: str) -> tuple[State, bool]:
+    """The tidy state dict of a file, and whether it was the whole file. Raises ``UserError``.
+
+    Tensors stay on disk until they are used, if the file allows it: a checkpoint may hold an optimizer as well.
+    """
+    where = where if where.endswith(path.name) else f"{where}: {path.name}"
+    _refuse_pointer(path, where)
+    try:
+        if path.suffix == ".safetensors":
+            loaded: Any = load_file(path)
+        else:
+            try:
+                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                if "mmap" not in str(error):
+                    raise
+                loaded = torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
+    except Exception as error:  # from safetensors, torch, zipfile or pickle, depending on the damage
+        if "TorchScript" in str(error):
+            advice = "give its state dict, saved by torch.save(model.state_dict(), ...)"
+            raise UserError(f"{where}: a TorchScript archive, which holds code; {advice}") from None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise UserError(f"{where}: cannot be read as tensors alone ({reason}); give its state dict alone") from None
+    keys = [key for key in INSIDE if isinstance(loaded, dict) and isinstance(loaded.get(key), dict)]
+    bare, loaded = not keys, loaded[keys[0]] if keys else loaded
+    if not isinstance(loaded, dict) or not loaded or not all(isinstance(key, str) for key in loaded):
+        raise UserError(f"{where}: holds {type(loaded).__name__} values and no state dict; expected named tensors")
+    for key, value in loaded.items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"{where}: {key} is a {type(value).__name__}; expected tensors alone")
+    return open_clip.tidy_names(loaded), bare
+
+
+@functools.cache  # each line once
+def say_once(line: str) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        logger.warning("%s", printable(line))
 
 
 def _check_config(config: PreTrainedConfig, parts: Sequence[PreTrainedConfig]) -> None:
@@ -176,65 +467,96 @@ def has_own_head(config: PreTrainedConfig) -> bool:
     return config.model_type == "dinov2" and "Dinov2ForImageClassification" in (config.architectures or ())
 
 
+# -------------------------------------------------------------------------------------------------------------- loading
+
+
 def load_model(
-    name_or_path: str, flag: str = "--model_name_or_path", supported: Sequence[str] = MODEL_TYPES
+    name: str | ModelName, flag: str = "--model_name_or_path", supported: Sequence[str] = MODEL_TYPES
 ) -> tuple[PreTrainedModel, Any]:
-    """The whole float32 model, without dropout, and its processor (without a text tower: its image processor)."""
-    config = check_model(name_or_path, flag, supported)
-    where = f"{flag} {name_or_path}"
-    name, _, processor_name = CLASSES[config.model_type]
+    """The whole float32 model, without dropout, and its processor (without a text tower: its image processor).
+
+    The model of an open_clip layout has ``open_clip_form``: an empty tensor for each of its own, for the way back.
+    """
+    described = describe(name, flag, supported)
+    name, config, where = described.name, described.config, f"{flag} {described.name}"
+    _, _, processor_name = CLASSES[config.model_type]
     if processor_name:  # first, because it is quick
-        with _refusing(f"{where}: the model does not load"):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-            check_tokenizer(tokenizer, config)
-    model_class = Dinov2ForImageClassification if has_own_head(config) else getattr(transformers, name)
-    model = load_weights(model_class, name_or_path, flag, config)
-    image_processor: Any = load_image_processor(name_or_path, config.model_type, flag)
+        tokenizer = load_tokenizer(described, where)
+    model = _load_model(described, flag)
+    image_processor, of_processor = load_image_processor(described, flag)
     tower, size = image_tower(model)[0].config, image_size(image_processor)
     patch = getattr(image_processor, "patch_size", None)  # SigLIP 2's processor has one
     if patch is not None and patch != tower.patch_size:
         sizes = f"patches of {patch} px, the model takes {tower.patch_size} px"
-        raise UserError(f"{where}: its image processor makes {sizes}; correct its patch_size")
+        raise UserError(f"{where}: {of_processor} makes {sizes}; correct its patch_size")
     # The other towers interpolate their position embeddings or have none.
     if tower.model_type in FIXED_POSITIONS and size != tower.image_size:
         sizes = f"{size} px, the model takes {tower.image_size} px"
-        raise UserError(f"{where}: its image processor gives {sizes}; correct its crop_size")
+        raise UserError(f"{where}: {of_processor} gives {sizes}; correct its crop_size")
     if processor_name and not 0 < (scale := logit_scale(model)) < math.inf:
         fault = f"exp(logit_scale) is {scale:g}, the logits of all classes would be alike or infinite"
-        raise UserError(f"{where}: {_weights_file(name_or_path, 'logit_scale')}: {fault}; CLIP's is at most 100")
-    silenced = switch_off_randomness(model)
-    if silenced and int(os.environ.get("RANK", "0")) == 0:
-        line = "%s: %s would make training random: switched off here, the saved config keeps them"
-        logger.warning(line, name_or_path, ", ".join(silenced))
+        raise UserError(f"{where}: {_weights_file(name.path, 'logit_scale')}: {fault}; CLIP's is at most 100")
+    if silenced := switch_off_randomness(model):
+        say_once(
+            f"{name}: {', '.join(silenced)} would make training random: switched off here, the saved config keeps them"
+        )
     if not processor_name:
         return model, image_processor
     return model, getattr(transformers, processor_name)(image_processor=image_processor, tokenizer=tokenizer)
 
 
+def _load_model(described: Described, flag: str) -> PreTrainedModel:
+    """The model with its weights, which are those of the file and, beside an image tower alone, of the base model."""
+    name, config, where = described.name, described.config, f"{flag} {described.name}"
+    if described.layout.kind == "transformers":
+        model_class = getattr(transformers, CLASSES[config.model_type][0])
+        model_class = Dinov2ForImageClassification if has_own_head(config) else model_class
+        return load_weights(model_class, name.path, flag, config)
+    file, state = folder_of(name) / described.layout.file, described.state
+    if state is None:
+        state, _ = read_state(file, where)
+    converted, form = state, dict[str, Tensor]()
+    if open_clip.in_open_clip_names(state):
+        with _refusing(f"{where}: {file.name}"):
+            converted = open_clip.to_transformers(state, config, OPEN_CLIP_CONFIG)
+        form = {key: tensor.to("meta") for key, tensor in state.items()}
+    if not open_clip.holds_text(state):
+        base: Any = _load_model(describe(name.base, "--base_model"), "--base_model")
+        converted, form = base.state_dict() | converted, getattr(base, "open_clip_form", {}) | form
+    model: Any = load_weights(open_clip.model_class(config), file, flag, config, converted)
+    model.open_clip_form = form
+    return model
+
+
 def load_weights(
-    model_class: type[PreTrainedModel], name_or_path: str | Path, flag: str, config: PreTrainedConfig | None = None
+    model_class: type[PreTrainedModel],
+    name_or_path: str | Path,
+    flag: str,
+    config: PreTrainedConfig | None = None,
+    state: State | None = None,
 ) -> PreTrainedModel:
-    """A float32 model, whole even under ZeRO-3. Raises ``UserError`` if it does not load or lacks weights."""
+    """A float32 model, whole even under ZeRO-3. Raises ``UserError`` if it does not load or lacks weights.
+
+    ``state``: the weights in the model's own names, in place of those in the directory.
+    """
     where = f"{flag} {name_or_path}"
-    for path in Path(name_or_path).glob("*.[sb]*"):  # .safetensors, .bin
-        with path.open("rb") as file:
-            if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                fault = "is a pointer of Git LFS, not the file itself; run `git lfs pull`"
-                raise UserError(f"{where}: {path.name} {fault}")
+    for path in Path(name_or_path).glob("*.[sb]*") if state is None else ():  # .safetensors, .bin
+        _refuse_pointer(path, f"{where}: {path.name}")
     with _refusing(f"{where}: the model does not load"), unpartitioned():
         loaded: Any = model_class.from_pretrained(
-            name_or_path,
+            None if state is not None else name_or_path,
             config=copy.deepcopy(config),
             dtype=torch.float32,
             trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, with the name
+            state_dict=state,
         )
     model, info = loaded
     lacking = sorted(name for name in info["missing_keys"] if not name.endswith("mask_token"))
     with_projection = isinstance(model, transformers.CLIPVisionModelWithProjection)
     if with_projection and "visual_projection.weight" in lacking:  # saved without projection
-        return load_weights(transformers.CLIPVisionModel, name_or_path, flag, config)
+        return load_weights(transformers.CLIPVisionModel, name_or_path, flag, config, state)
     for name, fault in _weight_faults(model, info):
         raise UserError(f"{where}: {_weights_file(name_or_path, name)}: {name} {fault}")
     if lacking:  # transformers would fill them with random values
@@ -242,6 +564,12 @@ def load_weights(
         expected = "expected a directory saved by save_pretrained"
         raise UserError(f"{where}: {kind} are missing, the first is {lacking[0]}; {expected}")
     return model
+
+
+def _refuse_pointer(path: Path, where: str) -> None:
+    with os_errors(f"{where}: cannot be read", "check the file"), path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(f"{where} is a pointer of Git LFS, not the file itself; run `git lfs pull`")
 
 
 def _weight_faults(model: PreTrainedModel, info: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -288,14 +616,75 @@ def switch_off_randomness(model: nn.Module) -> list[str]:
     return list(found)
 
 
-def load_image_processor(name_or_path: str, model_type: str, flag: str) -> Any:
+# ------------------------------------------------------------------------------------------------------------ processor
+
+
+def load_tokenizer(described: Described, where: str) -> Any:
+    """The tokenizer among the model's files, or else of --processor, or else of the base model. ``UserError``."""
+    folder = tokenizer_folder(described.name)
+    if folder is None:
+        advice = f"name the id or directory of one by --processor; most CLIPs take that of {CLIP_TOKENIZER}"
+        raise UserError(f"{where}: holds no tokenizer; {advice}")
+    own = folder == str(folder_of(described.name))
+    with _refusing(f"{where}: " + ("the model does not load" if own else f"the tokenizer of {folder}")):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        check_tokenizer(tokenizer, described.config)
+    return tokenizer
+
+
+def tokenizer_folder(name: ModelName) -> str | None:
+    """The directory of a local model's tokenizer, which may be another model's."""
+    own = str(folder_of(name))
+    if os.path.isdir(name.path) and _has_any(own, TOKENIZER_FILES):
+        return own
+    if name.processor is not None and _has_any(name.processor, TOKENIZER_FILES):
+        return name.processor
+    of_base = name.base_model is not None and os.path.isdir(name.base_model)
+    return (tokenizer_folder(dataclasses.replace(name.base, processor=None)) if of_base else None) or name.tokenizer
+
+
+def load_image_processor(described: Described, flag: str) -> tuple[Any, str]:
+    """The image processor, on Pillow, and what to call it: the model's own, or --processor's, or the base model's.
+
+    In open_clip's layouts it is CLIP's with the mean and std of the config, by default OpenAI's.
+    """
+    name, config = described.name, described.config
+    own = "its image processor"
+    if described.preprocess is not None:
+        fields = {"image_mean": open_clip.OPENAI_MEAN, "image_std": open_clip.OPENAI_STD}
+        fields |= {f"image_{key}": described.preprocess[key] for key in ("mean", "std") if key in described.preprocess}
+        with _refusing(f"{flag} {name}: preprocess_cfg"):
+            image_processor: Any = clip_image_processor(config.vision_config.image_size, **fields)
+            pixel_normalisation(image_processor)
+    elif described.layout.kind == "transformers" and image_processor_file(name.path) is not None:
+        return read_image_processor(name.path, config.model_type, flag), own
+    elif name.processor is not None and image_processor_file(name.processor) is not None:
+        own = f"the image processor of {name.processor}"
+        image_processor = read_image_processor(name.processor, config.model_type, "--processor")
+    elif name.base_model is not None:
+        base = describe(dataclasses.replace(name.base, processor=None), "--base_model")
+        image_processor, _ = load_image_processor(base, "--base_model")
+        own = f"the image processor of {name.base_model}"
+    else:
+        advice = "name the id or directory of one by --processor, such as openai/clip-vit-large-patch14"
+        raise UserError(f"{flag} {name}: preprocessor_config.json: no image processor; {advice}")
+    if described.rounds_even or hasattr(image_processor, CROP_ROUNDING):
+        setattr(image_processor, CROP_ROUNDING, "even" if described.rounds_even else "floor")
+    return image_processor, own
+
+
+def clip_image_processor(side: int, image_mean: Any, image_std: Any) -> CLIPImageProcessorPil:
+    crop = {"height": side, "width": side}
+    size = {"shortest_edge": side}
+    return CLIPImageProcessorPil(size=size, crop_size=crop, resample=3, image_mean=image_mean, image_std=image_std)
+
+
+def read_image_processor(folder: str, model_type: str, flag: str) -> Any:
     """A directory's image processor, on Pillow. Raises ``UserError`` for one that ``ImageTransform`` does not cover."""
-    nested = Path(name_or_path) / "processor_config.json"  # takes precedence if it holds an image processor
-    where = f"{flag} {name_or_path}: preprocessor_config.json"
+    file = image_processor_file(folder) or Path("preprocessor_config.json")
+    where = f"{flag} {folder}: {file.name}"
     with _refusing(f"{where}: no image processor, expected one saved by save_pretrained"):
-        if nested.is_file() and "image_processor" in json.loads(nested.read_text(encoding="utf-8")):
-            where = f"{flag} {name_or_path}: {nested.name}"
-        found, _ = CLIPImageProcessorPil.get_image_processor_dict(name_or_path)
+        found, _ = CLIPImageProcessorPil.get_image_processor_dict(folder)
         kind = found.get("image_processor_type") or found.get("feature_extractor_type") or CLASSES[model_type][1]
     base = re.sub("FeatureExtractor$", "ImageProcessor", str(kind).removesuffix("Pil").removesuffix("Fast"))
     processor_class = getattr(transformers, f"{base}Pil", None)
@@ -375,7 +764,7 @@ def _save_processor(directory: Path, model: PreTrainedModel, processor: Any) -> 
     try:
         processor.save_pretrained(directory)
     except Exception as error:
-        source = Path(str(model.name_or_path))
+        source = Path(str(model.name_or_path or getattr(processor, "tokenizer", processor).name_or_path or os.devnull))
         files = [path for pattern in PROCESSOR_FILES for path in source.glob(pattern) if path.is_file()]
         if not files and isinstance(error, OSError):  # the disk cannot be written
             raise
@@ -384,6 +773,49 @@ def _save_processor(directory: Path, model: PreTrainedModel, processor: Any) -> 
         rest = f"{len(files)} files of {source} stand in" if files else "take those of the model before training"
         line = "%s: the processor's files cannot be written (%s); %s"
         logger.warning(line, directory, _reason(error)[:160], printable(rest))
+
+
+def export_open_clip(
+    directory: Path, source: Path, flag: str, form: State | None = None, custom_text: bool = False
+) -> list[str]:
+    """Writes the model of ``source``, in transformers' layout, in open_clip's; the two directories may be the same.
+
+    ``form``: names, dtypes and shapes that the tensors get, of the file that the model came from. ``custom_text``: put
+    the text tower under text. instead. Returns what a user of open_clip has to know. Raises ``UserError``.
+    """
+    described = describe(ModelName(str(source), str(source)), flag, OPEN_CLIP_MODEL_TYPES)
+    config, where = described.config, f"{flag} {source}"
+    fields = open_clip_fields(config, where)
+    image_processor, _ = load_image_processor(described, flag)
+    mean, std = pixel_normalisation(image_processor)
+    state = load_weights(open_clip.model_class(config), source, flag, config).state_dict()
+    with _refusing(where):
+        state = open_clip.to_open_clip(state, config, form, "text." if custom_text else "")
+    notes = []
+    if open_clip.text_prefix(state):
+        fields["custom_text"] = True
+    if config.text_config.vocab_size != open_clip.CLIP_VOCABULARY:
+        fields["text_cfg"]["hf_tokenizer_name"] = directory.resolve().name
+        if directory != source:
+            load_tokenizer(described, where).save_pretrained(directory)
+        note = "its tokenizer is not open_clip's own: it is among the files, and open_clip takes it from there; for the"
+        notes.append(f"{note} hub set hf_tokenizer_name in {OPEN_CLIP_CONFIG} to the repository's id")
+    if any(tensor.dtype != torch.float32 for tensor in state.values()):
+        notes.append("some tensors are in half precision, as they came")
+    save_file(state, directory / OPEN_CLIP_FILES[0], metadata={"format": "pt"})
+    about = {"model_cfg": fields, "preprocess_cfg": {"mean": mean, "std": std}}
+    (directory / OPEN_CLIP_CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    return notes
+
+
+def open_clip_fields(config: PreTrainedConfig, where: str) -> dict[str, Any]:
+    """The model config in open_clip's file. Raises ``UserError`` for a model that open_clip does not have."""
+    if config.model_type not in OPEN_CLIP_MODEL_TYPES:
+        raise UserError(f"{where}: a {config.model_type}; in open_clip's layout are {', '.join(OPEN_CLIP_MODEL_TYPES)}")
+    try:
+        return open_clip.to_model(config)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}; it has no place in open_clip's layout") from None
 
 
 @contextmanager

@@ -26,8 +26,8 @@ from utils.data.sources import (
 )
 from utils.data.tars import tar_index
 from utils.errors import UserError, os_errors
-from utils.models.hub import model_folder
-from utils.models.published import MODEL_TYPES, check_model
+from utils.models.hub import find_config, find_model
+from utils.models.published import CLIP_TOKENIZER, MODEL_TYPES, ModelName
 from utils.processes.progress import RunProgress
 from utils.sets.labelled import find_classes, open_set
 from utils.training.settings import RunSettings
@@ -37,7 +37,7 @@ QUESTIONS = 8  # requests for sizes at a time
 MOST_LOST = 8  # failed shards before giving up: the server is down
 SECONDS_BETWEEN_LINES = 30.0  # between progress lines in a log file
 
-Models = Sequence[tuple[str, str, Sequence[str]]]  # flag, name or path, supported types
+Models = Sequence[tuple[str, ModelName, Sequence[str]]]  # flag, name, supported types
 
 
 def prefetch_training(
@@ -53,7 +53,7 @@ def prefetch_training(
     sets = [options for options in sets if options["patterns"]]
     named = [(flag, name, supported) for flag, name in settings.models if name is not None]
     for flag, name, kinds in named:
-        check_model(name, flag, kinds)
+        find_config(name, flag, kinds)
     urls: list[str] = []
     for options in sets:
         where = {name: options[name] for name in ("flag", "allow_pipe_urls", "cache_dir")}
@@ -82,12 +82,15 @@ def prefetch_models(models: Models) -> list[str]:
     """Downloads the files of every model on the hub. Returns a line for each model that says where it is."""
     lines = []
     for flag, name, supported in models:
-        if not Path(name).exists():
+        if not Path(name.path).exists():
             print(f"{name}: looking for its files", flush=True)
-        folder = model_folder(name, flag, supported)
-        if folder != Path(name):
-            size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-            lines.append(f"{name}, {size / 1e9:.3g} GB, in {folder}")
+        here = find_model(name, flag, supported)
+        named = name.path, name.base_model, name.processor, None
+        brought = here.path, here.base_model, here.processor, here.tokenizer
+        for part, folder in zip(named, brought):
+            if folder is not None and folder != part:
+                size = sum(file.stat().st_size for file in Path(folder).iterdir() if file.is_file())
+                lines.append(f"{part or CLIP_TOKENIZER}, {size / 1e9:.3g} GB, in {folder}")
     return list(dict.fromkeys(lines))
 
 

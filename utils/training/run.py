@@ -19,10 +19,17 @@ from utils.data.order import TrainBatchSampler
 from utils.data.shards import eval_loader, keep_sizes, train_batches
 from utils.data.skipped import SkipCounter, count_skipped
 from utils.data.sources import default_cache_dir
+from utils.model_card import model_card, write_card
 from utils.models.encoders import check_reference_dtype
 from utils.models.hub import fetch_model, on_this_node, refuse_mistyped_paths
-from utils.models.model_card import model_card, write_card
-from utils.models.published import MODEL_TYPES, has_text
+from utils.models.published import (
+    MODEL_TYPES,
+    ModelName,
+    check_model,
+    export_open_clip,
+    has_text,
+    open_clip_fields,
+)
 from utils.processes.distributed import (
     average_gradients,
     compute_dtype,
@@ -201,9 +208,16 @@ class Run:
             self.on_main(lambda: set_aside_later(self.output_dir, self.first_step))
         return self.train_set, self.eval_set
 
-    def fetch_model(self, name: str | None, flag: str = "--model_name_or_path") -> str | None:
-        """The folder of a model, downloaded by the first process of every node; None for None."""
-        return None if name is None else fetch_model(self.accelerator, name, flag, self.supported)
+    def fetch_models(self) -> tuple[ModelName, ModelName | None]:
+        """The local files of the start model and the reference, downloaded by the first process of every node."""
+        start, reference = (
+            None if name is None else fetch_model(self.accelerator, name, flag, self.supported)
+            for flag, name in self.settings.models
+        )
+        assert start is not None
+        if self.settings.export == "open_clip":
+            self.everywhere(lambda: open_clip_fields(check_model(start, "--model_name_or_path"), "--export open_clip"))
+        return start, reference
 
     # ------------------------------------------------------------------------------------------- the model, and data
 
@@ -486,8 +500,12 @@ class Run:
             total_limit=self.settings.checkpoints_total_limit,
         )
 
-    def write_card(self, directory: Path, model: Any, *, about: str, tag: str) -> None:
-        """The README.md beside a saved model. Call on the main process."""
+    def complete(self, directory: Path, model: Any, *, about: str, tag: str) -> None:
+        """Writes the README.md beside a saved model and, except in a checkpoint, --export's files. On one process."""
+        if self.settings.export == "open_clip" and self.output_dir / "checkpoints" not in directory.parents:
+            form = getattr(model, "open_clip_form", None)
+            for note in export_open_clip(directory, directory, "--export open_clip", form):
+                self.progress.note(f"open_clip: {note}")
         skipped = self.all_skips.summary().splitlines()
         evaluations = [row for row in self.metrics_file.read() if any(key.startswith("eval_") for key in row)]
         write_card(

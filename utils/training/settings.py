@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from utils.cli import flag, required
+from utils.models.published import BASE_MODEL_HELP, PROCESSOR_HELP, ModelName, model_name
 
 model_flag, data_flag = partial(flag, group="model"), partial(flag, group="data")
 optimisation_flag, output_flag = partial(flag, group="optimisation"), partial(flag, group="output")
@@ -17,10 +18,14 @@ method_flag = partial(flag, group="method")
 class RunSettings:
     """Model, data, optimisation and output of a run."""
 
-    model_name_or_path: str = required("Hugging Face id or local directory", path=True, group="model")
+    model_name_or_path: str = required(
+        "id of the hub, directory or file of weights, or NAME@BASE, see --base_model", path=True, group="model"
+    )
     reference_model_name_or_path: str | None = model_flag(
         None, "frozen reference (default: the start model)", path=True
     )
+    base_model: str | None = model_flag(None, BASE_MODEL_HELP, path=True)
+    processor: str | None = model_flag(None, PROCESSOR_HELP, path=True)
     gradient_checkpointing: bool = model_flag(False, "recompute activations: less memory, more time")
     shard_reference: bool = model_flag(False, "DeepSpeed: shard the frozen reference over the processes too")
     reference_dtype: str = model_flag(
@@ -81,15 +86,20 @@ class RunSettings:
     resume_from_checkpoint: str | None = output_flag(
         None, "a checkpoint directory, or latest (starts anew where there is none yet)", path=True
     )
+    export: str = output_flag(
+        "none", "a second layout beside the transformers directory", choices=("none", "open_clip")
+    )
     keep_best: str | None = output_flag(None, "the model with the highest value of this is kept in best/")
     report_to: str = output_flag(
         "tensorboard", "tracker; metrics.jsonl is always written", choices=("tensorboard", "wandb", "none")
     )
 
     @property
-    def models(self) -> list[tuple[str, str | None]]:
-        """(flag, name or path) of the models that the run reads."""
-        return [(f"--{name}", getattr(self, name)) for name in ("model_name_or_path", "reference_model_name_or_path")]
+    def models(self) -> list[tuple[str, ModelName | None]]:
+        """(flag, name) of the models that the run reads; the reference is None if it is the start model."""
+        names = {name: getattr(self, name) for name in ("model_name_or_path", "reference_model_name_or_path")}
+        parts = self.base_model, self.processor
+        return [(f"--{name}", None if text is None else model_name(text, *parts)) for name, text in names.items()]
 
     def shard_options(self, name: str, with_classes: bool, patterns: list[str] | None = None) -> dict[str, Any]:
         """The arguments of ``open_set`` for --train_shards or --eval_shards."""
@@ -117,5 +127,5 @@ FREE_SETTINGS = {
         "shard_reference",
     ),
     *("eval_shards", "eval_num_samples", "eval_steps", "logging_steps", "checkpoint_steps", "checkpoints_total_limit"),
-    *("keep_best", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("keep_best", "export", "per_device_train_batch_size", "gradient_accumulation_steps"),
 }
