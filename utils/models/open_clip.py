@@ -31,7 +31,7 @@ CLIP_VOCABULARY = 49408
 HIGHEST_ID = 2  # because of old configs, transformers reads this eos_token_id as "the highest id of the text"
 PREFIXES = ("module.", "model.", "visual.")  # of DDP, of RobustVLM's wrapper, of an image tower's attribute
 # Entries that are no weights. OpenAI's archives have the last three.
-BUFFERS = {"attn_mask", "text.attn_mask", "input_resolution", "context_length", "vocab_size"}
+BUFFERS = {"attn_mask", "position_ids", "input_resolution", "context_length", "vocab_size"}
 IMAGE_TOWER = ("class_embedding", "conv1.weight", "trunk.stem.0.weight")  # names in an image tower alone
 # timm's name -> (depths, hidden sizes).
 CONVNEXTS = {
@@ -194,6 +194,16 @@ def to_transformers(state: State, config: PreTrainedConfig, where: str) -> State
         copies = (part.clone(memory_format=torch.contiguous_format) for part in thirds)
         converted |= dict(zip(pair.transformers, copies))
     return converted
+
+
+def check_names(state: State, config: PreTrainedConfig, where: str) -> None:
+    """``to_transformers`` for a tidy state dict that is in transformers' names already: raises the same errors."""
+    what, whole = f"a model of {where}", holds_text(state)
+    shapes = {name: shape for name, shape in weight_shapes(config).items() if whole or name.startswith("vis")}
+    _same_names(state, set(shapes), what)
+    for name, shape in shapes.items():
+        if tuple(state[name].shape) != shape:
+            raise ValueError(f"{name} is {tuple(state[name].shape)}, {shape} in {what}")
 
 
 def to_open_clip(state: State, config: PreTrainedConfig, form: State | None = None, prefix: str = "") -> State:

@@ -227,7 +227,7 @@ def refuse_mistyped_path(text: str | ModelName, flag: str) -> None:
         problem = "a URL"
     elif path.startswith("~"):
         problem = "no such directory, ~ stands for none here; write the path in full"
-    elif not re.fullmatch(HUB_ID, path) or (of_weights and "/" not in path):
+    elif not re.fullmatch(HUB_ID, path) or of_weights:
         kind = "file" if of_weights else "directory"
         problem = f"no such {kind}{nearest(path)}" if path.strip() else "empty"
     if problem:
@@ -332,10 +332,14 @@ def _read_open_clip_config(path: Path, where: str) -> tuple[PreTrainedConfig, No
         for name, usual in (("resize_mode", "shortest"), ("interpolation", "bicubic")):
             if preprocess.get(name, usual) != usual:
                 raise ValueError(f"preprocess_cfg.{name} is {preprocess[name]!r}, expected {usual!r}")
-        if str(model.get("quick_gelu")).lower() == "false" and isinstance(model["quick_gelu"], str):
-            line = "%s: quick_gelu is the text %r: gelu is meant and taken, open_clip reads any text as quick_gelu"
-            logger.warning(line, path, model["quick_gelu"])
-        return open_clip.to_config(model), None, preprocess
+        config = open_clip.to_config(model)
+        side = config.vision_config.image_size
+        if preprocess.get("size", side) not in (side, [side, side]):
+            raise ValueError(f"preprocess_cfg.size is {preprocess['size']}, vision_cfg.image_size {side}")
+        text = model.get("quick_gelu")
+        if isinstance(text, str) and not open_clip.is_true(text):
+            say_once(f"{path}: quick_gelu is the text {text!r}: gelu is taken, open_clip takes any text for quick_gelu")
+        return config, None, preprocess
     except OSError as error:
         raise UserError(f"{where}: {path.name} cannot be read ({error.strerror}); check the file") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -371,9 +375,11 @@ def _describe_weights(name: ModelName, found: Layout, flag: str) -> Described:
         raise UserError(f"{where}: {what}, and nothing in it says {unsaid}; name the CLIP it was made from, {example}")
     if not open_clip.holds_text(state) and preprocess is not None:
         raise UserError(f"{where}: an image tower alone, and {by} has no weights; name a whole CLIP as base model")
-    if in_open_clip:
-        with _refusing(where):
+    with _refusing(where):
+        if in_open_clip:
             open_clip.to_transformers({key: tensor.to("meta") for key, tensor in state.items()}, config, by)
+        else:
+            open_clip.check_names(state, config, by)
     return Described(name, found, config, state, preprocess)
 
 
