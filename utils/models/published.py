@@ -164,8 +164,7 @@ def layout(name: ModelName, flag: str, names: Collection[str] | None = None) -> 
     if names is None:
         refuse_mistyped_path(name, flag)
     if path.is_file():
-        in_folder = path.parent / OPEN_CLIP_CONFIG
-        return Layout("open_clip" if path.name in OPEN_CLIP_FILES and in_folder.is_file() else "weights", path.name)
+        return Layout("open_clip" if _is_of_open_clip_folder(path) else "weights", path.name)
     if names is None and not path.is_dir():
         fault = f"neither a local model directory{nearest(name.path)} nor a model that the hub gave"
         raise UserError(f"{flag} {name}: {fault}; check the name, or without internet {BRING_IT}")
@@ -175,6 +174,11 @@ def layout(name: ModelName, flag: str, names: Collection[str] | None = None) -> 
         raise UserError(
             f"{flag} {name}: {error}; expected a model in the layout of transformers or open_clip"
         ) from None
+
+
+def _is_of_open_clip_folder(path: Path) -> bool:
+    """Whether a file holds the weights of open_clip's layout, with the config beside it."""
+    return path.name in OPEN_CLIP_FILES and (path.parent / OPEN_CLIP_CONFIG).is_file()
 
 
 def folder_of(name: ModelName) -> Path:
@@ -640,8 +644,8 @@ def load_tokenizer(described: Described, where: str) -> Any:
 
 def tokenizer_folder(name: ModelName) -> str | None:
     """The directory of a local model's tokenizer, which may be another model's."""
-    own = str(folder_of(name))
-    if os.path.isdir(name.path) and _has_any(own, TOKENIZER_FILES):
+    own, path = str(folder_of(name)), Path(name.path)
+    if (path.is_dir() or _is_of_open_clip_folder(path)) and _has_any(own, TOKENIZER_FILES):
         return own
     if name.processor is not None and _has_any(name.processor, TOKENIZER_FILES):
         return name.processor
