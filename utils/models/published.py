@@ -99,6 +99,7 @@ class ModelName:
     processor: str | None = None  # tokenizer and image processor, for a model that has none
     tokenizer: str | None = None  # CLIP's own, for one of its vocabulary for which nothing names another
     open_clip: bool = False  # typed as hf-hub:...: open_clip's files, if there are also those of transformers
+    base_of_open_clip: bool = False  # the same for the base model
 
     def __str__(self) -> str:
         return self.text
@@ -106,7 +107,8 @@ class ModelName:
     @property
     def base(self) -> ModelName:
         assert self.base_model is not None
-        return model_name(self.base_model, processor=self.processor)
+        prefix = HUB_PREFIX if self.base_of_open_clip else ""
+        return model_name(f"{prefix}{self.base_model}", processor=self.processor)
 
 
 def model_name(text: str | ModelName, base_model: str | None = None, processor: str | None = None) -> ModelName:
@@ -119,7 +121,8 @@ def model_name(text: str | ModelName, base_model: str | None = None, processor: 
         there = [place for place in cuts if os.path.lexists(path[:place])]
         cut = (there or cuts)[-1]
         path, base_model = path[:cut], path[cut + 1 :]
-    return ModelName(text, path, base_model, processor, open_clip=of_hub)
+    base, tools = (None if part is None else part.removeprefix(HUB_PREFIX) for part in (base_model, processor))
+    return ModelName(text, path, base, tools, open_clip=of_hub, base_of_open_clip=base != base_model)
 
 
 class Layout(NamedTuple):

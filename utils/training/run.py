@@ -23,6 +23,7 @@ from utils.model_card import model_card, write_card
 from utils.models.encoders import check_reference_dtype
 from utils.models.hub import fetch_model, on_this_node, refuse_mistyped_paths
 from utils.models.published import (
+    HUB_PREFIX,
     MODEL_TYPES,
     ModelName,
     check_model,
@@ -516,7 +517,7 @@ class Run:
                 with_text=has_text(model.config),
                 about=about,
                 tags=[model.config.model_type, tag],
-                base_model=self.settings.model_name_or_path,
+                base_model=self.settings.model_name_or_path.removeprefix(HUB_PREFIX),
                 settings=self.known_settings,
                 evaluations=evaluations,
                 notes=[f"Skipped samples: {line}." for line in skipped],
