@@ -3,6 +3,7 @@
 import html
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -363,6 +364,18 @@ def test_references_that_see_other_images_are_refused(arguments, small_clip, tmp
                     reference_model_name_or_path=tmp_path / "other",
                 )
             )  # fmt: skip
+
+
+def test_a_reference_that_rounds_crops_otherwise_sees_the_pictures_of_the_model(arguments, small_clip, tmp_path):
+    """FARE in open_clip's layout beside the CLIP that it was made from, which transformers wrote."""
+    shutil.copytree(small_clip, tmp_path / "even")
+    config = json.loads((tmp_path / "even/processor_config.json").read_text())
+    config["image_processor"]["crop_rounding"] = "even"
+    (tmp_path / "even/processor_config.json").write_text(json.dumps(config))
+    measure = ["fidelity", "retention"]
+    compared = {"attack": "clean", "measure": measure, "reference_model_name_or_path": small_clip}
+    evaluate.main(arguments(model=tmp_path / "even", **compared))
+    assert {cell["value"] for cell in results(tmp_path / "eval") if cell["measure"] in measure} == {0.0}
 
 
 def test_figures_without_a_value_are_said_to_be_undefined(arguments, attribute_digits, tmp_path, monkeypatch, capsys):

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -236,7 +236,8 @@ def comparable_reference(trial: Trial, cell: Cell) -> Model:
     model, reference = trial.model, trial.reference
     assert reference is not None
     own_dim, other_dim = model.encoder.embed_dim, reference.encoder.embed_dim
-    if model.transform != reference.transform:
+    # Both see the pictures of ``model``, so it does not matter how the reference would round a crop's place.
+    if model.transform != replace(reference.transform, even=model.transform.even):
         own, other = model.transform.output_size, reference.transform.output_size
         differ = f"sees images of {own} px, {reference.name} of {other} px, or resized in another way"
     elif cell["measure"] == "fidelity" and own_dim != other_dim:
