@@ -4,6 +4,7 @@
     --data clip-benchmark/wds_cifar10 data/caltech101 --attack clean apgd gaussian_noise typographic --eps 1 2 4 \\
     --num_samples 1000 --output_dir runs/eval
 
+A model is an id of the hub, a directory, or a file of weights and its CLIP, NAME@BASE: docs/encoders.md has them all.
 Prints tables and writes report.html, results.json, benchmark.csv and a record of every sample. A data set is a
 directory or a set of the hub with classnames.txt and <split>/*.tar; or preference pairs: attack/*.tar and clean/*.tar,
 <split>/*.tar, or pictures named label=X_text=Y; or the published files of CIFAR-10-C or ImageNet-C. Finished figures

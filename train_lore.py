@@ -9,6 +9,7 @@
 
 Other methods are settings: FARE is --constraint none --primal_steps 1; TeCoA is --objective tecoa --constraint none;
 --config recipes/<name>.yaml holds the settings of one of the paper's experiments, except --eps and --rho.
+A model is an id of the hub, a directory, or a file of weights and its CLIP, NAME@BASE: docs/encoders.md has them all.
 Precision (bf16, fp16, no) and sharding are set in the accelerate config. Radii are in 1/255.
 """
 

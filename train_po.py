@@ -11,6 +11,7 @@ The first writes wrong class names on labelled images (typographic attacks) and 
 The second takes pairs of texts from .json members and trains a head, whose strength t can be set after training.
 --config recipes/<name>.yaml holds the settings of one of the paper's experiments.
 --constraint embedding --rho 0.1 adds LORE's constraint: every clean embedding stays near the reference's.
+A model is an id of the hub, a directory, or a file of weights and its CLIP, NAME@BASE: docs/encoders.md has them all.
 Precision (bf16, fp16, no) and sharding are set in the accelerate config.
 """
 

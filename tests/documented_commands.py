@@ -15,6 +15,7 @@ from tests.conftest import ROOT
 # A line is a command if it starts with one of these, after variables of its environment.
 HEADS = ("python", "accelerate", "make", "sbatch", "pip", "hf")
 SHELL = re.compile(rf"(?:[A-Z_]+=\S+ )*(?:{'|'.join(HEADS)}) ")
+IN_TABLE = re.compile(r"`((?:python|accelerate) [^`]+)`")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def _in_markdown(page: Path) -> Iterator[Command]:
     text = page.read_text(encoding="utf-8")
     code = re.findall(r"^```(\w*)\n(.*?)^```$|^( {4}[^\n]*)$", text, flags=re.DOTALL | re.MULTILINE)
     shell = [fenced or indented for language, fenced, indented in code if language in ("", "bash", "sh")]
-    yield from _in_lines(page, "\n".join(shell))
+    rows = "".join(re.findall(r"^\|.*\n", text, flags=re.MULTILINE))
+    yield from _in_lines(page, "\n".join([*shell, *IN_TABLE.findall(rows)]))
 
 
 def _in_lines(path: Path, text: str) -> Iterator[Command]:

@@ -19,10 +19,22 @@ from examples.make_shards import imagenet_wordnet_ids
 from tests.conftest import ROOT, flags, later_wins
 from tests.documented_commands import Command, documented, pages
 from tests.examples.test_swap_vision_tower import save_llava
+from tests.published_layouts import (
+    CHECKPOINT,
+    CLIPS,
+    FARE,
+    GELU,
+    IMAGE_TOWERS,
+    LEAF,
+    OPENAI,
+    SHARDED,
+    save_layouts,
+)
 from tests.shard_maker import image_bytes
-from tests.small_models import save_small_clip, save_small_model
+from tests.small_models import save_small_model
 from tests.warm_python import script_environment, warm_python
 from utils.cli import parse_settings
+from utils.models.published import model_name
 from utils.sets.labelled import imagenet_prompts
 
 COMMANDS = documented()
@@ -77,6 +89,23 @@ ADDED = {
 }
 # Which flags name what has to exist beforehand.
 MODELS = {"model", "model_name_or_path", "reference_model_name_or_path", "llava", "start_from", "input"}
+MODELS |= {"base_model", "processor"}
+# Published models -> the tiny one in the same layout (tests/published_layouts.py) that stands for them.
+PUBLISHED = {
+    "chs20/fare2-clip": FARE,
+    "chs20/tecoa4-clip": FARE,
+    "chs20/FARE4-ViT-B-32-laion2B-s34B-b79K": GELU,
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": GELU,
+    "LEAF-CLIP/CLIP-ViT-L-FARE2": LEAF,
+    "LEAF-CLIP/OpenCLIP-ViT-g-FARE2": SHARDED,
+    "fare_eps_2.pt": "robustvlm_visual",
+    "simclip4.pt": "simclip_visual",
+    "tecoa_eps_4.pt": "tecoa_vision_encoder",
+    "epoch_5.pt": CHECKPOINT,
+    "ViT-L-14.pt": OPENAI,
+    "-open-clip": FARE,
+}
+WITH_PROCESSOR = "openai/clip-vit-large-patch14"  # a LEAF with a processor: the base model of the image towers
 KINDS = {
     "siglip": "siglip",
     "dinov2": "dinov2_head",
@@ -105,6 +134,12 @@ def values(arguments: list[str]) -> dict[str, list[str]]:
     return found
 
 
+def layouts(arguments: list[str]) -> set[str]:
+    """The layouts of the published models that a command names."""
+    named = [model_name(name).path for flag, given in values(arguments).items() if flag in MODELS for name in given]
+    return {layout for end, layout in PUBLISHED.items() if any(path.endswith(end) for path in named)}
+
+
 def completed(command: Command) -> list[str]:
     return command.arguments if command.whole else later_wins(flags(ADDED), command.arguments)
 
@@ -119,6 +154,8 @@ def shrunk(command: Command) -> list[str]:
     smaller = {name: value for name, value in SMALLER.get(script, {}).items() if name in known}
     if "config" in values(arguments) and script != "evaluate.py":
         smaller["global_batch_size"] = 4
+    if layouts(arguments) & {GELU, CHECKPOINT, OPENAI} and "processor" not in values(arguments):
+        smaller["processor"] = "clip_processor"  # their vocabulary is not CLIP's, whose tokenizer would be brought
     if "classnames" in values(arguments) and script == "train_lore.py":  # 80 texts for each of ImageNet's 1000 classes
         smaller["classnames"] = "ten.txt"
     return later_wins(arguments, flags(smaller))
@@ -208,6 +245,8 @@ class Sandbox:
 
     def __init__(self, root: Path, digits: Path, attributes: Path) -> None:
         self.root, self.attributes = root, attributes
+        (root.parent / "published").mkdir()
+        self.published = save_layouts(root.parent / "published")
         for path in ROOT.iterdir():
             if path.name in ("docs", "Makefile"):  # written to
                 shutil.copytree(path, root / path.name) if path.is_dir() else shutil.copy(path, root)
@@ -244,23 +283,29 @@ class Sandbox:
         return shard
 
     def model(self, flag: str, name: str) -> None:
-        path = self.root / name
+        named = model_name(name)
+        if named.base_model is not None:
+            self.model("base_model", named.base_model)
+        path = self.root / named.path
         if path.exists():
             return
-        if flag == "start_from":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        layout = next((layout for end, layout in PUBLISHED.items() if named.path.endswith(end)), None)
+        if layout is not None:
+            copy(Path(self.published[layout].path), path)
+        elif path.suffix == ".json":
+            copy(Path(self.published[CHECKPOINT].base_model), path)
+        elif flag == "processor" or name == WITH_PROCESSOR:
+            copy(Path(self.published[LEAF].processor), path)
+            if name == WITH_PROCESSOR:
+                shutil.copytree(self.published[LEAF].path, path, dirs_exist_ok=True)
+        elif flag == "start_from":
             shutil.copytree(ROOT / "examples/reading_clip", path)
         elif flag == "llava":
             save_llava(path, image_size=32)
         elif path.name == "head":
             words = {"model_name_or_path": CLIP, "train_shards": "runs/attributes/pairs/train", "output_dir": name}
             self.start("train_po.py", words | {"task": "pairs", "trainable": "head"} | SMALLER["train_po.py"])
-        elif path.suffix == ".safetensors":
-            save_small_clip(self.root / "runs/wide", hidden_size=64)  # a width of open_clip's, which shows the heads
-            self.start(
-                "examples/convert_open_clip.py",
-                {"to": "open_clip", "input": "runs/wide", "output_dir": "runs/converted"},
-            )
-            (self.root / "runs/converted" / path.name).rename(path)
         else:
             save_small_model(path, next((kind for part, kind in KINDS.items() if part in name), "clip"))
 
@@ -301,9 +346,8 @@ class Sandbox:
         )
 
     def clear(self) -> None:
-        for name in ("data", "runs", "models", "scratch", "shared", "open_clip_model.safetensors"):
-            path = self.root / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for name in ("data", "runs", "models", "scratch", "shared"):
+            shutil.rmtree(self.root / name, ignore_errors=True)
 
     def prepare(self, arguments: list[str]) -> None:
         named_by = values(arguments)
@@ -316,6 +360,10 @@ class Sandbox:
                     self.model(flag, name)
                 elif flag in DATA:
                     self.data(flag, name)
+
+
+def copy(source: Path, path: Path) -> None:
+    shutil.copytree(source, path) if source.is_dir() else shutil.copy(source, path)
 
 
 @pytest.fixture(scope="module")
@@ -334,7 +382,7 @@ def said(command: Command) -> frozenset[str]:
         choices = fields[flag]["choices"] or () if flag != "config" else given
         kinds = [kind for kind in KINDS if flag in MODELS and any(kind in value for value in given)]
         found |= {flag, *(f"{flag} {word}" for word in (*kinds, *given) if word in choices or word in kinds)}
-    return frozenset(found)
+    return frozenset(found | layouts(completed(command)))
 
 
 def says_more(one: Command, other: Command) -> bool:
@@ -342,6 +390,11 @@ def says_more(one: Command, other: Command) -> bool:
     if one == other or one.script != other.script or one.script.startswith("examples/make_"):
         return False
     return said(one) > said(other) or (said(one) == said(other) and COMMANDS.index(one) < COMMANDS.index(other))
+
+
+def test_every_published_layout_is_run():
+    """By a command each, or by one that names several."""
+    assert set.union(*(layouts(completed(command)) for command in commands_to_run())) == {*CLIPS, *IMAGE_TOWERS}
 
 
 def commands_to_run() -> list[Command]:
