@@ -254,13 +254,10 @@ class Sandbox:
         elif path.name == "head":
             words = {"model_name_or_path": CLIP, "train_shards": "runs/attributes/pairs/train", "output_dir": name}
             self.start("train_po.py", words | {"task": "pairs", "trainable": "head"} | SMALLER["train_po.py"])
-        elif path.suffix == ".safetensors":
-            save_small_clip(self.root / "runs/wide", hidden_size=64)  # a width of open_clip's, which shows the heads
-            self.start(
-                "examples/convert_open_clip.py",
-                {"to": "open_clip", "input": "runs/wide", "output_dir": "runs/converted"},
-            )
-            (self.root / "runs/converted" / path.name).rename(path)
+        elif path.name.endswith("open-clip"):
+            save_small_clip(self.root / "runs/for-open-clip")
+            words = {"to": "open_clip", "input": "runs/for-open-clip", "output_dir": name}
+            self.start("examples/convert_open_clip.py", words)
         else:
             save_small_model(path, next((kind for part, kind in KINDS.items() if part in name), "clip"))
 
@@ -301,7 +298,7 @@ class Sandbox:
         )
 
     def clear(self) -> None:
-        for name in ("data", "runs", "models", "scratch", "shared", "open_clip_model.safetensors"):
+        for name in ("data", "runs", "models", "scratch", "shared"):
             path = self.root / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
