@@ -29,7 +29,7 @@ from utils.evaluation.results import Results
 from utils.methods.attacks import attack_seeds, frozen, pgd, uniform_start
 from utils.methods.losses import squared_distance
 from utils.models.encoders import make_encoder
-from utils.models.published import load_model
+from utils.models.hub import load
 
 EXACT, HALF = "LORE", "LORE, trained in bfloat16"
 COLUMNS = {"clean": "clean", "pgd": "PGD", "apgd": "APGD", "square": "Square"}
@@ -109,7 +109,7 @@ def by_authors_code(settings: Settings, name: str) -> tuple[float, int]:
 def attack_strength(settings: Settings, name: str, eps: float) -> float:
     """Embedding distance reached by training attacks in bfloat16, relative to float32's; both measured in float32."""
     exact, _, images, _ = side_by_side.load(name, settings.data, min(128, settings.num_samples), torch.device("cpu"))
-    rounded = make_encoder(*load_model(name, "--model"), torch.bfloat16).eval()
+    rounded = make_encoder(*load(name, "--model"), torch.bfloat16).eval()
     start = uniform_start(images, eps / 255, attack_seeds(0, 0, range(len(images))))
     reached = []
     for encoder in (exact, rounded):

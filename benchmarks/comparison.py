@@ -23,6 +23,7 @@ from utils.cli import flag, required
 from utils.data.digests import files_digest, text_digest
 from utils.errors import UserError
 from utils.evaluation.results import Results, model_revision
+from utils.models.published import model_name
 from utils.processes.progress import wide_console
 from utils.sets.typographic import KINDS, PLACES
 
@@ -95,7 +96,7 @@ class WordSettings(Settings):
 def claim_directory(output_dir: Path, kept: dict[str, Any]) -> None:
     """Starts a comparison, or resumes an interrupted one if its settings ``kept``, model and data are the same."""
     note = output_dir / "settings.json"
-    now = kept | {"content": {name: content(kept[name]) for name in ("model", "data") if kept.get(name)}}
+    now = kept | {"content": {name: content(name, kept[name]) for name in ("model", "data") if kept.get(name)}}
     if note.exists():
         before = json.loads(note.read_text(encoding="utf-8"))
         if "content" not in before:  # accept it rather than throw hours of training away
@@ -112,15 +113,14 @@ def claim_directory(output_dir: Path, kept: dict[str, Any]) -> None:
     note.write_text(json.dumps(now, indent=1), encoding="utf-8")
 
 
-def content(name: str) -> str:
-    """A digest of a model, or of the shards and texts of a set; for anything but a directory, the name itself."""
+def content(kind: str, name: str) -> str:
+    """A digest of a model, or of the shards and texts of a set; for what is not on this machine, the name itself."""
+    if kind == "model":
+        return model_revision(name) if Path(model_name(name).path).exists() else name
     folder = Path(name)
-    if not folder.is_dir():
-        return name
-    if (folder / "config.json").exists():
-        return model_revision(name)
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".tar", ".txt") and path.is_file())
-    return text_digest([f"{path.relative_to(folder).as_posix()!r} {files_digest([path])}" for path in files])
+    digests = [f"{path.relative_to(folder).as_posix()!r} {files_digest([path])}" for path in files]
+    return text_digest(digests) if folder.is_dir() else name
 
 
 def launcher(script: str, processes: int = 1, config: str | None = None, precision: str | None = None) -> list[str]:

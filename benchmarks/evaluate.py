@@ -29,9 +29,9 @@ from utils.data.images import ImageTransform
 from utils.data.shards import ShardDataset, eval_loader
 from utils.evaluation.apgd import make_points, run_apgd, sphere_start
 from utils.methods.attacks import frozen, seed_from
+from utils.models import hub
 from utils.models.classifiers import LinearClassifier
 from utils.models.encoders import ImageEncoder, make_encoder
-from utils.models.published import load_model
 from utils.models.zeroshot import set_classifier, to_pixel_values
 from utils.sets.labelled import open_set
 
@@ -101,7 +101,7 @@ def load(
     name: str, data: str, num_samples: int, device: torch.device
 ) -> tuple[ImageEncoder, LinearClassifier, Tensor, Tensor]:
     """Encoder and classifier of a model, and the first pixel_values (N, 3, H, W) and labels (N,) of a set's test/."""
-    clip, processor = load_model(name, "--model")
+    clip, processor = hub.load(name, "--model")
     encoder = make_encoder(clip, processor).to(device).eval()
     labelled = open_set([f"{data}/test"], flag="--data", with_classes=True)
     classifier = set_classifier(clip, processor, encoder, labelled, device)

@@ -32,7 +32,8 @@ from utils.cli import flag, parse_settings, required, run
 from utils.data.images import ImageTransform, pixel_normalisation
 from utils.data.shards import ShardDataset, train_batches
 from utils.errors import UserError
-from utils.models.published import load_model, save_model
+from utils.models.hub import load
+from utils.models.published import save_model
 from utils.processes.progress import RunProgress
 from utils.sets.labelled import open_set
 from utils.training.metrics import MetricsFile
@@ -99,7 +100,7 @@ def main() -> None:
 def train_plainly(settings: Settings, run_dir: Path) -> None:
     """FARE with K = 1 by the plain step, on the batches of train_lore.py; writes the same copies and metrics.jsonl."""
     device = "cuda" if ON_GPU else "cpu"
-    clip, processor = load_model(settings.model, "--model")
+    clip, processor = load(settings.model, "--model", ("clip",))
     step = PlainSettings(seed=settings.seed, device=device)
     trainee = Trainee(ladder()[0], load_tower(settings.model, settings.seed), "FARE", step, eps=settings.eps / 255)
     for encoder in (trainee.encoder, trainee.reference):

@@ -59,7 +59,7 @@ from utils.methods.lore import MicroBatch, Problem, attack
 from utils.methods.losses import squared_distance
 from utils.methods.preferences import preference_loss, retention_kl
 from utils.models.encoders import ImageEncoder, enable_gradient_checkpointing, frozen_copy
-from utils.models.published import load_model
+from utils.models.hub import load
 from utils.sets.labelled import open_set
 from utils.training.memory import GB, TOWERS, tower_config
 from utils.training.metrics import MetricsFile, forward_flops, lore_flops_per_image
@@ -77,7 +77,9 @@ MEAN, STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.2757
 @dataclass
 class Settings:
     encoders: list[str] = what_flag(
-        ["small", "ViT-B/32"], f"small, {', '.join(TOWERS)}, or directories of CLIP models", path=True
+        ["small", "ViT-B/32"],
+        f"small, {', '.join(TOWERS)}, or CLIPs: ids, directories or files, or NAME@BASE",
+        path=True,
     )
     data: str | None = what_flag(None, "shards of images (default: noise)", path=True)
     batch_size: list[int] = what_flag([128, 32], "images per step: one number, or one for each encoder", minimum=1)
@@ -261,9 +263,9 @@ class Trainee:
 
 
 def load_tower(name: str, seed: int) -> CLIPVisionModelWithProjection:
-    """A tower of this size with random weights, or the image tower of a CLIP on disk."""
+    """A tower of this size with random weights, or the image tower of a CLIP."""
     if name != "small" and name not in TOWERS:
-        clip, _ = load_model(name, "--encoders")
+        clip, _ = load(name, "--encoders", ("clip",))
         config = clip.config.vision_config
         config.projection_dim = clip.config.projection_dim
         model = CLIPVisionModelWithProjection(config)

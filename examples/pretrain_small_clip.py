@@ -36,7 +36,8 @@ from utils.data.sources import has_shards
 from utils.errors import UserError
 from utils.model_card import command_line, versions, write_card
 from utils.models.encoders import ImageEncoder, make_encoder
-from utils.models.published import check_model, load_model, quiet_transformers
+from utils.models.hub import find_config, load
+from utils.models.published import BASE_MODEL_HELP, PROCESSOR_HELP, model_name, quiet_transformers
 from utils.models.zeroshot import class_embeddings, to_pixel_values
 from utils.processes.progress import RunProgress
 from utils.redaction import printable
@@ -82,8 +83,10 @@ class Settings:
     )
 
     start_from: str | None = flag(
-        None, "go on from this model, its sizes and its tokenizer; default random weights", group="model", path=True
+        None, "go on from this CLIP, its sizes and its tokenizer; default random weights", group="model", path=True
     )
+    base_model: str | None = flag(None, BASE_MODEL_HELP, group="model", path=True)
+    processor: str | None = flag(None, PROCESSOR_HELP, group="model", path=True)
     patch_size: int = flag(8, "side of the patches, in pixels", group="model", minimum=1)
     hidden_size: int = flag(128, "width of the image tower", group="model", minimum=1)
     num_layers: int = flag(4, "layers of the image tower", group="model", minimum=1)
@@ -148,7 +151,8 @@ def main() -> None:
     settings = parse_settings(Settings, description=__doc__)
     check(settings)
     if settings.start_from is not None:
-        check_model(settings.start_from, "--start_from", ("clip",))
+        start_from = model_name(settings.start_from, settings.base_model, settings.processor)
+        find_config(start_from, "--start_from", ("clip",))
     train = open_split(settings, "train")
     classnames = list(dict.fromkeys(name for one in train for name in one.classnames))
     templates = list(dict.fromkeys(template for one in train for template in one.templates))
@@ -170,7 +174,7 @@ def main() -> None:
         processor = make_processor(classnames, templates, settings)
         clip = make_clip(len(processor.tokenizer), settings).to(device)
     else:
-        clip, processor = load_model(settings.start_from, "--start_from")
+        clip, processor = load(start_from, "--start_from", ("clip",))
         clip.to(device)
         if (size := clip.config.vision_config.image_size) != settings.image_size:
             raise UserError(f"--image_size {settings.image_size}: --start_from {settings.start_from} sees {size} px")

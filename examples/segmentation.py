@@ -38,12 +38,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.cli import flag, parse_settings, required, run
 from utils.errors import UserError
 from utils.evaluation.figures import draw_grid
-from utils.evaluation.results import attempt
+from utils.evaluation.results import attempt, short_names
 from utils.methods.attacks import attack_seeds, frozen, pgd, seed_from, uniform_start
 from utils.methods.losses import squared_distance
 from utils.model_card import versions
 from utils.models.encoders import ImageEncoder, make_encoder
-from utils.models.published import check_model, load_model
+from utils.models.hub import find_config, load
+from utils.models.published import BASE_MODEL_HELP, PROCESSOR_HELP, ModelName, model_name
 from utils.processes.progress import wide_console
 
 CLASSES = ("background", "disc", "square", "triangle", "cross")
@@ -56,7 +57,11 @@ attack_flag = partial(flag, group="attack")
 
 @dataclass
 class Settings:
-    model: list[str] = required("directories or ids of CLIP, CLIP vision or DINOv2", group="what", path=True, many=True)
+    model: list[str] = required(
+        "CLIP, CLIP vision or DINOv2: ids, directories or files, or NAME@BASE", group="what", path=True, many=True
+    )
+    base_model: str | None = flag(None, BASE_MODEL_HELP, group="what", path=True)
+    processor: str | None = flag(None, PROCESSOR_HELP, group="what", path=True)
     output_dir: str = required("results.json and predictions.png go there", group="what", path=True)
     num_train: int = flag(1000, "images that the head learns from", group="data", minimum=1)
     num_test: int = flag(200, "images that are measured", group="data", minimum=1)
@@ -77,8 +82,9 @@ class Settings:
 def main() -> None:
     settings = parse_settings(Settings, description=__doc__)
     settings.model, settings.eps = list(dict.fromkeys(settings.model)), sorted(set(settings.eps))
-    for name in settings.model:
-        check_model(name, "--model", SUPPORTED)
+    models = {name: model_name(name, settings.base_model, settings.processor) for name in settings.model}
+    for model in models.values():
+        find_config(model, "--model", SUPPORTED)
     output_dir = Path(settings.output_dir)
     if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
         raise UserError(f"--output_dir {output_dir}: exists and is not an empty directory; give another one")
@@ -89,8 +95,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     results, shown = [], []
-    for name in settings.model:
-        encoder = load_encoder(name).to(device)
+    for name, model in models.items():
+        encoder = load_encoder(model).to(device)
         train = make_images(settings.num_train, encoder.image_size, settings.seed, "train")
         test = make_images(settings.num_test, encoder.image_size, settings.seed, "test")
         head = fit_head(encoder, *train, settings)
@@ -116,9 +122,9 @@ def main() -> None:
     attempt("predictions.png", lambda: draw_predictions(output_dir / "predictions.png", shown, settings), [])
 
 
-def load_encoder(name: str) -> ImageEncoder:
+def load_encoder(name: str | ModelName) -> ImageEncoder:
     """The frozen image encoder of a model, in eval mode."""
-    return make_encoder(*load_model(name, "--model", SUPPORTED)).eval().requires_grad_(False)
+    return make_encoder(*load(name, "--model", SUPPORTED)).eval().requires_grad_(False)
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
@@ -333,12 +339,12 @@ def draw_predictions(path: Path, shown: Sequence[tuple[str, str, Any, Tensor, Te
     def coloured(mask: Tensor) -> Tensor:
         return palette[mask].permute(2, 0, 1)
 
-    rows = []
+    rows, short = [], short_names(settings.model, of_models=True)
     for number in range(min(PICTURES, settings.num_test)):
         images, masks = shown[0][2]
         pictures = [(_uint8(images[number]), "image"), (coloured(masks[number]), "truth")]
         for name, condition, _, _, predicted in shown:
-            pictures.append((coloured(predicted[number]), f"{Path(name).name}\n{condition}"))
+            pictures.append((coloured(predicted[number]), f"{short[name]}\n{condition}"))
         rows.append(("", pictures))
     draw_grid(path, rows)
 

@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.cli import flag, parse_settings, required, run
 from utils.errors import UserError
 from utils.methods.head import HEAD_FILE, load_head, set_head_t, warn_of_condition
-from utils.models.published import load_model, save_model
+from utils.models.hub import load
+from utils.models.published import save_model
 
 
 @dataclass
@@ -33,7 +34,7 @@ def main() -> None:
     if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
         raise UserError(f"--output_dir {output_dir}: exists and is not an empty directory; give another one")
     head = load_head(settings.model)
-    clip, processor = load_model(settings.model, "--model")
+    clip, processor = load(settings.model, "--model")
     set_head_t(clip, head, settings.t)
     save_model(output_dir, clip, processor, {})
     shutil.copyfile(Path(settings.model) / HEAD_FILE, output_dir / HEAD_FILE)

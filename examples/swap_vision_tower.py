@@ -4,10 +4,11 @@ r"""Puts a robust CLIP image tower into a LLaVA: copies its directory and replac
       --output_dir models/llava-1.5-7b-lore4
 
 --llava is a directory of a LlavaForConditionalGeneration or LlavaNextForConditionalGeneration with safetensors. --model
-is the output_dir of train_lore.py, or another directory with the image half of a CLIP of the same architecture as
-LLaVA's tower. The language model is not loaded: files are copied, and in the copies the bytes of the tower's tensors
-are overwritten, rounded to the file's precision. So even a 13B model needs only the memory of one tower, and all other
-bytes stay the same.
+is the output_dir of train_lore.py, or another CLIP or image half of a CLIP, in any layout that the scripts load, of the
+same architecture as LLaVA's tower; fare_eps_2.pt@CLIP is an image tower in a file, and the CLIP that LLaVA's tower is
+of. The language model is not loaded: files are copied, and in the copies the bytes of the tower's tensors are
+overwritten, rounded to the file's precision. So even a 13B model needs only the memory of one CLIP, and all other bytes
+stay the same.
 """
 
 from __future__ import annotations
@@ -23,14 +24,25 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, CLIPVisionModel, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.cli import flag, parse_settings, required, run
-from utils.data.images import normalisation_of_file
+from utils.data.images import normalisation_of_file, pixel_normalisation
 from utils.errors import UserError
-from utils.models.hub import model_folder
-from utils.models.published import check_model, load_weights, quiet_transformers
+from utils.models.hub import find_model
+from utils.models.published import (
+    BASE_MODEL_HELP,
+    PROCESSOR_HELP,
+    Described,
+    describe,
+    image_processor_file,
+    image_tower,
+    load_image_processor,
+    load_without_processor,
+    model_name,
+    quiet_transformers,
+)
 from utils.text_files import parse_json
 from utils.training.checkpoint import replace_directory
 
@@ -50,8 +62,10 @@ TOWER = re.compile(r"(?:^|\.)vision_tower\.(?:vision_model\.)?(.+)$")
 class Settings:
     llava: str = required("directory of a LLaVA or LLaVA-NeXT model, with safetensors", group="models", path=True)
     model: str = required(
-        "directory (or Hugging Face id) of the CLIP whose image tower goes in", group="models", path=True
+        "the CLIP whose image tower goes in: id, directory or file of weights, or NAME@BASE", group="models", path=True
     )
+    base_model: str | None = flag(None, BASE_MODEL_HELP, group="models", path=True)
+    processor: str | None = flag(None, PROCESSOR_HELP, group="models", path=True)
     output_dir: str = required("where the new LLaVA goes", group="output", path=True)
     hard_links: bool = flag(
         False, "link the files without a part of the tower, in place of copying: no space, but shared", group="output"
@@ -66,11 +80,12 @@ def main() -> None:
     if not llava.is_dir():
         raise UserError(f"--llava {llava}: no such directory; bring it with `hf download <id> --local-dir <directory>`")
     vision_config = llava_vision_config(llava)
-    settings.model = str(model_folder(settings.model, "--model", CLIP_TYPES))
-    check_architecture(vision_config, settings.model)
-    check_normalisation(llava, Path(settings.model))
+    name = model_name(settings.model, settings.base_model, settings.processor)
+    model = describe(find_model(name, "--model", CLIP_TYPES), "--model", CLIP_TYPES)
+    check_architecture(vision_config, model)
+    check_normalisation(llava, model)
     slots = find_tower(llava)
-    tower = load_tower(settings.model)
+    tower = image_tower(load_without_processor(model, "--model"))[0].state_dict()
     check_tensors(slots, tower, settings)
 
     aside = output_dir.with_name(f".{output_dir.name}.incomplete")
@@ -110,39 +125,50 @@ def llava_vision_config(llava: Path) -> PreTrainedConfig:
     return config.vision_config
 
 
-def check_architecture(there: PreTrainedConfig, model: str) -> None:
+def check_architecture(there: PreTrainedConfig, model: Described) -> None:
     """Raises ``UserError`` if the tower of ``model`` has another architecture than LLaVA's."""
-    config = check_model(model, "--model", CLIP_TYPES)
-    here = config.vision_config if config.model_type == "clip" else config
+    here = model.config.vision_config if model.config.model_type == "clip" else model.config
     for name in ARCHITECTURE:
         if getattr(here, name) != getattr(there, name):
             raise UserError(
-                f"--model {model}: {name} is {getattr(here, name)}, LLaVA's image tower has {getattr(there, name)}; "
-                "give a model that was fine-tuned from LLaVA's own encoder"
+                f"--model {model.name}: {name} is {getattr(here, name)}, LLaVA's image tower has "
+                f"{getattr(there, name)}; give a model that was fine-tuned from LLaVA's own encoder"
             )
 
 
-def check_normalisation(llava: Path, model: Path) -> None:
-    """Raises ``UserError`` if both directories have an image processor and these normalise differently."""
-    there, here = normalisation(llava), normalisation(model)
+def check_normalisation(llava: Path, model: Described) -> None:
+    """Raises ``UserError`` if both models have an image processor and these normalise differently."""
+    there, here = normalisation_of_llava(llava), normalisation(model)
     if there and here and there != here:
         raise UserError(
-            f"--model {model}: normalises with {here[0]} and {here[1]}, LLaVA with {there[0]} and {there[1]}; "
+            f"--model {model.name}: normalises with {here[0]} and {here[1]}, LLaVA with {there[0]} and {there[1]}; "
             "the tower would see other images than it was trained on"
         )
 
 
-def normalisation(directory: Path) -> tuple[list[float], list[float]] | None:
+def normalisation(model: Described) -> tuple[list[float], list[float]] | None:
+    """Mean and standard deviation for pixels in [0, 1], to six digits; None if the model has no image processor."""
+    completed = model.name.base_model or model.name.processor
+    if model.layout.kind == "transformers" and not completed and image_processor_file(model.name.path) is None:
+        return None
+    image_processor, _ = load_image_processor(model, "--model")
+    return _to_six_digits(*pixel_normalisation(image_processor))
+
+
+def normalisation_of_llava(llava: Path) -> tuple[list[float], list[float]] | None:
     """Mean and standard deviation for pixels in [0, 1], to six digits; None if no file has them."""
     for name in ("processor_config.json", "preprocessor_config.json"):
         try:
-            settings = parse_json((directory / name).read_text(encoding="utf-8"))
+            settings = parse_json((llava / name).read_text(encoding="utf-8"))
             settings = settings.get("image_processor", settings)
-            mean, std = normalisation_of_file(settings)
-            return [round(value, 6) for value in mean], [round(value, 6) for value in std]
+            return _to_six_digits(*normalisation_of_file(settings))
         except (OSError, ValueError, TypeError, AttributeError, UserError):
             continue
     return None
+
+
+def _to_six_digits(mean: list[float], std: list[float]) -> tuple[list[float], list[float]]:
+    return [round(value, 6) for value in mean], [round(value, 6) for value in std]
 
 
 class Slot(NamedTuple):
@@ -224,15 +250,6 @@ def read_header(path: Path, llava: Path) -> list[tuple[str, dict, int]]:
             f"--llava {llava}: {path.name} is no whole safetensors file ({str(error)[:120]}); download it again"
         ) from None
     return entries
-
-
-def load_tower(model: str) -> dict[str, Tensor]:
-    """The state dict of the image tower of ``model``, float32. Raises ``UserError``."""
-    state = dict(load_weights(CLIPVisionModel, model, "--model").state_dict())
-    damaged = [name for name, tensor in state.items() if not tensor.isfinite().all()]
-    if damaged:
-        raise UserError(f"--model {model}: {damaged[0]} is not finite; the weights are damaged")
-    return state
 
 
 def check_tensors(slots: dict[str, Slot], tower: dict[str, Tensor], settings: Settings) -> None:

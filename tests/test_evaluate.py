@@ -17,11 +17,13 @@ from PIL import Image
 import evaluate
 import train_po
 from tests.conftest import flags, run_script, two_processes
+from tests.published_layouts import save_layouts
 from tests.shard_maker import image_bytes, make_shards, relabelled, rewrite, write_shard
 from tests.small_models import save_scaled, save_small_clip
 from utils.errors import UserError
 from utils.evaluation import figures
 from utils.evaluation.measures import FIDELITY
+from utils.evaluation.report import write_report
 from utils.evaluation.results import Results
 
 
@@ -529,6 +531,25 @@ def test_names_of_any_kind_are_shown_and_cost_no_figure(small_clip, tmp_path, mo
     assert page.count("data:image/png") > 4
     assert "\x1b[31m" not in printed
     assert f"{100 * found[0]['value']:.1f} [" in printed
+
+
+def test_a_file_and_its_base_are_shown_by_the_files_name(arguments, tmp_path, monkeypatch):
+    """In the grid of a query, in file names and in the report, also when it is drawn again and the model is gone."""
+    drawn, save = [], figures.save_figure
+    monkeypatch.setattr(
+        figures, "save_figure", lambda figure, *rest, **more: drawn.append(figure) or save(figure, *rest, **more)
+    )
+    one = save_layouts(tmp_path / "published")["robustvlm_visual"]
+    name = f"{one.path}@{one.base_model}"
+    evaluate.main(arguments(model=name, attack="clean", num_samples=6, query="a digit"))
+    out = tmp_path / "eval"
+    assert {cell["model"] for cell in results(out)} == {name}
+    assert [path.name.startswith("fare_eps_2.pt-") for path in (out / "records").iterdir()] == [True]
+    assert "fare_eps_2.pt" in {text.get_text() for figure in drawn for text in figure.findobj(Text)}
+    shutil.rmtree(tmp_path / "published")
+    write_report(out)
+    shown = re.findall(r">\s*([^<>]*fare_eps_2\.pt[^<>]*)<", (out / "report.html").read_text())
+    assert {text.strip() for text in shown} >= {"fare_eps_2.pt"}
 
 
 def test_a_picture_that_fails_is_named_and_the_run_ends_with_its_figures(

@@ -1,9 +1,11 @@
 import json
+import shutil
 
 import pytest
 
 from benchmarks.comparison import claim_directory, markdown
 from tests.conftest import run_script
+from tests.published_layouts import FARE, save_layouts
 from utils.errors import UserError
 
 
@@ -39,3 +41,25 @@ def test_runs_of_another_content_are_not_gone_on_with(tmp_path):
     (tmp_path / "runs/settings.json").write_text(json.dumps(kept))  # of an earlier version
     claim_directory(tmp_path / "runs", kept)
     assert markdown([["model"], ["a|b"]]).splitlines()[-1] == "| a\\|b |"
+
+
+def test_the_content_of_a_model_is_that_of_its_file_and_of_its_base(tmp_path):
+    layouts = save_layouts(tmp_path / "published")
+    tower, folder = layouts["robustvlm_visual"], layouts[FARE].path
+    named = f"{tower.path}@{folder}"
+
+    def refused(runs: str, name: str) -> None:
+        with pytest.raises(UserError, match=r"settings.json: content\)"):
+            claim_directory(tmp_path / runs, {"model": name})
+
+    for _ in range(2):
+        claim_directory(tmp_path / "of-file", {"model": named})
+        claim_directory(tmp_path / "of-folder", {"model": folder})
+        claim_directory(tmp_path / "of-hub", {"model": "openai/clip-vit-base-patch32"})  # is not looked into
+    shutil.copy(layouts["simclip_visual"].path, tower.path)
+    refused("of-file", named)
+    claim_directory(tmp_path / "of-other-file", {"model": named})
+    with open(f"{folder}/open_clip_config.json", "a") as file:
+        file.write("\n")
+    refused("of-other-file", named)
+    refused("of-folder", folder)

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import webdataset as wds
 from scipy import stats
 
-from benchmarks import attack_check, results
+from benchmarks import attack_check, results, train_step
+from benchmarks import evaluate as side_by_side
 from benchmarks.comparison import run_name, was_asked, words
 from benchmarks.evidence import (
     CONFIRMED,
@@ -23,6 +25,7 @@ from benchmarks.evidence import (
     verdict,
 )
 from benchmarks.transfer import halved
+from tests.published_layouts import save_layouts
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,6 +99,20 @@ def test_attacks_in_bfloat16_are_compared_with_others(small_clip, digits):
     ratio = attack_check.attack_strength(settings, str(small_clip), 4.0)
     assert 0.9 < ratio < 1.1
     assert ratio != 1.0
+
+
+def test_benchmarks_take_an_image_tower_and_its_base(digits, tmp_path):
+    one = save_layouts(tmp_path / "published")["robustvlm_visual"]
+    name, expected = f"{one.path}@{one.base_model}", one.expected["image_features"]
+    encoder, classifier, images, labels = side_by_side.load(name, str(digits), 8, torch.device("cpu"))
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (train_step.MEAN, train_step.STD))
+    tower = train_step.load_tower(name, seed=0).eval()
+    with torch.no_grad():
+        for found in (encoder(one.images), tower((one.images - mean) / std).image_embeds):
+            assert (found - expected).norm() < 1e-5 * expected.norm()
+        assert classifier(encoder(images)).shape == (len(labels), 10)
+    settings = attack_check.Settings(model=name, data=str(digits), output_dir="", num_samples=8)
+    assert 0.9 < attack_check.attack_strength(settings, name, 4.0) < 1.1
 
 
 def test_halves_share_no_image_and_leave_none_out(digits, tmp_path):

@@ -3,9 +3,13 @@
 import json
 
 import pytest
+import torch
 
 from tests.conftest import run_script
+from tests.published_layouts import save_layouts
 from utils.errors import UserError
+from utils.models.encoders import make_encoder
+from utils.models.published import load_model
 
 
 @pytest.mark.slow
@@ -60,3 +64,18 @@ def test_minutes_to_a_target_are_found(small_clip, digits, tmp_path):
     run_script(*words, "--target", "1")
     results = json.loads((tmp_path / "out/results.json").read_text())["results"]
     assert all(result["step"] == 4 and result["minutes"] is None for result in results.values())
+
+
+def test_a_plain_run_starts_from_an_image_tower_and_its_base(digits, tmp_path):
+    from benchmarks import time_to_robust
+
+    one = save_layouts(tmp_path / "published")["robustvlm_visual"]
+    settings = time_to_robust.Settings(
+        model=f"{one.path}@{one.base_model}", data=str(digits), output_dir="", steps=1, check_steps=1, batch_size=4,
+        learning_rate=0.0,
+    )  # fmt: skip
+    time_to_robust.train_plainly(settings, tmp_path / "run")
+    encoder = make_encoder(*load_model(str(tmp_path / "run"))).eval()
+    expected = one.expected["image_features"]
+    with torch.no_grad():
+        assert (encoder(one.images) - expected).norm() < 1e-5 * expected.norm()

@@ -394,6 +394,34 @@ def test_names_are_as_short_as_they_can_be_told_apart() -> None:
     assert list(short_names(names).values()) == ["a/best", "b/best", "clip", "best", "runs/lore4/", "runs/lore4"]
 
 
+CLIP = "openai/clip-vit-large-patch14"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {f"models/fare_eps_2.pt@{CLIP}": "fare_eps_2.pt", "hf-hub:chs20/fare2-clip": "fare2-clip", CLIP: CLIP[7:]},
+        {f"a/fare.pt@{CLIP}": "a/fare.pt", f"b/fare.pt@{CLIP}": "b/fare.pt"},
+        {f"a/fare.pt@{CLIP}": f"fare.pt@{CLIP}", "a/fare.pt@base": "fare.pt@base"},
+        {f"a/fare.pt@{CLIP}": f"fare.pt@{CLIP}", "a/fare.pt": "fare.pt", "runs/lore4": "lore4"},
+        {"a/fare.pt@x": "a/fare.pt@x", "a/fare.pt@y": "fare.pt@y", "b/fare.pt@x": "b/fare.pt"},
+        {"hf-hub:chs20/fare2-clip": "hf-hub:chs20/fare2-clip", "chs20/fare2-clip": "chs20/fare2-clip"},
+        {"hf-hub:fare2": "hf-hub:fare2", "runs/fare2/": "runs/fare2"},
+    ],
+    ids=str,
+)
+def test_short_names_of_models_are_without_what_completes_them(names: dict[str, str]) -> None:
+    """Of models whose files are gone, as in a report that is drawn again later."""
+    assert short_names(names, of_models=True) == names
+
+
+def test_an_at_sign_in_the_name_of_a_directory_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs@lab/lore4@2").mkdir(parents=True)
+    assert short_names(["runs@lab/lore4@2"], of_models=True) == {"runs@lab/lore4@2": "lore4@2"}
+    assert short_names(["data/digits@32"]) == {"data/digits@32": "digits@32"}  # a set has no base
+
+
 def test_names_beside_points_keep_what_differs() -> None:
     assert point_names(["clip", "fare"]) == ["clip", "fare"]
     long = [f"vit-l14-imagenet-lore4-rho{rho}-network" for rho in ("0.1", "0.02")]

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,17 +122,30 @@ def test_names_of_cells_tell_them_apart_and_can_be_read():
     assert names[2].startswith("a_set_accuracy_apgd_eps2_")
     assert names[5].startswith("a_set_accuracy_corruptions_fog_severity3_")
     assert all(len(name) < 200 and "/" not in name for name in names)
+    of_file = cell("runs/fare_eps_2.pt@openai/clip-vit-large-patch14")
+    assert cell_name(of_file).startswith("fare_eps_2.pt-clip-vit-large-patch14_set_accuracy_")
+    assert cell_name(cell("hf-hub:chs20/fare2")).startswith("fare2_set_accuracy_")
     assert cell_name(cell("x" * 300 + "/" + "y" * 300)) != cell_name(cell("x" * 300 + "/" + "y" * 301))
     assert [column_name(entry) for entry in cells[2:6]] == [
         "apgd 2/255", "apgd 4/255", "gaussian_noise 8/255", "fog 3",
     ]  # fmt: skip
 
 
+def test_the_name_of_a_cell_stays_when_the_models_files_go(tmp_path, monkeypatch):
+    """Or its records and pictures would be lost. A directory may have an @ in its name."""
+    monkeypatch.chdir(tmp_path)
+    names = ["model@2", "fare.pt@base"]
+    gone = [cell_name(cell(name)) for name in names]
+    Path("model@2").mkdir()
+    Path("fare.pt").write_bytes(b"")
+    assert [cell_name(cell(name)) for name in names] == gone
+
+
 def test_a_revision_changes_with_all_that_is_loaded_and_with_that_alone(tmp_path):
     """lm-evaluation-harness#4063: a figure depends on processor, tokenizer and head as much as on weights."""
     model, cache = tmp_path / "model", str(tmp_path / "cache")
     model.mkdir()
-    (model / "config.json").write_text("{}")
+    (model / "config.json").write_text('{"model_type": "dinov2"}')
     (model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "parts/a.safetensors"}}')
     known = {model_revision(str(model), cache)}
     loaded = ["model.safetensors", "head.safetensors", "preprocessor_config.json", "tokenizer.json", "vocab.txt"]

@@ -20,6 +20,7 @@ from transformers import AutoProcessor, AutoTokenizer, CLIPModel, CLIPProcessor
 
 from examples import make_digit_shards, make_shards, pretrain_small_clip
 from tests.conftest import later_wins, run_script
+from tests.published_layouts import save_layouts
 from utils.errors import UserError
 from utils.sets.typographic import WordStyle
 
@@ -324,3 +325,25 @@ def test_reading_is_learnt_beside_the_images_and_training_goes_on(digits: Path, 
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-6)
     assert filecmp.cmp(tmp_path / "first/tokenizer.json", tmp_path / "second/tokenizer.json", shallow=False)
+
+
+def test_training_goes_on_from_an_image_tower_and_its_base(digits: Path, tmp_path: Path) -> None:
+    one = save_layouts(tmp_path / "published")["robustvlm_visual"]
+    call(
+        pretrain_small_clip,
+        *("--train_data", digits, "--train_num_samples", 16, "--batch_size", 8, "--cache_dir", tmp_path / "cache"),
+        *("--epochs", 1, "--learning_rate", 1e-9, "--flip", "false", "--start_from", one.path),
+        *("--base_model", one.base_model, "--output_dir", tmp_path / "out"),
+    )
+    clip = CLIPModel.from_pretrained(tmp_path / "out").eval()
+    processor = CLIPProcessor.from_pretrained(tmp_path / "out")
+    mean, std = (
+        torch.tensor(value).view(3, 1, 1)
+        for value in (processor.image_processor.image_mean, processor.image_processor.image_std)
+    )
+    ids = processor.tokenizer(one.texts, padding=True, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        images = clip.get_image_features((one.images - mean) / std).pooler_output
+        texts = clip.get_text_features(ids).pooler_output
+    torch.testing.assert_close(images, one.expected["image_features"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(texts, one.expected["text_features"], rtol=0, atol=1e-4)

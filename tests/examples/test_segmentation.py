@@ -26,6 +26,7 @@ from examples.segmentation import (
     segmentation_scores,
 )
 from tests.conftest import run_script
+from tests.published_layouts import FARE, save_layouts
 from tests.small_models import save_small_clip
 from utils.errors import UserError
 
@@ -178,3 +179,29 @@ def test_the_whole_script_repeats(clip, dinov2, tmp_path):
     with pytest.raises(UserError, match=r"config\.json"):
         run_here("--model", tmp_path, "--output_dir", tmp_path / "c")
     assert not (tmp_path / "c").exists()
+
+
+def test_open_clips_folder_and_an_image_tower_with_its_base_are_models_too(tmp_path, monkeypatch):
+    """By NAME@BASE and by --base_model; named in the picture without the base."""
+    layouts = save_layouts(tmp_path / "published")
+    tower, folder = layouts["robustvlm_visual"], layouts[FARE].path
+    drawn = []
+    monkeypatch.setattr(segmentation, "draw_grid", lambda path, rows: drawn.extend(rows))
+    small = ["--num_train", 8, "--num_test", 4, "--head_epochs", 1, "--eps", 8, "--attack_steps", 1]
+    named = f"{tower.path}@{tower.base_model}"
+    run_here("--model", named, folder, *small, "--output_dir", tmp_path / "a")
+    first = json.loads((tmp_path / "a/results.json").read_text())["results"]
+    assert [row["model"] for row in first] == [named, named, folder, folder, "background everywhere"]
+    labels = [text for _, pictures in drawn for _, text in pictures]
+    assert {text.split("\n")[0] for text in labels} == {"image", "truth", "fare_eps_2.pt", FARE}
+    run_here("--model", tower.path, "--base_model", folder, *small, "--output_dir", tmp_path / "b")
+    second = json.loads((tmp_path / "b/results.json").read_text())["results"]
+    assert [row["miou"] for row in second[:2]] == [row["miou"] for row in first[:2]]
+    assert [row["model"] for row in second[:2]] == [tower.path] * 2
+
+    # The tower is the file's, not the base's.
+    images = tower.images[:2]
+    with torch.no_grad():
+        embeds = load_encoder(named)(images)
+    expected = tower.expected["image_features"][:2]
+    assert (embeds - expected).norm() < 1e-5 * expected.norm()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from examples import swap_vision_tower
+from tests.published_layouts import FARE, GELU, OPENAI, Published, save_layouts, transformers_state
 from tests.small_models import photos, save_small_clip
 from utils.errors import UserError
 
@@ -160,6 +162,63 @@ def test_the_image_half_alone_will_do(small_clip, tmp_path):
     swap("--llava", tmp_path / "llava", "--model", tmp_path / "half", "--output_dir", tmp_path / "a")
     swap("--llava", tmp_path / "llava", "--model", small_clip, "--output_dir", tmp_path / "b")
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+# The towers of tests/published_layouts.py with quick_gelu.
+PUBLISHED = {
+    "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2,
+    "num_attention_heads": 1, "image_size": 32, "patch_size": 16,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Published]:
+    return save_layouts(tmp_path_factory.mktemp("published"))
+
+
+@pytest.mark.parametrize("name", ["robustvlm_visual", "tecoa_vision_encoder", FARE, "leaf_clip_model", OPENAI])
+def test_a_published_tower_goes_into_a_llava(layouts, tmp_path, name):
+    """RobustVLM's file with the CLIP that LLaVA's tower is of, as NAME@BASE or by --base_model, and whole CLIPs."""
+    one = layouts[name]
+    save_llava(tmp_path / "llava", **PUBLISHED)
+    base = [] if one.base_model is None else ["--base_model", one.base_model]
+    swap("--llava", tmp_path / "llava", "--model", one.path, *base, "--output_dir", tmp_path / "new")
+    written = one.state
+    if base:
+        written = {f"visual.{key}": value for key, value in one.state.items()}
+        named = f"{one.path}@{one.base_model}"
+        swap("--llava", tmp_path / "llava", "--model", named, "--output_dir", tmp_path / "again")
+        assert (tmp_path / "new/model.safetensors").read_bytes() == (tmp_path / "again/model.safetensors").read_bytes()
+    state = written if name == "leaf_clip_model" else transformers_state(written)
+    before, after, replaced = tensors(tmp_path / "llava"), tensors(tmp_path / "new"), 0
+    for key, tensor in after.items():
+        place = key.partition("vision_tower.")[2]
+        if place:
+            expected = state[f"vision_model.{place.removeprefix('vision_model.')}"]
+            assert torch.equal(tensor, expected.float()), key
+            replaced += not torch.equal(tensor, before[key])
+        else:
+            assert torch.equal(tensor, before[key]), key
+    assert replaced == sum(key.startswith("vision_model.") for key in state)
+
+
+def test_a_published_tower_of_another_clip_is_refused(layouts, tmp_path):
+    tower = layouts["robustvlm_visual"]
+
+    def refused(model: object, words: str, **changes: object) -> None:
+        save_llava(tmp_path / "llava", **PUBLISHED | changes)
+        with pytest.raises(UserError, match=words):
+            swap("--llava", tmp_path / "llava", "--model", model, "--output_dir", tmp_path / "new")
+        assert not (tmp_path / "new").exists()
+
+    based = f"{tower.path}@{tower.base_model}"
+    refused(based, f"^--model {re.escape(based)}: image_size is 32, LLaVA's image tower has 48", image_size=48)
+    refused(based, "hidden_act is quick_gelu, LLaVA's image tower has gelu", hidden_act="gelu")
+    refused(tower.path, "an image tower alone, and nothing in it says its text tower, activation and heads")
+    refused(layouts[GELU].path, "image_size is 64")
+    processor = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (tmp_path / "llava/preprocessor_config.json").write_text(json.dumps(processor))
+    refused(based, "normalises with")  # open_clip_config.json of the base says how
 
 
 @pytest.mark.parametrize(

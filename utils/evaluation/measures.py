@@ -20,7 +20,16 @@ from utils.data.shards import ShardDataset
 from utils.errors import UserError
 from utils.evaluation.attacks import ATTACKS, PICTURES, first_pictures, measure_accuracy
 from utils.evaluation.fairness import fairness_figures
-from utils.evaluation.results import Cell, Finding, Picture, Results, attempt, mean_interval, model_revision
+from utils.evaluation.results import (
+    Cell,
+    Finding,
+    Picture,
+    Results,
+    attempt,
+    mean_interval,
+    model_revision,
+    short_names,
+)
 from utils.evaluation.trial import EvalSet, Model, Rows, Trial, mean_of, nothing_read, share, values
 from utils.methods.head import HEAD_FILE, head_powers, load_head, neutral_t, unfolded
 from utils.models.policy import TextTable, judge
@@ -394,6 +403,7 @@ def draw_retrieved(trials: Iterable[Trial], set_name: str, path: Path, results: 
     rows: list[tuple[str, str, list[int]]] = []  # query, label, positions
     for trial in trials:
         settings, model = trial.settings, trial.model
+        short = short_names(settings.model, of_models=True)
         head = load_head(model.name) if (Path(model.name) / HEAD_FILE).exists() else None
         known = [r["value"] for r in results.results if (r["model"], r["measure"]) == (model.name, "neutral_t")][-1:]
         strengths = [None] if head is None else sorted({0.0, 1.0, *known})
@@ -404,7 +414,7 @@ def draw_retrieved(trials: Iterable[Trial], set_name: str, path: Path, results: 
             positions, images, _ = trial.embedded(dataset, cell)
             table = model.texts(["{c}"], per_prompt=True)
             for t, cosines in cosines_by_strength(model, table, head, strengths, images, settings.query):
-                label = Path(model.name).name + ("" if t is None else f"\nt{'*' if t in known else ''} = {t:g}")
+                label = short[model.name] + ("" if t is None else f"\nt{'*' if t in known else ''} = {t:g}")
                 best = cosines.argsort(dim=1, descending=True, stable=True)[:, :RETRIEVED].tolist()
                 rows += [(query, label, [positions[i] for i in line]) for query, line in zip(settings.query, best)]
     if trial.accelerator.is_main_process:

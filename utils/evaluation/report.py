@@ -88,7 +88,7 @@ class Shown:
 
     def __init__(self, results: Results, found: Sequence[Result]) -> None:
         self.results = results
-        self.models = short_names(r["model"] for r in found)
+        self.models = short_names((r["model"] for r in found), of_models=True)
         self.sets = short_names(r["dataset"] for r in found)
         self.labels = list(self.models.values())
         plain = [r for r in found if "t" not in r["settings"]]

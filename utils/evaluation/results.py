@@ -32,7 +32,7 @@ from utils.data.sources import one_line
 from utils.errors import UserError
 from utils.model_card import versions
 from utils.models.hub import find_config
-from utils.models.published import ModelName, layout, model_name
+from utils.models.published import HUB_PREFIX, ModelName, layout, model_name
 from utils.text_files import parse_json
 from utils.whole_files import write_whole
 
@@ -419,10 +419,15 @@ def _files_revision(name: ModelName, path: str, cache_dir: str | None) -> str:
 
 
 def cell_name(cell: Cell) -> str:
-    """A file name for a cell: readable, and unique by a hash of its identity."""
+    """A file name for a cell: readable, and unique by a hash of its identity.
+
+    It follows from the cell alone, so that records are found again when the model's files are gone.
+    """
     identity = {name: cell[name] for name in CELL}
     digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=6).hexdigest()
-    parts = [Path(cell["model"]).name, Path(cell["dataset"]).name, cell["measure"], cell["attack"]]
+    own, _, base = cell["model"].removeprefix(HUB_PREFIX).rpartition("@")
+    model = f"{Path(own).name}@{Path(base).name}" if own else Path(base).name
+    parts = [model, Path(cell["dataset"]).name, cell["measure"], cell["attack"]]
     for name in ("eps", "corruption", "severity", "sigma"):
         if cell[name] is not None:
             parts.append(cell[name] if name == "corruption" else f"{name}{cell[name]:g}")
@@ -481,16 +486,28 @@ def file_name(text: str) -> str:
     return plain if slashless == short else f"{short}_{text_digest([text])}"
 
 
-def short_names(names: Iterable[str]) -> dict[str, str]:
-    """{name: the last parts of its path that make it unique}, in the order of first appearance."""
-    parts = {name: [part for part in name.split("/") if part] or [name] for name in dict.fromkeys(names)}
-    short = {}
-    for name, own in parts.items():
-        others = [other for of_name, other in parts.items() if of_name != name]
-        ends = (own[-length:] for length in range(1, len(own) + 1))
-        end = next((end for end in ends if all(other[-len(end) :] != end for other in others)), None)
-        short[name] = "/".join(end) if end else name
-    return short
+def short_names(names: Iterable[str], of_models: bool = False) -> dict[str, str]:
+    """{name: the last parts of its path that make it unique}, in the order of first appearance.
+
+    A model NAME@BASE goes without @BASE, and without hf-hub:, unless that alone tells it from another.
+    """
+    parts, bases = {}, {}
+    for name in dict.fromkeys(names):
+        model = model_name(name) if of_models else ModelName(name, name)
+        parts[name] = [part for part in model.path.split("/") if part] or [name]
+        bases[name] = model.base_model
+    return {name: _shortest(name, parts, bases) for name in parts}
+
+
+def _shortest(name: str, parts: dict[str, list[str]], bases: dict[str, str | None]) -> str:
+    """The shortest end of a name's path that no other name has; if none, with the name's @BASE; if none, the name."""
+    own, base = parts[name], bases[name]
+    for with_base in (False, True):
+        others = [parts[other] for other in parts if other != name and not (with_base and bases[other] != base)]
+        for length in range(1, len(own) + 1):
+            if all(other[-length:] != own[-length:] for other in others):
+                return "/".join(own[-length:]) + (f"@{base}" if with_base and base is not None else "")
+    return name
 
 
 def refuse_unwritable(output_dir: str) -> None:

@@ -210,18 +210,19 @@ def to_open_clip(state: State, config: PreTrainedConfig, form: State | None = No
     """The inverse: the state dict of a ``CLIPModel`` or a ``VisionTextDualEncoderModel`` becomes open_clip's.
 
     form: tensors whose names, dtypes and shapes are taken over, such as the meta tensors of the file that a model came
-    from. prefix: without a form, "text." for the layout of CustomTextCLIP. Raises ``ValueError`` for keys that are
-    missing or unknown.
+    from. prefix: "text." for the names of CustomTextCLIP, whatever the form's are. Raises ``ValueError`` for keys that
+    are missing or unknown.
     """
+    form = form or {}
     state = {name: tensor for name, tensor in state.items() if not name.endswith("embeddings.position_ids")}
-    pairs = name_pairs(config, text_prefix(form) if form else prefix)
+    pairs = name_pairs(config, prefix or text_prefix(form))
     _same_names(state, {name for pair in pairs for name in pair.transformers}, "a model of its config.json")
     converted: State = {}
     for pair in pairs:
         parts = [state[name] for name in pair.transformers]
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
         tensor = tensor.T if pair.transposed else tensor
-        like = (form or {}).get(pair.open_clip)
+        like = form.get(pair.open_clip, form.get(pair.open_clip.removeprefix(prefix)))
         if like is not None:
             tensor = tensor.to(like.dtype).reshape(like.shape)
         converted[pair.open_clip] = tensor.clone(memory_format=torch.contiguous_format)
@@ -433,6 +434,6 @@ def to_model(config: PreTrainedConfig) -> Fields:
 
 
 def _ratio(intermediate: int, width: int) -> dict[str, float]:
-    """r with int(width * r) == intermediate, as open_clip computes it. With 8192 / 1664 the result would be 8191."""
+    """r with int(width * r) == intermediate, as open_clip computes it. With 480 / 352 the result would be 479."""
     ratio = intermediate / width
     return {"mlp_ratio": ratio if int(width * ratio) == intermediate else (intermediate + 0.5) / width}

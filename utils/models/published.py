@@ -495,7 +495,7 @@ def load_model(
     _, _, processor_name = CLASSES[config.model_type]
     if processor_name:  # first, because it is quick
         tokenizer = load_tokenizer(described, where)
-    model = _load_model(described, flag)
+    model = load_without_processor(described, flag)
     image_processor, of_processor = load_image_processor(described, flag)
     tower, size = image_tower(model)[0].config, image_size(image_processor)
     patch = getattr(image_processor, "patch_size", None)  # SigLIP 2's processor has one
@@ -518,7 +518,7 @@ def load_model(
     return model, getattr(transformers, processor_name)(image_processor=image_processor, tokenizer=tokenizer)
 
 
-def _load_model(described: Described, flag: str) -> PreTrainedModel:
+def load_without_processor(described: Described, flag: str) -> PreTrainedModel:
     """The model with its weights, which are those of the file and, beside an image tower alone, of the base model."""
     name, config, where = described.name, described.config, f"{flag} {described.name}"
     if described.layout.kind == "transformers":
@@ -534,7 +534,7 @@ def _load_model(described: Described, flag: str) -> PreTrainedModel:
             converted = open_clip.to_transformers(state, config, OPEN_CLIP_CONFIG)
         form = {key: tensor.to("meta") for key, tensor in state.items()}
     if not open_clip.holds_text(state):
-        base: Any = _load_model(describe(name.base, "--base_model"), "--base_model")
+        base: Any = load_without_processor(describe(name.base, "--base_model"), "--base_model")
         converted, form = base.state_dict() | converted, getattr(base, "open_clip_form", {}) | form
     model: Any = load_weights(open_clip.model_class(config), file, flag, config, converted)
     model.open_clip_form = form
@@ -793,24 +793,45 @@ def export_open_clip(
 ) -> list[str]:
     """Writes the model of ``source``, in transformers' layout, in open_clip's; the two directories may be the same.
 
-    ``form``: names, dtypes and shapes that the tensors get, of the file that the model came from. ``custom_text``: put
-    the text tower under text. instead. Returns what a user of open_clip has to know. Raises ``UserError``.
+    The rest is as for ``write_open_clip``.
     """
     described = describe(ModelName(str(source), str(source)), flag, OPEN_CLIP_MODEL_TYPES)
     config, where = described.config, f"{flag} {source}"
-    fields = open_clip_fields(config, where)
     image_processor, _ = load_image_processor(described, flag)
+    not_there = directory != source and config.text_config.vocab_size != open_clip.CLIP_VOCABULARY
+    tokenizer = load_tokenizer(described, where) if not_there else None
+    model = load_weights(open_clip.model_class(config), source, flag, config)
+    return write_open_clip(directory, model, image_processor, tokenizer, where, form, custom_text)
+
+
+def write_open_clip(
+    directory: Path,
+    model: PreTrainedModel,
+    image_processor: Any,
+    tokenizer: Any,
+    where: str,
+    form: State | None = None,
+    custom_text: bool = False,
+) -> list[str]:
+    """Writes a model in open_clip's layout. Returns what a user of open_clip has to know. Raises ``UserError``.
+
+    ``tokenizer``: written too if open_clip does not have it; None if it is in ``directory`` already. ``form``: names,
+    dtypes and shapes that the tensors get, of the file that the model came from. ``custom_text``: put the text tower
+    under text. all the same.
+    """
+    fields = open_clip_fields(model.config, where)
     mean, std = pixel_normalisation(image_processor)
-    state = load_weights(open_clip.model_class(config), source, flag, config).state_dict()
     with _refusing(where):
-        state = open_clip.to_open_clip(state, config, form, "text." if custom_text else "")
+        prefix = "text." if custom_text else ""
+        state = open_clip.to_open_clip(model.state_dict(), model.config, form, prefix)
     notes = []
     if open_clip.text_prefix(state):
         fields["custom_text"] = True
-    if config.text_config.vocab_size != open_clip.CLIP_VOCABULARY:
-        fields["text_cfg"]["hf_tokenizer_name"] = directory.resolve().name
-        if directory != source:
-            load_tokenizer(described, where).save_pretrained(directory)
+    if model.config.text_config.vocab_size != open_clip.CLIP_VOCABULARY:
+        # Any text makes open_clip take the tokenizer of a "local-dir:". The directory's name is not final yet.
+        fields["text_cfg"]["hf_tokenizer_name"] = "<id of the repository>"
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
         note = "its tokenizer is not open_clip's own: it is among the files, and open_clip takes it from there; for the"
         notes.append(f"{note} hub set hf_tokenizer_name in {OPEN_CLIP_CONFIG} to the repository's id")
     if any(tensor.dtype != torch.float32 for tensor in state.values()):
