@@ -25,6 +25,8 @@ from transformers import (
     VisionTextDualEncoderModel,
 )
 
+from utils.processes.distributed import unpartitioned
+
 DUAL_ENCODER = "vision-text-dual-encoder"
 OPENAI_MEAN, OPENAI_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 CLIP_VOCABULARY = 49408
@@ -244,7 +246,7 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 def weight_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     """The shape of every weight of the model of a config, by transformers' names."""
-    with torch.device("meta"):
+    with torch.device("meta"), unpartitioned():  # one process alone may ask: ZeRO-3 would wait for the others
         return {name: tuple(tensor.shape) for name, tensor in model_class(config)(config).state_dict().items()}
 
 

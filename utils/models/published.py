@@ -39,6 +39,7 @@ from utils.errors import UserError, os_errors
 from utils.models import open_clip
 from utils.models.open_clip import DUAL_ENCODER, State
 from utils.models.tokens import check_tokenizer
+from utils.processes.distributed import unpartitioned
 from utils.redaction import printable
 from utils.text_files import decode_text, parse_json
 
@@ -850,18 +851,6 @@ def open_clip_fields(config: PreTrainedConfig, where: str) -> dict[str, Any]:
         return open_clip.to_model(config)
     except ValueError as error:
         raise UserError(f"{where}: {error}; it has no place in open_clip's layout") from None
-
-
-@contextmanager
-def unpartitioned() -> Iterator[None]:
-    """Hugging Face models built inside the block are whole, even if an Accelerator has a ZeRO-3 config."""
-    from transformers.integrations import deepspeed as integration
-
-    kept, integration._hf_deepspeed_config_weak_ref = integration._hf_deepspeed_config_weak_ref, None
-    try:
-        yield
-    finally:
-        integration._hf_deepspeed_config_weak_ref = kept
 
 
 @contextmanager
