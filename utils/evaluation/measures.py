@@ -24,7 +24,7 @@ from utils.evaluation.results import Cell, Finding, Picture, Results, attempt, m
 from utils.evaluation.trial import EvalSet, Model, Rows, Trial, mean_of, nothing_read, share, values
 from utils.methods.head import HEAD_FILE, head_powers, load_head, neutral_t, unfolded
 from utils.models.policy import TextTable, judge
-from utils.models.published import model_name
+from utils.models.published import model_name, model_path
 from utils.models.zeroshot import NonFiniteError, prompt_embeddings
 from utils.processes.distributed import gather_objects
 from utils.redaction import shown_setting
@@ -403,7 +403,8 @@ def draw_retrieved(trials: Iterable[Trial], set_name: str, path: Path, results: 
             positions, images, _ = trial.embedded(dataset, cell)
             table = model.texts(["{c}"], per_prompt=True)
             for t, cosines in cosines_by_strength(model, table, head, strengths, images, settings.query):
-                label = Path(model.name).name + ("" if t is None else f"\nt{'*' if t in known else ''} = {t:g}")
+                label = Path(model_path(model.name)).name
+                label += "" if t is None else f"\nt{'*' if t in known else ''} = {t:g}"
                 best = cosines.argsort(dim=1, descending=True, stable=True)[:, :RETRIEVED].tolist()
                 rows += [(query, label, [positions[i] for i in line]) for query, line in zip(settings.query, best)]
     if trial.accelerator.is_main_process:

@@ -38,6 +38,7 @@ from utils.evaluation.results import (
     replace_file,
     short_names,
 )
+from utils.models.published import model_path
 from utils.processes.progress import wide_console
 from utils.redaction import escaped
 from utils.training.metrics import MetricsFile
@@ -88,7 +89,7 @@ class Shown:
 
     def __init__(self, results: Results, found: Sequence[Result]) -> None:
         self.results = results
-        self.models = short_names(r["model"] for r in found)
+        self.models = short_names((r["model"] for r in found), model_path)
         self.sets = short_names(r["dataset"] for r in found)
         self.labels = list(self.models.values())
         plain = [r for r in found if "t" not in r["settings"]]

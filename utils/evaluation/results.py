@@ -399,7 +399,8 @@ def model_revision(text: str | ModelName, cache_dir: str | None = None, flag: st
 
 def _files_revision(name: ModelName, path: str, cache_dir: str | None) -> str:
     """A digest of a file, or of the files of a directory that are loaded."""
-    own = layout(name, "--model") if path == name.path else None
+    of_model = path in (name.path, name.base_model) and not path.endswith(".json")
+    own = layout(name if path == name.path else name.base, "--model") if of_model else None
     folder = Path(path)
     if folder.is_file():
         if own is None or own.kind == "weights":
@@ -422,7 +423,8 @@ def cell_name(cell: Cell) -> str:
     """A file name for a cell: readable, and unique by a hash of its identity."""
     identity = {name: cell[name] for name in CELL}
     digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=6).hexdigest()
-    parts = [Path(cell["model"]).name, Path(cell["dataset"]).name, cell["measure"], cell["attack"]]
+    model = "@".join(Path(part).name for part in cell["model"].split("@"))  # NAME@BASE
+    parts = [model, Path(cell["dataset"]).name, cell["measure"], cell["attack"]]
     for name in ("eps", "corruption", "severity", "sigma"):
         if cell[name] is not None:
             parts.append(cell[name] if name == "corruption" else f"{name}{cell[name]:g}")
@@ -481,9 +483,9 @@ def file_name(text: str) -> str:
     return plain if slashless == short else f"{short}_{text_digest([text])}"
 
 
-def short_names(names: Iterable[str]) -> dict[str, str]:
+def short_names(names: Iterable[str], path: Callable[[str], str] = str) -> dict[str, str]:
     """{name: the last parts of its path that make it unique}, in the order of first appearance."""
-    parts = {name: [part for part in name.split("/") if part] or [name] for name in dict.fromkeys(names)}
+    parts = {name: [part for part in path(name).split("/") if part] or [name] for name in dict.fromkeys(names)}
     short = {}
     for name, own in parts.items():
         others = [other for of_name, other in parts.items() if of_name != name]

@@ -226,6 +226,18 @@ def on_every_node(accelerator: Accelerator, make: Callable[[], Any]) -> Any:
 
 
 @contextmanager
+def unpartitioned() -> Iterator[None]:
+    """Hugging Face models built inside the block are whole, even if an Accelerator has a ZeRO-3 config."""
+    from transformers.integrations import deepspeed as integration
+
+    kept, integration._hf_deepspeed_config_weak_ref = integration._hf_deepspeed_config_weak_ref, None
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = kept
+
+
+@contextmanager
 def gathered(module: nn.Module, enabled: bool = True) -> Iterator[None]:
     """Under ZeRO-3, gathers the parameters of ``module`` once for the whole block; otherwise does nothing.
 
