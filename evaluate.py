@@ -43,6 +43,7 @@ from utils.models.published import (
     MODEL_TYPES,
     PROCESSOR_HELP,
     ModelName,
+    check_processor,
     has_own_head,
     has_text,
     image_transform,
@@ -284,6 +285,8 @@ def check_models(settings: Settings) -> None:
     """Raises ``UserError`` for unsuitable configs, before any weights are downloaded."""
     for its_flag, name, kinds in named_models(settings):
         here, config = find_config(name, its_flag, kinds)
+        if config is not None:
+            check_processor(here, config, its_flag)
         if its_flag != "--model" or config is None:
             continue
         if not has_text(config) and settings.classifier == "zero_shot":

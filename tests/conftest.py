@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from tests.published_layouts import Published, save_layouts  # noqa: E402
 from tests.small_models import save_small_clip  # noqa: E402
 from tests.warm_python import script_environment, warm_python  # noqa: E402
 
@@ -23,6 +24,12 @@ def small_clip(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("models") / "clip"
     save_small_clip(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def layouts(tmp_path_factory) -> dict[str, Published]:
+    """The nine layouts in which people publish CLIPs, by name. ``clip_processor`` lies beside their folders."""
+    return save_layouts(tmp_path_factory.mktemp("layouts"))
 
 
 @pytest.fixture(scope="session")

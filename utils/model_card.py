@@ -61,9 +61,9 @@ def model_card(
 ) -> str:
     """Markdown with the hub's header. ``evaluations``: metrics rows with eval_ keys. ``model_class`` loads it."""
     processor_class = "AutoProcessor" if with_text else "AutoImageProcessor"
-    is_of_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base_model) and not Path(base_model).exists()
+    of_hub = re.fullmatch(r"(?:hf-hub:)?([\w.-]+(?:/[\w.-]+)?)(?:@.*)?", base_model)  # maybe NAME@BASE
     lines = ["---", "library_name: transformers"]
-    lines += [f"base_model: {base_model}"] if is_of_hub else []
+    lines += [f"base_model: {of_hub[1]}"] if of_hub and not Path(of_hub[1]).exists() else []
     lines += [f"pipeline_tag: {'zero-shot-image-classification' if with_text else 'image-feature-extraction'}"]
     lines += [f"tags: [{', '.join(tags)}]", "---", "", f"# {method} from {base_model}", ""]
     lines += [f"Load it with `{model_class}.from_pretrained` and `{processor_class}.from_pretrained`. {about}", ""]

@@ -11,11 +11,20 @@ import torch
 import transformers
 from packaging.version import Version
 from PIL import Image, ImageFile
-from transformers import BitImageProcessor, CLIPImageProcessor, SiglipImageProcessor
+from transformers import (
+    AutoImageProcessor,
+    BitImageProcessor,
+    CLIPImageProcessor,
+    CLIPImageProcessorPil,
+    CLIPProcessor,
+    SiglipImageProcessor,
+)
 
+from examples.pretrain_small_clip import make_tokenizer
 from tests.shard_maker import image_bytes
-from utils.data.images import MAX_PIXELS, OWN_FORMATS, ImageError, ImageTransform, decode
+from utils.data.images import CROP_ROUNDING, MAX_PIXELS, OWN_FORMATS, ImageError, ImageTransform, decode
 from utils.errors import UserError
+from utils.models.published import read_image_processor
 
 RAW = {"do_rescale": False, "do_normalize": False}
 PROCESSORS = {
@@ -104,6 +113,82 @@ def test_settings_come_from_the_processor():
 def test_processors_that_do_more_are_refused(settings):
     with pytest.raises(UserError, match="not supported"):
         ImageTransform.from_processor(CLIPImageProcessor(**settings))
+
+
+# ------------------------------------------------------------------------------------------ where a centre crop begins
+
+
+def ruler(width, height):
+    """A picture whose red says the column and green the row, both counted from 1. Black is outside."""
+    rows, columns = np.mgrid[1 : height + 1, 1 : width + 1].astype(np.uint8)
+    return Image.fromarray(np.stack([columns, rows, np.zeros_like(rows)], axis=2))
+
+
+@pytest.mark.parametrize("difference", range(41))
+def test_half_a_pixel_goes_to_even_as_in_torchvision_or_down_as_in_transformers(difference):
+    """torchvision.transforms.functional.center_crop: int(round((size - crop) / 2.0))."""
+    side, other = 24, (difference * 7) % 41
+    picture = ruler(side + difference, side + other)
+    processor = CLIPImageProcessor(do_resize=False, crop_size={"height": side, "width": side}, **RAW)
+    for even in (False, True):
+        pixels = ImageTransform(None, (side, side), even=even)(picture)
+        left, top = int(pixels[0, 0, 0]) - 1, int(pixels[1, 0, 0]) - 1
+        if even:
+            assert (left, top) == tuple(round((size - side) / 2.0) for size in picture.size)
+        else:
+            assert (left, top) == (difference // 2, other // 2)
+            assert np.array_equal(pixels.numpy(), processor(picture, return_tensors="np")["pixel_values"][0])
+
+
+@pytest.mark.parametrize("lacking", range(1, 9))
+def test_a_smaller_picture_gets_the_frame_of_torchvision_or_that_of_transformers(lacking):
+    """torchvision pads (crop - size) // 2 at the left, transformers the larger half."""
+    picture = ruler(20 - lacking, 20)
+    for even, frame in ((True, lacking // 2), (False, (lacking + 1) // 2)):
+        pixels = ImageTransform(None, (20, 20), even=even)(picture)
+        assert int((pixels[0, 0] == 0).long().argmin()) == frame
+
+
+def test_of_forty_photographs_some_crops_differ_by_one_pixel():
+    """Only those whose longer side exceeds the crop by 3, 7, 11 ... after resizing."""
+    moved = 0
+    for number in range(40):
+        width, height = 96 + 5 * number, 64 + 3 * (number % 7)
+        data = image_bytes(number, (height, width) if number % 2 else (width, height))
+        longer = int(32 * max(width, height) / min(width, height))
+        wide = ImageTransform(32, None)  # the whole resized picture, in which to look for both crops
+        down, even = (decode(data, ImageTransform(32, (32, 32), even=even)) for even in (False, True))
+        whole = decode(data, wide)
+        along = 2 if whole.shape[2] > whole.shape[1] else 1
+        first = (longer - 32) // 2
+        assert torch.equal(down, whole.narrow(along, first, 32))
+        further = (longer - 32) % 4 == 3
+        assert torch.equal(even, whole.narrow(along, first + further, 32))
+        moved += further
+    assert 0 < moved < 20
+
+
+@pytest.mark.parametrize("with_text", [False, True])
+def test_the_rounding_of_crops_is_saved_with_the_processor(tmp_path, with_text):
+    """transformers loads the file and ignores it."""
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    assert not ImageTransform.from_processor(image_processor).even
+    setattr(image_processor, CROP_ROUNDING, "even")
+    processor = CLIPProcessor(image_processor, make_tokenizer(["a cat"], 530)) if with_text else image_processor
+    processor.save_pretrained(tmp_path)
+    loaded = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    assert ImageTransform.from_processor(loaded) == ImageTransform(32, (32, 32), even=True)
+    read = read_image_processor(str(tmp_path), "clip", "--model")
+    assert ImageTransform.from_processor(read) == ImageTransform(32, (32, 32), even=True)
+    if with_text:
+        assert ImageTransform.from_processor(CLIPProcessor.from_pretrained(tmp_path).image_processor).even
+    picture = ruler(35, 32)
+    plain = loaded(picture, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
+    assert plain[0, 0, 0] == 2  # column 1: down
+    assert ImageTransform.from_processor(loaded)(picture)[0, 0, 0] == 3
+    setattr(image_processor, CROP_ROUNDING, "up")
+    with pytest.raises(UserError, match="CLIPImageProcessorPil: crop_rounding is 'up'; expected floor or even"):
+        ImageTransform.from_processor(image_processor)
 
 
 def test_truncated_images_raise_wherever_they_end():

@@ -145,7 +145,7 @@ def test_a_revision_changes_with_all_that_is_loaded_and_with_that_alone(tmp_path
     """lm-evaluation-harness#4063: a figure depends on processor, tokenizer and head as much as on weights."""
     model, cache = tmp_path / "model", str(tmp_path / "cache")
     model.mkdir()
-    (model / "config.json").write_text('{"model_type": "dinov2"}')
+    (model / "config.json").write_text('{"model_type": "clip"}')
     (model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "parts/a.safetensors"}}')
     known = {model_revision(str(model), cache)}
     loaded = ["model.safetensors", "head.safetensors", "preprocessor_config.json", "tokenizer.json", "vocab.txt"]

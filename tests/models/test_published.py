@@ -17,14 +17,14 @@ import train_po
 from tests.small_models import KINDS, TEXT_KINDS, photos, save_small_model
 from utils.errors import UserError
 from utils.models.encoders import enable_gradient_checkpointing, make_encoder
-from utils.models.hub import model_folder
+from utils.models.hub import find_model
 from utils.models.policy import TextTable
 from utils.models.published import (
     check_model,
     has_text,
     image_transform,
-    load_image_processor,
     load_model,
+    read_image_processor,
     save_model,
     switch_off_randomness,
 )
@@ -122,13 +122,13 @@ def test_fields_of_a_processor_are_obeyed(models, vision, tmp_path, fields):
     """transformers#20867, #24857. Embeddings as by transformers, and again, by both, from the saved processor."""
     plain, model = vision
     folder = processor_file(tmp_path / "given", models, fields)
-    processor = load_image_processor(str(folder), "clip_vision_model", "--model")
+    processor = read_image_processor(str(folder), "clip_vision_model", "--model")
     processor.save_pretrained(tmp_path / "saved")
     shutil.copy(folder / "config.json", tmp_path / "saved")
     expected = None
     for place in (folder, tmp_path / "saved"):
         inputs = AutoImageProcessor.from_pretrained(place, backend="pil")(PICTURES, return_tensors="pt")
-        processor = load_image_processor(str(place), "clip_vision_model", "--model")
+        processor = read_image_processor(str(place), "clip_vision_model", "--model")
         pixel_values = torch.stack([image_transform(processor)(picture) for picture in PICTURES]).float() / 255
         with torch.no_grad():
             by_transformers, found = plain(**inputs).image_embeds, make_encoder(model, processor)(pixel_values)
@@ -187,7 +187,7 @@ def test_every_kind_obeys_rescaling_and_saves_it(changed, tmp_path, kind):
 def test_fields_that_are_not_obeyed_are_refused_by_file_and_name(models, tmp_path, fields, named):
     folder = processor_file(tmp_path / "given", models, fields)
     with pytest.raises(UserError, match=rf"--model .*: preprocessor_config.json: .*{named}"):
-        load_image_processor(str(folder), "clip_vision_model", "--model")
+        read_image_processor(str(folder), "clip_vision_model", "--model")
 
 
 RANDOM = (
@@ -380,6 +380,7 @@ def names(tmp_path, monkeypatch):
     Path("empty").mkdir()
     Path("dangling").symlink_to("nowhere")
     Path("file.safetensors").write_bytes(b"x")
+    Path("file.txt").write_bytes(b"x")
     for folder in ("runs/lore", "run/best", "broken", "lora"):
         Path(folder).mkdir(parents=True)
         Path(folder, "config.json").write_text("{")
@@ -391,17 +392,21 @@ MISTYPED = {  # dolly#118
     "x/": "no such directory", "../x": "no such directory", "~/x": "~ stands for none here",
     "https://huggingface.co/openai/clip": "a URL", "hf://openai/clip": "a URL", "C:\\models\\clip": "no such directory",
     "": ": empty;", "  ": ": empty;", "my model": "no such directory", "a//b": "no such directory",
-    "file.safetensors": "a file", "empty": "holds no config.json", "./empty/": "holds no config.json",
+    "file.safetensors": "file.safetensors: cannot be read as tensors", "file.txt": ": a file; expected",
+    "empty": "holds no config.json", "./empty/": "holds no config.json",
     "dangling": "a link to nowhere", "run": "holds no config.json; run/best holds one",
     "runs/lora": r"did you mean runs/lore\?", "./runs/lor": r"did you mean ./runs/lore\?",
     "broken": "config.json is none", "lora": "holds an adapter", "-x": "no such directory",
-    "a/b@main": "no such directory", "x" * 300: "no such directory", "openai/clip": "neither a local",
+    "a/b@main": "neither a local", "a/b/c@main": "no such directory", "a/b@": "--base_model: empty;",
+    "a/b@./x": "--base_model ./x: no such directory or file; expected a directory or a hub id", "x.pt": "no such file",
+    "openai/clip@~/x": "--base_model ~/x: no such", "hf-hub:./x": "--model hf-hub:./x: no such directory",
+    "x" * 300: "no such directory", "openai/clip": "neither a local",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MISTYPED)
 def test_mistyped_names_are_one_line(names, name):
-    for look in (check_model, model_folder):
+    for look in (check_model, find_model):
         with pytest.raises(UserError, match=MISTYPED[name]):
             look(name, "--model")
 

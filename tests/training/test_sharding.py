@@ -162,6 +162,38 @@ def test_two_processes_equal_one_for_every_kind_of_encoder(arguments, tmp_path, 
                 assert found[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-5), key
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["cpu_2proc", "zero3_cpu_2proc"])
+def test_two_processes_equal_one_for_an_image_tower_and_its_base(arguments, layouts, tmp_path, sharding):
+    """LORE by SGD from NAME@BASE: every weight within 1e-6 of its tensor's largest, in both layouts."""
+    tower = layouts["robustvlm_visual"]
+    changes = {"model_name_or_path": f"{tower.path}@{tower.base_model}", "learning_rate": 1e-4, "export": "open_clip"}
+
+    def entry(where, processes):
+        words = arguments("LORE", tmp_path / where, processes, **changes)
+        return {"trainer": "train_lore", "arguments": words, "sgd": True}
+
+    launcher = accelerate_launch(ROOT / "accelerate_configs" / f"{sharding}.yaml")
+    run_script("tests/train_several.py", plan(tmp_path, [entry("two", 2)]), launcher=launcher)
+    train(**entry("one", 1))
+    start = load_file(f"{tower.base_model}/open_clip_model.safetensors")
+    start |= {f"visual.{name}": tensor for name, tensor in tower.state.items()}
+    for file in ("model.safetensors", "open_clip_model.safetensors"):
+        one, two = (load_file(tmp_path / where / file) for where in ("one", "two"))
+        assert set(one) == set(two)
+        errors = {
+            name: ((one[name] - two[name]).abs().max() / one[name].abs().max().clamp_min(1e-3)).item() for name in one
+        }
+        worst = max(errors, key=errors.get)
+        print(f"{sharding} {file}: {worst} {errors[worst]:.2e}")
+        assert errors[worst] <= 1e-6, f"{worst} {errors[worst]}"
+    moved = {name for name in start if not torch.equal(two[name], start[name])}
+    assert moved == {name for name in start if name.startswith("visual.")}
+    for expected, found in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+        for key in expected.keys() - TIMINGS:
+            assert found[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-5), key
+
+
 def card_settings(run_dir):
     """The settings of a model card, as it shows them."""
     return dict(re.findall(r"^\| (\w+) \| (.*) \|$", (run_dir / "README.md").read_text(), flags=re.MULTILINE))

@@ -399,7 +399,8 @@ def model_revision(text: str | ModelName, cache_dir: str | None = None, flag: st
 
 def _files_revision(name: ModelName, path: str, cache_dir: str | None) -> str:
     """A digest of a file, or of the files of a directory that are loaded."""
-    own = layout(name, "--model") if path == name.path else None
+    of_model = path in (name.path, name.base_model) and not path.endswith(".json")
+    own = layout(name if path == name.path else name.base, "--model") if of_model else None
     folder = Path(path)
     if folder.is_file():
         if own is None or own.kind == "weights":

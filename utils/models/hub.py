@@ -127,19 +127,23 @@ def _find(
     if found.kind != "weights":
         config = check_model(here, flag, supported)
         here = completed_by(here, found, has_text(config))
-        if with_weights and (here.base_model, here.processor) != (name.base_model, name.processor):
+        if with_weights and (name.base_model or name.processor) and not (here.base_model or here.processor):
             say_once(f"{name}: has tokenizer and image processor of its own: --base_model, --processor are not for it")
-    if with_weights and names is not None:
-        _bring(name.path, flag, partial(weight_names, found), local_files_only)
     if here.processor is not None and not os.path.isdir(here.processor):
         here = replace(here, processor=_processor(here.processor, "--processor", local_files_only))
-    weights_are_here = found.kind == "weights" and (with_weights or names is None)
+        here = here if config is None else completed_by(here, found, has_text(config))
+    base, kinds = None, MODEL_TYPES if found.kind == "transformers" else OPEN_CLIP_MODEL_TYPES
     if here.base_model is not None and not os.path.exists(here.base_model):
-        whole = weights_are_here and not holds_text(weights_alone(here, found, flag)[0])
-        kinds = MODEL_TYPES if found.kind == "transformers" else OPEN_CLIP_MODEL_TYPES
-        base, of_base = _find(here.base, "--base_model", kinds, whole, local_files_only)
-        here, config = replace(here, base_model=base.path), of_base if config is None else config
-    if weights_are_here:
+        base, of_base = _find(here.base, "--base_model", kinds, False, local_files_only)
+        config = of_base if config is None else config
+    if with_weights and names is not None:
+        _bring(name.path, flag, partial(weight_names, found), local_files_only)
+    weights_are_here = found.kind == "weights" and (with_weights or names is None)
+    if base is not None:
+        if with_weights and weights_are_here and not holds_text(weights_alone(here, found, flag)[0]):
+            base, _ = _find(here.base, "--base_model", kinds, True, local_files_only)
+        here = replace(here, base_model=base.path)
+    if weights_are_here and (with_weights or base is None or config is not None):
         config = check_model(here, flag, supported)
     of_clip = found.kind != "transformers" and config is not None and config.text_config.vocab_size == CLIP_VOCABULARY
     if of_clip and tokenizer_folder(here) is None:
@@ -186,7 +190,7 @@ def _bring(
         return _cached(repository, flag, choose, "this node's first process did not bring it")
     try:
         names = [file.rfilename for file in HfApi().model_info(repository).siblings or []]
-        chosen = [glob.escape(name) for name in choose(names)]
+        chosen = [glob.escape(name) for name in choose(names)] or [".gitattributes"]  # in every repository
         return Path(snapshot_download(repository, allow_patterns=chosen)), names
     except Exception as error:  # the hub raises its own errors, httpx errors and OSError
         reason = one_line(error)
@@ -209,7 +213,8 @@ def _cached(
 
     lacking = "config.json" if choose is small_files else "its weights"
     try:
-        folder = Path(snapshot_download(repository, local_files_only=True))
+        # Without patterns it refuses a folder that lacks any file of the repository. What is needed is checked here.
+        folder = Path(snapshot_download(repository, local_files_only=True, allow_patterns=[]))
         names = os.listdir(folder)
         _, parts = weight_files(folder)
         if choose is small_files or (choose(names) and all((folder / part).exists() for part in parts.values())):

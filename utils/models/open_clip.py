@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,11 @@ HIGHEST_ID = 2  # because of old configs, transformers reads this eos_token_id a
 PREFIXES = ("module.", "model.", "visual.")  # of DDP, of RobustVLM's wrapper, of an image tower's attribute
 # Entries that are no weights. OpenAI's archives have the last three.
 BUFFERS = {"attn_mask", "position_ids", "input_resolution", "context_length", "vocab_size"}
+# Beginnings of names that the towers of a CLIP have, in open_clip or in transformers, and a ResNet has not.
+BLOCKS = (
+    *("visual.transformer.resblocks.", "visual.trunk.stages.", "transformer.resblocks.", "text.transformer.resblocks."),
+    *("vision_model.encoder.", "text_model.encoder."),
+)
 IMAGE_TOWER = ("class_embedding", "conv1.weight", "trunk.stem.0.weight")  # names in an image tower alone
 # timm's name -> (depths, hidden sizes).
 CONVNEXTS = {
@@ -198,14 +203,22 @@ def to_transformers(state: State, config: PreTrainedConfig, where: str) -> State
     return converted
 
 
-def check_names(state: State, config: PreTrainedConfig, where: str) -> None:
-    """``to_transformers`` for a tidy state dict that is in transformers' names already: raises the same errors."""
-    what, whole = f"a model of {where}", holds_text(state)
-    shapes = {name: shape for name, shape in weight_shapes(config).items() if whole or name.startswith("vis")}
-    _same_names(state, set(shapes), what)
-    for name, shape in shapes.items():
-        if tuple(state[name].shape) != shape:
-            raise ValueError(f"{name} is {tuple(state[name].shape)}, {shape} in {what}")
+def check_transformers_names(state: State, config: PreTrainedConfig, where: str) -> None:
+    """``to_transformers``' checks for a tidy state dict that has transformers' names already.
+
+    An image tower may come without projection, as a CLIPVisionModel has none. Raises ``ValueError``.
+    """
+    found = {name: tuple(tensor.shape) for name, tensor in state.items() if not name.endswith("position_ids")}
+    shapes, whole = weight_shapes(config), holds_text(state)
+    projection = "visual_projection.weight"
+    wanted = {
+        name for name in shapes if whole or name.startswith("vision_model.") or name in found.keys() & {projection}
+    }
+    what = f"a {config.model_type} of {where}"
+    _same_names(found, wanted, what)
+    for name, shape in found.items():
+        if shape != shapes[name]:
+            raise ValueError(f"{name} is {shape}, {shapes[name]} in {what}")
 
 
 def to_open_clip(state: State, config: PreTrainedConfig, form: State | None = None, prefix: str = "") -> State:
@@ -231,9 +244,9 @@ def to_open_clip(state: State, config: PreTrainedConfig, form: State | None = No
     return converted
 
 
-def _same_names(state: State, expected: set[str], what: str) -> None:
+def _same_names(state: Collection[str], expected: set[str], what: str) -> None:
     """Raises ``ValueError`` unless a state dict has exactly the expected names."""
-    for found, verb, owner in ((state.keys() - expected, "holds", "is not in"), (expected - state.keys(), "lacks", "")):
+    for found, verb, owner in ((set(state) - expected, "holds", "is not in"), (expected - set(state), "lacks", "")):
         if found:
             others = f" and {len(found) - 1} more" if len(found) > 1 else ""
             relation = f"which {owner} {what}" if owner else f"which {what} has"

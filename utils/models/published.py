@@ -19,6 +19,7 @@ import math
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,6 +76,7 @@ OPEN_CLIP_FILES = (
     *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"),
     "open_clip_pytorch_model.pth",
 )
+WEIGHTS_OF_CONFIG = r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)"  # transformers' own
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
@@ -190,11 +192,24 @@ def folder_of(name: ModelName) -> Path:
 
 
 def completed_by(name: ModelName, found: Layout, with_text: bool = True) -> ModelName:
-    """The name without base model and processor if the model's own files, as their names say, leave no use for them."""
-    folder = folder_of(name)
-    lacks = with_text and not _has_any(folder, TOKENIZER_FILES)
-    lacks |= found.kind == "transformers" and image_processor_file(folder) is None
-    return name if lacks or found.kind == "weights" else dataclasses.replace(name, base_model=None, processor=None)
+    """The name without base model and processor where other files, as their names say, leave no use for them."""
+    if found.kind == "weights":
+        return name
+    wanted = [_has_tokenizer] if with_text else []
+    wanted += [_has_image_processor] if found.kind == "transformers" else []
+    lacking = [is_in for is_in in wanted if not is_in(folder_of(name))]
+    if not lacking:
+        return dataclasses.replace(name, base_model=None, processor=None)
+    complete = name.processor is not None and all(is_in(name.processor) for is_in in lacking)
+    return dataclasses.replace(name, base_model=None) if complete else name
+
+
+def _has_tokenizer(folder: str | Path) -> bool:
+    return any((Path(folder) / name).is_file() for name in TOKENIZER_FILES)
+
+
+def _has_image_processor(folder: str | Path) -> bool:
+    return image_processor_file(folder) is not None
 
 
 def image_processor_file(folder: str | Path) -> Path | None:
@@ -204,10 +219,6 @@ def image_processor_file(folder: str | Path) -> Path | None:
         if "image_processor" in json.loads(nested.read_text(encoding="utf-8")):
             return nested
     return plain if plain.is_file() else None
-
-
-def _has_any(folder: str | Path, names: Sequence[str]) -> bool:
-    return any((Path(folder) / name).is_file() for name in names)
 
 
 def refuse_mistyped_path(text: str | ModelName, flag: str) -> None:
@@ -227,7 +238,7 @@ def refuse_mistyped_path(text: str | ModelName, flag: str) -> None:
     elif os.path.isfile(path):
         if not of_weights:
             problem = "a file"
-        elif path.endswith("model.safetensors") and (Path(path).parent / CONFIG).is_file():
+        elif re.fullmatch(WEIGHTS_OF_CONFIG, Path(path).name) and (Path(path).parent / CONFIG).is_file():
             problem = f"a file of the model in {Path(path).parent}, which is to be named"
     elif os.path.islink(path):
         problem = f"a link to {os.readlink(path)}, which is not there"
@@ -246,6 +257,8 @@ def refuse_mistyped_path(text: str | ModelName, flag: str) -> None:
         if value is not None and not os.path.exists(value) and not re.fullmatch(HUB_ID, value):
             what = "no such directory or file" if value.strip() else "empty"
             raise UserError(f"{part} {value}".rstrip() + f": {what}{nearest(value)}; expected a directory or a hub id")
+    if name.processor is not None and os.path.isfile(name.processor):
+        raise UserError(f"--processor {name.processor}: a file; expected a directory of processor files, or a hub id")
 
 
 def nearest(name: str) -> str:
@@ -265,8 +278,6 @@ def _refusing(where: str) -> Iterator[None]:
     try:
         with quiet_transformers():
             yield
-    except UserError:
-        raise
     except Exception as error:
         raise UserError(f"{where}: {_reason(error)}") from None
 
@@ -334,7 +345,9 @@ def _read_open_clip_config(path: Path, where: str) -> tuple[PreTrainedConfig, No
     """The config in open_clip's file, and its preprocess_cfg. The model config may be the whole file, as in open_clip's
     own model_configs/. Raises ``UserError``."""
     try:
-        fields = parse_json(decode_text(path.read_bytes(), str(path)))
+        fields = parse_json(decode_text(path.read_bytes(), f"{where}: {path.name}"))
+        if not isinstance(fields, dict):
+            raise ValueError(f"holds a {type(fields).__name__}, expected an object of fields")
         model = fields.get("model_cfg", fields)
         preprocess = dict(fields.get("preprocess_cfg") or model["vision_cfg"].get("preprocess_cfg") or {})
         for name, usual in (("resize_mode", "shortest"), ("interpolation", "bicubic")):
@@ -359,9 +372,12 @@ def _describe_weights(name: ModelName, found: Layout, flag: str) -> Described:
     where = f"{flag} {name}"
     state, bare = weights_alone(name, found, flag)
     in_open_clip = open_clip.in_open_clip_names(state)
-    if not in_open_clip and not any(key.startswith(("vision_model.", "text_model.")) for key in state):
+    if not any(key.startswith(open_clip.BLOCKS) for key in state):
         keys = ", ".join(list(state)[:3])
-        raise UserError(f"{where}: its {len(state)} tensors are no CLIP's by their names, such as {keys}; give a CLIP")
+        kinds = "with a ViT or a ConvNeXt"
+        raise UserError(
+            f"{where}: its {len(state)} tensors are no CLIP's {kinds} by their names, such as {keys}; give one"
+        )
     preprocess = None
     if name.base_model is not None:
         if os.path.isfile(name.base_model) and name.base_model.endswith(".json"):
@@ -383,11 +399,13 @@ def _describe_weights(name: ModelName, found: Layout, flag: str) -> Described:
         raise UserError(f"{where}: {what}, and nothing in it says {unsaid}; name the CLIP it was made from, {example}")
     if not open_clip.holds_text(state) and preprocess is not None:
         raise UserError(f"{where}: an image tower alone, and {by} has no weights; name a whole CLIP as base model")
-    with _refusing(where):
+    try:
         if in_open_clip:
             open_clip.to_transformers({key: tensor.to("meta") for key, tensor in state.items()}, config, by)
         else:
-            open_clip.check_names(state, config, by)
+            open_clip.check_transformers_names(state, config, by)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}; name the CLIP it was made from by --base_model") from None
     return Described(name, found, config, state, preprocess)
 
 
@@ -407,18 +425,17 @@ def read_state(path: Path, where: str) -> tuple[State, bool]:
         if path.suffix == ".safetensors":
             loaded: Any = load_file(path)
         else:
-            try:
-                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as error:
-                if "mmap" not in str(error):
-                    raise
-                loaded = torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
+            with warnings.catch_warnings(action="ignore"):  # of a TorchScript archive, refused below
+                loaded = _unpickled(path)
     except Exception as error:  # from safetensors, torch, zipfile or pickle, depending on the damage
-        if "TorchScript" in str(error):
+        text = str(error)
+        if "TorchScript" in text:
             advice = "give its state dict, saved by torch.save(model.state_dict(), ...)"
             raise UserError(f"{where}: a TorchScript archive, which holds code; {advice}") from None
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise UserError(f"{where}: cannot be read as tensors alone ({reason}); give its state dict alone") from None
+        other = re.search(r"GLOBAL (\S+)", text)  # torch advises to unpickle it all the same
+        reason = f"it holds {other[1]}" if other else (text.strip().splitlines() or [type(error).__name__])[0][:160]
+        fault = f"cannot be read as tensors alone ({reason})"
+        raise UserError(f"{where}: {fault}; give the whole file, of a state dict and nothing else") from None
     keys = [key for key in INSIDE if isinstance(loaded, dict) and isinstance(loaded.get(key), dict)]
     bare, loaded = not keys, loaded[keys[0]] if keys else loaded
     if not isinstance(loaded, dict) or not loaded or not all(isinstance(key, str) for key in loaded):
@@ -427,6 +444,15 @@ def read_state(path: Path, where: str) -> tuple[State, bool]:
         if not isinstance(value, Tensor):
             raise UserError(f"{where}: {key} is a {type(value).__name__}; expected tensors alone")
     return open_clip.tidy_names(loaded), bare
+
+
+def _unpickled(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+        return torch.load(path, map_location="cpu", weights_only=True)  # the format before torch 1.6
 
 
 @functools.cache  # each line once
@@ -531,10 +557,14 @@ def load_without_processor(described: Described, flag: str) -> PreTrainedModel:
         state, _ = read_state(file, where)
     converted, form = state, dict[str, Tensor]()
     if open_clip.in_open_clip_names(state):
-        with _refusing(f"{where}: {file.name}"):
+        try:
             converted = open_clip.to_transformers(state, config, OPEN_CLIP_CONFIG)
+        except ValueError as error:
+            raise UserError(f"{where}: {file.name}: {error}; give the config of these weights") from None
         form = {key: tensor.to("meta") for key, tensor in state.items()}
     if not open_clip.holds_text(state):
+        if described.layout.kind == "open_clip":
+            raise UserError(f"{where}: {file.name}: an image tower alone, by {OPEN_CLIP_CONFIG} a whole CLIP; give all")
         base: Any = load_without_processor(describe(name.base, "--base_model"), "--base_model")
         converted, form = base.state_dict() | converted, getattr(base, "open_clip_form", {}) | form
     model: Any = load_weights(open_clip.model_class(config), file, flag, config, converted)
@@ -633,15 +663,42 @@ def switch_off_randomness(model: nn.Module) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------ processor
 
 
+def check_processor(name: ModelName, config: PreTrainedConfig, flag: str) -> None:
+    """Raises ``UserError`` if neither a local model nor what completes it has a processor. Opens none."""
+    if has_text(config) and tokenizer_folder(name) is None:
+        raise _lacks_tokenizer(name, config, f"{flag} {name}")
+    folders = [folder for folder in (name.path, name.processor) if folder is not None]
+    alone = name.base_model is None and layout(name, flag).kind == "transformers"
+    if alone and not any(map(image_processor_file, folders)):
+        raise _lacks_image_processor(name, flag)
+
+
+def _lacks_tokenizer(name: ModelName, config: PreTrainedConfig, where: str) -> UserError:
+    advice = "name the id or directory of one by --processor"
+    advice += f"; most CLIPs take that of {CLIP_TOKENIZER}" if config.model_type in OPEN_CLIP_MODEL_TYPES else ""
+    return UserError(f"{where}: holds no tokenizer{_nor_processor(name)}; {advice}")
+
+
+def _lacks_image_processor(name: ModelName, flag: str) -> UserError:
+    advice = "name the id or directory of one by --processor, such as openai/clip-vit-large-patch14"
+    where = f"{flag} {name}: preprocessor_config.json"
+    return UserError(f"{where}: no image processor{_nor_processor(name)}; {advice}")
+
+
+def _nor_processor(name: ModelName) -> str:
+    return "" if name.processor is None else f", nor does --processor {name.processor}"
+
+
 def load_tokenizer(described: Described, where: str) -> Any:
     """The tokenizer among the model's files, or else of --processor, or else of the base model. ``UserError``."""
     folder = tokenizer_folder(described.name)
     if folder is None:
-        advice = f"name the id or directory of one by --processor; most CLIPs take that of {CLIP_TOKENIZER}"
-        raise UserError(f"{where}: holds no tokenizer; {advice}")
+        raise _lacks_tokenizer(described.name, described.config, where)
     own = folder == str(folder_of(described.name))
     with _refusing(f"{where}: " + ("the model does not load" if own else f"the tokenizer of {folder}")):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # Beside open_clip's files config.json may be timm's, which transformers would try to read.
+        config = None if _is_of_transformers(Path(folder) / CONFIG) else transformers.CLIPConfig()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
         check_tokenizer(tokenizer, described.config)
     return tokenizer
 
@@ -649,9 +706,9 @@ def load_tokenizer(described: Described, where: str) -> Any:
 def tokenizer_folder(name: ModelName) -> str | None:
     """The directory of a local model's tokenizer, which may be another model's."""
     own, path = str(folder_of(name)), Path(name.path)
-    if (path.is_dir() or _is_of_open_clip_folder(path)) and _has_any(own, TOKENIZER_FILES):
+    if (path.is_dir() or _is_of_open_clip_folder(path)) and _has_tokenizer(own):
         return own
-    if name.processor is not None and _has_any(name.processor, TOKENIZER_FILES):
+    if name.processor is not None and _has_tokenizer(name.processor):
         return name.processor
     of_base = name.base_model is not None and os.path.isdir(name.base_model)
     return (tokenizer_folder(dataclasses.replace(name.base, processor=None)) if of_base else None) or name.tokenizer
@@ -680,8 +737,7 @@ def load_image_processor(described: Described, flag: str) -> tuple[Any, str]:
         image_processor, _ = load_image_processor(base, "--base_model")
         own = f"the image processor of {name.base_model}"
     else:
-        advice = "name the id or directory of one by --processor, such as openai/clip-vit-large-patch14"
-        raise UserError(f"{flag} {name}: preprocessor_config.json: no image processor; {advice}")
+        raise _lacks_image_processor(name, flag)
     if described.rounds_even or hasattr(image_processor, CROP_ROUNDING):
         setattr(image_processor, CROP_ROUNDING, "even" if described.rounds_even else "floor")
     return image_processor, own
