@@ -121,6 +121,7 @@ def test_names_of_cells_tell_them_apart_and_can_be_read():
     assert names[2].startswith("a_set_accuracy_apgd_eps2_")
     assert names[5].startswith("a_set_accuracy_corruptions_fog_severity3_")
     assert all(len(name) < 200 and "/" not in name for name in names)
+    assert cell_name(cell("runs/a.pt@openai/clip")).startswith("a.pt-clip_set_accuracy_clean_")  # of model and base
     assert cell_name(cell("x" * 300 + "/" + "y" * 300)) != cell_name(cell("x" * 300 + "/" + "y" * 301))
     assert [column_name(entry) for entry in cells[2:6]] == [
         "apgd 2/255", "apgd 4/255", "gaussian_noise 8/255", "fog 3",

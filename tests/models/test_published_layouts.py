@@ -349,6 +349,27 @@ def test_the_best_model_is_exported_too_and_checkpoints_are_not(layouts, data, t
     assert found == ["run", "run/best"]
 
 
+def test_a_run_from_an_image_tower_resumes(layouts, data, tmp_path):
+    words = training(layouts[TOWER], data, tmp_path / "run", max_steps=2, checkpoint_steps=1, attack_steps=1)
+    train_lore.main(words)
+    whole = load_file(tmp_path / "run/model.safetensors")
+    train_lore.main([*words, "--resume_from_checkpoint", str(tmp_path / "run/checkpoints/step-1")])
+    assert all_equal(load_file(tmp_path / "run/model.safetensors"), whole)
+
+
+def test_memory_is_estimated_for_what_an_image_tower_completes(layouts, data, tmp_path, monkeypatch):
+    """From the config alone, which is the base's."""
+    found = []
+    monkeypatch.setattr(train_lore, "print_estimate", lambda model, *layout, **options: found.append(model))
+    for name in (TOWER, FARE):
+        train_lore.main(training(layouts[name], data, tmp_path / "run", estimate_memory="true"))
+    (of_tower, tower), (of_whole, whole) = found
+    assert (of_tower, of_whole) == ("fare_eps_2.pt", FARE)
+    assert (tower.hidden_size, tower.num_hidden_layers, tower.projection_dim) == (64, 2, 32)
+    assert tower.to_dict() == whole.to_dict()
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_published_reference_and_a_published_start_may_differ(layouts, data, tmp_path):
     """--base_model and --processor complete both."""
     robust, start = layouts[TOWER], layouts[FARE]
