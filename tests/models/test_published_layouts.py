@@ -329,7 +329,7 @@ def test_a_step_of_lore_from_every_layout(layouts, saved, data, tmp_path, name):
     train_lore.main(training(layout, data, tmp_path / "run", **method))
     check_trained(layout, layouts, saved, tmp_path / "run", ("vision_model.", "visual_projection."))
     config = json.loads((tmp_path / "run/open_clip_config.json").read_text())
-    assert config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] == "run"
+    assert config["model_cfg"]["text_cfg"]["hf_tokenizer_name"]  # open_clip then takes the tokenizer of the folder
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -346,6 +346,27 @@ def test_the_best_model_is_exported_too_and_checkpoints_are_not(layouts, data, t
     train_lore.main(training(layouts[TOWER], data, tmp_path / "run", max_steps=2, **method, **more))
     found = sorted(str(path.parent.relative_to(tmp_path)) for path in tmp_path.rglob("open_clip_config.json"))
     assert found == ["run", "run/best"]
+
+
+def test_a_run_from_an_image_tower_resumes(layouts, data, tmp_path):
+    words = training(layouts[TOWER], data, tmp_path / "run", max_steps=2, checkpoint_steps=1, attack_steps=1)
+    train_lore.main(words)
+    whole = load_file(tmp_path / "run/model.safetensors")
+    train_lore.main([*words, "--resume_from_checkpoint", str(tmp_path / "run/checkpoints/step-1")])
+    assert all_equal(load_file(tmp_path / "run/model.safetensors"), whole)
+
+
+def test_memory_is_estimated_for_what_an_image_tower_completes(layouts, data, tmp_path, monkeypatch):
+    """From the config alone, which is the base's."""
+    found = []
+    monkeypatch.setattr(train_lore, "print_estimate", lambda model, *layout, **options: found.append(model))
+    for name in (TOWER, FARE):
+        train_lore.main(training(layouts[name], data, tmp_path / "run", estimate_memory="true"))
+    (of_tower, tower), (of_whole, whole) = found
+    assert (of_tower, of_whole) == ("fare_eps_2.pt", FARE)
+    assert (tower.hidden_size, tower.num_hidden_layers, tower.projection_dim) == (64, 2, 32)
+    assert tower.to_dict() == whole.to_dict()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_published_reference_and_a_published_start_may_differ(layouts, data, tmp_path):
@@ -700,7 +721,7 @@ def test_a_base_behind_the_name_goes_before_the_flag(layouts, tmp_path, monkeypa
         for base in ("org/a", "me@lab", "./base@2"):
             found = model_name(f"{file}@{base}", "org/b")
             assert (found.path, found.base_model) == (file, base)
-    assert model_name("hf-hub:org/x@hf-hub:org/a").base_model == "hf-hub:org/a"
+    assert model_name("hf-hub:org/x@hf-hub:org/a").base_model == "org/a"
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ import train_lore
 import train_po
 from examples.pretrain_small_clip import make_tokenizer
 from tests.conftest import ROOT, flags, free_port
-from tests.published_layouts import CLIPS, FARE, LEAF, clip_state, hub_config, write_json
+from tests.published_layouts import CLIPS, FARE, LEAF, OPENAI, clip_state, hub_config, write_json
 from tests.shard_maker import ShardServer, image_bytes, make_shards
 from utils.data import sources as shard_sources
 from utils.data.sources import expand_shards, read_text
@@ -373,6 +373,7 @@ def test_a_prefetched_image_tower_trains_without_any_network(hub, published, tmp
     hub(offline=True)
     train_lore.main(words)
     assert {"model.safetensors", "open_clip_model.safetensors"} <= {path.name for path in (tmp_path / "run").iterdir()}
+    assert "base_model: org/tower\n" in (tmp_path / "run/README.md").read_text()
 
 
 def test_a_base_model_gives_its_weights_only_to_an_image_tower(hub, published, layouts):
@@ -395,6 +396,22 @@ def test_a_base_model_gives_its_weights_only_to_an_image_tower(hub, published, l
     assert FARE_WEIGHTS not in large_downloads(published)
     find_model(tower, "--model")
     assert large_downloads(published)[FARE_WEIGHTS] == 1
+
+
+def test_a_repository_of_nothing_but_all_weights(hub, published, layouts):
+    """OpenAI's say by their shapes what they are, which shows only when they are there."""
+    (published.folder / "org/openai").mkdir()
+    shutil.copy(layouts[OPENAI].path, published.folder / "org/openai")
+    publish(published, "models", "org/openai", published.folder / "org/openai")
+    name = model_name("org/openai", processor=layouts[LEAF].processor)
+    assert find_config(name, "--model")[1] is None
+    assert large_downloads(published) == {}
+    expected, _ = load_model(model_name(layouts[OPENAI].path, processor=layouts[LEAF].processor))
+    assert equal_models(load_model(find_model(name, "--model"))[0], expected)
+    tower = f"{layouts['robustvlm_visual'].path}@org/openai"  # as a base they are brought for what they say
+    assert find_config(tower, "--model")[1] is None
+    with pytest.raises(UserError, match=r"fare_eps_2.pt@org/openai: holds no tokenizer"):
+        load_model(find_model(tower, "--model"))
 
 
 def test_of_a_repository_in_both_layouts_the_weights_of_one_are_brought(hub, published, layouts):
@@ -425,8 +442,9 @@ def test_no_weights_come_for_models_that_are_refused_by_their_configs(hub, publi
     (published.folder / "org/clip/config.json").write_text(json.dumps({"model_type": "siglip"}))
     with pytest.raises(UserError, match=r"^--base_model org/clip: model type 'siglip'; supported: clip, vision"):
         find_model("org/tower@org/clip", "--model")
-    with pytest.raises(UserError, match=r"^--base_model org/none: neither .* nor a model that the hub gives out"):
-        find_model("org/tower@org/none", "--model")
+    for name, flag in (("org/none", "--model"), ("hf-hub:org/none", "--model"), ("org/tower@org/none", "--base_model")):
+        with pytest.raises(UserError, match=rf"^{flag} org/none: neither .* nor a model that the hub gives out"):
+            find_model(name, "--model")
     assert large_downloads(published) == {}
 
 
@@ -502,8 +520,9 @@ def test_clips_own_tokenizer_comes_from_the_hub(hub, server, without_tokenizer, 
     evaluate.main([str(word) for word in words])
     found = find_model(without_tokenizer, "--model")
     assert load_model(found)[1].tokenizer.eos_token_id == CLIP_VOCABULARY - 1
-    own = model_name(without_tokenizer, processor=str(openai))
-    assert find_model(own, "--model").tokenizer is None
+    assert find_model(model_name(without_tokenizer, processor=str(openai)), "--model").tokenizer is None
+    shutil.copy(openai / "tokenizer.json", without_tokenizer)
+    assert find_model(without_tokenizer, "--model").tokenizer is None
 
 
 # ------------------------------------------------------------------------------------------------------- several nodes
