@@ -330,6 +330,7 @@ def test_a_step_of_lore_from_every_layout(layouts, saved, data, tmp_path, name):
     check_trained(layout, layouts, saved, tmp_path / "run", ("vision_model.", "visual_projection."))
     config = json.loads((tmp_path / "run/open_clip_config.json").read_text())
     assert config["model_cfg"]["text_cfg"]["hf_tokenizer_name"]  # open_clip then takes the tokenizer of the folder
+    assert "open_clip loads the same directory" in (tmp_path / "run/README.md").read_text()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -163,6 +163,7 @@ class Run:
         self.grad_norm: Any = None  # of the last update that was measured
         self.num_workers: Any = settings.num_workers
         self.data_note = ""
+        self.said: list[str] = []  # of the last export
 
     def on_main(self, make: Callable[[], Any]) -> Any:
         return from_main_process(self.accelerator, make)
@@ -504,9 +505,11 @@ class Run:
     def complete(self, directory: Path, model: Any, *, about: str, tag: str) -> None:
         """Writes the README.md beside a saved model and, except in a checkpoint, --export's files. On one process."""
         if self.settings.export == "open_clip" and self.output_dir / "checkpoints" not in directory.parents:
-            form = getattr(model, "open_clip_form", None)
-            for note in export_open_clip(directory, directory, "--export open_clip", form):
+            notes = export_open_clip(directory, directory, "--export open_clip", getattr(model, "open_clip_form", None))
+            about += " open_clip loads the same directory, as `local-dir:` and the path to it."
+            for note in notes if notes != self.said else ():  # best/ is written often
                 self.progress.note(f"open_clip: {note}")
+            self.said = notes
         skipped = self.all_skips.summary().splitlines()
         evaluations = [row for row in self.metrics_file.read() if any(key.startswith("eval_") for key in row)]
         write_card(
