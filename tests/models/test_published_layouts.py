@@ -769,7 +769,7 @@ def test_the_activation_is_what_the_config_means(layouts, tmp_path, caplog, writ
     model, processor = load(str(folder), "--model")
     config = model.config
     assert config.text_config.hidden_act == config.vision_config.hidden_act == activation
-    said = f"quick_gelu is the text '{written}': gelu is meant and taken"
+    said = f"quick_gelu is the text '{written}': gelu is taken"
     assert (said in caplog.text) == (str(written).lower() == "false" and written is not False)
     sizes = dataclasses.replace(CLIPS[FARE], quick_gelu=activation == "quick_gelu")
     layout = layouts[FARE]
