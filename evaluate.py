@@ -53,6 +53,7 @@ from utils.models.published import (
 from utils.processes.distributed import everywhere, from_main_process, on_every_node, start_accelerator
 from utils.sets.corruptions import CORRUPTIONS, KNOWN, SEVERITIES, PublishedCorruptions, find_published
 from utils.sets.labelled import (
+    classes_without_samples,
     imagenet_prompts,
     open_set,
     read_classnames,
@@ -91,6 +92,7 @@ class Settings:
     classifier: str = flag("zero_shot", "by texts, a file, or learnt", group="what", choices=CLASSIFIERS)
     linear_head: str | None = flag(None, "safetensors (default: the model's own head)", group="what", path=True)
     train_split: str = flag("train", "folder from which a linear probe or k-NN learns", group="what")
+    train_num_samples: int | None = flag(None, "the first N samples of it (default: all)", group="what", minimum=1)
 
     attack: list[str] = flag(["clean"], "what is done to images", group="attack", choices=tuple(ATTACKS))
     eps: list[float] = flag([4.0], "radii of the l_inf attacks, in 1/255", group="attack", above=0, maximum=255)
@@ -140,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sets = {name: open_everywhere(settings, accelerator, name) for name in settings.data}
     content = {name: contents(settings, accelerator, data) for name, data in sets.items()}
     revisions = from_main_process(accelerator, lambda: find_revisions(settings))
+    from_main_process(accelerator, lambda: refuse_unlearnt_classes(settings, sets))
     jobs = {
         (model, name): wanted_jobs(settings, revisions, content[name], model, name, data)
         for model in settings.model
@@ -235,6 +238,11 @@ def check_settings(settings: Settings) -> None:
     if kind != "linear_head" and linear_head is not None:
         raise UserError(
             f"--classifier {kind} and --linear_head {linear_head} do not go together; give --classifier linear_head"
+        )
+    if kind not in LEARNT and settings.train_num_samples is not None:
+        raise UserError(
+            f"--train_num_samples {settings.train_num_samples}: --classifier {kind} learns from no images; give "
+            "--classifier linear_probe or knn, or leave it out"
         )
     if linear_head is not None and not Path(linear_head).is_file():
         raise UserError(f"--linear_head {linear_head}: no such file; expected safetensors with weight (C, D)")
@@ -440,8 +448,11 @@ def contents(settings: Settings, accelerator: Accelerator, data: EvalSet) -> dic
     """Digests of the samples that are read of a set: by split, or by corruption and severity. Call on all processes."""
     published, found = data.published, dict[str, str]()
     for split, opened in data.splits.items():
-        whole = settings.classifier in LEARNT and split == settings.train_split
-        found[split] = shards_digest(accelerator, opened.index, None if whole else settings.num_samples)
+        learnt_from = settings.classifier in LEARNT and split == settings.train_split
+        number = settings.train_num_samples if learnt_from else settings.num_samples
+        if learnt_from and split == settings.split:  # read twice, by different numbers
+            number = None
+        found[split] = shards_digest(accelerator, opened.index, number)
     if published is not None and "corruptions" in settings.attack:
 
         def digests(corruption: str) -> dict[str, str]:  # not in parallel: all severities are in one array
@@ -454,6 +465,23 @@ def contents(settings: Settings, accelerator: Accelerator, data: EvalSet) -> dic
         parts = from_main_process(accelerator, lambda: side_by_side(digests, asked))
         found = {name: digest for part in parts for name, digest in part.items()}
     return found
+
+
+def refuse_unlearnt_classes(settings: Settings, sets: dict[str, EvalSet]) -> None:
+    """Raises ``UserError`` if --train_num_samples leaves a class without images: sets may be sorted by class."""
+    number = settings.train_num_samples
+    if number is None:
+        return
+    for name, data in sets.items():
+        train = data.splits.get(settings.train_split)
+        if train is None or number >= train.index.num_samples:  # a larger number would not help
+            continue
+        if lacking := classes_without_samples(train, number):
+            classes = f"{len(lacking)} of {len(train.classnames)} classes, the first is {lacking[0]!r}"
+            raise UserError(
+                f"--train_num_samples {number}: of {train.index.num_samples} samples in {settings.train_split} of "
+                f"--data {name} the first {number} have none of {classes}; give a larger number, or leave it out"
+            )
 
 
 def nothing_to_measure(settings: Settings, name: str, data: EvalSet) -> UserError:

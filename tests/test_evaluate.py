@@ -25,6 +25,8 @@ from utils.evaluation import figures
 from utils.evaluation.measures import FIDELITY
 from utils.evaluation.report import write_report
 from utils.evaluation.results import Results
+from utils.evaluation.trial import Model
+from utils.models import classifiers
 
 
 @pytest.fixture
@@ -447,6 +449,121 @@ def test_a_probe_follows_its_training_shards_and_a_head_its_file(tiny, tmp_path,
     assert tiny(**head) == ["clean"]
     assert [cell["value"] for cell in results(tmp_path / "head")] == [1.0, 0.0]
     assert "--linear_head: has changed; 1 figure" in caplog.text
+
+
+@pytest.fixture
+def embedded(monkeypatch):
+    """How many training images have been embedded so far, one number for every batch."""
+    counts = []
+    real = Model.embed_images
+    monkeypatch.setattr(
+        Model, "embed_images", lambda self, batch: counts.append(len(batch["images"])) or real(self, batch)
+    )
+    return counts
+
+
+def test_training_images_are_embedded_once(arguments, tmp_path, monkeypatch, capsys, caplog, embedded):
+    learnt = {"attack": "clean", "num_samples": 40, "train_num_samples": 200}
+    probe, knn = learnt | {"classifier": "linear_probe"}, learnt | {"classifier": "knn"}
+
+    def killed(*anything, **more):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(classifiers, "fit_linear_probe", killed)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.main(arguments(**probe))
+    assert sum(embedded) == 200
+    assert not (tmp_path / "eval/probes").exists()
+    (kept,) = (tmp_path / "eval/features").iterdir()
+    capsys.readouterr()
+    evaluate.main(arguments(**probe))
+    evaluate.main(arguments(**knn))
+    assert sum(embedded) == 200
+    printed = capsys.readouterr().err
+    assert len(re.findall(rf"features  train 200/200  kept from before, in {re.escape(str(kept))}", printed)) == 2
+    assert re.search(r"linear probe  train 100/100  iteration \d+  evaluations \d+  loss [\d.]+", printed)
+    by_probe, by_knn = (cell["value"] for cell in results(tmp_path / "eval"))
+    evaluate.main(arguments(output_dir=tmp_path / "anew", **knn))
+    assert sum(embedded) == 400
+    assert results(tmp_path / "anew")[0]["value"] == by_knn < by_probe
+
+    # Other images and damaged files are not taken for them.
+    evaluate.main(arguments(**knn | {"train_num_samples": 150}))
+    assert sum(embedded) == 550
+    assert len(list((tmp_path / "eval/features").iterdir())) == 2
+    kept.write_bytes(kept.read_bytes()[:-8])
+    (tmp_path / "eval/results.json").unlink()
+    caplog.clear()
+    evaluate.main(arguments(**knn))
+    assert sum(embedded) == 750
+    assert re.search(r"kept features that cannot be used \(.*\); the images are embedded again", caplog.text)
+    assert results(tmp_path / "eval")[0]["value"] == by_knn
+
+
+def test_several_processes_keep_and_read_the_features(arguments, tmp_path):
+    common = {"attack": "clean", "num_samples": 40, "train_num_samples": 100, "batch_size": 16}
+    lines = []
+    for classifier in ("linear_probe", "knn"):
+        lines.append(
+            run_script(
+                "evaluate.py", *arguments(classifier=classifier, **common), launcher=two_processes(), timeout=120
+            )
+        )
+    assert "kept from before" not in lines[0]
+    assert lines[1].count("features  train 100/100  kept from before") == 1
+    evaluate.main(arguments(classifier="knn", output_dir=tmp_path / "one", **common))
+    assert results(tmp_path / "eval")[1]["value"] == results(tmp_path / "one")[0]["value"]
+
+
+def test_the_number_of_training_images_is_part_of_a_figure(arguments, digits, tmp_path, embedded):
+    common = {"attack": "clean", "classifier": "knn", "num_samples": 40}
+    for number in (100, 300, 100, 99_999, None):
+        evaluate.main(arguments(**common | ({} if number is None else {"train_num_samples": number})))
+    found = results(tmp_path / "eval")
+    assert [cell["settings"].get("train_num_samples") for cell in found] == [100, 300, 99_999, None]
+    assert found[2]["value"] == found[3]["value"]  # all images, embedded once
+    assert sum(embedded) == 100 + 300 + 1437
+    assert len(Results(tmp_path / "eval").current()) == 4
+    with pytest.raises(
+        UserError,
+        match=r"--train_num_samples 5: --classifier zero_shot learns from no images; give --classifier linear",
+    ):
+        evaluate.main(arguments(train_num_samples=5))
+
+
+def test_training_images_that_lack_a_class_are_refused(tiny, tmp_path, embedded):
+    """Of a set sorted by class the first N hold few classes."""
+    order = [0, 0, 1, 1, 2, 2]
+    samples = [(f"s{i}", {"jpg": image_bytes(i, (32, 32)), "cls": b"%d" % label}) for i, label in enumerate(order)]
+    write_shard(tmp_path / "set/train/0.tar", samples[:3])
+    write_shard(tmp_path / "set/train/1.tar", samples[3:])
+    line = (
+        r"--train_num_samples {0}: of 6 samples in train of --data \S+ the first {0} have none of {1} of 3 classes, "
+        r"the first is '{2}'; give a larger number, or leave it out"
+    )
+    for number, lacking, first in ((1, 2, "dog"), (4, 1, "ship")):
+        with pytest.raises(UserError, match=line.format(number, lacking, first)):
+            tiny(classifier="linear_probe", train_num_samples=number)
+    assert not embedded
+    assert not (tmp_path / "out").exists()
+    tiny(classifier="linear_probe", train_num_samples=5)
+    assert sum(embedded) == 5
+    tiny(classifier="linear_probe", train_num_samples=6)  # of the same shards
+    assert sum(embedded) == 11
+
+
+def test_probes_by_an_earlier_rule_are_measured_again(tiny, tmp_path, caplog):
+    probe = {"classifier": "linear_probe"}
+    tiny(**probe)
+    written = tmp_path / "out/results.json"
+    report = json.loads(written.read_text())
+    assert report["results"][0]["settings"].pop("probe_tolerance") == classifiers.PROBE_TOLERANCE
+    written.write_text(json.dumps(report))
+    assert tiny(**probe) == ["clean"]
+    assert "the stopping rule of linear probes: has changed; 1 figure measured again" in caplog.text
+    (current,) = Results(tmp_path / "out").current()
+    assert current["settings"]["probe_tolerance"] == classifiers.PROBE_TOLERANCE
 
 
 def test_only_the_shards_that_are_read_count(tiny, tmp_path):

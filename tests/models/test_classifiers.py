@@ -1,3 +1,6 @@
+import math
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from utils.errors import UserError
 from utils.methods.losses import class_logits
 from utils.models.classifiers import (
+    PROBE_BLOCK,
     KnnClassifier,
     LinearClassifier,
     fit_linear_probe,
@@ -62,6 +66,12 @@ def test_head_without_metadata_and_bias_is_plain(tmp_path):
     assert (head.bias, head.normalise, head.scale, head.weight.dtype) == (None, False, 1.0, torch.float32)
 
 
+def test_a_head_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "probes").write_text("a file")
+    with pytest.raises(UserError, match=r"probes/head.safetensors: cannot be written \(.*\); mend that and start"):
+        save_linear_head(tmp_path / "probes/head.safetensors", LinearClassifier(torch.ones(2, 3)))
+
+
 def test_odd_heads_are_refused(tmp_path):
     path = tmp_path / "head.safetensors"
 
@@ -87,17 +97,82 @@ def test_odd_heads_are_refused(tmp_path):
     refused("normalise is 'yes'", {"weight": weight}, {"normalise": "yes"})
 
 
+def sklearns(train, labels, inverse_l2=0.316, **options):
+    """scikit-learn's scaler and fit of the same problem."""
+    scaler = StandardScaler().fit(train.double().numpy())
+    fit = LogisticRegression(C=inverse_l2, max_iter=20_000, **options)
+    return scaler, fit.fit(scaler.transform(train.double().numpy()), labels.numpy())
+
+
 @pytest.mark.parametrize("inverse_l2", [0.316, 0.01])
 def test_probe_is_scikit_learns_logistic_regression(digit_features, inverse_l2):
     train, labels, test, _ = digit_features  # a few pixels are always 0: dimensions that do not vary
-    probe = fit_linear_probe(train, labels, 10, l2=1 / inverse_l2)
-    scaler = StandardScaler().fit(train.double().numpy())
-    reference = LogisticRegression(C=inverse_l2, tol=1e-9, max_iter=20_000)
-    reference.fit(scaler.transform(train.double().numpy()), labels.numpy())
+    probe = fit_linear_probe(train, labels, 10, l2=1 / inverse_l2, tolerance=1e-8)
+    scaler, reference = sklearns(train, labels, inverse_l2, tol=1e-9)
     expected = reference.predict_proba(scaler.transform(test.double().numpy()))
     np.testing.assert_allclose(probe(test).softmax(dim=-1).numpy(), expected, atol=2e-5)
     np.testing.assert_allclose(probe.weight.numpy(), reference.coef_ / scaler.scale_, atol=2e-5)
     assert probe.weight.dtype == probe.bias.dtype == torch.float32
+
+
+def test_the_usual_rule_is_near_enough_to_the_optimum():
+    """Embeddings are not digits: noise whose directions differ in size a hundredfold, more classes than are easy."""
+    random = torch.Generator().manual_seed(0)
+    labels = torch.randint(20, (3000,), generator=random)
+    axes = torch.linalg.qr(torch.randn(100, 100, generator=random)).Q / torch.arange(1, 101)[:, None]
+    signal = 0.25 * torch.randn(20, 100, generator=random)[labels]
+    features = (signal + torch.randn(3000, 100, generator=random)) @ axes
+    train, test = features[:2000], features[2000:]
+    scaler, reference = sklearns(train, labels[:2000], tol=1e-9)
+    expected = torch.tensor(reference.predict(scaler.transform(test.double().numpy())))
+    steps = []
+    found = fit_linear_probe(train, labels[:2000], 20, on_iteration=steps.append)(test).argmax(-1)
+    assert 0.4 < (expected == labels[2000:]).float().mean() < 0.8
+    assert (found != expected).float().mean() < 0.01
+    assert len(steps) < 30
+    # The same rule in the features' own axes: hundreds of iterations.
+    assert sklearns(train, labels[:2000], tol=1e-3 * 0.05)[1].n_iter_[0] > 2 * len(steps)
+
+
+def test_progress_of_a_probe_is_told(digit_features):
+    train, labels, *_ = digit_features
+    steps = []
+    fit_linear_probe(train, labels, 10, on_iteration=steps.append)
+    assert [step.iteration for step in steps] == list(range(1, len(steps) + 1))
+    assert all(step.evaluations >= step.iteration for step in steps)
+    assert steps[-1].evaluations < 1.5 * len(steps)
+    losses = [step.loss for step in steps]
+    assert math.log(10) > losses[0]
+    assert losses == sorted(losses, reverse=True)
+    assert steps[-1].gradient <= 1e-3 < min(step.gradient for step in steps[:-1])
+
+
+def test_a_probe_that_does_not_meet_its_rule_warns(digit_features, caplog):
+    train, labels, test, test_labels = digit_features
+    probe = fit_linear_probe(train, labels, 10, max_iterations=4)
+    (record,) = caplog.records
+    assert re.fullmatch(
+        r"linear probe: stopped after 4 iterations, the gradient's largest entry is 0\.\d+ of its value at zero, "
+        r"expected at most 0\.001 \(.*ITERATIONS.*\); the head is not the optimum, its accuracy may be too low",
+        record.message,
+    )
+    assert (probe(test).argmax(-1) == test_labels).float().mean() > 0.8  # it is the best so far
+    caplog.clear()
+    fit_linear_probe(train, labels, 10)
+    assert not caplog.records
+
+
+def test_dimensions_that_do_not_vary_get_no_weight(digit_features):
+    train, labels, *_ = digit_features
+    constant = torch.full((len(train), 2), 3.0)
+    constant[::2, 1] += 1e-6  # rounding
+    probe = fit_linear_probe(torch.cat([train, constant], dim=1), labels, 10)
+    assert probe.weight[:, -2:].abs().max() == 0
+    torch.testing.assert_close(probe.weight[:, :-2], fit_linear_probe(train, labels, 10).weight, atol=1e-4, rtol=1e-3)
+    same = fit_linear_probe(torch.ones(6, 3), torch.tensor([0, 0, 0, 1, 1, 2]), 3, tolerance=1e-6)
+    torch.testing.assert_close(same(torch.ones(1, 3)).softmax(-1), torch.tensor([[3, 2, 1]]) / 6, atol=1e-4, rtol=0)
+    balanced = fit_linear_probe(torch.ones(6, 3), torch.arange(6) % 3, 3)  # the start is the optimum
+    assert balanced(torch.ones(1, 3)).abs().max() == 0
 
 
 def test_probe_is_repeatable_and_does_not_see_the_scale_of_features(digit_features):
@@ -109,6 +184,14 @@ def test_probe_is_repeatable_and_does_not_see_the_scale_of_features(digit_featur
     moved = fit_linear_probe(0.01 * train + 3, labels, 10)
     torch.testing.assert_close(moved(0.01 * test + 3), probe(test), atol=1e-3, rtol=1e-3)
     assert (probe(test).argmax(-1) == test_labels).float().mean() > 0.8
+
+
+def test_more_images_than_a_block_are_all_learnt_from(digit_features):
+    train, labels, *_ = digit_features
+    many = fit_linear_probe(train.repeat(5, 1), labels.repeat(5), 10, l2=5.0, tolerance=1e-8)
+    once = fit_linear_probe(train, labels, 10, l2=1.0, tolerance=1e-8)
+    assert len(train) * 5 > PROBE_BLOCK > len(train)
+    torch.testing.assert_close(many.weight, once.weight, atol=1e-5, rtol=1e-4)
 
 
 def test_probe_never_answers_with_a_class_without_images(digit_features):

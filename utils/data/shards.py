@@ -245,6 +245,20 @@ class Members(dict[str, bytes]):
         return f"no {', '.join(endings)} member; the sample has {has}" + (hint.format(longer[0]) if longer else "")
 
 
+def read_label(members: Members, num_classes: int) -> int:
+    """The class of a sample, 0 ... num_classes - 1. BadSample if it has none."""
+    if "cls" not in members:
+        raise BadSample("missing label", members.where, members.lacking("cls"))
+    try:
+        label = parse_label(members["cls"])
+    except ValueError:
+        raise BadSample("bad label", members.where, f"{members['cls'][:40]!r} is no whole number") from None
+    if not 0 <= label < num_classes:
+        detail = f"class {label}, there are {num_classes} classes (0 ... {num_classes - 1})"
+        raise BadSample("bad label", members.where, detail)
+    return label
+
+
 class ShardReader:
     """Reads members of samples by (shard number, sample number). One per process; files open at the first use.
 
@@ -417,17 +431,7 @@ class ShardDataset(Dataset[dict[str, Any]]):
             raise BadSample("undecodable image", members.where, str(error)) from None
 
     def _label(self, members: Members) -> int:
-        if "cls" not in members:
-            raise BadSample("missing label", members.where, members.lacking("cls"))
-        try:
-            label = parse_label(members["cls"])
-        except ValueError:
-            raise BadSample("bad label", members.where, f"{members['cls'][:40]!r} is no whole number") from None
-        classes = MAX_LABEL if self.num_classes is None else self.num_classes
-        if not 0 <= label < classes:
-            detail = f"class {label}, there are {classes} classes (0 ... {classes - 1})"
-            raise BadSample("bad label", members.where, detail)
-        return label
+        return read_label(members, MAX_LABEL if self.num_classes is None else self.num_classes)
 
     def _reader_ahead_of(self, order: SequentialOrder, epoch: int, slot: int) -> ShardReader:
         """This process's reader. A thread fetches the remote shards of this block and the next in the background."""

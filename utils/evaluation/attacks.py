@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,13 @@ from utils.errors import UserError
 from utils.evaluation.apgd import Point, make_points, run_apgd
 from utils.evaluation.results import Cell, Finding, Picture, Row, cell_name
 from utils.evaluation.square import square
-from utils.evaluation.trial import Batches, Trial, share
+from utils.evaluation.trial import Batches, Trial, share, title_of
 from utils.methods.attacks import Logits, attack_seeds, frozen, gaussian_noise
 from utils.models import classifiers
+from utils.models.features import read_features, write_features
 from utils.models.zeroshot import Classified, classified, ensemble, pgd_images, to_pixel_values
 from utils.processes.distributed import from_main_process, gather_objects
+from utils.processes.progress import RunProgress
 from utils.sets.corruptions import require_package
 from utils.sets.labelled import same_classes
 
@@ -216,30 +220,71 @@ def make_classifier(trial: Trial, cell: Cell) -> Callable[[Tensor], Tensor]:
 
 def learnt_probe(trial: Trial, cell: Cell) -> Path:
     """The file of a probe learnt from --train_split. It is learnt only once, and can be used as a --linear_head."""
-    split, settings = trial.settings.train_split, cell["settings"]
-    fixed = ("digests", "model_revision", "prompts", "train_prompts")
-    learnt = {name: settings[name] for name in fixed if name in settings} | {"shards": settings["shards"][split]}
-    only = {"model": trial.model.name, "dataset": cell["dataset"], "measure": "probe", "attack": split}
-    probe = dict.fromkeys(cell) | only | {"settings": learnt}
-    path = Path(trial.settings.output_dir) / "probes" / f"{cell_name(probe)}.safetensors"
+    fixed = ("prompts", "train_prompts", "train_num_samples", "probe_tolerance")
+    settings = {name: cell["settings"][name] for name in fixed if name in cell["settings"]}
+    path = learnt_path(trial, "probes", learnt_cell(trial, cell, "probe", settings))
     if not from_main_process(trial.accelerator, path.exists):
         features, labels = train_features(trial, cell)
-        if trial.accelerator.is_main_process:
-            head = classifiers.fit_linear_probe(features, labels, len(trial.data.classnames))
-            classifiers.save_linear_head(path, head)
-        trial.accelerator.wait_for_everyone()
+
+        def learn() -> None:
+            classifiers.save_linear_head(path, fitted_probe(trial, cell, features, labels))
+
+        from_main_process(trial.accelerator, learn)
     return path
 
 
+def fitted_probe(trial: Trial, cell: Cell, features: Tensor, labels: Tensor) -> classifiers.LinearClassifier:
+    """A probe, fitted on the model's device. The bar shows how far the gradient has fallen, on a logarithmic scale."""
+    learning = learnt_cell(trial, cell, "linear probe", {})
+    with RunProgress(title_of(learning), 100) as progress:
+
+        def show(step: classifiers.ProbeStep) -> None:
+            fallen = math.log(max(step.gradient, 1e-30)) / math.log(classifiers.PROBE_TOLERANCE)
+            done = max(progress.done, min(100, int(100 * fallen)))
+            fields = {"iteration": step.iteration, "evaluations": step.evaluations, "loss": step.loss}
+            progress.update(done, fields, report=done == 100)
+
+        device, num_classes = trial.model.device, len(trial.data.classnames)
+        return classifiers.fit_linear_probe(features.to(device), labels, num_classes, on_iteration=show)
+
+
 def train_features(trial: Trial, cell: Cell) -> tuple[Tensor, Tensor]:
-    """image_embeds (N, D) float32 and labels (N,) of the whole --train_split, on the CPU; classes matched by name."""
-    split = trial.settings.train_split
+    """image_embeds (N, D) float32 and labels (N,) of --train_split, on the CPU; classes matched by name.
+
+    N: all images or the first --train_num_samples, without unreadable ones. They are kept in features/ of the output
+    directory, so that neither a kill during the fit nor another classifier embeds them again.
+    """
+    split, accelerator = trial.settings.train_split, trial.accelerator
     names = trial.data.splits[split].classnames
     dataset = trial.images(split, with_labels=True, num_classes=len(names))
-    cell = cell | {"measure": "features", "attack": split}
-    _, features, columns = trial.embedded(dataset, cell, "labels", num_samples=len(dataset))
-    labels, places = torch.from_numpy(columns["labels"]), same_classes(names, trial.data.classnames)
+    num_samples = min(trial.settings.train_num_samples or len(dataset), len(dataset))
+    reading = {"num_samples": num_samples, "num_classes": len(names), "transform": asdict(trial.model.transform)}
+    kept_as = learnt_cell(trial, cell, "features", reading)
+    path, identity = learnt_path(trial, "features", kept_as), json.dumps(kept_as, sort_keys=True)
+    kept = read_features(path, identity, trial.model.encoder.embed_dim)
+    # Each node may have an output directory of its own: the file is used only if all processes have read it.
+    read_by_all = all(gather_objects(accelerator, kept is not None))
+    if kept is None or not read_by_all:
+        _, features, columns = trial.embedded(dataset, kept_as, "labels", num_samples=num_samples)
+        kept = features, torch.from_numpy(columns["labels"])
+        from_main_process(accelerator, lambda: write_features(path, *kept, identity))
+    elif accelerator.is_main_process:
+        with RunProgress(title_of(kept_as), num_samples) as progress:
+            progress.update(num_samples, {"kept from before, in": path}, report=True)
+    (features, labels), places = kept, same_classes(names, trial.data.classnames)
     return features, labels if places is None else torch.tensor(places)[labels]
+
+
+def learnt_cell(trial: Trial, cell: Cell, measure: str, settings: dict[str, Any]) -> Cell:
+    """The identity of something learnt from --train_split: model, set and split with their contents, ``settings``."""
+    split, of_cell = trial.settings.train_split, cell["settings"]
+    content = {name: of_cell[name] for name in ("digests", "model_revision")} | {"shards": of_cell["shards"][split]}
+    only = {"model": trial.model.name, "dataset": cell["dataset"], "measure": measure, "attack": split}
+    return dict.fromkeys(cell) | only | {"settings": content | settings}
+
+
+def learnt_path(trial: Trial, folder: str, learnt: Cell) -> Path:
+    return Path(trial.settings.output_dir) / folder / f"{cell_name(learnt)}.safetensors"
 
 
 def batch_verdicts(verdicts: Verdicts, attack: Attack, perturbed_fn: Logits) -> None:

@@ -32,6 +32,7 @@ from utils.evaluation.results import (
 )
 from utils.evaluation.trial import EvalSet, Model, Rows, Trial, mean_of, nothing_read, share, values
 from utils.methods.head import HEAD_FILE, head_powers, load_head, neutral_t, unfolded
+from utils.models.classifiers import PROBE_TOLERANCE
 from utils.models.policy import TextTable, judge
 from utils.models.published import model_name
 from utils.models.zeroshot import NonFiniteError, prompt_embeddings
@@ -103,6 +104,10 @@ def wanted_jobs(
         if learnt_from is not None and learnt_from.classnames != data.classnames:  # the labels depend on these names
             classes["train_prompts"] = text_digest(learnt_from.classnames)
         classes |= {name: shown_setting(getattr(settings, name)) for name in ("classnames", "linear_head")}
+        if settings.train_num_samples is not None:
+            classes["train_num_samples"] = settings.train_num_samples
+        if settings.classifier == "linear_probe":
+            classes["probe_tolerance"] = PROBE_TOLERANCE
         if settings.linear_head is not None:
             classes["classifier_revision"] = revisions["--linear_head"]
         style = json.loads(json.dumps(asdict(word_style(settings))))  # tuples become lists, as in results.json

@@ -232,7 +232,7 @@ def variants(results: Sequence[Result]) -> list[str]:
         groups[tuple(result[name] for name in identity)].append(own)
     differing: dict[tuple[str, str], set[str]] = defaultdict(set)
     for (measure, attack, *_), group in groups.items():
-        names = {name for own in group for name in own}
+        names = {name for own in group for name in own} - {"probe_tolerance"}  # follows from the classifier
         differing[measure, attack] |= {name for name in names if len({own.get(name) for own in group}) > 1}
     return [
         ", ".join(f"{name} {own.get(name, 'default')}" for name in sorted(differing[r["measure"], r["attack"]]))

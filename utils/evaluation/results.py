@@ -80,7 +80,7 @@ RECORD = {
 }
 CAPTION = {"label": str, "predicted_clean": str, "predicted": str}
 
-# The digests in a cell's settings, and the flag that named their source.
+# The digests in a cell's settings, and the flag that named their source; and what this program alone decides.
 CONTENT = {
     "model_revision": "--model {model}",
     "shards": "--data {dataset}",
@@ -88,9 +88,13 @@ CONTENT = {
     "classifier_revision": "--linear_head",
     "reference_revision": "--reference_model_name_or_path",
     "font_files": "--fonts",
+    "probe_tolerance": "the stopping rule of linear probes",
 }
 # The settings of a cell that identify images and classifier; those of the attack may differ.
-READING = ("split", "num_samples", "shards", "model_revision", "prompts", "classifier", "classifier_revision")
+READING = (
+    *("split", "num_samples", "shards", "model_revision", "prompts"),
+    *("classifier", "classifier_revision", "train_num_samples", "probe_tolerance"),
+)
 BLACK_BOX_TOLERANCE = 0.002  # AutoAttack's: Square may be better than APGD by so much
 LONGEST_FILE_NAME = 150  # in an output directory: ``cell_name`` and an ending
 NAMED_LATER = ("digests", "classnames", "linear_head")  # missing in cells of earlier versions
@@ -452,8 +456,11 @@ def _sources(result: dict[str, Any]) -> dict[str, str]:
     settings = result["settings"]
     shards = settings.get("shards")
     reading = [settings.get(name) for name in ("split", "num_samples", "classifier")]  # these select the shards
+    reading += [settings["train_num_samples"]] if "train_num_samples" in settings else []
     words = settings.get("words")
     found: dict[tuple[Any, ...], Any] = {("model", result["model"]): settings.get("model_revision")}
+    if settings.get("classifier") == "linear_probe":
+        found["probe_tolerance", result["model"], result["dataset"]] = settings.get("probe_tolerance")
     for split, content in shards.items() if isinstance(shards, dict) else ():
         found["shards", result["dataset"], split, json.dumps(reading)] = content
     for name, source in (
@@ -522,7 +529,7 @@ def refuse_unwritable(output_dir: str) -> None:
         problem = f"files in it cannot be named ({error.strerror}); give a shorter path"
         raise UserError(f"--output_dir {output_dir[:100]}: {problem}") from None
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    for path in (there, *(folder / name for name in ("records", "pictures", "probes"))):
+    for path in (there, *(folder / name for name in ("records", "pictures", "probes", "features"))):
         if path.exists() and not path.is_dir():
             where = "" if path == folder else f"{path} "
             raise UserError(f"--output_dir {output_dir}: {where}is a file; give a directory")

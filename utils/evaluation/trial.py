@@ -168,9 +168,7 @@ class Trial:
             num_workers=default_num_workers(8) if settings.num_workers is None else settings.num_workers,
             pin_memory=accelerator.device.type == "cuda",
         )
-        strength = [f"{name} {cell[name]}" for name in ("eps", "sigma", "corruption", "severity") if cell[name]]
-        title = "  ".join([cell["model"], cell["dataset"], cell["measure"], cell["attack"], *strength])
-        with RunProgress(title, num_samples, enabled=accelerator.is_main_process) as progress:
+        with RunProgress(title_of(cell), num_samples, enabled=accelerator.is_main_process) as progress:
             batches = Batches(loader, skips, progress, accelerator.num_processes, by_hand)
             yield batches
             counts = skips.state(), batches.judged, batches.right
@@ -224,6 +222,12 @@ class Trial:
         order = positions.argsort()
         of_images = {name: values[order] for name, values in zip(columns, found)}
         return positions[order].tolist(), torch.from_numpy(embeds[order]), of_images
+
+
+def title_of(cell: Cell) -> str:
+    """The title of a cell's bar."""
+    strength = [f"{name} {cell[name]}" for name in ("eps", "sigma", "corruption", "severity") if cell[name]]
+    return "  ".join([cell["model"], cell["dataset"], cell["measure"], cell["attack"], *strength])
 
 
 def values(rows: Rows) -> list[Any]:

@@ -6,24 +6,35 @@
 from __future__ import annotations
 
 import copy
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from utils.errors import UserError
 from utils.methods.losses import class_logits, unit
 from utils.models.published import has_own_head
-from utils.whole_files import whole_file
+from utils.whole_files import write_whole
 
 # CLIP's linear probe (arXiv 2103.00020) multiplies the losses by C = 0.316; here l2 = 1 / C multiplies the weights.
 CLIP_PROBE_L2 = 1 / 0.316
+
+# The stopping rule of a linear probe, measured in docs/evaluation.md: at 1e-3 fewer than 1 % of the answers differ from
+# the optimum's; 1e-2 takes half the time, and up to 5 % differ.
+PROBE_TOLERANCE = 1e-3
+PROBE_ITERATIONS = 1000  # ten times what any set needed there
+PROBE_BLOCK = 1024  # images at once: they and their logits stay in the cache, which saves a tenth to a quarter
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,48 +107,107 @@ def own_linear_head(model: PreTrainedModel, num_classes: int) -> LinearClassifie
 
 
 def save_linear_head(path: str | Path, classifier: LinearClassifier) -> None:
-    """Writes a file for ``read_linear_head``. ``scale`` goes into W, which may change the last bits of the logits."""
+    """Writes a file for ``read_linear_head``, whole or not at all. Raises ``UserError``.
+
+    ``scale`` goes into W, which may change the last bits of the logits.
+    """
     tensors = {"weight": classifier.scale * classifier.weight.float()}
     if classifier.bias is not None:
         tensors["bias"] = classifier.bias.float()
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    with whole_file(Path(path)) as aside:
-        save_file(tensors, aside, metadata={"normalise": str(classifier.normalise).lower()})
+    write_whole(Path(path), save(tensors, {"normalise": str(classifier.normalise).lower()}))
+
+
+class ProbeStep(NamedTuple):
+    """How far the fit of a linear probe is."""
+
+    iteration: int
+    evaluations: int  # of the loss and its gradient
+    loss: float  # the mean over images, penalty included
+    gradient: float  # its largest entry, as a fraction of its value at zero
 
 
 def fit_linear_probe(
-    features: Tensor, labels: Tensor, num_classes: int, *, l2: float = CLIP_PROBE_L2
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    *,
+    l2: float = CLIP_PROBE_L2,
+    tolerance: float = PROBE_TOLERANCE,
+    max_iterations: int = PROBE_ITERATIONS,
+    on_iteration: Callable[[ProbeStep], object] = lambda step: None,
 ) -> LinearClassifier:
-    """Multinomial logistic regression: min over W, b of sum_i -log p(y_i | x_i) + l2 / 2 ||W||^2, by L-BFGS.
+    """Multinomial logistic regression: min over W, b of sum_i -log p(y_i | x_i) + l2 / 2 ||W||^2, by L-BFGS-B.
 
-    x are the features (N, D), standardised in each dimension, so that one l2 suits short and long embeddings; the
-    returned W and b, float32, include that. labels (N,) int64. The optimum equals that of scikit-learn's
-    LogisticRegression(C=1 / l2). Computed in float64 from zero: the same features give the same head.
+    x are the features (N, D), any float dtype, standardised in each dimension, so that one l2 suits short and long
+    embeddings; the returned W and b, float32, include that. labels (N,) int64; l2 > 0. It stops when no entry of the
+    gradient is larger than ``tolerance`` times the largest one at W = 0, b = 0, where it starts; after
+    ``max_iterations`` with a warning. At a small tolerance it finds what scikit-learn's LogisticRegression(C=1 / l2)
+    finds. Computed in float64 on the device of the features; the same features give the same head.
+
+    L-BFGS works on U, W = U T^T, with T = Q (S + l2 C / N)^-1/2 for x^T x / N = Q S Q^T. In these coordinates the
+    Hessian at zero is the same in all directions, but for the mean over classes, which saves half to four fifths of
+    the iterations. Source: Byrd, Lu, Nocedal and Zhu 1995, as in scipy, with a history of 10.
     """
+    from scipy.optimize import minimize  # takes a second to import
+
     features, labels = _training_set(features, labels, num_classes)
     x = features.double()
     mean, deviation = x.mean(dim=0), x.std(dim=0, correction=0)
     # A dimension that does not vary gets the weight 0: dividing would blow up its rounding errors.
     deviation = torch.where(deviation > 1e-6 * deviation.max(), deviation, torch.inf)
     x = (x - mean) / deviation
+    count, dim = x.shape
+    variances, axes = torch.linalg.eigh(x.T @ x / count)
+    curvature = variances.clamp_min(0) + l2 * num_classes / count
+    axes = axes / curvature.sqrt()  # T
+    x = x @ axes
+    penalty = l2 / curvature  # l2 ||W||^2 = sum of penalty * U^2
+    evaluations, last = 0, (0.0, 0.0)  # the latest loss and largest entry of the gradient
 
-    with torch.enable_grad():
-        weight = x.new_zeros(num_classes, x.shape[1]).requires_grad_(True)
-        bias = x.new_zeros(num_classes).requires_grad_(True)
-        options: dict[str, Any] = {"max_iter": 10_000, "max_eval": 20_000, "tolerance_grad": 1e-9}
-        options |= {"tolerance_change": 1e-15, "history_size": 20, "line_search_fn": "strong_wolfe"}
-        optimizer = torch.optim.LBFGS([weight, bias], **options)
+    def weight_and_bias(flat: Tensor) -> tuple[Tensor, Tensor]:
+        return flat[: num_classes * dim].view(num_classes, dim), flat[num_classes * dim :]
 
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            penalty = l2 / 2 * weight.square().sum() / len(x)  # the loss is a mean, so tolerances do not depend on N
-            loss = F.cross_entropy(x @ weight.T + bias, labels) + penalty
-            loss.backward()
-            return loss
+    @torch.no_grad()
+    def evaluate(point: np.ndarray) -> tuple[float, np.ndarray]:
+        nonlocal evaluations, last
+        weight, bias = weight_and_bias(torch.from_numpy(point).to(x.device))
+        gradient = torch.cat([(penalty * weight).flatten(), torch.zeros_like(bias)])
+        of_weight, of_bias = weight_and_bias(gradient)
+        loss = (weight * of_weight).sum() / 2
+        for rows, classes in zip(x.split(PROBE_BLOCK), labels[:, None].split(PROBE_BLOCK)):
+            logps = torch.addmm(bias, rows, weight.T).log_softmax(dim=1)
+            loss -= logps.gather(1, classes).sum()
+            residual = logps.exp_().scatter_add_(1, classes, -torch.ones_like(logps[:, :1]))  # p - onehot(y)
+            of_weight.addmm_(residual.T, rows)
+            of_bias += residual.sum(dim=0)
+        # The mean over images, so that its size does not depend on N. Here the device is waited for.
+        found = gradient.div_(count).cpu().numpy()
+        evaluations, last = evaluations + 1, (loss.item() / count, float(np.abs(found).max()))
+        return last[0], found
 
-        optimizer.step(closure)
-    weight = weight.detach() / deviation
-    return LinearClassifier(weight.float(), (bias.detach() - weight @ mean).float())
+    start = np.zeros(num_classes * dim + num_classes)
+    evaluate(start)
+    steepest, evaluations, iterations = last[1], 0, 0
+
+    def report(point: np.ndarray) -> None:
+        nonlocal iterations
+        iterations += 1
+        on_iteration(ProbeStep(iterations, evaluations, last[0], last[1] / steepest))
+
+    limits = {"maxiter": max_iterations, "maxfun": 20 * max_iterations}
+    rule = max(tolerance * steepest, 1e-12)  # less is rounding, for example if no dimension varies
+    options = limits | {"gtol": rule, "ftol": 0.0, "maxcor": 10}
+    found = minimize(evaluate, start, jac=True, method="L-BFGS-B", callback=report, options=options)
+    if not found.success:
+        logger.warning(
+            f"linear probe: stopped after {iterations} iterations, the gradient's largest entry is "
+            f"{np.abs(found.jac).max() / steepest:.2g} of its value at zero, expected at most {tolerance:g} "
+            f"({found.message}); the head is not the optimum, its accuracy may be too low"
+        )
+    weight, bias = weight_and_bias(torch.from_numpy(found.x).to(x.device))
+    weight = weight @ axes.T / deviation
+    return LinearClassifier(weight.float(), (bias - weight @ mean).float())
 
 
 class KnnClassifier:

@@ -1,10 +1,14 @@
-"""Image embeddings of a preference data set, computed once and cached, so that training a head takes seconds."""
+"""Image embeddings that are computed once and kept.
+
+Of a preference data set, so that training a head takes seconds; of labelled images, from which a probe or k-NN learns.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -15,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 from utils.data.digests import shards_digest
@@ -27,6 +31,9 @@ from utils.errors import UserError
 from utils.models.zeroshot import refuse_non_finite_rows, to_pixel_values
 from utils.processes.distributed import gather_objects, on_every_node
 from utils.sets.pairs import PreferenceDataset, Row
+from utils.whole_files import write_whole
+
+logger = logging.getLogger(__name__)
 
 
 class FeatureDataset(PreferenceDataset):
@@ -170,3 +177,30 @@ def fingerprint(weights: dict[str, Tensor], identity: dict[str, Any]) -> str:
         digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     digest.update(json.dumps(identity, sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def write_features(path: Path, embeds: Tensor, labels: Tensor, identity: str) -> None:
+    """Writes embeddings (N, D) and labels (N,), whole or not at all. ``identity`` is all that they depend on."""
+    tensors = {"features": embeds.float().contiguous(), "labels": labels.long().contiguous()}
+    again = "mend that, then give the same command again"
+    write_whole(path, save(tensors, {"identity": identity}), again)
+
+
+def read_features(path: Path, identity: str, embed_dim: int) -> tuple[Tensor, Tensor] | None:
+    """What ``write_features`` wrote, (N, D) float32 and (N,) int64; None if no such file is there, or one of others."""
+    if not path.exists():
+        return None
+    try:
+        # By the descriptor: safetensors opens only paths in UTF-8, but an output directory may have any name.
+        with path.open("rb") as opened, safe_open(f"/dev/fd/{opened.fileno()}", framework="pt") as file:
+            if (file.metadata() or {}).get("identity") != identity:
+                raise ValueError("of another model, set or transform")
+            features, labels = file.get_tensor("features"), file.get_tensor("labels")
+        if features.dtype != torch.float32 or labels.dtype != torch.int64:
+            raise ValueError(f"of {features.dtype} with labels of {labels.dtype}")
+        if features.shape != (len(labels), embed_dim):
+            raise ValueError(f"{tuple(features.shape)} and {len(labels)} labels, expected dimension {embed_dim}")
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
+        logger.warning(f"{path}: kept features that cannot be used ({str(error)[:160]}); the images are embedded again")
+        return None
+    return features, labels

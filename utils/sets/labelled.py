@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from accelerate import Accelerator
 
 from utils.data.digests import shards_digest, text_digest
 from utils.data.images import ImageTransform
-from utils.data.shards import ShardDataset, ShardIndex, ShardReader, index_shards
+from utils.data.shards import ShardDataset, ShardIndex, ShardReader, index_shards, read_label
 from utils.data.skipped import BadSample
 from utils.data.sources import expand_shards, is_remote, read_text, sibling
 from utils.errors import UserError
@@ -174,6 +176,20 @@ def open_set(
     warn_of_twins(names, f"{flag} {display_url(patterns[0])}")
     index = index_shards(urls, cache_dir=cache_dir, cache_limit_gb=cache_limit_gb, flag=flag)
     return LabelledSet(index, names, templates)
+
+
+def classes_without_samples(data: LabelledSet, num_samples: int) -> list[str]:
+    """The names of the classes that none of the first ``num_samples`` has. Reads labels alone, until all are found."""
+    missing = dict(enumerate(data.classnames))
+    places = ((shard, sample) for shard, size in enumerate(data.index.sizes) for sample in range(size))
+    with closing(ShardReader(data.index)) as reader:
+        for shard, sample in itertools.islice(places, num_samples):
+            if not missing:
+                break
+            with suppress(BadSample):  # it is reported when the set is read
+                _, members = reader.read(shard, sample, ("cls",))
+                missing.pop(read_label(members, len(data.classnames)), None)
+    return list(missing.values())
 
 
 def set_digest(accelerator: Accelerator, data: LabelledSet, num_samples: int) -> str:
