@@ -90,7 +90,10 @@ CONTENT = {
     "font_files": "--fonts",
 }
 # The settings of a cell that identify images and classifier; those of the attack may differ.
-READING = ("split", "num_samples", "shards", "model_revision", "prompts", "classifier", "classifier_revision")
+READING = (
+    *("split", "num_samples", "shards", "model_revision", "image_size", "prompts"),
+    *("classifier", "classifier_revision"),
+)
 BLACK_BOX_TOLERANCE = 0.002  # AutoAttack's: Square may be better than APGD by so much
 LONGEST_FILE_NAME = 150  # in an output directory: ``cell_name`` and an ending
 NAMED_LATER = ("digests", "classnames", "linear_head")  # missing in cells of earlier versions
