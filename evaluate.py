@@ -26,6 +26,7 @@ from accelerate import Accelerator
 
 from utils.cli import flag, launched_rank, parse_settings, required, run
 from utils.data.digests import shards_digest, side_by_side
+from utils.data.images import MAX_OUTPUT_SIDE
 from utils.data.shards import ShardReader
 from utils.data.skipped import BadSample
 from utils.data.sources import default_cache_dir, hub_set, known_path
@@ -40,6 +41,7 @@ from utils.models.hub import fetch_model, find_config, folder_on_every_node, on_
 from utils.models.published import (
     BASE_MODEL_HELP,
     CONTRASTIVE_MODEL_TYPES,
+    IMAGE_SIZE_HELP,
     MODEL_TYPES,
     PROCESSOR_HELP,
     ModelName,
@@ -84,6 +86,7 @@ class Settings:
     model: list[str] = required("ids, directories or files, or NAME@BASE", group="what", path=True, many=True)
     base_model: str | None = flag(None, BASE_MODEL_HELP, group="what", path=True)
     processor: str | None = flag(None, PROCESSOR_HELP, group="what", path=True)
+    image_size: int | None = flag(None, IMAGE_SIZE_HELP, group="what", minimum=1, maximum=MAX_OUTPUT_SIDE)
     data: list[str] = required("directories or sets of the hub, see above", group="what", path=True, many=True)
     split: str = flag("test", "folder of each data set that is read", group="what")
     num_samples: int | None = flag(None, "the first N samples of each set (default: all)", group="what", minimum=1)
@@ -276,8 +279,8 @@ def tidy(name: str) -> str:
 
 
 def named(settings: Settings, text: str) -> ModelName:
-    """A model of the command line, with what completes it."""
-    return model_name(text, settings.base_model, settings.processor)
+    """A model of the command line, with what completes it and the size of its images."""
+    return model_name(text, settings.base_model, settings.processor, settings.image_size)
 
 
 def named_models(settings: Settings) -> list[tuple[str, ModelName, tuple[str, ...]]]:

@@ -48,6 +48,7 @@ from utils.models.published import (
     image_transform,
     load_model,
     save_model,
+    set_image_size,
 )
 from utils.models.zeroshot import predictions, set_classifier, to_pixel_values
 from utils.processes.distributed import (
@@ -335,7 +336,13 @@ def estimate_memory(settings: Settings, problem: Problem) -> None:
         if config is None:
             raise UserError(f"{flag} {name}: a repository of weights alone; name its --base_model, or download it")
         config.vision_config.projection_dim = config.projection_dim
-        model = Path(name.path).resolve().name if Path(name.path).exists() else name.path, config.vision_config
+        label = Path(name.path).resolve().name if Path(name.path).exists() else name.path
+        if settings.image_size is not None:
+            set_image_size(config, settings.image_size)
+            label += f", {settings.image_size} px"
+        model = label, config.vision_config
+    elif settings.image_size is not None:
+        raise UserError(f"--image_size {settings.image_size}: of which model? name it with {flag}")
     if launched_rank():
         return
     layout = Layout(

@@ -165,6 +165,36 @@ class ImageTransform:
         return (self.resize, longer) if width <= height else (longer, self.resize)
 
 
+def resized_processor(image_processor: Any, side: int) -> Any:
+    """A copy of an image processor that makes square images of ``side`` pixels, of the same part of each picture.
+
+    What is resized before the crop keeps its proportion to it: 256 for 224 becomes 64 for 56. ConvNeXt's ``crop_pct``
+    stays. UserError for a processor that resizes nothing, or to more than ``MAX_OUTPUT_SIDE``.
+    """
+    transform, name = ImageTransform.from_processor(image_processor), type(image_processor).__name__
+    assert transform.output_size is not None  # ``published.image_size`` was asked when it was read
+    before = transform.output_size[0]
+    if side == before:
+        return image_processor
+    if transform.resize is None:
+        fault = f"do_resize is false, so {side} px would show another part of each image than {before} px"
+        raise UserError(f"{name}: {fault}; expected a processor that resizes")
+    fields: dict[str, Any] = image_processor.to_dict()
+    if name.startswith("Siglip2ImageProcessor"):
+        fields["max_num_patches"] = (side // fields["patch_size"]) ** 2
+    elif name.startswith("ConvNextImageProcessor"):
+        fields["size"] = {"shortest_edge": side}
+    elif isinstance(transform.resize, tuple):
+        fields["size"] = dict(zip(("height", "width"), (round(edge * side / before) for edge in transform.resize)))
+    else:
+        fields["size"] = {"shortest_edge": round(transform.resize * side / before)}
+    if fields.get("do_center_crop"):
+        fields["crop_size"] = {"height": side, "width": side}
+    resized = type(image_processor).from_dict(fields)
+    ImageTransform.from_processor(resized)  # refuses sides that are too long
+    return resized
+
+
 def pixel_normalisation(image_processor: Any) -> tuple[list[float], list[float]]:
     """mean and std, three numbers each: for pixels x in [0, 1] the processor computes (x - mean) / std.
 

@@ -96,6 +96,8 @@ def wanted_jobs(
         "digests": KIND,
         "shards": content,
     }
+    if settings.image_size is not None:  # figures without the flag keep their identity
+        reading["image_size"] = settings.image_size
     classes: dict[str, Any] = {}
     words: dict[str, Any] = {}
     if data.labelled:

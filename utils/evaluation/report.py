@@ -45,7 +45,8 @@ from utils.training.metrics import MetricsFile
 # CLIP_benchmark's columns (`clip_benchmark build`), then those that distinguish our rows.
 CSV_COLUMNS = (
     *("acc1", "acc5", "mean_per_class_recall", "dataset", "model", "pretrained", "task", "language", "model_fullname"),
-    *("classifier", "attack", "eps", "sigma", "corruption", "severity", "t", "ci95_low", "ci95_high", "n", "seed"),
+    *("classifier", "attack", "eps", "sigma", "corruption", "severity", "t"),
+    *("image_size", "ci95_low", "ci95_high", "n", "seed"),
 )
 TASKS = {"zero_shot": "zeroshot_classification", "linear_head": "linear_probe"}
 TRAINING = {  # key of metrics.jsonl: title, axis, whether it is a share of images
@@ -792,6 +793,7 @@ def benchmark_csv(found: Sequence[Result]) -> str:
             "model_fullname": f"{r['model']} {pretrained}".strip(),
             "classifier": classifier,
             "t": r["settings"].get("t"),
+            "image_size": r["settings"].get("image_size"),
         }
         writer.writerow(r | own | dict(zip(("ci95_low", "ci95_high"), r["ci95"] or ())))
     return file.getvalue()

@@ -92,7 +92,7 @@ CONTENT = {
 }
 # The settings of a cell that identify images and classifier; those of the attack may differ.
 READING = (
-    *("split", "num_samples", "shards", "model_revision", "prompts"),
+    *("split", "num_samples", "shards", "model_revision", "image_size", "prompts"),
     *("classifier", "classifier_revision", "train_num_samples", "probe_tolerance"),
 )
 BLACK_BOX_TOLERANCE = 0.002  # AutoAttack's: Square may be better than APGD by so much

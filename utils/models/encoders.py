@@ -135,7 +135,7 @@ def load_reference(
         raise UserError(
             f"--reference_model_name_or_path {name_or_path}: embeds {reference.image_size} px into "
             f"{reference.embed_dim} dimensions, the encoder {encoder.image_size} px into {encoder.embed_dim}; "
-            "name a model of the encoder's kind"
+            "name a model of the encoder's kind, and give both the same size by --image_size"
         )
     return frozen_copy(reference), model
 

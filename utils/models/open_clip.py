@@ -39,6 +39,7 @@ BLOCKS = (
     *("visual.transformer.resblocks.", "visual.trunk.stages.", "transformer.resblocks.", "text.transformer.resblocks."),
     *("vision_model.encoder.", "text_model.encoder."),
 )
+POSITIONS = "visual.positional_embedding"
 IMAGE_TOWER = ("class_embedding", "conv1.weight", "trunk.stem.0.weight")  # names in an image tower alone
 # timm's name -> (depths, hidden sizes).
 CONVNEXTS = {
@@ -108,7 +109,7 @@ def _vit_pairs(vision: PreTrainedConfig) -> Iterator[Pair]:
     embeddings = "vision_model.embeddings"
     yield Pair("visual.conv1.weight", (f"{embeddings}.patch_embedding.weight",))
     yield Pair("visual.class_embedding", (f"{embeddings}.class_embedding",))
-    yield Pair("visual.positional_embedding", (f"{embeddings}.position_embedding.weight",))
+    yield Pair(POSITIONS, (f"{embeddings}.position_embedding.weight",))
     yield from _both("visual.ln_pre", "vision_model.pre_layrnorm")  # transformers' spelling
     yield from _block_pairs("visual.transformer", "vision_model", vision.num_hidden_layers)
     yield from _both("visual.ln_post", "vision_model.post_layernorm")
@@ -374,10 +375,10 @@ def openai_model(state: State) -> Fields:
     """
     width, _, patch, _ = state["visual.conv1.weight"].shape
     context, text_width = state["positional_embedding"].shape
-    positions = len(state["visual.positional_embedding"]) - 1
+    positions = len(state[POSITIONS]) - 1
     grid = math.isqrt(positions)
     if grid * grid != positions:
-        raise ValueError(f"visual.positional_embedding has {positions} patches; expected a square of patches")
+        raise ValueError(f"{POSITIONS} has {positions} patches; expected a square of patches")
     for name, wide in (("image", width), ("text", text_width)):
         if wide % 64:
             raise ValueError(f"the {name} tower is {wide} wide, which heads of 64 do not share evenly")

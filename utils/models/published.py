@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ from transformers import CLIPImageProcessorPil, Dinov2ForImageClassification, Pr
 from transformers.activations import ACT2FN
 from transformers.utils import logging as transformers_logging
 
-from utils.data.images import CROP_ROUNDING, ImageTransform, pixel_normalisation
+from utils.data.images import CROP_ROUNDING, MAX_OUTPUT_SIDE, ImageTransform, pixel_normalisation, resized_processor
 from utils.data.sources import BRING_IT
 from utils.errors import UserError, os_errors
 from utils.models import open_clip
@@ -68,6 +69,7 @@ STEPS = (
 # Towers of a vision-text-dual-encoder; ``utils.models.tokens`` can end and pad texts for this text tower.
 DUAL_ENCODER_PARTS = {"vision_config": ("convnext", "clip_vision_model"), "text_config": ("clip_text_model",)}
 FIXED_POSITIONS = ("clip_vision_model", "siglip_vision_model")  # towers that take images of one size only
+SIZED = (*FIXED_POSITIONS, "convnext")  # towers whose config says the size of images; DINOv2's says that of positions
 HUB_ID = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}(/[A-Za-z0-9][A-Za-z0-9_.-]{0,95})?"
 HUB_PREFIX = "hf-hub:"  # as open_clip writes an id whose repository is in its layout
 LFS_POINTER = b"version https://git-lfs"
@@ -85,6 +87,7 @@ PROCESSOR_FILES = ("*processor_config.json", "*token*.json", "vocab.*", "merges.
 OF_OTHER_PARTS = ("text_model", "text_projection", "visual_projection", "logit_scale", "logit_bias")
 BASE_MODEL_HELP = "the CLIP, or open_clip model config JSON, that completes a file of weights (or NAME@BASE)"
 PROCESSOR_HELP = "id or directory of tokenizer and image processor, for a model without"
+IMAGE_SIZE_HELP = "side of the images in pixels, a multiple of the model's patch (default: the model's)"
 # Keys under which checkpoints keep a state dict: of open_clip's and others' training; of TeCoA.
 INSIDE = ("state_dict", "vision_encoder_state_dict", "model_state_dict")
 
@@ -100,6 +103,7 @@ class ModelName:
     path: str
     base_model: str | None = None  # says what weights alone do not: sizes, text tower, processor
     processor: str | None = None  # tokenizer and image processor, for a model that has none
+    image_size: int | None = None  # side in pixels of the images that the model is to take, in place of its own
     tokenizer: str | None = None  # CLIP's own, for one of its vocabulary for which nothing names another
     open_clip: bool = False  # typed as hf-hub:...: open_clip's files, if there are also those of transformers
     base_of_open_clip: bool = False  # the same for the base model
@@ -114,7 +118,9 @@ class ModelName:
         return model_name(f"{prefix}{self.base_model}", processor=self.processor)
 
 
-def model_name(text: str | ModelName, base_model: str | None = None, processor: str | None = None) -> ModelName:
+def model_name(
+    text: str | ModelName, base_model: str | None = None, processor: str | None = None, image_size: int | None = None
+) -> ModelName:
     """Reads NAME or NAME@BASE. ``base_model`` stands for a BASE that is not written. A name that exists has none."""
     if isinstance(text, ModelName):
         return text
@@ -125,7 +131,7 @@ def model_name(text: str | ModelName, base_model: str | None = None, processor: 
         cut = (there or cuts)[-1]
         path, base_model = path[:cut], path[cut + 1 :]
     base, tools = (None if part is None else part.removeprefix(HUB_PREFIX) for part in (base_model, processor))
-    return ModelName(text, path, base, tools, open_clip=of_hub, base_of_open_clip=base != base_model)
+    return ModelName(text, path, base, tools, image_size, open_clip=of_hub, base_of_open_clip=base != base_model)
 
 
 class Layout(NamedTuple):
@@ -329,6 +335,8 @@ def describe(text: str | ModelName, flag: str, supported: Sequence[str] = MODEL_
     parts = [config, *(tower for tower in towers if isinstance(tower, PreTrainedConfig))]
     with _refusing(where):
         _check_config(config, parts)
+        if name.image_size is not None:
+            _check_image_size(config, name.image_size)
     for part in parts:
         part.return_dict, part.output_attentions, part.output_hidden_states = True, False, False
         part._attn_implementation = None
@@ -493,6 +501,19 @@ def _check_config(config: PreTrainedConfig, parts: Sequence[PreTrainedConfig]) -
             raise ValueError(f"config.json: images embed into {image_dim} dimensions, texts into {text_dim}; {equal}")
 
 
+def _check_image_size(config: PreTrainedConfig, side: int) -> None:
+    """Raises ``ValueError`` for a side that the image tower does not divide into whole patches."""
+    tower: Any = getattr(config, "vision_config", config)
+    if side == getattr(tower, "image_size", None):  # SigLIP so400m: 384 px, patches of 14 px
+        return
+    stages = len(tower.depths) if tower.model_type == "convnext" else 1
+    patch = tower.patch_size * 2 ** (stages - 1)
+    if side % patch:
+        near = [each for each in (side // patch * patch, (side // patch + 1) * patch) if 0 < each <= MAX_OUTPUT_SIDE]
+        what = f"{patch} px, the {'patch' if stages == 1 else 'stride'} of its {tower.model_type}"
+        raise ValueError(f"--image_size {side}: expected a multiple of {what}, such as {' or '.join(map(str, near))}")
+
+
 def _is_square(number: Any) -> bool:
     return isinstance(number, int) and number > 0 and math.isqrt(number) ** 2 == number
 
@@ -524,15 +545,22 @@ def load_model(
         tokenizer = load_tokenizer(described, where)
     model = load_without_processor(described, flag)
     image_processor, of_processor = load_image_processor(described, flag)
-    tower, size = image_tower(model)[0].config, image_size(image_processor)
+    tower = image_tower(model)[0].config
     patch = getattr(image_processor, "patch_size", None)  # SigLIP 2's processor has one
     if patch is not None and patch != tower.patch_size:
         sizes = f"patches of {patch} px, the model takes {tower.patch_size} px"
         raise UserError(f"{where}: {of_processor} makes {sizes}; correct its patch_size")
+    if name.image_size is not None:
+        with _refusing(f"{where}: --image_size {name.image_size}"):
+            image_processor = resized_processor(image_processor, name.image_size)
+        if grids := resize_tower(model, name.image_size):
+            before, after = (f"{side} x {side}" for side in grids)
+            say_once(f"{name}: positions interpolated from {before} to {after} patches, by --image_size")
     # The other towers interpolate their position embeddings or have none.
+    size = image_size(image_processor)
     if tower.model_type in FIXED_POSITIONS and size != tower.image_size:
         sizes = f"{size} px, the model takes {tower.image_size} px"
-        raise UserError(f"{where}: {of_processor} gives {sizes}; correct its crop_size")
+        raise UserError(f"{where}: {of_processor} gives {sizes}; correct its crop_size, or give --image_size")
     if processor_name and not 0 < (scale := logit_scale(model)) < math.inf:
         fault = f"exp(logit_scale) is {scale:g}, the logits of all classes would be alike or infinite"
         raise UserError(f"{where}: {_weights_file(name.path, 'logit_scale')}: {fault}; CLIP's is at most 100")
@@ -658,6 +686,55 @@ def switch_off_randomness(model: nn.Module) -> list[str]:
                 found[f"{'dropout' if name == 'p' else name} {probability:g}"] = None
                 setattr(module, name, type(probability)(0))
     return list(found)
+
+
+# ----------------------------------------------------------------------------------------------------------- input size
+
+
+def set_image_size(config: PreTrainedConfig, side: int) -> None:
+    """Changes the side of the images in a model's config, where it says it."""
+    tower = getattr(config, "vision_config", config)
+    if tower.model_type in SIZED:
+        tower.image_size = side
+
+
+def resize_tower(model: PreTrainedModel, side: int) -> tuple[int, int] | None:
+    """Makes the image tower take images of ``side`` pixels, in place, and its config say so.
+
+    Fixed positions are interpolated. Returns the sides of their grid before and after, or None if they stay.
+    """
+    tower, _ = image_tower(model)
+    patch, before = tower.config.patch_size, getattr(tower.config, "image_size", side)
+    for config in (model.config, tower.config):
+        set_image_size(config, side)
+    if tower.config.model_type not in FIXED_POSITIONS or side == before:
+        return None
+    embeddings, name = tower.get_submodule("embeddings"), "position_embedding.weight"
+    state = embeddings.state_dict()
+    state[name] = interpolate_positions(state[name], side // patch)
+    with torch.random.fork_rng(devices=[]), unpartitioned():  # it draws weights, which are replaced
+        resized = type(embeddings)(tower.config)
+    resized.load_state_dict(state)
+    tower.embeddings = resized.train(embeddings.training)
+    form = getattr(model, "open_clip_form", {})
+    if (of_form := form.get(open_clip.POSITIONS)) is not None:
+        form[open_clip.POSITIONS] = of_form.new_empty(state[name].shape)
+    return None if before // patch == side // patch else (before // patch, side // patch)
+
+
+def interpolate_positions(positions: Tensor, grid: int) -> Tensor:
+    """Embeddings of P x P positions, maybe after a class token's -> those of grid x grid, float32.
+
+    (P * P, D) or (1 + P * P, D) -> (grid * grid, D) or (1 + grid * grid, D). Bicubic with antialiasing; the class
+    token's stays. Source: open_clip's resize_pos_embed.
+    """
+    before = math.isqrt(len(positions))
+    others, patches = positions.split([len(positions) - before * before, before * before])
+    if grid == before:
+        return positions
+    patches = patches.unflatten(0, (before, before)).permute(2, 0, 1)[None]
+    patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False, antialias=True)
+    return torch.cat([others, patches[0].flatten(1).T])
 
 
 # ------------------------------------------------------------------------------------------------------------ processor
@@ -830,16 +907,21 @@ def save_model(directory: str | Path, model: PreTrainedModel, processor: Any, en
 
 
 def _save_processor(directory: Path, model: PreTrainedModel, processor: Any) -> None:
-    """Writes the processor's files. If it cannot be saved, copies those it was loaded from, with a warning."""
+    """Writes the processor's files. If it cannot be saved, copies those it was loaded from, with a warning.
+
+    The image processor is never copied: it may be another than the source's, by its layout or by --image_size.
+    """
     try:
         processor.save_pretrained(directory)
     except Exception as error:
         source = Path(str(model.name_or_path or getattr(processor, "tokenizer", processor).name_or_path or os.devnull))
         files = [path for pattern in PROCESSOR_FILES for path in source.glob(pattern) if path.is_file()]
+        files = [path for path in files if path.name not in IMAGE_PROCESSOR_FILES]
         if not files and isinstance(error, OSError):  # the disk cannot be written
             raise
         for path in files:
             shutil.copyfile(path, directory / path.name)
+        getattr(processor, "image_processor", processor).to_json_file(directory / "preprocessor_config.json")
         rest = f"{len(files)} files of {source} stand in" if files else "take those of the model before training"
         line = "%s: the processor's files cannot be written (%s); %s"
         logger.warning(line, directory, _reason(error)[:160], printable(rest))

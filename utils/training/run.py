@@ -206,7 +206,8 @@ class Run:
         known = dataclasses.asdict(settings) | {"global_batch_size": self.global_batch_size}
         self.known_settings = {name: shown_setting(value) for name, value in known.items()}  # without secrets
         if self.resumed:
-            refuse_changed_settings((earlier or {}) | self.resumed["settings"], self.known_settings, self.free)
+            before = {"image_size": None} | (earlier or {}) | self.resumed["settings"]
+            refuse_changed_settings(before, self.known_settings, self.free)
             self.on_main(lambda: set_aside_later(self.output_dir, self.first_step))
         return self.train_set, self.eval_set
 

@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any
 
 from utils.cli import flag, required
-from utils.models.published import BASE_MODEL_HELP, PROCESSOR_HELP, ModelName, model_name
+from utils.data.images import MAX_OUTPUT_SIDE
+from utils.models.published import BASE_MODEL_HELP, IMAGE_SIZE_HELP, PROCESSOR_HELP, ModelName, model_name
 
 model_flag, data_flag = partial(flag, group="model"), partial(flag, group="data")
 optimisation_flag, output_flag = partial(flag, group="optimisation"), partial(flag, group="output")
@@ -26,6 +27,7 @@ class RunSettings:
     )
     base_model: str | None = model_flag(None, BASE_MODEL_HELP, path=True)
     processor: str | None = model_flag(None, PROCESSOR_HELP, path=True)
+    image_size: int | None = model_flag(None, IMAGE_SIZE_HELP, minimum=1, maximum=MAX_OUTPUT_SIDE)
     gradient_checkpointing: bool = model_flag(False, "recompute activations: less memory, more time")
     shard_reference: bool = model_flag(False, "DeepSpeed: shard the frozen reference over the processes too")
     reference_dtype: str = model_flag(
@@ -98,7 +100,7 @@ class RunSettings:
     def models(self) -> list[tuple[str, ModelName | None]]:
         """(flag, name) of the models that the run reads; the reference is None if it is the start model."""
         names = {name: getattr(self, name) for name in ("model_name_or_path", "reference_model_name_or_path")}
-        parts = self.base_model, self.processor
+        parts = self.base_model, self.processor, self.image_size
         return [(f"--{name}", None if text is None else model_name(text, *parts)) for name, text in names.items()]
 
     def shard_options(self, name: str, with_classes: bool, patterns: list[str] | None = None) -> dict[str, Any]:
