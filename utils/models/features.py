@@ -30,6 +30,7 @@ from utils.data.sources import default_cache_dir
 from utils.errors import UserError
 from utils.models.zeroshot import refuse_non_finite_rows, to_pixel_values
 from utils.processes.distributed import gather_objects, on_every_node
+from utils.redaction import printable
 from utils.sets.pairs import PreferenceDataset, Row
 from utils.whole_files import write_whole
 
@@ -201,6 +202,7 @@ def read_features(path: Path, identity: str, embed_dim: int) -> tuple[Tensor, Te
         if features.shape != (len(labels), embed_dim):
             raise ValueError(f"{tuple(features.shape)} and {len(labels)} labels, expected dimension {embed_dim}")
     except (OSError, SafetensorError, ValueError, TypeError) as error:
-        logger.warning(f"{path}: kept features that cannot be used ({str(error)[:160]}); the images are embedded again")
+        fault = f"{path}: kept features that cannot be used ({str(error)[:160]})"
+        logger.warning("%s; the images are embedded again", printable(fault))
         return None
     return features, labels
