@@ -301,7 +301,7 @@ def training(starts, digits, tmp_path):
     return make
 
 
-LORE = {"attack_steps": 2, "primal_steps": 1, "eps": 8}
+LORE = {"attack_steps": 2, "primal_steps": 2, "eps": 8}
 
 
 def evaluated(model, kind, digits, output_dir, **changes):
