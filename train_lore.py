@@ -91,6 +91,7 @@ class Settings(RunSettings):
     attack_momentum: float = attack_flag(0.0, "of the gradient's sign (FARE's recipe: 0.9)", minimum=0)
     gather_for_attack: bool = attack_flag(True, "ZeRO-3: gather parameters once an attack, not in every pass")
 
+    eval_pgd: bool = data_flag(True, "evaluate under PGD too: some twenty times the work of clean images alone")
     linear_head: str | None = data_flag(
         None,
         "safetensors of weight (C, D), maybe bias (C,), for encoders without text (default: the model's own)",
@@ -118,7 +119,7 @@ class Settings(RunSettings):
         }
 
 
-FREE_SETTINGS = ("gather_for_attack", "estimate_memory", "estimate_processes", "estimate_precision")
+FREE_SETTINGS = ("eval_pgd", "gather_for_attack", "estimate_memory", "estimate_processes", "estimate_precision")
 SHOWN = {
     "multiplier": "multiplier_mean",
     "violation": "violation_ratio_mean",
@@ -238,6 +239,10 @@ def check_settings(settings: Settings) -> None:
         raise UserError(
             f"--keep_best {settings.keep_best}: nothing is evaluated; name labelled shards with --eval_shards"
         )
+    if settings.keep_best == "eval_accuracy_pgd" and not settings.eval_pgd:
+        raise UserError(
+            "--keep_best eval_accuracy_pgd with --eval_pgd false: PGD accuracy is not measured; leave one of them out"
+        )
 
 
 def load_encoders(run: Run, settings: Settings, problem: Problem) -> tuple[Any, Any, Any, nn.Module]:
@@ -290,7 +295,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Accuracy on clean and attacked images. Empty if the run was told to stop and a batch did not arrive."""
     accuracies = {}
-    for name, radius in (("clean", None), ("pgd", settings.eps / 255)):
+    radii = {"clean": None} | ({"pgd": settings.eps / 255} if settings.eval_pgd else {})
+    for name, radius in radii.items():
         eager = torch.compiler.set_stance("force_eager")  # the last batch may be smaller: not worth compiling for
         with (
             run.evaluating(dataset, f"evaluating {name}") as batches,
@@ -302,10 +308,9 @@ def evaluate(
             return {}
         accuracies[f"eval_accuracy_{name}"] = mean_over_processes(run.accelerator, correct)
         run.check_evaluation()
-    run.progress.note(
-        f"step {step}: accuracy {accuracies['eval_accuracy_clean']:.3f} clean, "
-        f"{accuracies['eval_accuracy_pgd']:.3f} under PGD at eps {settings.eps:g}/255"
-    )
+    said = {"clean": "clean", "pgd": f"under PGD at eps {settings.eps:g}/255"}
+    values = [f"{accuracies[f'eval_accuracy_{name}']:.3f} {said[name]}" for name in radii]
+    run.progress.note(f"step {step}: accuracy {', '.join(values)}")
     return accuracies
 
 

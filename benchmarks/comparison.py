@@ -65,11 +65,27 @@ class NumbersSettings:
 class LoreSettings(NumbersSettings, Settings):
     """Flags of every comparison of train_lore.py runs; scripts with the same runs can share an --output_dir."""
 
+    eval_data: str | None = what_flag(None, "set whose test/ is evaluated on (default: --data)", path=True)
+    linear_head: str | None = what_flag(None, "tells its classes apart, for an encoder without text", path=True)
+    image_size: int | None = what_flag(None, "side of the encoder's input (default: the model's)", minimum=1)
+    mixed_precision: str = training_flag("no", "of the training runs", choices=("no", "bf16", "fp16"))
     learning_rate: float = training_flag(3e-4, "of the encoder, the same for every variant", minimum=0)
     num_samples: int = evaluation_flag(500, "test images of the evaluation", minimum=1)
 
     def __post_init__(self) -> None:
         self.model, self.data = as_in_results(self.model), as_in_results(self.data)
+        self.eval_data = as_in_results(self.eval_data or self.data)
+
+    def evaluated_every(self, steps: int) -> Flags:
+        """Flags of train_lore.py for evaluations of clean accuracy during training."""
+        return {
+            "eval_shards": f"{self.eval_data}/test", "eval_num_samples": self.num_samples,
+            "eval_steps": max(1, steps), "eval_pgd": "false",
+        } | self.with_head  # fmt: skip
+
+    @property
+    def with_head(self) -> Flags:
+        return {"linear_head": self.linear_head} if self.linear_head else {}
 
 
 @dataclass
@@ -151,7 +167,9 @@ def lore_runs(
     """
     output_dir = Path(settings.output_dir)
     kept = ("model", "data", "batch_size", "learning_rate", *kept)
-    claim_directory(output_dir, {name: getattr(settings, name) for name in kept})
+    others = {"image_size": settings.image_size, "mixed_precision": settings.mixed_precision}
+    others = {name: value for name, value in others.items() if value not in (None, "no")}
+    claim_directory(output_dir, {name: getattr(settings, name) for name in kept} | others)
     runs = {
         label: [
             output_dir / f"{names[label]}-seed{seed}" if names else output_dir / f"{run_name(flags)}_seed-{seed}"
@@ -171,7 +189,7 @@ def lore_runs(
 
 def run_name(flags: Flags) -> str:
     """A folder's name, made of all flags that the weights depend on."""
-    named = {name: value for name, value in sorted(flags.items()) if not name.startswith("eval_")}
+    named = {name: flags[name] for name in sorted(flags) if not name.startswith(("eval_", "linear_head"))}
     return "_".join(f"{name}-{_text(value)}" for name, value in named.items())
 
 
@@ -182,9 +200,10 @@ def lore_command(settings: LoreSettings, flags: Flags, seed: int, run_dir: Path)
         "logging_steps": 1, "checkpoint_steps": 0, "num_workers": 0, "report_to": "none",
         "resume_from_checkpoint": "latest", "seed": seed, "output_dir": run_dir,
     }  # fmt: skip
-    precision = flags.get("mixed_precision")  # a flag of the launcher
+    common |= {"image_size": settings.image_size} if settings.image_size else {}
+    precision = flags.get("mixed_precision", settings.mixed_precision)  # a flag of the launcher
     flags = {name: value for name, value in flags.items() if name != "mixed_precision"}
-    return [*launcher("train_lore.py", precision=precision), *words(common | flags)]
+    return [*launcher("train_lore.py", precision=precision if precision != "no" else None), *words(common | flags)]
 
 
 def evaluate(
@@ -196,9 +215,11 @@ def evaluate(
     """
     folder = Path(settings.output_dir) / f"eval-{name}"
     asked = {
-        "model": [settings.model, *dict.fromkeys(map(str, models))], "data": list(data) or [settings.data],
+        "model": [settings.model, *dict.fromkeys(map(str, models))], "data": list(data) or [settings.eval_data],
         "num_samples": settings.num_samples, "num_workers": 0, "output_dir": folder,
     }  # fmt: skip
+    asked |= {"image_size": settings.image_size} if settings.image_size else {}
+    asked |= {"classifier": "linear_head"} | settings.with_head if settings.linear_head else {}
     command = [*launcher("evaluate.py", settings.jobs), *words(asked | flags)]
     in_parallel(settings.jobs, [command], log=Path(settings.output_dir) / COMMANDS)
     return [cell for cell in Results(folder).current() if was_asked(cell, asked | flags)]
@@ -249,6 +270,14 @@ def in_parallel(jobs: int, commands: list[list[str]], log: Path | None = None) -
     with ThreadPoolExecutor(jobs) as pool:
         for finished in [pool.submit(start, command) for command in commands]:
             finished.result()
+
+
+def start(script: str, flags: Flags) -> None:
+    """Runs a script as a user would and prints the command."""
+    command = [os.path.relpath(ROOT / script), *words(flags)]
+    print(f"\n$ {shlex.join(['python', *command])}", flush=True)
+    if status := subprocess.run([sys.executable, *command], check=False).returncode:
+        raise UserError(f"{script} ended with status {status}; its own message is above")
 
 
 def percent(values: list[float]) -> str:

@@ -3,8 +3,9 @@
   python benchmarks/early_stability.py --model runs/small-clip --data data/cifar10 --seeds 0 1 2 --eps 2 4 8 16 \\
     --output_dir runs/early-stability
 
-For each radius and seed there are three runs of train_lore.py with the same number of encoder updates: FARE with one
-update per batch, FARE with as many as LORE, and LORE. Measures clean and PGD accuracy on held-out images as they train.
+For each radius and seed there are runs of train_lore.py with the same number of encoder updates: FARE with one update
+per batch, FARE with as many as LORE, and LORE. --warmups and --clean_weights add what else could keep FARE stable.
+Measures clean accuracy on held-out images as they train, and PGD accuracy at the end.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import evidence
-from benchmarks.comparison import FARE, Flags, LoreSettings, evaluation_flag, lore_runs, training_flag
+from benchmarks.comparison import FARE, Flags, LoreSettings, evaluate, evaluation_flag, lore_runs, training_flag
 from benchmarks.evidence import Claim, Numbers, Table, difference, verdict
 from utils.cli import parse_settings, run
 from utils.training.metrics import MetricsFile
 
-LORE = "LORE"
+LORE, WARMUP, WEIGHT = "LORE", "FARE, warm-up {}", "FARE + weight {:g}"
 QUANTILES = ("median", "p95", "max")
 
 
@@ -36,6 +37,8 @@ class Settings(LoreSettings):
     updates: int = training_flag(200, "updates of the encoder", minimum=1)
     primal_steps: int = training_flag(5, "K, LORE's updates per batch", minimum=1)
     fare_primal_steps: list[int] = training_flag([1, 5], "K of FARE; several are several methods", minimum=1)
+    warmups: list[int] = training_flag([], "FARE with K of LORE and so many updates of warm-up", minimum=1)
+    clean_weights: list[float] = training_flag([], "the same with a fixed weight on the clean distance", above=0)
     curve_updates: int = evaluation_flag(10, "updates between evaluations; a multiple of K", minimum=1)
 
 
@@ -49,23 +52,36 @@ def main() -> None:
         histories = [MetricsFile(folder / "metrics.jsonl").read() for folder in folders]
         found[f"{eps:g}"][name] = read_curves(histories, methods[name]["primal_steps"], settings.primal_steps)
     folders = [folder for per_seed in runs.values() for folder in per_seed]
+    for eps in settings.eps:
+        trained = {name: list(map(str, runs[eps, name])) for name in methods}
+        cells = evaluate(
+            settings,
+            f"pgd-{eps:g}",
+            [each for names in trained.values() for each in names],
+            {"attack": "pgd", "eps": eps},
+        )
+        accuracy = {cell["model"]: cell["value"] for cell in cells}
+        for name, names in trained.items():
+            found[f"{eps:g}"][name]["robust"] = [accuracy[each] for each in names]
+        folders.append(Path(settings.output_dir) / f"eval-pgd-{eps:g}")
     numbers = evidence.write_numbers(settings, folders, found)
     evidence.show(tables(numbers))
 
 
 def make_methods(settings: Settings) -> dict[str, Flags]:
     def of(k: int) -> Flags:
-        return {
-            "primal_steps": k, "max_steps": settings.updates // k, "eval_steps": max(1, settings.curve_updates // k),
-            "eval_shards": f"{settings.data}/test", "eval_num_samples": settings.num_samples,
-        }  # fmt: skip
+        common = {"primal_steps": k, "max_steps": settings.updates // k}
+        return common | settings.evaluated_every(settings.curve_updates // k)
 
-    methods = {f"FARE, K = {k}": FARE | of(k) for k in settings.fare_primal_steps}
-    return methods | {LORE: {"rho": settings.rho} | of(settings.primal_steps)}
+    k = settings.primal_steps
+    methods = {f"FARE, K = {each}": FARE | of(each) for each in settings.fare_primal_steps}
+    methods |= {WARMUP.format(n): FARE | {"warmup_steps": max(1, n // k)} | of(k) for n in settings.warmups}
+    methods |= {WEIGHT.format(w): FARE | {"clean_weight": w} | of(k) for w in settings.clean_weights}
+    return methods | {LORE: {"rho": settings.rho} | of(k)}
 
 
 def read_curves(histories: list[list[dict]], primal_steps: int, every: int) -> dict:
-    """Curves over the updates: accuracies; every ``every`` updates, the multiplier and distance / margin.
+    """Curves over the updates: clean accuracy; every ``every`` updates, the multiplier and distance / margin.
 
     A step's distances are measured before its first update.
     """
@@ -75,7 +91,6 @@ def read_curves(histories: list[list[dict]], primal_steps: int, every: int) -> d
     return {
         "updates": [row["step"] * primal_steps for row in evaluated[0]],
         "clean": [[row["eval_accuracy_clean"] for row in rows] for rows in evaluated],
-        "robust": [[row["eval_accuracy_pgd"] for row in rows] for rows in evaluated],
         "logged_updates": [(row["step"] - 1) * primal_steps for row in logged[0]],
         "multiplier": [[row.get("multiplier_mean", 0.0) for row in rows] for rows in logged],
         "violated": [[row["violated_fraction"] for row in rows] for rows in logged],
@@ -93,7 +108,9 @@ def tables(numbers: Numbers) -> list[Table]:
         for name, curves in methods.items():
             lowest = [min(curve) for curve in curves["clean"]]
             where = [curves["updates"][curve.index(low)] for curve, low in zip(curves["clean"], lowest)]
-            last = [evidence.share([curve[-1] for curve in curves[key]], n) for key in ("clean", "robust")]
+            last = [
+                evidence.share(values, n) for values in ([curve[-1] for curve in curves["clean"]], curves["robust"])
+            ]
             stability.append([f"{eps}/255", name, evidence.share(lowest, n), " / ".join(map(str, where)), *last])
             ends = [[evidence.number([curve[-1] for curve in curves[f"ratio_{q}"]], 3)] for q in QUANTILES]
             violated = evidence.number([curve[-1] for curve in curves["violated"]], 0, 100) + " %"
@@ -156,7 +173,10 @@ def draw_clean(axes: Sequence[Axes], numbers: Numbers) -> None:
 
 def place(method: str) -> int:
     """A method's color, line and marker, the same in every figure."""
-    return 2 if method == LORE else int(not method.endswith("= 1"))
+    if method == LORE:
+        return 2
+    return next((at for at, begin in ((3, "FARE, warm-up"), (4, "FARE + weight")) if method.startswith(begin)),
+                int(not method.endswith("= 1")))  # fmt: skip
 
 
 def claims(numbers: Numbers) -> list[Claim]:
@@ -193,12 +213,12 @@ def claims(numbers: Numbers) -> list[Claim]:
     said = "; ".join(
         f"eps {eps}: LORE {100 * of[LORE]:.0f} %, {fare} {100 * of[fare]:.0f} %" for eps, of in shares.items()
     )
-    text = f"Fig. 6, 7: within {updates} updates LORE's clean distances settle below rho = {rho:g}, FARE's do not"
+    text = f"Fig. 6, 7: within {updates} updates LORE's clean distances settle below rho, FARE's do not"
     found.append(
         Claim(
             "LORE",
             text,
-            f"images above rho in the last tenth of the steps, {said}",
+            f"images above rho = {rho:g} in the last tenth of the steps, {said}",
             evidence.at_all(settles, shares, "at eps"),
         )
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +35,12 @@ SCRIPTS: dict[str, tuple[ModuleType, str]] = {
     "preferences": (preferences, "Preference optimisation"),
     "attack_check": (attack_check, "Can the attacks be trusted?"),
 }
+# The same on a pretrained encoder, by real_encoder.py: first on the page, with columns of their own in the summary.
+REAL: dict[str, tuple[ModuleType, str]] = {
+    "real_early_stability": (early_stability, "A pretrained encoder: the first updates"),
+    "real_trade_off": (trade_off, "A pretrained encoder: a longer run"),
+}
+ALL = REAL | SCRIPTS
 ELSEWHERE = [
     Claim(
         "LORE",
@@ -69,7 +76,7 @@ def main() -> None:
     folder, page = Path(settings.numbers_dir), Path(settings.page)
     found = read_numbers(folder)
     for name in found:
-        save_figure(SCRIPTS[name][0].draw(found[name]), page.parent / "figures", name)
+        save_figure(ALL[name][0].draw(found[name]), page.parent / "figures", name)
     if "early_stability" in found:
         save_figure(
             early_stability.draw_clean_accuracy(found["early_stability"]), page.parent / "figures", "clean_accuracy"
@@ -80,7 +87,7 @@ def main() -> None:
         for name, block in blocks.items():
             text = filled(text, name, block, page)
     else:
-        headings = {"summary": "The claims of both papers"} | {name: SCRIPTS[name][1] for name in found}
+        headings = {"summary": "The claims of both papers"} | {name: ALL[name][1] for name in found}
         parts = [f"# {settings.title}"]
         parts += [f"## {headings[name]}\n\n{marked(name, block)}" for name, block in blocks.items()]
         text = "\n\n".join(parts) + "\n"
@@ -91,7 +98,7 @@ def main() -> None:
 def read_numbers(folder: Path) -> dict[str, Numbers]:
     """Name -> a script's numbers, in the page's order, without scripts that have not run."""
     found = {}
-    for name in SCRIPTS:
+    for name in ALL:
         path = folder / f"{name}.json"
         if path.exists():
             try:
@@ -108,17 +115,9 @@ def read_numbers(folder: Path) -> dict[str, Numbers]:
 
 def make_blocks(found: dict[str, Numbers]) -> dict[str, str]:
     """Name of a block -> Markdown."""
-    claims = [claim for name in found for claim in SCRIPTS[name][0].claims(found[name])]
-    rows = [["paper", "claim", "found here", "verdict"]]
-    lacking = [
-        Claim("", f"everything under {title!r}", f"benchmarks/{name}.py", NOT_TESTED)
-        for name, (_, title) in SCRIPTS.items()
-        if name not in found
-    ]
-    rows += [[c.paper, c.claim, c.found, c.verdict] for c in [*claims, *lacking, *ELSEWHERE]]
-    blocks = {"summary": markdown(rows).rstrip("\n")}
+    blocks = {"summary": markdown(summary(found)).rstrip("\n")}
     for name, numbers in found.items():
-        script, title = SCRIPTS[name]
+        script, title = ALL[name]
         parts = [f"**{caption}.**\n\n{markdown(table)}".rstrip("\n") for caption, table in script.tables(numbers)]
         parts.append(f"![{title}](figures/{name}.png)")
         seeds = numbers["settings"]["seeds"]
@@ -129,6 +128,29 @@ def make_blocks(found: dict[str, Numbers]) -> dict[str, str]:
         )
         blocks[name] = "\n\n".join(parts)
     return blocks
+
+
+def summary(found: dict[str, Numbers]) -> list[list[str]]:
+    """A row for each claim: what was found, and the verdict; beside it, if there is one, on the pretrained encoder."""
+
+    def claims(scripts: Iterable[str]) -> list[Claim]:
+        return [claim for name in found if name in scripts for claim in ALL[name][0].claims(found[name])]
+
+    lacking = [
+        Claim("", f"everything under {title!r}", f"benchmarks/{name}.py", NOT_TESTED)
+        for name, (_, title) in SCRIPTS.items()
+        if name not in found
+    ]
+    here = {claim[:2]: list(claim[2:]) for claim in [*claims(SCRIPTS), *lacking, *ELSEWHERE]}
+    real = {claim[:2]: list(claim[2:]) for claim in claims(REAL)}
+    if not real:
+        return [["paper", "claim", "found here", "verdict"], *([*claim, *found] for claim, found in here.items())]
+    encoder = Path(next(found[name] for name in REAL if name in found)["settings"]["model"]).name
+    untested = ["", NOT_TESTED]
+    return [
+        ["paper", "claim", "small CLIPs", "verdict", encoder, "verdict"],
+        *([*claim, *here.get(claim, untested), *real.get(claim, untested)] for claim in here | real),
+    ]
 
 
 def wrapped(command: str, width: int = 116) -> str:

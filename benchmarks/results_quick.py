@@ -10,17 +10,14 @@ for the methods.
 from __future__ import annotations
 
 import os
-import shlex
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.comparison import ROOT, Flags, words
+from benchmarks.comparison import ROOT, Flags, start
 from utils.cli import flag, parse_settings, required, run
-from utils.errors import UserError
 
 
 @dataclass
@@ -93,14 +90,6 @@ def main() -> None:
         "benchmarks/results.py", {"numbers_dir": numbers, "page": page, "title": "Results in small: digits, one seed"}
     )
     print(f"{page}: {(time.monotonic() - started) / 60:.1f} minutes in all")
-
-
-def start(script: str, flags: Flags) -> None:
-    """Runs a script as a user would and prints the command."""
-    command = [os.path.relpath(ROOT / script), *words(flags)]
-    print(f"\n$ {shlex.join(['python', *command])}", flush=True)
-    if status := subprocess.run([sys.executable, *command], check=False).returncode:
-        raise UserError(f"{script} ended with status {status}; its own message is above")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 All runs see the same batches and make K updates on each. Two more FARE runs make one update per batch, on as many
 batches and on K times as many. The encoders are measured under APGD, and by their clean embeddings: cosine to 150
 descriptions of the true class, distance to the start model's, and the largest possible change of a cosine to any text.
+An encoder without text needs --linear_head; then no descriptions are compared.
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ def main() -> None:
     settings = parse_settings(Settings, description=__doc__)
     runs = lore_runs(settings, make_variants(settings))
     models = [str(folder) for folders in runs.values() for folder in folders]
+    by_text = [] if settings.linear_head else ["interpretability"]
     asked = {
-        "attack": ["clean", "apgd"], "eps": settings.eval_eps, "measure": ["accuracy", "interpretability", "fidelity"],
+        "attack": ["clean", "apgd"], "eps": settings.eval_eps, "measure": ["accuracy", *by_text, "fidelity"],
         "reference_model_name_or_path": settings.model,
     }  # fmt: skip
     cells = evaluate(settings, "trade-off", models, asked)
@@ -78,8 +80,7 @@ def read_model(cells: list[dict], report: Results, names: list[str]) -> dict[str
 
     def of(measure: str, attack: str = "clean") -> list[dict]:
         return [
-            next(c for c in cells if (c["model"], c["measure"], c["attack"]) == (name, measure, attack))
-            for name in names
+            c for name in names for c in cells if (c["model"], c["measure"], c["attack"]) == (name, measure, attack)
         ]
 
     moved = [row for cell in of("fidelity") for row in report.records(cell)]
@@ -87,11 +88,13 @@ def read_model(cells: list[dict], report: Results, names: list[str]) -> dict[str
     change = np.sqrt(np.maximum(0, 2 - 2 * np.array([row["cosine"] for row in moved])))
     described = np.array([row["value"] for cell in of("interpretability") for row in report.records(cell)])
     bound = 2 * np.sqrt(distance)
-    return {
-        "clean": [cell["value"] for cell in of("accuracy")],
-        "robust": [cell["value"] for cell in of("accuracy", "apgd")],
+    by_text = {
         "cosine": [cell["value"] for cell in of("interpretability")],
         "cosine_quantiles": np.quantile(described, QUANTILES).tolist(),
+    } if len(described) else {}  # fmt: skip
+    return by_text | {
+        "clean": [cell["value"] for cell in of("accuracy")],
+        "robust": [cell["value"] for cell in of("accuracy", "apgd")],
         "distance": [cell["value"] for cell in of("fidelity")],
         "distance_quantiles": np.quantile(distance, QUANTILES).tolist(),
         "cosine_change_quantiles": np.quantile(change, QUANTILES).tolist(),
@@ -117,7 +120,7 @@ def tables(numbers: Numbers) -> list[Table]:
         "change of a cosine: median",
         "largest",
     ]
-    fidelity = [[*headings, "2 sqrt(rho)", "cosine to descriptions"]]
+    fidelity = [[*headings, "2 sqrt(rho)", *["cosine to descriptions"] * ("cosine" in found[START])]]
     for label, of in found.items():
         accuracies.append(
             [
@@ -131,7 +134,7 @@ def tables(numbers: Numbers) -> list[Table]:
             distance, change = of["distance_quantiles"], of["cosine_change_quantiles"]
             bound = f"{2 * float(label.split('rho ')[1]) ** 0.5:.2f}" if "rho " in label else "-"
             ends = [f"{100 * distance[i]:.1f}" for i in (2, 4, 5)] + [f"{change[i]:.2f}" for i in (2, 5)]
-            fidelity.append([label, *ends, bound, evidence.number(of["cosine"], 3)])
+            fidelity.append([label, *ends, bound, *([evidence.number(of["cosine"], 3)] if "cosine" in of else [])])
     areas = [["", "area", "less the fixed weight's"]]
     per_seed = {name: front_areas(numbers, name) for name in (WEIGHT, LORE)}
     for name, values in per_seed.items():
@@ -158,7 +161,9 @@ def front_areas(numbers: Numbers, name: str) -> list[float]:
 
 def draw(numbers: Numbers) -> Figure:
     settings, found = numbers["settings"], numbers["results"]
-    figure, (plane, cosines, distances) = evidence.new_figure(3, height=3.6)
+    by_text = "cosine" in found[START]
+    figure, (plane, *others) = evidence.new_figure(3 if by_text else 2, height=3.6)
+    distances = others[-1]
     singles = ["FARE, K = 1", EQUAL.format(settings["primal_steps"]), START]
     for place, name in enumerate([LORE, WEIGHT]):
         labels = family(found, name)
@@ -191,13 +196,11 @@ def draw(numbers: Numbers) -> Figure:
     plane.legend(fontsize=7, frameon=False)
 
     shown = [START, EQUAL.format(settings["primal_steps"]), *reversed(family(found, LORE))]
-    for axis, key, label in [
-        (cosines, "cosine_quantiles", "cosine to descriptions of the true class"),
-        (distances, "distance_quantiles", "clean distance, share of norm²"),
-    ]:
+    panels = [(others[0], "cosine_quantiles", "cosine to descriptions of the true class")] if by_text else []
+    for axis, key, label in [*panels, (distances, "distance_quantiles", "clean distance, share of norm²")]:
         boxes = [
             dict(zip(("whislo", "q1", "med", "q3", "whishi"), found[x][key][:5]), label=x)
-            for x in (shown if axis is cosines else shown[1:])
+            for x in (shown[1:] if axis is distances else shown)
         ]
         axis.bxp(boxes, vert=False, showfliers=False, medianprops={"color": "black"}, widths=0.6)
         axis.set(xlabel=label)
@@ -264,6 +267,8 @@ def claims(numbers: Numbers) -> list[Claim]:
             f"{beyond} of {images} embeddings beyond the bound", NOT_CONFIRMED if beyond else CONFIRMED,
         )
     )  # fmt: skip
+    if "cosine" not in found[START]:
+        return rows
     closer = [
         rho
         for rho, x in zip(rhos, lore)
