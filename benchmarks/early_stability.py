@@ -21,7 +21,16 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import evidence
-from benchmarks.comparison import FARE, Flags, LoreSettings, evaluate, evaluation_flag, lore_runs, training_flag
+from benchmarks.comparison import (
+    FARE,
+    Flags,
+    LoreSettings,
+    evaluate,
+    evaluation_flag,
+    lore_runs,
+    training_flag,
+    what_flag,
+)
 from benchmarks.evidence import Claim, Numbers, Table, difference, verdict
 from utils.cli import parse_settings, run
 from utils.training.metrics import MetricsFile
@@ -39,11 +48,13 @@ class Settings(LoreSettings):
     fare_primal_steps: list[int] = training_flag([1, 5], "K of FARE; several are several methods", minimum=1)
     warmups: list[int] = training_flag([], "FARE with K of LORE and so many updates of warm-up", minimum=1)
     clean_weights: list[float] = training_flag([], "the same with a fixed weight on the clean distance", above=0)
+    add_seeds: bool = what_flag(False, "join --seeds with those that the numbers already have")
     curve_updates: int = evaluation_flag(10, "updates between evaluations; a multiple of K", minimum=1)
 
 
 def main() -> None:
     settings = parse_settings(Settings, description=__doc__)
+    earlier = evidence.numbers_of_other_seeds(settings)
     methods = make_methods(settings)
     variants = {(eps, name): flags | {"eps": eps} for eps in settings.eps for name, flags in methods.items()}
     runs = lore_runs(settings, variants)
@@ -64,7 +75,7 @@ def main() -> None:
         for name, names in trained.items():
             found[f"{eps:g}"][name]["robust"] = [accuracy[each] for each in names]
         folders.append(Path(settings.output_dir) / f"eval-pgd-{eps:g}")
-    numbers = evidence.write_numbers(settings, folders, found)
+    numbers = evidence.write_numbers(settings, folders, found, earlier)
     evidence.show(tables(numbers))
 
 

@@ -25,6 +25,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.comparison import COMMANDS, print_table
+from utils.errors import UserError
 from utils.evaluation.figures import STYLE, line_style
 from utils.evaluation.results import wilson_interval
 from utils.model_card import command_line, versions
@@ -124,11 +125,14 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return sorted(p for p in points if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in points))
 
 
-def write_numbers(settings: Any, folders: Sequence[str | Path], results: dict[str, Any]) -> Numbers:
+def write_numbers(
+    settings: Any, folders: Sequence[str | Path], results: dict[str, Any], earlier: Numbers | None = None
+) -> Numbers:
     """Writes <numbers_dir>/<numbers_name>.json: ``results`` with command, settings, machine and minutes.
 
     ``folders``: the runs and evaluations behind the results. Minutes are the sum over their commands, including earlier
     calls and other scripts with the same --output_dir; a command that ran in parallel counts for its share.
+    ``earlier``: numbers of other seeds, from ``numbers_of_other_seeds``; their results are joined with these.
     """
     minutes = 0.0
     wanted = set(map(str, folders))
@@ -145,12 +149,55 @@ def write_numbers(settings: Any, folders: Sequence[str | Path], results: dict[st
         "settings": asdict(settings),
         "results": results,
     }
-    folder = Path(settings.numbers_dir or settings.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{settings.numbers_name or script.stem}.json"
+    if earlier is not None:
+        numbers = with_more_seeds(earlier, numbers)
+    path = numbers_file(settings)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(compact_json(numbers) + "\n", encoding="utf-8")
     print(f"{path} written; {minutes:.1f} minutes of runs and evaluations")
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def numbers_file(settings: Any) -> Path:
+    name = settings.numbers_name or Path(sys.argv[0]).stem
+    return Path(settings.numbers_dir or settings.output_dir) / f"{name}.json"
+
+
+def numbers_of_other_seeds(settings: Any) -> Numbers | None:
+    """The numbers that --add_seeds joins: those in the file, if it is there. Settings must differ in seeds alone."""
+    path = numbers_file(settings)
+    if not settings.add_seeds or not path.exists():
+        return None
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(asdict(settings)))
+    free = ("seeds", "add_seeds", "jobs", "output_dir", "numbers_dir")
+    differ = [name for name in now if name not in free and now[name] != earlier["settings"].get(name)]
+    if differ:
+        raise UserError(f"--add_seeds: {path} was measured with other settings ({', '.join(differ)})")
+    if both := sorted(set(settings.seeds) & set(earlier["settings"]["seeds"])):
+        raise UserError(f"--seeds {' '.join(map(str, both))}: already in {path}; give --add_seeds other ones")
+    return earlier
+
+
+def with_more_seeds(earlier: Numbers, now: Numbers) -> Numbers:
+    """Both as if measured in one call. A list in results is an axis, of integers, or has an entry per seed."""
+
+    def joined(first: Any, second: Any) -> Any:
+        if isinstance(first, dict):
+            return {name: joined(first[name], second[name]) for name in first}
+        return first if all(isinstance(value, int) for value in first) else [*first, *second]
+
+    all_seeds = [*earlier["settings"]["seeds"], *now["settings"]["seeds"]]
+    typed = " ".join(map(str, all_seeds))
+    command = re.sub(r"--seeds( \d+)+", f"--seeds {typed}", earlier["command"])
+    machines = dict.fromkeys([*earlier["machine"].split("; "), now["machine"]])
+    return earlier | {
+        "command": command if "--seeds" in command else f"{command} --seeds {typed}",
+        "machine": "; ".join(machines),
+        "minutes": round(earlier["minutes"] + now["minutes"], 1),
+        "settings": earlier["settings"] | {"seeds": all_seeds},
+        "results": joined(earlier["results"], now["results"]),
+    }
 
 
 def compact_json(value: Any) -> str:

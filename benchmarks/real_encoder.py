@@ -35,6 +35,7 @@ class Settings:
     image_size: int | None = what_flag(None, "side of the encoder's input (default: the model's)", minimum=1)
     parts: list[str] = what_flag(list(PARTS), "what is measured", choices=PARTS)
     seeds: list[int] = what_flag([0], "one run of each variant per seed", minimum=0)
+    add_seeds: bool = what_flag(False, "early_stability: join --seeds with those that the numbers already have")
     numbers_dir: str | None = what_flag(None, "for benchmarks/results.py (default: <output_dir>/numbers)", path=True)
     output_dir: str = required("runs, evaluations and numbers go here", group="what", path=True)
 
@@ -73,6 +74,7 @@ def main() -> None:
         EARLY: {
             "eps": settings.eps, "rho": settings.rho, "updates": settings.updates, "warmups": settings.warmup,
             "clean_weights": settings.clean_weight, "num_samples": settings.curve_num_samples,
+            "add_seeds": str(settings.add_seeds).lower(),
         },
         FRONT: {
             "steps": settings.steps, "rhos": settings.rhos, "clean_weights": settings.clean_weights,
