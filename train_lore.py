@@ -83,6 +83,9 @@ class Settings(RunSettings):
     margin: str = method_flag("relative", "relative: to ||z0||^2 (kl: to the entropy)", choices=("relative", "fixed"))
     rho: float = method_flag(0.1, "tolerance: a clean embedding may move by this times the margin", minimum=0)
     primal_steps: int = method_flag(5, "K, encoder updates per batch", minimum=1)
+    penalty: float = method_flag(
+        0.0, "c of the augmented Lagrangian: a violated constraint weighs c x violation / margin more", minimum=0
+    )
     clean_weight: float = method_flag(0.0, "with --constraint none: fixed weight of the clean distance", minimum=0)
 
     eps: float = attack_flag(4.0, "radius of the l_inf attack, in 1/255", above=0, maximum=255)
@@ -131,7 +134,14 @@ SHOWN = {
 def main(argv: list[str] | None = None) -> None:
     settings = parse_settings(Settings, argv, description=__doc__)
     check_settings(settings)
-    problem = Problem(settings.objective, settings.constraint, settings.margin, settings.rho, settings.clean_weight)
+    problem = Problem(
+        settings.objective,
+        settings.constraint,
+        settings.margin,
+        settings.rho,
+        settings.clean_weight,
+        settings.penalty,
+    )
     if settings.estimate_memory:
         return estimate_memory(settings, problem)
     sets = settings.shard_options("train_shards", problem.needs_labels), settings.shard_options("eval_shards", True)
@@ -234,6 +244,11 @@ def check_settings(settings: Settings) -> None:
         raise UserError(
             f"--clean_weight {settings.clean_weight} with --constraint {settings.constraint}: the naive regulariser "
             "stands in for the constraint; add --constraint none or leave --clean_weight at 0"
+        )
+    if settings.penalty > 0 and settings.constraint != "embedding":
+        raise UserError(
+            f"--penalty {settings.penalty:g} with --constraint {settings.constraint}: it augments the constraint on "
+            "embeddings; leave it at 0 or use --constraint embedding"
         )
     if settings.keep_best and not settings.eval_shards:
         raise UserError(

@@ -113,6 +113,9 @@ class Settings(RunSettings):
     multiplier: str = method_flag("network", "form of the Lagrange multiplier", choices=("network", "linear", "scalar"))
     margin: str = method_flag("relative", "tolerance relative to ||z0||^2, or fixed", choices=("relative", "fixed"))
     rho: float = method_flag(0.1, "tolerance: a clean embedding may move by this times the margin", minimum=0)
+    penalty: float = method_flag(
+        0.0, "c of the augmented Lagrangian: a violated constraint weighs c x violation / margin more", minimum=0
+    )
     export_t: float = method_flag(1.0, "a head: strength t that the saved model has", minimum=-10, maximum=10)
 
     task: str = data_flag(
@@ -155,7 +158,9 @@ def main(argv: list[str] | None = None) -> None:
         settings.beta,
         settings.label_smoothing,
         settings.reg_weight,
-        Problem(constraint=settings.constraint, margin_kind=settings.margin, rho=settings.rho),
+        Problem(
+            constraint=settings.constraint, margin_kind=settings.margin, rho=settings.rho, penalty=settings.penalty
+        ),
     )
     if settings.prefetch:
         return prefetch_training(settings, [shard_options(settings, name) for name in SETS], CONTRASTIVE_MODEL_TYPES)
@@ -279,6 +284,11 @@ def check_settings(settings: Settings) -> None:
         raise UserError(
             f"--label_smoothing {settings.label_smoothing:g} with --preference {settings.preference}: only dpo has it; "
             "leave it at 0 or use dpo"
+        )
+    if settings.penalty > 0 and settings.constraint == "none":
+        raise UserError(
+            f"--penalty {settings.penalty:g} with --constraint none: it augments a constraint; leave it at 0 or use "
+            "--constraint embedding"
         )
     if settings.label_smoothing >= 0.5:
         raise UserError(

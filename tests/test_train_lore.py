@@ -127,6 +127,19 @@ def test_every_method_trains(arguments, small_clip, tmp_path, capfd, changes, na
     assert (embeds(tmp_path / "run") - embeds(small_clip)).abs().max() > 1e-3
 
 
+def test_evaluations_without_pgd_change_nothing_else(arguments, digits, tmp_path, capfd):
+    common = {"eval_shards": digits / "test", "eval_num_samples": 12, "eval_steps": 1}
+    runs = {pgd: tmp_path / pgd for pgd in ("true", "false")}
+    for pgd, run_dir in runs.items():
+        train_lore.main(arguments(eval_pgd=pgd, output_dir=run_dir, **common))
+    with_pgd, without = (rows(run_dir) for run_dir in runs.values())
+    for row, clean_only in zip(with_pgd, without, strict=True):
+        assert row.keys() - clean_only.keys() == {"eval_accuracy_pgd"}
+        assert row["eval_accuracy_clean"] == clean_only["eval_accuracy_clean"]
+    assert torch.equal(embeds(runs["true"]), embeds(runs["false"]))
+    assert f"accuracy {without[-1]['eval_accuracy_clean']:.3f} clean\n" in capfd.readouterr().err
+
+
 OBJECTIVES = next(field for field in dataclasses.fields(train_lore.Settings) if field.name == "objective")
 
 
@@ -169,6 +182,17 @@ def test_the_constraint_holds_clean_embeddings_near(arguments, tmp_path):
     train_lore.main(arguments(rho=0.003, dual_learning_rate=0.05, output_dir=tmp_path / "lore", **common))
     fare, lore = (rows(tmp_path / name)[-1]["violation_ratio_mean"] for name in ("fare", "lore"))
     assert lore < 0.5 * fare
+
+
+def test_a_penalty_holds_them_before_the_multiplier_has_learnt(arguments, tmp_path):
+    common = {"max_steps": 6, "logging_steps": 1, "rho": 0.003, "dual_learning_rate": 0}
+    ratios, multipliers = {}, {}
+    for penalty in (0, 1000):
+        train_lore.main(arguments(penalty=penalty, output_dir=tmp_path / str(penalty), **common))
+        ratios[penalty] = rows(tmp_path / str(penalty))[-1]["violation_ratio_mean"]
+        multipliers[penalty] = rows(tmp_path / str(penalty))[0]["multiplier_mean"]
+    assert multipliers[0] == multipliers[1000]  # it never moved
+    assert ratios[1000] < 0.7 * ratios[0]
 
 
 @pytest.mark.parametrize("changes", [{}, {"constraint": "none"}, {"objective": "tecoa", "constraint": "kl"}])

@@ -3,6 +3,7 @@ import torch
 
 from utils.methods.lagrangian import (
     Multiplier,
+    augmented,
     dual_lagrangian,
     embedding_margin,
     entropy_margin,
@@ -122,3 +123,44 @@ def test_margins():
     assert entropy_margin(torch.zeros(2, 3), "fixed").tolist() == [1, 1]
     assert margins[0] < 1e-6
     assert margins[1] == pytest.approx(0.6931, abs=1e-4)
+
+
+def test_the_augmented_lagrangian_weighs_violations_at_once_and_keeps_the_solutions():
+    generator = torch.Generator().manual_seed(0)
+    v, margin = torch.randn(64, generator=generator).double(), torch.rand(64, generator=generator).double() + 0.5
+    multiplier, c = 3 * torch.rand(64, generator=generator).double(), 7.0
+    v.requires_grad_(True)
+    (slope,) = torch.autograd.grad(augmented(v, multiplier, c, margin).sum(), v)
+    torch.testing.assert_close(slope, (multiplier + c * v / margin).clamp(min=0).detach())
+    torch.testing.assert_close(augmented(v, multiplier, 1e-9, margin), multiplier * v, rtol=1e-6, atol=1e-6)
+    # At a solution: equality with any multiplier, or room with a multiplier of 0.
+    for at, weight in ((0 * v, multiplier), (-v.abs(), 0 * multiplier)):
+        (slope,) = torch.autograd.grad(augmented(at, weight, c, margin).sum(), v, allow_unused=True)
+        assert augmented(at, weight, c, margin).abs().max() == 0
+    at = torch.zeros(64, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(augmented(at, multiplier, c, margin).sum(), at)
+    torch.testing.assert_close(slope, multiplier)
+    loss = primal_lagrangian(margin, v, multiplier, torch.tensor(16), augmentation=(c, margin))
+    torch.testing.assert_close(loss, (margin + augmented(v, multiplier, c, margin)).sum() / 16)
+
+
+@pytest.mark.parametrize("penalty", [0.5, 5.0])
+def test_the_augmented_lagrangian_finds_every_image_s_solution(penalty):
+    """min over z of sum (z - a)^2 subject to z^2 <= rho for every image: z = a, or the bound of the same sign."""
+    a = torch.linspace(-2, 2, 21, dtype=torch.float64)
+    margin, rho = torch.ones_like(a), 0.49
+    z, multiplier = torch.zeros_like(a).requires_grad_(True), torch.zeros_like(a)
+    for _ in range(400):
+        optimizer = torch.optim.SGD([z], lr=0.02)
+        for _ in range(40):
+            loss = primal_lagrangian(
+                (z - a).square(), violation(z.square(), margin, rho), multiplier, torch.tensor(1),
+                augmentation=(penalty, margin),
+            )  # fmt: skip
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        multiplier = (multiplier + penalty * violation(z.detach().square(), margin, rho)).clamp(min=0)
+    torch.testing.assert_close(z.detach(), a.clamp(-(rho**0.5), rho**0.5), rtol=1e-3, atol=1e-3)
+    exact = (a.abs() / rho**0.5 - 1).clamp(min=0)  # 2 (z - a) + 2 lambda z = 0
+    torch.testing.assert_close(multiplier, exact, rtol=1e-2, atol=1e-3)

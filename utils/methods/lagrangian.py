@@ -8,6 +8,8 @@ the violation. Source: Khodabandeh, Afzali et al. (arXiv 2505.18884).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,13 +39,28 @@ def violation(distance: Tensor, margin: Tensor, rho: float) -> Tensor:
     return distance - rho * margin
 
 
-def primal_lagrangian(objective: Tensor, violation: Tensor, multiplier: Tensor, count: Tensor | None = None) -> Tensor:
+def primal_lagrangian(
+    objective: Tensor, violation: Tensor, multiplier: Tensor, count: Tensor | None = None, *, augmentation: Any = None
+) -> Tensor:
     """mean[objective + stopgrad(multiplier) * violation], minimised over the encoder. Three (B,) -> scalar.
 
     ``count`` replaces B as the divisor, for when these are only some of the rows of the mean.
+    ``augmentation``: (c, margin) of the augmented Lagrangian, with margin (B,); the term is ``augmented`` then.
     """
-    values = objective + multiplier.detach() * violation
+    multiplier = multiplier.detach()
+    values = objective + (augmented(violation, multiplier, *augmentation) if augmentation else multiplier * violation)
     return values.mean() if count is None else values.sum() / count
+
+
+def augmented(violation: Tensor, multiplier: Tensor, c: float, margin: Tensor) -> Tensor:
+    """margin / (2 c) * (max(0, multiplier + c violation / margin)^2 - multiplier^2). Two (B,), c > 0, (B,) -> (B,).
+
+    Its slope in the violation is max(0, multiplier + c violation / margin): a violated constraint weighs more at once,
+    before the multiplier has learnt it. For c -> 0 it is multiplier * violation. Where the constraint holds with
+    equality, or with room and a multiplier of 0, value and slope are the same as that, so the solutions stay.
+    Source: Rockafellar, Mathematical Programming 5 (1973), with the violation relative to the margin.
+    """
+    return margin * ((multiplier + c * violation / margin).clamp(min=0).square() - multiplier.square()) / (2 * c)
 
 
 def dual_lagrangian(violation: Tensor, multiplier: Tensor, count: Tensor | None = None) -> Tensor:

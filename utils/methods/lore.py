@@ -74,6 +74,7 @@ class Problem:
     """The constrained problem. ``constraint``: embedding, kl or none; ``margin_kind``: relative or fixed.
 
     ``clean_weight``: without a constraint, a fixed weight on the clean distance instead of the multiplier.
+    ``penalty``: c of the augmented Lagrangian; 0 is the plain one.
     ``classifier``: needed for labels and for the KL constraint.
     """
 
@@ -82,6 +83,7 @@ class Problem:
     margin_kind: str = "relative"
     rho: float = 0.1
     clean_weight: float = 0.0
+    penalty: float = 0.0
     classifier: Any = None
 
     @property
@@ -148,11 +150,19 @@ class Problem:
         if self.constrained:
             with torch.no_grad():
                 multipliers = multiplier(batch.ref_image_embeds)
-            loss = primal_lagrangian(losses, violation(distance, batch.margin, self.rho), multipliers)
+            loss = self.lagrangian(losses, distance, batch.margin, multipliers)
         else:
             loss = (losses + self.clean_weight * distance).mean()
         terms = torch.stack([loss, losses.mean(), distance.mean()]).detach()
         return Primal(loss, terms, image_embeds, adversarial_embeds)
+
+    def lagrangian(
+        self, objective: Tensor, distance: Tensor, margin: Tensor, multipliers: Tensor, count: Any = None
+    ) -> Tensor:
+        """What the encoder minimises, with the multipliers as constants. Four (B,) -> scalar; ``count`` replaces B."""
+        augmentation = (self.penalty, margin) if self.penalty else None
+        v = violation(distance, margin, self.rho)
+        return primal_lagrangian(objective, v, multipliers, count, augmentation=augmentation)
 
     def dual(self, encoder: Encoder, batch: MicroBatch, multiplier: Multiplier, count: Any = None) -> Tensor:
         """What the multiplier maximises: mean[lambda * violation], with the updated encoder's violation as a constant.

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.methods.lagrangian import primal_lagrangian, violation
 from utils.methods.lore import MicroBatch, Problem
 from utils.methods.losses import kl_divergence
 
@@ -220,8 +219,7 @@ class PreferenceProblem:
         distance = self.held.distance(z, clean)
         with torch.no_grad():
             multipliers = multiplier(z0)
-        v = violation(distance, clean.margin, self.held.rho)
-        held = primal_lagrangian(self.reg_weight * kl, v, multipliers, num_reg)
+        held = self.held.lagrangian(self.reg_weight * kl, distance, clean.margin, multipliers, num_reg)
         measured = torch.stack([distance.detach(), clean.margin, multipliers], dim=1)
         terms.append(distance.sum() / num_reg)
         return PreferencePrimal(preference.sum() / num_pairs + held, terms, preference, kl, clean, measured)
