@@ -4,7 +4,8 @@
     --output_dir runs/early-stability
 
 For each radius and seed there are runs of train_lore.py with the same number of encoder updates: FARE with one update
-per batch, FARE with as many as LORE, and LORE. --warmups and --clean_weights add what else could keep FARE stable.
+per batch, FARE with as many as LORE, and LORE. --warmups and --clean_weights add what else could keep FARE stable,
+--penalties and --dual_learning_rates other ways for LORE to meet its constraint.
 Measures clean accuracy on held-out images as they train, and PGD accuracy at the end.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,9 @@ from utils.cli import parse_settings, run
 from utils.training.metrics import MetricsFile
 
 LORE, WARMUP, WEIGHT = "LORE", "FARE, warm-up {}", "FARE + weight {:g}"
+PENALTY, RATE = "penalty {:g}", "dual rate {:g}"
 QUANTILES = ("median", "p95", "max")
+NEAR = 1.2  # the constraint counts as met if the mean distance is within so many times rho
 
 
 @dataclass
@@ -48,6 +51,8 @@ class Settings(LoreSettings):
     fare_primal_steps: list[int] = training_flag([1, 5], "K of FARE; several are several methods", minimum=1)
     warmups: list[int] = training_flag([], "FARE with K of LORE and so many updates of warm-up", minimum=1)
     clean_weights: list[float] = training_flag([], "the same with a fixed weight on the clean distance", above=0)
+    penalties: list[float] = training_flag([], "LORE with the augmented Lagrangian, by c", above=0)
+    dual_learning_rates: list[float] = training_flag([], "LORE by other ones, also with every c", above=0)
     add_seeds: bool = what_flag(False, "join --seeds with those that the numbers already have")
     curve_updates: int = evaluation_flag(10, "updates between evaluations; a multiple of K", minimum=1)
 
@@ -88,7 +93,13 @@ def make_methods(settings: Settings) -> dict[str, Flags]:
     methods = {f"FARE, K = {each}": FARE | of(each) for each in settings.fare_primal_steps}
     methods |= {WARMUP.format(n): FARE | {"warmup_steps": max(1, n // k)} | of(k) for n in settings.warmups}
     methods |= {WEIGHT.format(w): FARE | {"clean_weight": w} | of(k) for w in settings.clean_weights}
-    return methods | {LORE: {"rho": settings.rho} | of(k)}
+    lore = {"rho": settings.rho} | of(k)
+    others = {RATE.format(rate): {"dual_learning_rate": rate} for rate in settings.dual_learning_rates}
+    for name, flags in ({"": {}} | others).items():
+        base = f"{LORE}, {name}" if name else LORE
+        methods[base] = lore | flags
+        methods |= {f"{base}, {PENALTY.format(c)}": lore | flags | {"penalty": c} for c in settings.penalties}
+    return methods
 
 
 def read_curves(histories: list[list[dict]], primal_steps: int, every: int) -> dict:
@@ -106,7 +117,8 @@ def read_curves(histories: list[list[dict]], primal_steps: int, every: int) -> d
         "multiplier": [[row.get("multiplier_mean", 0.0) for row in rows] for rows in logged],
         "violated": [[row["violated_fraction"] for row in rows] for rows in logged],
         **{
-            f"ratio_{name}": [[row[f"violation_ratio_{name}"] for row in rows] for rows in logged] for name in QUANTILES
+            f"ratio_{name}": [[row[f"violation_ratio_{name}"] for row in rows] for rows in logged]
+            for name in ("mean", *QUANTILES)
         },
     }
 
@@ -115,6 +127,7 @@ def tables(numbers: Numbers) -> list[Table]:
     n, rho = numbers["settings"]["num_samples"], numbers["settings"]["rho"]
     stability = [["eps", "method", "clean, lowest", "at update", "clean, at the end", "PGD at eps, at the end"]]
     distances = [["eps", "method", "median", "95th percentile", "largest", f"share above rho = {rho:g}", "multiplier"]]
+    met = [["eps", "method", "mean at its highest", "mean at the end", f"within {NEAR:g} rho from update"]]
     for eps, methods in numbers["results"].items():
         for name, curves in methods.items():
             lowest = [min(curve) for curve in curves["clean"]]
@@ -126,13 +139,19 @@ def tables(numbers: Numbers) -> list[Table]:
             ends = [[evidence.number([curve[-1] for curve in curves[f"ratio_{q}"]], 3)] for q in QUANTILES]
             violated = evidence.number([curve[-1] for curve in curves["violated"]], 0, 100) + " %"
             path = "-"
-            if name == LORE:
+            if name.startswith(LORE):
                 means = [statistics.mean(values) for values in zip(*curves["multiplier"])]
                 path = f"{means[0]:.2f}, at most {max(means):.2f}, last {means[-1]:.2g}"
             distances.append([f"{eps}/255", name, *(text for [text] in ends), violated, path])
+            if "ratio_mean" in curves:  # numbers of an earlier version lack it
+                means = [[measure(curve) for curve in curves["ratio_mean"]] for measure in (max, late_mean)]
+                since = [_at_last(value, numbers) for value in met_since(curves, rho)]
+                met.append([f"{eps}/255", name, *(evidence.number(of, 3) for of in means), " / ".join(since)])
     return [
         (f"Clean accuracy in % on {n} test images over the first {numbers['settings']['updates']} updates", stability),
         ("Clean distance ||z - z0||^2 / ||z0||^2 on the images of the last step, and the mean multiplier", distances),
+        *[("Mean clean distance, as a share of ||z0||^2, on the images of a step before it trains on them", met)]
+        * (len(met) > 1),
     ]
 
 
@@ -143,12 +162,11 @@ def draw(numbers: Numbers) -> Figure:
     draw_clean(clean, numbers)
     for column, methods in enumerate(found.values()):
         for name, curves in methods.items():
-            if name == LORE:
-                evidence.draw_spread(
-                    multiplier[column], curves["logged_updates"], curves["multiplier"], place(name), name
-                )
+            at = place(name, methods)
+            if name.startswith(LORE):
+                evidence.draw_spread(multiplier[column], curves["logged_updates"], curves["multiplier"], at, name)
             moved = [curve[1:] for curve in curves["ratio_p95"]]  # nothing has moved before the first update
-            evidence.draw_spread(distance[column], curves["logged_updates"][1:], moved, place(name), name)
+            evidence.draw_spread(distance[column], curves["logged_updates"][1:], moved, at, name)
         multiplier[column].set(ylabel="LORE's mean multiplier" if column == 0 else None)
         distance[column].set(
             xlabel="updates", ylabel="clean distance / margin, 95th percentile" if column == 0 else None
@@ -175,27 +193,32 @@ def draw_clean(axes: Sequence[Axes], numbers: Numbers) -> None:
     for column, (axis, (eps, methods)) in enumerate(zip(axes, numbers["results"].items())):
         for name, curves in methods.items():
             percent = [[100 * value for value in curve] for curve in curves["clean"]]
-            evidence.draw_spread(axis, curves["updates"], percent, place(name), name)
+            evidence.draw_spread(axis, curves["updates"], percent, place(name, methods), name)
         axis.set(title=f"eps {eps}/255", ylabel="clean accuracy, %" if column == 0 else None)
     limits = [axis.get_ylim() for axis in axes]
     for axis in axes:
         axis.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
 
 
-def place(method: str) -> int:
-    """A method's color, line and marker, the same in every figure."""
+def place(method: str, methods: Iterable[str]) -> int:
+    """A method's color, line and marker: FARE with K = 1, FARE with more, LORE, then the others in their order."""
     if method == LORE:
         return 2
-    return next((at for at, begin in ((3, "FARE, warm-up"), (4, "FARE + weight")) if method.startswith(begin)),
-                int(not method.endswith("= 1")))  # fmt: skip
+    if method.startswith("FARE, K"):
+        return int(not method.endswith("= 1"))
+    return 3 + [name for name in methods if name != LORE and not name.startswith("FARE, K")].index(method)
 
 
 def claims(numbers: Numbers) -> list[Claim]:
+    return fare_claims(numbers) + penalty_claims(numbers)
+
+
+def fare_claims(numbers: Numbers) -> list[Claim]:
     n, rho, updates = (numbers["settings"][name] for name in ("num_samples", "rho", "updates"))
     found = []
     for eps, methods in numbers["results"].items():
         lowest = {name: [min(curve) for curve in curves["clean"]] for name, curves in methods.items()}
-        gaps = {name: difference(lowest[LORE], lowest[name], n) for name in lowest if name != LORE}
+        gaps = {name: difference(lowest[LORE], lowest[name], n) for name in lowest if not name.startswith(LORE)}
         published, *_ = gaps
         said = ", ".join(f"LORE - {name}: {gap}" for name, gap in gaps.items())
         found.append(
@@ -236,10 +259,52 @@ def claims(numbers: Numbers) -> list[Claim]:
     return found
 
 
+def penalty_claims(numbers: Numbers) -> list[Claim]:
+    settings, rows = numbers["settings"], []
+    for eps, methods in numbers["results"].items():
+        plain = methods[LORE]
+        for name, curves in methods.items():
+            if name != f"{LORE}, {PENALTY.format(settings['penalties'][0] if settings.get('penalties') else 0)}":
+                continue
+            since = [met_since(of, settings["rho"]) for of in (plain, curves)]
+            sooner = difference(*since, None, 1.0)
+            robust = difference(curves["robust"], plain["robust"], settings["num_samples"])
+            said = [" / ".join(_at_last(value, numbers) for value in of) for of in since]
+            text = "an augmented Lagrangian meets the constraint sooner"
+            rows.append(
+                Claim(
+                    "this project", f"{text} (eps {eps}/255, {settings['updates']} updates)",
+                    f"mean distance within {NEAR:g} rho from update {said[1]} by {name}, {said[0]} by LORE; "
+                    f"PGD {robust} points", verdict(sooner),
+                )
+            )  # fmt: skip
+    return rows
+
+
+def met_since(curves: dict, rho: float) -> list[int]:
+    """For each seed, the update from which the mean distance stays within NEAR * rho; if never, the last one."""
+    found = []
+    for curve in curves["ratio_mean"]:
+        beyond = [at for at, value in enumerate(curve) if value > NEAR * rho]
+        after = beyond[-1] + 1 if beyond else 0
+        found.append(curves["logged_updates"][min(after, len(curve) - 1)])
+    return found
+
+
+def _at_last(update: int, numbers: Numbers) -> str:
+    """An update of ``met_since``; the last one that was measured says little."""
+    last = max(curves["logged_updates"][-1] for of in numbers["results"].values() for curves in of.values())
+    return f"> {update}" if update >= last else str(update)
+
+
+def late_mean(curve: Sequence[float]) -> float:
+    """The mean over the last tenth of the steps."""
+    return statistics.mean(curve[-max(1, len(curve) // 10) :])
+
+
 def late_share(curves: dict) -> float:
     """Share of images above rho, averaged over the last tenth of the steps and all seeds."""
-    tail = max(1, len(curves["logged_updates"]) // 10)
-    return statistics.mean(statistics.mean(values[-tail:]) for values in curves["violated"])
+    return statistics.mean(map(late_mean, curves["violated"]))
 
 
 def _multiplier_path(eps: str, curves: dict) -> str:

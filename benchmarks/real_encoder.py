@@ -22,8 +22,8 @@ from utils.errors import UserError
 from utils.models.hub import find_config
 from utils.models.published import MODEL_TYPES, has_text, model_name
 
-EARLY, FRONT = "early_stability", "trade_off"
-PARTS = (EARLY, FRONT)
+EARLY, MET, FRONT = "early_stability", "constraint", "trade_off"
+SCRIPTS = {EARLY: EARLY, MET: EARLY, FRONT: FRONT}  # a part's script
 NUMBERS = "real_{}"  # name of a part's numbers
 
 
@@ -33,7 +33,7 @@ class Settings:
     data: str = required("labelled set: train/ is trained on; no label is used", group="what", path=True)
     eval_data: str | None = what_flag(None, "labelled set that is measured on (default: --data)", path=True)
     image_size: int | None = what_flag(None, "side of the encoder's input (default: the model's)", minimum=1)
-    parts: list[str] = what_flag(list(PARTS), "what is measured", choices=PARTS)
+    parts: list[str] = what_flag(list(SCRIPTS), "what is measured", choices=SCRIPTS)
     seeds: list[int] = what_flag([0], "one run of each variant per seed", minimum=0)
     add_seeds: bool = what_flag(False, "early_stability: join --seeds with those that the numbers already have")
     numbers_dir: str | None = what_flag(None, "for benchmarks/results.py (default: <output_dir>/numbers)", path=True)
@@ -47,6 +47,9 @@ class Settings:
     updates: int = training_flag(200, "how many the first updates are", minimum=5)
     warmup: int = training_flag(100, "updates of FARE's warm-up", minimum=1)
     clean_weight: float = training_flag(10.0, "of FARE with a fixed weight, in the first updates", above=0)
+    constraint_eps: float = training_flag(8.0, "radius at which LORE meets its constraint in several ways", above=0)
+    penalties: list[float] = training_flag([100.0], "c of LORE's augmented Lagrangian there", above=0)
+    dual_learning_rates: list[float] = training_flag([5e-3], "other dual learning rates there", above=0)
     steps: int = training_flag(600, "steps of the longer run, at 4/255", minimum=1)
     rhos: list[float] = training_flag([0.02, 0.05, 0.1, 0.2], "LORE's tolerances in the longer run", minimum=0)
     clean_weights: list[float] = training_flag([30.0, 10.0, 3.0, 1.0], "FARE's weights in the longer run", above=0)
@@ -76,14 +79,20 @@ def main() -> None:
             "clean_weights": settings.clean_weight, "num_samples": settings.curve_num_samples,
             "add_seeds": str(settings.add_seeds).lower(),
         },
+        MET: {
+            "eps": settings.constraint_eps, "rho": settings.rho, "updates": settings.updates,
+            "fare_primal_steps": 5, "penalties": settings.penalties,
+            "dual_learning_rates": settings.dual_learning_rates,
+            "num_samples": settings.curve_num_samples, "add_seeds": str(settings.add_seeds).lower(),
+        },
         FRONT: {
             "steps": settings.steps, "rhos": settings.rhos, "clean_weights": settings.clean_weights,
             "num_samples": settings.num_samples,
         },
     }  # fmt: skip
     for part in settings.parts:
-        names = {"numbers_name": NUMBERS.format(part), "output_dir": out / part}
-        start(f"benchmarks/{part}.py", common | parts[part] | names)
+        names = {"numbers_name": NUMBERS.format(part), "output_dir": out / SCRIPTS[part]}
+        start(f"benchmarks/{SCRIPTS[part]}.py", common | parts[part] | names)
     print(f"{common['numbers_dir']}: {(time.monotonic() - started) / 60:.1f} minutes in all")
 
 

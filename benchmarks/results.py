@@ -29,6 +29,7 @@ from utils.evaluation.results import replace_file
 SCRIPTS: dict[str, tuple[ModuleType, str]] = {
     "early_stability": (early_stability, "The first updates, the multiplier and the constraint"),
     "constraint": (early_stability, "A longer run: does the constraint hold in the end?"),
+    "penalty": (early_stability, "Meeting the constraint sooner"),
     "trade_off": (trade_off, "Clean against robust accuracy, equal updates, fidelity"),
     "ablations": (ablations, "Ablations, and the supervised objective"),
     "transfer": (transfer, "Sets that robust training never saw"),
@@ -38,6 +39,7 @@ SCRIPTS: dict[str, tuple[ModuleType, str]] = {
 # The same on a pretrained encoder, by real_encoder.py: first on the page, with columns of their own in the summary.
 REAL: dict[str, tuple[ModuleType, str]] = {
     "real_early_stability": (early_stability, "A pretrained encoder: the first updates"),
+    "real_constraint": (early_stability, "A pretrained encoder: how the constraint is met"),
     "real_trade_off": (trade_off, "A pretrained encoder: a longer run"),
 }
 ALL = REAL | SCRIPTS

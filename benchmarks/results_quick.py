@@ -82,8 +82,11 @@ def main() -> None:
     }  # fmt: skip
     for name, flags in scripts.items():
         start(f"benchmarks/{name}.py", flags | (tiny[name] if settings.tiny else {}))
-    longer = {"eps": 16, "updates": 10 if settings.tiny else 500, "curve_updates": 50, "numbers_name": "constraint"}
-    start("benchmarks/early_stability.py", scripts["early_stability"] | (less if settings.tiny else {}) | longer)
+    early = scripts["early_stability"] | {"eps": 16} | (tiny["early_stability"] if settings.tiny else {})
+    longer = {} if settings.tiny else {"updates": 500, "curve_updates": 50}
+    sooner = {"fare_primal_steps": 5, "penalties": 30, "dual_learning_rates": 5e-3}
+    start("benchmarks/early_stability.py", early | longer | {"numbers_name": "constraint"})
+    start("benchmarks/early_stability.py", early | sooner | {"numbers_name": "penalty"})
     page = out / "results.md"
     page.unlink(missing_ok=True)
     start(
