@@ -47,9 +47,9 @@ def weights(run_dir):
 
 
 def rows(run_dir):
-    timings = {"images_per_second", "peak_memory_gib", "data_wait_fraction"}
+    own = {"images_per_second", "peak_memory_gib", "data_wait_fraction", "launch"}
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name not in timings} for line in lines]
+    return [{name: value for name, value in json.loads(line).items() if name not in own} for line in lines]
 
 
 def difference(one, two):
