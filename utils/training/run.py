@@ -159,7 +159,7 @@ class Run:
         self.resumed = self.on_main(lambda: read_state(self.checkpoint)) if self.checkpoint else None
         self.first_step = self.done = self.resumed["step"] if self.resumed else 0
         # Recorded and never compared: a run may go on under another launcher.
-        self.launch = {"command": launched_command(), "launch": launch_settings(self.accelerator)}
+        self.launch: dict[str, Any] = {"command": launched_command(), "launch": launch_settings(self.accelerator)}
         earlier = self.resumed.get("launches", []) if self.resumed else []  # older checkpoints have none
         self.launches = [*earlier, {"first_step": self.first_step, **self.launch}]
         self.launch_logged = False
