@@ -53,6 +53,7 @@ from utils.models.published import (
     model_name,
 )
 from utils.processes.distributed import everywhere, from_main_process, on_every_node, start_accelerator
+from utils.processes.launch import launch_settings
 from utils.sets.corruptions import CORRUPTIONS, KNOWN, SEVERITIES, PublishedCorruptions, find_published
 from utils.sets.labelled import (
     classes_without_samples,
@@ -73,6 +74,7 @@ CLASSIFIERS = ("zero_shot", "linear_head", "linear_probe", "knn")
 LEARNT = ("linear_probe", "knn")  # classifiers learnt from --train_split
 FONTS = ["DejaVuSans", "DejaVuSerif", "DejaVuSansMono"]
 DEFAULT_TS = [round(-0.5 + 0.025 * step, 3) for step in range(71)]  # -0.5 ... 1.25
+RECORDED = ("device", "num_processes", "num_machines")  # of the launch, in results.json
 DAYS_OF_PATIENCE = 7  # a process whose images are all robust may finish long after the others
 
 logger = logging.getLogger(__name__)
@@ -155,7 +157,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not jobs[settings.model[0], name]:
             raise nothing_to_measure(settings, name, data)
     from_main_process(accelerator, lambda: take_output_dir(settings.output_dir))
-    results = from_main_process(accelerator, lambda: Results(settings.output_dir))
+    launch = {name: str(value) for name, value in launch_settings(accelerator).items() if name in RECORDED}
+    launch["precision"] = "float32"  # of all figures, whatever the accelerate config says
+    results = from_main_process(accelerator, lambda: Results(settings.output_dir, launch))
     asked = [cell for of_set in jobs.values() for job in of_set for cell in job.cells]
     for line in results.ask(asked):
         if accelerator.is_main_process:

@@ -28,7 +28,8 @@ from benchmarks.comparison import COMMANDS, print_table
 from utils.errors import UserError
 from utils.evaluation.figures import STYLE, line_style
 from utils.evaluation.results import wilson_interval
-from utils.model_card import command_line, versions
+from utils.model_card import versions
+from utils.processes.launch import launched_command
 from utils.text_files import text_lines
 
 Numbers = dict[str, Any]
@@ -143,7 +144,7 @@ def write_numbers(
             minutes += row["seconds"] / row["at_a_time"] / 60
     script = Path(sys.argv[0])
     numbers = {
-        "command": command_line().replace(str(script), f"benchmarks/{script.name}", 1),
+        "command": launched_command().replace(str(script), f"benchmarks/{script.name}", 1),
         "machine": f"{os.cpu_count()} cores ({processor_name()}), torch {versions()['torch']}",
         "minutes": round(minutes, 1),
         "settings": asdict(settings),

@@ -34,11 +34,12 @@ from utils.data.shards import ShardDataset, eval_loader
 from utils.data.skipped import SkipCounter
 from utils.data.sources import has_shards
 from utils.errors import UserError
-from utils.model_card import command_line, versions, write_card
+from utils.model_card import versions, write_card
 from utils.models.encoders import ImageEncoder, make_encoder
 from utils.models.hub import find_config, load
 from utils.models.published import BASE_MODEL_HELP, PROCESSOR_HELP, model_name, quiet_transformers
 from utils.models.zeroshot import class_embeddings, to_pixel_values
+from utils.processes.launch import launched_command
 from utils.processes.progress import RunProgress
 from utils.redaction import printable
 from utils.sets.labelled import LabelledSet, open_set, read_templates
@@ -591,7 +592,7 @@ def save(
         f"Pretrained from class names in templates, {seconds:.0f} s. Zero-shot test accuracy: {result}.",
         "",
         "```",
-        command_line(),
+        launched_command(),
         "```",
         "",
         "Settings: " + ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(settings).items()) + ".",

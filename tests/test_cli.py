@@ -11,7 +11,7 @@ import train_po
 from tests.conftest import ROOT, run_script
 from utils.cli import flag, parse_settings, required
 from utils.errors import UserError
-from utils.model_card import command_line
+from utils.processes.launch import launched_command
 from utils.training.checkpoint import refuse_changed_settings
 
 
@@ -307,7 +307,7 @@ def test_the_command_of_a_card_gives_the_same_settings(monkeypatch):
         "1e-1",
     ]
     monkeypatch.setattr("sys.argv", ["train.py", *words])
-    assert parse(*shlex.split(command_line())[2:]) == parse(*words)
+    assert parse(*shlex.split(launched_command())[2:]) == parse(*words)
 
 
 def test_a_setting_in_its_old_form_goes_on(monkeypatch):

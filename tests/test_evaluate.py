@@ -57,6 +57,8 @@ def test_report_follows_its_schema(arguments, small_clip, digits, tmp_path, caps
     report = json.loads((tmp_path / "eval/results.json").read_text())
     assert report["schema_version"] == 1
     assert {"python", "torch", "transformers", "device"} <= report["environment"].keys()
+    assert report["environment"]["device"].startswith("CPU, ")
+    assert (report["environment"]["num_processes"], report["environment"]["precision"]) == ("1", "float32")
     assert [(cell["attack"], cell["eps"]) for cell in report["results"]] == [("clean", None), ("pgd", 1), ("pgd", 4)]
     for cell in report["results"]:
         assert cell.keys() == {
@@ -130,6 +132,8 @@ def test_figures_do_not_depend_on_processes_or_batch_size(arguments, tmp_path):
     run_script("evaluate.py", *arguments(output_dir=tmp_path / "two", batch_size=16), launcher=two_processes())
     one, small, two = ([cell["value"] for cell in results(tmp_path / name)] for name in ("one", "small", "two"))
     assert one == small == two
+    environment = json.loads((tmp_path / "two/results.json").read_text())["environment"]
+    assert (environment["num_processes"], environment["num_machines"]) == ("2", "1")
 
 
 def test_mistakes_are_one_line(arguments, digits, tmp_path):

@@ -86,6 +86,7 @@ def test_a_run_from_the_command_line_ends_in_a_model_that_loads(arguments, small
     assert {"eval_accuracy_clean", "eval_accuracy_pgd"} <= metrics[0].keys()
     assert all(KEYS | {"eval_accuracy_clean", "eval_accuracy_pgd"} <= row.keys() for row in metrics[1:])
     assert metrics[-1]["samples"] == 32
+    assert [row.pop("launch", None) is None for row in metrics] == [False, True, True]
     assert all(math.isfinite(value) for row in metrics for value in row.values())
 
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step-3", "step-4"]
@@ -278,9 +279,9 @@ def test_resumed_run_equals_an_uninterrupted_one(arguments, tmp_path, monkeypatc
     for name, expected in weights(tmp_path / "whole").items():
         torch.testing.assert_close(weights(tmp_path / "cut")[name], expected, rtol=0, atol=0)
     whole, cut = rows(tmp_path / "whole"), rows(tmp_path / "cut")
-    timings = {"images_per_second", "peak_memory_gib", "data_wait_fraction"}
-    assert [{k: v for k, v in row.items() if k not in timings} for row in cut] == [
-        {k: v for k, v in row.items() if k not in timings} for row in whole
+    own = {"images_per_second", "peak_memory_gib", "data_wait_fraction", "launch"}
+    assert [{k: v for k, v in row.items() if k not in own} for row in cut] == [
+        {k: v for k, v in row.items() if k not in own} for row in whole
     ]
 
 

@@ -1,22 +1,22 @@
-"""The README.md beside a trained model: method, settings, data, metrics, the exact command, versions."""
+"""The README.md beside a trained model: method, settings, data, metrics, the exact commands, launches, versions."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import platform
 import re
-import shlex
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from utils.redaction import printable, shown_setting
+from utils.redaction import printable
 
 logger = logging.getLogger(__name__)
 
+Launch = dict[str, Any]  # first_step, command, and launch: its settings (utils/processes/launch.py)
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "webdataset", "bitsandbytes")
 
 
@@ -27,12 +27,6 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
-
-
-def command_line() -> str:
-    """The command line of this process, as a user would type it, without secrets."""
-    words = (word.partition("=") if word.startswith("--") else ("", "", word) for word in sys.argv)
-    return shlex.join(["python", *(flag + equals + shown_setting(value) for flag, equals, value in words)])
 
 
 def write_card(directory: Path, make: Callable[[], str]) -> None:
@@ -55,11 +49,15 @@ def model_card(
     tags: list[str],
     base_model: str,
     settings: dict[str, Any],
+    launches: Sequence[Launch],
     evaluations: list[dict[str, Any]],
     notes: list[str],
     with_text: bool = True,
 ) -> str:
-    """Markdown with the hub's header. ``evaluations``: metrics rows with eval_ keys. ``model_class`` loads it."""
+    """Markdown with the hub's header. ``evaluations``: metrics rows with eval_ keys. ``model_class`` loads it.
+
+    ``launches``: the first one and those that went on from its checkpoints.
+    """
     processor_class = "AutoProcessor" if with_text else "AutoImageProcessor"
     of_hub = re.fullmatch(r"(?:hf-hub:)?([\w.-]+(?:/[\w.-]+)?)(?:@.*)?", base_model)  # maybe NAME@BASE
     lines = ["---", "library_name: transformers"]
@@ -73,10 +71,24 @@ def model_card(
         rows = [[f"{value:.4f}" if isinstance(value, float) else value for value in row] for row in found]
         lines += ["## Evaluations during training", "", *_table(keys, rows)]
     lines += [*notes, ""] if notes else []
-    lines += ["## Command", "", "```", command_line(), "```", ""]
+    lines += launch_lines(launches)
     lines += ["## Settings", "", *_table(("setting", "value"), settings.items())]
     lines += ["## Versions", "", *_table(("package", "version"), versions().items())]
     return "\n".join(map(printable, lines))
+
+
+def launch_lines(launches: Sequence[Launch]) -> list[str]:
+    """The sections of a card with the commands and what came of them. Equal launches in a row are shown once."""
+    groups = itertools.groupby(launches, key=lambda launch: (launch["command"], launch["launch"]))
+    shown = [next(of_group) for _, of_group in groups]
+    begins = [f"from step {launch['first_step']}" for launch in shown]
+    commands = [launch["command"] for launch in shown]
+    if len(shown) > 1:
+        commands = [line for begin, command in zip(begins, commands) for line in (f"# {begin}", command)]
+    names = dict.fromkeys(name for launch in shown for name in launch["launch"])
+    rows = [[name, *(launch["launch"].get(name, "") for launch in shown)] for name in names]
+    headings = ("launch", *(begins if len(shown) > 1 else ["value"]))
+    return ["## Command", "", "```", *commands, "```", "", "## Launch", "", *_table(headings, rows)]
 
 
 def _table(headings: Sequence[str], rows: Iterable[Iterable[Any]]) -> list[str]:

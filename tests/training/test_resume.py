@@ -47,9 +47,9 @@ def weights(run_dir):
 
 
 def rows(run_dir):
-    timings = {"images_per_second", "peak_memory_gib", "data_wait_fraction"}
+    own = {"images_per_second", "peak_memory_gib", "data_wait_fraction", "launch"}
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name not in timings} for line in lines]
+    return [{name: value for name, value in json.loads(line).items() if name not in own} for line in lines]
 
 
 def difference(one, two):
@@ -115,6 +115,57 @@ def test_sigterm_ends_a_script_with_the_requeue_status(arguments, tmp_path):
     assert process.wait() == REQUEUE, lines
     assert "SIGTERM after step" in lines[-1]
     assert f"(exit status {REQUEUE})" in lines[-1]
+
+
+# Stands in for a trainer: two lines per rank, its process and, at the signal, what it would save.
+STAND_IN = """
+import os, signal, sys
+def leave(*_):
+    os.write(1, b"saved\\n")
+    os._exit(85)
+signal.signal(signal.SIGTERM, leave)
+os.write(1, f"rank {os.environ.get('RANK', 0)} is {os.getpid()}\\n".encode())
+while True:
+    signal.pause()
+"""
+ACCELERATE = ("-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", "accelerate_configs/cpu.yaml")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+# The launcher, whether SIGTERM goes to it and not to a rank, its exit status, and what it prints. docs/reliability.md
+STOPPED = {
+    "accelerate": (ACCELERATE, False, 1, "CalledProcessError"),
+    "accelerate --quiet": ((*ACCELERATE, "--quiet"), False, 1, None),
+    "torchrun": (TORCHRUN, False, 1, "ChildFailedError"),
+    "torchrun itself": (TORCHRUN, True, 1, "SignalException"),
+    "accelerate itself": (ACCELERATE, True, -signal.SIGTERM, None),
+}
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_no_launcher_passes_the_requeue_status_on(tmp_path, name):
+    """And accelerate launch of one process does not pass SIGTERM on."""
+    launcher, itself, status, printed = STOPPED[name]
+    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    # The fork of a warm Python takes what it started along when it ends.
+    python = sys.executable if name == "accelerate itself" else warm_python()
+    process = subprocess.Popen(
+        [python, *launcher, str(tmp_path / "stand_in.py")],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=script_environment(),
+    )  # fmt: skip
+    ranks, lines = [], []
+    for line in process.stdout:
+        lines.append(line)
+        if " is " in line and line.startswith("rank "):
+            ranks.append(int(line.split()[-1]))
+            if len(ranks) == (2 if launcher == TORCHRUN else 1):
+                os.kill(process.pid if itself else ranks[0], signal.SIGTERM)
+                if name == "accelerate itself":
+                    assert process.wait() == status
+                    os.kill(ranks[0], signal.SIGTERM)  # it went on; now the output ends
+    output = "".join(lines)
+    assert process.wait() == status, output
+    assert output.count("saved") == len(ranks)
+    assert ("Traceback" in output) == (printed is not None)
+    assert printed is None or printed in output
 
 
 def killed_run(command, moment):

@@ -29,7 +29,8 @@ METHODS = {
     "PO image + l2": ("train_po", {"trainable": "image", "task": "pairs", "constraint": "embedding", "rho": 0.001}),
     "PO head + l2": ("train_po", {"trainable": "head", "task": "pairs", "constraint": "embedding", "rho": 0.001}),
 }
-TIMINGS = {"images_per_second", "peak_memory_gib", "data_wait_fraction"}
+OWN = {"images_per_second", "peak_memory_gib", "data_wait_fraction", "launch"}  # keys that runs need not share
+OFFLOADED = {2: "optimizer", 3: "optimizer, parameters"}  # by the stage of a config with offload
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,10 @@ def test_two_processes_equal_one(arguments, tmp_path, sharding):
         plan(tmp_path, [entry(method, sgd, "two", 2) for method, sgd in runs]),
         launcher=accelerate_launch(ROOT / "accelerate_configs" / f"{sharding}.yaml"),
     )
+    of_deepspeed = {}
+    if sharding.startswith("zero"):
+        stage = int(sharding[4])
+        of_deepspeed = {"zero_stage": stage, "offload": OFFLOADED[stage] if "offload" in sharding else "none"}
     for method, sgd in runs:
         single = entry(method, sgd, "one", 1)
         train(**single)
@@ -108,12 +113,16 @@ def test_two_processes_equal_one(arguments, tmp_path, sharding):
             expected = image_embeds(one)
             error = ((expected - image_embeds(two)).abs().max() / expected.abs().max()).item()
         print(f"{sharding} {method} {'sgd' if sgd else 'adamw'}: {error:.2e}")
+        alone, together = rows(one)[0]["launch"], rows(two)[0]["launch"]
+        assert (alone["num_processes"], together["num_processes"], together["num_machines"]) == (1, 2, 1)
+        assert {key: together[key] for key in ("zero_stage", "offload") if key in together} == of_deepspeed
+        assert (together["distributed_type"] == "DEEPSPEED") == bool(of_deepspeed)
         assert error <= 1e-6, f"{method}: {error}"
         for expected, found in zip(rows(one), rows(two), strict=True):
             at_reference = (
                 {"reward_accuracy"} if abs(expected.get("margin_mean", 1)) < 1e-4 else set()
             )  # sign of rounding
-            for key in expected.keys() - TIMINGS - at_reference:
+            for key in expected.keys() - OWN - at_reference:
                 assert found[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-5), key
 
 
@@ -158,7 +167,7 @@ def test_two_processes_equal_one_for_every_kind_of_encoder(arguments, tmp_path, 
         text = [name for name in moved if name.startswith(("text_", "logit_", "classifier"))]
         assert text == [], text
         for expected, found in zip(rows(tmp_path / "one" / kind), rows(tmp_path / "two" / kind), strict=True):
-            for key in expected.keys() - TIMINGS:
+            for key in expected.keys() - OWN:
                 assert found[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-5), key
 
 
@@ -190,13 +199,14 @@ def test_two_processes_equal_one_for_an_image_tower_and_its_base(arguments, layo
     moved = {name for name in start if not torch.equal(two[name], start[name])}
     assert moved == {name for name in start if name.startswith("visual.")}
     for expected, found in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
-        for key in expected.keys() - TIMINGS:
+        for key in expected.keys() - OWN:
             assert found[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-5), key
 
 
 def card_settings(run_dir):
     """The settings of a model card, as it shows them."""
-    return dict(re.findall(r"^\| (\w+) \| (.*) \|$", (run_dir / "README.md").read_text(), flags=re.MULTILINE))
+    section = (run_dir / "README.md").read_text().partition("## Settings")[2].partition("## ")[0]
+    return dict(re.findall(r"^\| (\w+) \| (.*) \|$", section, flags=re.MULTILINE))
 
 
 def test_a_global_batch_is_the_same_on_one_and_on_two_processes(arguments, tmp_path):

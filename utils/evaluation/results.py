@@ -130,8 +130,9 @@ class Finding(NamedTuple):
 class Results:
     """A directory's results.json, records and pictures, read at the start and written after every job."""
 
-    def __init__(self, output_dir: str | Path) -> None:
-        self.output_dir = Path(output_dir)
+    def __init__(self, output_dir: str | Path, launch: dict[str, str] | None = None) -> None:
+        """``launch``: device, number of processes and precision of the call that goes on with these results."""
+        self.output_dir, self.launch = Path(output_dir), launch or {"device": "unknown"}
         self.path = self.output_dir / "results.json"
         self.results: list[dict[str, Any]] = []
         self.warnings: list[dict[str, Any]] = []  # {"model", "dataset", "attack", "eps", ..., "text"}
@@ -251,11 +252,7 @@ class Results:
         """Replaces results.json, whole or not at all, including comparisons and warnings between results."""
         for result, text in sanity_warnings(self.current()):
             self.warn(result, text)
-        threads = torch.get_num_threads()
-        device = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
-        self.environment = versions() | {
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else device
-        }
+        self.environment = versions() | self.launch
         self.written = datetime.now(UTC).isoformat(timespec="seconds")
         report: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "written": self.written}
         report |= {"environment": self.environment, "results": self.results}

@@ -163,12 +163,16 @@ def _configure_deepspeed(config: dict[str, Any], numbers: Numbers) -> None:
     config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True  # despite its name in float32
 
 
-def compute_dtype(accelerator: Accelerator) -> torch.dtype:
-    """The dtype in which the transformer blocks compute, from ``mixed_precision`` in the accelerate config."""
-    precision = accelerator.mixed_precision
+def mixed_precision(accelerator: Accelerator) -> str:
+    """no, bf16 or fp16, from the accelerate config or the environment."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # DeepSpeed's own mixed precision is off
-    return MIXED_PRECISIONS[precision]
+        return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # DeepSpeed's own mixed precision is off
+    return accelerator.mixed_precision
+
+
+def compute_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The dtype in which the transformer blocks compute."""
+    return MIXED_PRECISIONS[mixed_precision(accelerator)]
 
 
 def average_gradients(accelerator: Accelerator, module: nn.Module) -> None:

@@ -80,8 +80,16 @@ def _run_id(file: Path) -> tuple[str, bool]:
         return str(json.loads(file.read_text(encoding="utf-8"))["id"]), True
     except (OSError, ValueError, KeyError, TypeError):
         run_id = secrets.token_hex(8)
-        write_whole(file, json.dumps({"id": run_id}))
+        keep_facts(file, {"id": run_id})
         return run_id, False
+
+
+def keep_facts(file: Path, facts: dict[str, Any]) -> None:
+    """Writes facts about a run into its run.json, beside what is there."""
+    known = {}
+    with contextlib.suppress(OSError, ValueError):
+        known = json.loads(file.read_text(encoding="utf-8"))
+    write_whole(file, json.dumps((known if isinstance(known, dict) else {}) | facts, indent=1) + "\n")
 
 
 def log_row(accelerator: Accelerator, row: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Checkpoints, complete or absent and checked when read, and the lock of an output directory.
 
     checkpoints/step-<n>/
-      trainer_state.json    step, settings, skipped samples, and size and SHA-256 of every other file
+      trainer_state.json    step, settings, launches, skipped samples, and size and SHA-256 of every other file
       parameters.safetensors, optimizer.<key>.safetensors    see utils/training/state.py
       extra.safetensors     state not prepared by accelerate: the multiplier and its optimizer, a running average
       model/                a directory for from_pretrained
@@ -218,6 +218,7 @@ def damage(checkpoint: Path) -> str | None:
             if _sha256(path) != digest:
                 return f"{name} is not what was written"
         known = state.keys() >= STATE_KEYS and state["files"].keys() >= {"parameters.safetensors", EXTRA_FILE}
+        known = known and isinstance(state.get("launches", []), list)
         return None if isinstance(state["step"], int) and known else f"{STATE_FILE} lacks entries"
     except (FileNotFoundError, NotADirectoryError) as error:
         return f"{Path(error.filename or checkpoint).name}: {error.strerror}"

@@ -41,8 +41,9 @@ from utils.processes.distributed import (
 )
 from utils.processes.environment import launched_processes
 from utils.processes.interruption import GivenUp, StopRequest
+from utils.processes.launch import launch_settings, launched_command
 from utils.processes.progress import RunProgress
-from utils.processes.tracker import end_training, log_row, start_tracker
+from utils.processes.tracker import end_training, keep_facts, log_row, start_tracker
 from utils.redaction import shown_setting
 from utils.sets.labelled import LabelledSet, open_set, set_digest
 from utils.training.checkpoint import (
@@ -157,6 +158,11 @@ class Run:
         self.on_main(lambda: refuse_unwritable(self.output_dir, [self.script]))
         self.resumed = self.on_main(lambda: read_state(self.checkpoint)) if self.checkpoint else None
         self.first_step = self.done = self.resumed["step"] if self.resumed else 0
+        # Recorded and never compared: a run may go on under another launcher.
+        self.launch: dict[str, Any] = {"command": launched_command(), "launch": launch_settings(self.accelerator)}
+        earlier = self.resumed.get("launches", []) if self.resumed else []  # older checkpoints have none
+        self.launches = [*earlier, {"first_step": self.first_step, **self.launch}]
+        self.launch_logged = False
         self.last_good: Path | None = self.checkpoint
         self.losses: list[Tensor] = []  # of all updates since the last check; they stay on the device until then
         self.terms: Sequence[str] = ()  # names of the parts that follow each loss
@@ -291,11 +297,12 @@ class Run:
         """
         self.metrics_file = MetricsFile(self.output_dir / "metrics.jsonl")
         self.on_main(lambda: self.metrics_file.cut_back(self.first_step if self.resumed else -1))
+        self.on_main(lambda: keep_facts(self.output_dir / "run.json", self.launch))
         start_tracker(
             self.accelerator,
             self.settings.report_to,
             self.script,
-            self.known_settings,
+            self.known_settings | self.launch["launch"] | {"command": self.launch["command"]},
             self.output_dir,
             self.first_step,
         )
@@ -435,12 +442,16 @@ class Run:
         return row
 
     def record(self, row: dict[str, Any], step: Step | None = None) -> None:
-        """Shows a row and writes it to metrics.jsonl and the tracker. ``step`` is None for the row before training."""
+        """Shows a row and writes it to metrics.jsonl and the tracker. ``step`` is None for the row before training.
+
+        The first row of a launch also has its settings, but only in the file: a tracker got them when it started.
+        """
         done = step.done if step else 0
         if row:
             row = {"step": done, "samples": done * self.global_batch_size, **row}
             if self.accelerator.is_main_process:
-                self.metrics_file.write(row)
+                self.metrics_file.write(row if self.launch_logged else row | {"launch": self.launch["launch"]})
+            self.launch_logged = True
             log_row(self.accelerator, row)
         if step:
             self.shown |= {word: row[key] for word, key in self.words.items() if key in row}
@@ -494,6 +505,7 @@ class Run:
             state={
                 "step": self.done,
                 "settings": self.known_settings,
+                "launches": self.launches,
                 "skips": self.all_skips.state(),
                 "best": self.best,
                 "sizes": self.train_set.index.sizes,
@@ -523,6 +535,7 @@ class Run:
                 tags=[model.config.model_type, tag],
                 base_model=self.settings.model_name_or_path.removeprefix(HUB_PREFIX),
                 settings=self.known_settings,
+                launches=self.launches,
                 evaluations=evaluations,
                 notes=[f"Skipped samples: {line}." for line in skipped],
             ),
