@@ -145,7 +145,7 @@ PLAIN = {"tokenizer_class": "PreTrainedTokenizerFast"}  # adds what tokenizer.js
         ("siglip2", {"tokenizer_config.json": {"pad_token": "<fill>"}}, [], r"no pad_token among the 33 tokens"),
         ("dinov2_bert", {}, ["tokenizer.json"], r"holds no tokenizer; name the id or directory of one by --processor$"),
         ("dinov2_bert", {"tokenizer.json": {"post_processor": None}, "tokenizer_config.json": PLAIN}, [],
-         r"pools the first token, and its tokenizer begins 'cat' with id 14, its cls_token is id 2; put the model's"),
+         r"pools the first token, and its tokenizer begins 'cat' with ids \[14\], its cls_token is 2; put the model's"),
         ("vit_roberta", {"config.json": {"text_config.vocab_size": 50265}}, [], r"knows 261 tokens, .* tower 50265"),
     ],
 )  # fmt: skip

@@ -152,9 +152,9 @@ def check_tokenizer(tokenizer: Any, config: PreTrainedConfig) -> None:
             raise ValueError(f"its tokenizer {fault}; name the one of its training in tokenizer_config.json")
         return
     if is_bert(config):
-        start, first = tokenizer.cls_token_id, [ids[0] if ids else None for ids in texts]
-        if any(each != start or each is None for each in first):
-            begun = f"its tokenizer begins {PROBES[0][0]!r} with id {first[0]}, its cls_token is id {start}"
+        start = tokenizer.cls_token_id
+        if start is None or any(ids[:1] != [start] for ids in texts):
+            begun = f"its tokenizer begins {PROBES[0][0]!r} with ids {texts[0][:1]}, its cls_token is {start}"
             raise ValueError(f"its text tower pools the first token, and {begun}; {OWN_FILES}")
         return
     old = text.eos_token_id == ARGMAX_EOS
