@@ -31,6 +31,7 @@ from tests.small_models import (
 )
 from utils.errors import UserError
 from utils.evaluation.results import Results
+from utils.models import tokens
 from utils.models.encoders import TextEncoder, make_encoder
 from utils.models.published import image_transform, load_model, model_name
 from utils.models.tokens import BERTS, LATE_POSITIONS, fill_up, read_prompts
@@ -79,6 +80,13 @@ def test_features_are_those_of_transformers(models, kind):
     assert moved[-1] < 1e-6  # the longest has no padding
 
 
+def test_a_bert_reads_a_text_to_its_end(models, caplog, monkeypatch):
+    """A note says of CLIP's texts where they end early. RoBERTa's end token has the number of CLIP's in old configs."""
+    monkeypatch.setattr(tokens, "_said", set())
+    by_us(models / "vit_roberta")
+    assert "read up to there" not in caplog.text
+
+
 @pytest.mark.parametrize("tower", BERTS)
 def test_every_text_tower_reads_as_many_tokens_as_it_has_positions(tower, tmp_path):
     """No file says a length: a longer text is cut there and ended. One token more is too long for transformers."""
@@ -118,9 +126,9 @@ def test_every_weight_gets_a_gradient(models, kind):
     """DDP would wait for a weight without. Nothing is random in train mode."""
     model, processor = load_model(str(models / kind))
     encoder, text = make_encoder(model, processor).train(), TextEncoder(model).train()
-    tokens = fill_up(read_prompts(processor, model.config, TEXTS), processor, model.config, "cpu")
-    assert torch.equal(text(*tokens), text(*tokens))
-    (encoder(photos(2)).square().sum() + text(*tokens).square().sum()).backward()
+    given = fill_up(read_prompts(processor, model.config, TEXTS), processor, model.config, "cpu")
+    assert torch.equal(text(*given), text(*given))
+    (encoder(photos(2)).square().sum() + text(*given).square().sum()).backward()
     weights = [*encoder.named_parameters(), *text.named_parameters()]
     assert [name for name, weight in weights if weight.requires_grad and weight.grad is None] == []
 
