@@ -21,7 +21,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from tests.small_models import KINDS, TEXT_KINDS, photos, save_small_clip, save_small_model, small_encoder
+from tests.small_models import BERT_KINDS, KINDS, TEXT_KINDS, photos, save_small_clip, save_small_model, small_encoder
 from utils.data.images import ImageTransform
 from utils.errors import UserError
 from utils.methods.attacks import frozen
@@ -295,10 +295,11 @@ def test_class_logits_are_those_of_transformers(kind, tmp_path):
     plain = load_plainly(tmp_path)
     pictures = [Image.fromarray((255 * image).byte().permute(1, 2, 0).numpy()) for image in photos(4)]
     texts = [f"a photo of a {name}." for name in classnames]
-    padding = {"padding": "max_length", "max_length": 24, "truncation": True} if "siglip" in kind else {"padding": True}
+    full = {"padding": "max_length", "max_length": 24, "truncation": True}
+    padding = full if kind in ("siglip", "siglip2") else {"padding": True}
     tokens = processor.tokenizer(texts, return_tensors="pt", **padding)
     # SigLIP sees its padding; CLIP's mask changes nothing.
-    texts = {"input_ids": tokens["input_ids"]}
+    texts = dict(tokens) if kind in BERT_KINDS else {"input_ids": tokens["input_ids"]}
     with torch.no_grad():
         expected = plain(**texts, **processor.image_processor(pictures, return_tensors="pt")).logits_per_image
         found = classifier(encoder(torch.stack([image_transform(processor)(one) for one in pictures]).float() / 255))
@@ -366,10 +367,11 @@ def test_wrong_vision_models_are_named(tmp_path):
     assert check_model(str(tmp_path / "dinov2"), "--model").model_type == "dinov2"
     save_small_model(tmp_path / "dual", "convnext")
     config = json.loads((tmp_path / "dual" / "config.json").read_text())
-    config["text_config"] = {"model_type": "bert"}
+    config["text_config"] = {"model_type": "electra"}
     (tmp_path / "dual" / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        UserError, match=r"its text_config is a 'bert'; of vision-text-dual-encoder supported: clip_text_model"
+        UserError,
+        match=r"its text_config is a 'electra'; of vision-text-dual-encoder supported: clip_text_model, .* bert, ",
     ):
         load_model(str(tmp_path / "dual"), "--model")
 

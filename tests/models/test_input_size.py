@@ -102,12 +102,12 @@ def test_every_kind_embeds_as_transformers_does_at_another_size(kind, tmp_path, 
     fixed = tower.model_type in FIXED_POSITIONS
     if tower.model_type != "siglip2_vision_model":  # its processor alone says it, as DINOv2's does
         assert tower.image_size == (64 if "dinov2" in kind else side)
-    assert {name for name in before if not before[name].equal(after[name])} == {
-        name for name in before if fixed and name.endswith("position_embedding.weight") and "text" not in name
-    }
-    for name in before.keys() if fixed else ():
-        if name.endswith("position_embedding.weight") and "text" not in name:
-            torch.testing.assert_close(after[name], pillow_positions(before[name], side // 8), rtol=1e-5, atol=1e-5)
+    ends = ("position_embedding.weight", "position_embeddings")  # a ViT's is (1, T, D)
+    tables = {name for name in before if fixed and name.endswith(ends) and "text" not in name}
+    assert {name for name in before if not before[name].equal(after[name])} == tables
+    for name in tables:
+        expected = pillow_positions(before[name].squeeze(0), side // 8)
+        torch.testing.assert_close(after[name].squeeze(0), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_saved_directory_needs_no_flag_and_the_flag_changes_nothing_there(kind, tmp_path, caplog):
@@ -140,7 +140,8 @@ def test_the_way_back_and_forth_is_that_of_the_processor_alone(kind):
 
 
 def test_it_is_said_what_becomes_of_positions(tmp_path, caplog):
-    for kind, said in (("clip", True), ("siglip_vision_model", True), ("dinov2", False), ("siglip2", False)):
+    fixed, free = ("clip", "siglip_vision_model", "vit_roberta"), ("dinov2", "siglip2", "dinov2_bert")
+    for kind, said in (*((kind, True) for kind in fixed), *((kind, False) for kind in free)):
         save_small_model(tmp_path / kind, kind)
         load_model(model_name(str(tmp_path / kind), image_size=64))
         line = f"{kind}: positions interpolated from 4 x 4 to 8 x 8 patches, by --image_size"

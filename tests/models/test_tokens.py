@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import AutoProcessor, AutoTokenizer
 
-from tests.small_models import TEXT_KINDS, save_small_model
+from tests.small_models import BERT_KINDS, TEXT_KINDS, save_small_model
 from utils.errors import UserError
 from utils.models import tokens, zeroshot
 from utils.models.encoders import make_encoder
@@ -90,21 +90,26 @@ FILES = {
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [*((kind, name) for kind in TEXT_KINDS for name in FILES if kind != "convnext"), ("convnext", "left")],
+    [
+        *((kind, name) for kind in TEXT_KINDS for name in FILES if kind not in ("convnext", "siglip_bert")),
+        *(("convnext", "left"), ("siglip_bert", "left")),
+    ],
 )
 def test_texts_embed_as_transformers_embeds_each_alone(kind, name, changed):
     """transformers#41771, tweeteval#17 (no length), BioMedLM#4 (no padding), sentence-transformers#3208 (left)."""
     directory = changed(kind, {"tokenizer_config.json": FILES[name]})
-    if name == "no pad" and "siglip" in kind:
+    siglip = kind in ("siglip", "siglip2")
+    if name == "no pad" and siglip:
         with pytest.raises(UserError, match=r"has no pad_token among the \d+ tokens .* name the one of its training"):
             load_model(str(directory), "--model")
         return
-    length = 24 if "siglip" in kind else 77
+    length = 40 if kind in BERT_KINDS else 24 if siglip else 77
     length = 9 if name == "short" and kind != "siglip2" else length
     model, processor = load_model(str(directory), "--model")
     found = prompt_embeddings(model, processor, TEXTS, ["{c}"])[:, 0]
     alone = torch.cat([prompt_embeddings(model, processor, [text], ["{c}"])[:, 0] for text in TEXTS])
-    expected = embed_by_transformers(directory, TEXTS, length)
+    lower = name.startswith("lower") and kind == "vit_roberta"  # transformers' class does not obey it
+    expected = embed_by_transformers(directory, [text.lower() for text in TEXTS] if lower else TEXTS, length)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(alone, expected, rtol=1e-4, atol=1e-4)
     assert torch.cdist(expected, expected)[0, 1:].min() > 1e-2
@@ -138,6 +143,10 @@ PLAIN = {"tokenizer_class": "PreTrainedTokenizerFast"}  # adds what tokenizer.js
         ("clip", {"tokenizer.json": {"model.merges": []}}, [],
          r"a CLIPTokenizer, spells words that its vocabulary has"),
         ("siglip2", {"tokenizer_config.json": {"pad_token": "<fill>"}}, [], r"no pad_token among the 33 tokens"),
+        ("dinov2_bert", {}, ["tokenizer.json"], r"holds no tokenizer; name the id or directory of one by --processor$"),
+        ("dinov2_bert", {"tokenizer.json": {"post_processor": None}, "tokenizer_config.json": PLAIN}, [],
+         r"pools the first token, and its tokenizer begins 'cat' with ids \[14\], its cls_token is 2; put the model's"),
+        ("vit_roberta", {"config.json": {"text_config.vocab_size": 50265}}, [], r"knows 261 tokens, .* tower 50265"),
     ],
 )  # fmt: skip
 def test_a_tokenizer_that_is_not_the_text_towers_is_refused(kind, files, remove, message, changed):

@@ -23,6 +23,7 @@ from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings
 from utils.data.images import pixel_normalisation
 from utils.errors import UserError
 from utils.models.published import ModelName, image_size, image_tower, load_model
+from utils.models.tokens import is_bert
 
 ATTENTION = "lean"  # key of ``attention`` in transformers' table; "flash" in the name would select another package
 
@@ -83,7 +84,8 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.text_model = model.get_submodule("text_model")
         self.text_projection: nn.Module | None = getattr(model, "text_projection", None)
-        use_lean_layers(self.text_model)
+        if not is_bert(model.config):  # its layer norms end the blocks: rounded, the sum over blocks would be, too
+            use_lean_layers(self.text_model)
         self.compute_dtype = compute_dtype
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

@@ -87,6 +87,7 @@ class Pair(NamedTuple):
 
 def name_pairs(config: PreTrainedConfig, prefix: str = "") -> list[Pair]:
     """The names of all tensors in both layouts. They match one to one, so the two conversions are inverses."""
+    _refuse_other_towers(config)
     vision, text = config.vision_config, config.text_config
     image_tower = _convnext_pairs(vision.depths) if config.model_type == DUAL_ENCODER else _vit_pairs(vision)
     return [
@@ -98,6 +99,13 @@ def name_pairs(config: PreTrainedConfig, prefix: str = "") -> list[Pair]:
         Pair(f"{prefix}text_projection", ("text_projection.weight",), transposed=True),
         Pair("logit_scale", ("logit_scale",)),
     ]
+
+
+def _refuse_other_towers(config: PreTrainedConfig) -> None:
+    """Raises ``ValueError`` for a dual encoder that open_clip does not have."""
+    towers = config.vision_config.model_type, config.text_config.model_type
+    if config.model_type == DUAL_ENCODER and towers != ("convnext", "clip_text_model"):
+        raise ValueError(f"a {towers[0]} with a {towers[1]}; open_clip has a CLIP or a ConvNeXt CLIP")
 
 
 def _both(open_clip: str, transformers: str) -> Iterator[Pair]:
@@ -408,10 +416,9 @@ def _count(state: State, pattern: str) -> int:
 
 def to_model(config: PreTrainedConfig) -> Fields:
     """The inverse of ``to_config``. Raises ``ValueError`` for a model that open_clip does not have."""
+    _refuse_other_towers(config)
     vision, text = config.vision_config, config.text_config
     dual = config.model_type == DUAL_ENCODER
-    if dual and (vision.model_type, text.model_type) != ("convnext", "clip_text_model"):
-        raise ValueError(f"a {vision.model_type} with a {text.model_type}; open_clip has a CLIP or a ConvNeXt CLIP")
     for tower, name, value, usual in (
         ("the image tower", "layer_norm_eps", vision.layer_norm_eps, 1e-6 if dual else 1e-5),
         ("the text tower", "layer_norm_eps", text.layer_norm_eps, 1e-5),

@@ -40,7 +40,7 @@ from utils.data.sources import BRING_IT
 from utils.errors import UserError, os_errors
 from utils.models import open_clip
 from utils.models.open_clip import DUAL_ENCODER, State
-from utils.models.tokens import check_tokenizer
+from utils.models.tokens import BERTS, CLIP, check_tokenizer
 from utils.processes.distributed import unpartitioned
 from utils.redaction import printable
 from utils.text_files import decode_text, parse_json
@@ -66,9 +66,12 @@ STEPS = (
     *("preprocess", "process_image", "_preprocess", "_preprocess_image_like_inputs", "_prepare_image_like_inputs"),
     *("_standardize_kwargs", "convert_to_rgb", "resize", "center_crop", "rescale", "normalize", "pad"),
 )
-# Towers of a vision-text-dual-encoder; ``utils.models.tokens`` can end and pad texts for this text tower.
-DUAL_ENCODER_PARTS = {"vision_config": ("convnext", "clip_vision_model"), "text_config": ("clip_text_model",)}
-FIXED_POSITIONS = ("clip_vision_model", "siglip_vision_model")  # towers that take images of one size only
+# Towers of a vision-text-dual-encoder: all give a pooler_output; ``utils.models.tokens`` knows the texts of these.
+DUAL_ENCODER_PARTS = {
+    "vision_config": ("convnext", "clip_vision_model", "dinov2", "siglip_vision_model", "vit"),
+    "text_config": (CLIP, *BERTS),
+}
+FIXED_POSITIONS = ("clip_vision_model", "siglip_vision_model", "vit")  # towers that take images of one size only
 SIZED = (*FIXED_POSITIONS, "convnext")  # towers whose config says the size of images; DINOv2's says that of positions
 HUB_ID = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}(/[A-Za-z0-9][A-Za-z0-9_.-]{0,95})?"
 HUB_PREFIX = "hf-hub:"  # as open_clip writes an id whose repository is in its layout
@@ -480,7 +483,8 @@ def _check_config(config: PreTrainedConfig, parts: Sequence[PreTrainedConfig]) -
         method = (isinstance(quantization, dict) and quantization.get("quant_method")) or "of no named method"
         activation, patches = getattr(part, "hidden_act", None), getattr(part, "num_patches", 1)
         without_head = part.model_type.startswith("siglip") and not getattr(part, "vision_use_head", True)
-        channels = getattr(part, "num_channels", 3)
+        channels, width = getattr(part, "num_channels", 3), getattr(part, "hidden_size", None)
+        pooled, causal = getattr(part, "pooler_output_size", width), getattr(part, "is_decoder", False)
         faults = (
             (
                 quantization is not None,
@@ -490,6 +494,8 @@ def _check_config(config: PreTrainedConfig, parts: Sequence[PreTrainedConfig]) -
             (without_head, "vision_use_head false leaves no embedding of an image"),
             (not _is_square(patches), f"num_patches is {patches}; expected a square number"),  # SigLIP 2's positions
             (channels != 3, f"num_channels is {channels}; expected 3, RGB"),
+            (pooled != width, f"pooler_output_size is {pooled}; expected hidden_size, {width}"),
+            (causal, "is_decoder true lets the first token, which is pooled, see no other; expected false"),
         )
         for is_wrong, fault in faults:
             if is_wrong:
@@ -709,9 +715,11 @@ def resize_tower(model: PreTrainedModel, side: int) -> tuple[int, int] | None:
         set_image_size(config, side)
     if tower.config.model_type not in FIXED_POSITIONS or side == before:
         return None
-    embeddings, name = tower.get_submodule("embeddings"), "position_embedding.weight"
+    embeddings = tower.get_submodule("embeddings")
     state = embeddings.state_dict()
-    state[name] = interpolate_positions(state[name], side // patch)
+    name = "position_embedding.weight" if "position_embedding.weight" in state else "position_embeddings"  # a ViT's
+    table = interpolate_positions(state[name].flatten(0, -2), side // patch)
+    state[name] = table.expand(*state[name].shape[:-2], -1, -1)  # a ViT's is (1, T, D)
     with torch.random.fork_rng(devices=[]), unpartitioned():  # it draws weights, which are replaced
         resized = type(embeddings)(tower.config)
     resized.load_state_dict(state)
@@ -752,7 +760,7 @@ def check_processor(name: ModelName, config: PreTrainedConfig, flag: str) -> Non
 
 def _lacks_tokenizer(name: ModelName, config: PreTrainedConfig, where: str) -> UserError:
     advice = "name the id or directory of one by --processor"
-    advice += f"; most CLIPs take that of {CLIP_TOKENIZER}" if config.model_type in OPEN_CLIP_MODEL_TYPES else ""
+    advice += f"; most CLIPs take that of {CLIP_TOKENIZER}" if config.text_config.model_type == CLIP else ""
     return UserError(f"{where}: holds no tokenizer{_nor_processor(name)}; {advice}")
 
 

@@ -24,6 +24,10 @@ WORDS = 20  # of the vocabulary, to check that the tokenizer finds them
 OWN_FILES = "put the model's own tokenizer files beside config.json"
 SHORTEST = 3  # one token between a start and an end
 ARGMAX_EOS = 2  # eos_token_id in CLIP configs before 2023: the tower pools the token with the highest id
+CLIP = "clip_text_model"
+# Towers that pool their first token, by a pooler, and see all others: padding has to be masked.
+BERTS = ("albert", "bert", "camembert", "mpnet", "roberta", "xlm-roberta")
+LATE_POSITIONS = ("camembert", "mpnet", "roberta", "xlm-roberta")  # the first is the one after pad_token_id
 # Pairs of words in several scripts, equal in letters and bytes. A tokenizer that tells a pair apart knows the script.
 PROBES = (("cat", "dog"), ("猫", "犬"), ("кот", "пёс"), ("قط", "بط"))
 
@@ -55,7 +59,7 @@ def read_prompts(processor: Any, config: PreTrainedConfig, prompts: Sequence[str
         if max(ids, default=0) >= size:
             fault = f"{prompt[:80]!r}: token {max(ids)} of a text tower of {size} (vocab_size)"
             raise UserError(f"{fault}; the tokenizer is another model's, {OWN_FILES}")
-        if not _is_siglip(config) and _end(ids, config) in ids[:-1]:
+        if config.text_config.model_type == CLIP and _end(ids, config) in ids[:-1]:
             _say_once("end", f"{prompt[:80]!r}: holds the token that ends a text, and is read up to there (said once)")
     return rows
 
@@ -64,19 +68,22 @@ def fill_up(rows: Sequence[list[int]], processor: Any, config: PreTrainedConfig,
     """Ids (n, L) with padding on the right, on ``device``.
 
     CLIP's towers pool the end of text and do not look ahead: pad to the longest. SigLIP pools the last position: pad to
-    the full length, visible as in its training, unless the tokenizer's file asks for masks.
+    the full length, visible as in its training, unless the tokenizer's file asks for masks. ``BERTS`` get a mask.
     """
-    tokenizer, siglip = processor.tokenizer, _is_siglip(config)
-    if siglip:
+    tokenizer, width = processor.tokenizer, max(map(len, rows), default=1)
+    if _is_siglip(config):
         padding, width = tokenizer.pad_token_id, text_length(tokenizer, config)
+        masked = "attention_mask" in tokenizer.init_kwargs.get("model_input_names", ())
+    elif is_bert(config):
+        padding, masked = 0, True  # any id: the mask hides it
     else:
         # Pad with the end token: the tower pools its first occurrence, or for ``ARGMAX_EOS`` the highest id.
-        padding, width = max((_end(ids, config) for ids in rows), default=0), max(map(len, rows), default=1)
+        padding, masked = max((_end(ids, config) for ids in rows), default=0), False
     input_ids = torch.full((len(rows), width), padding, dtype=torch.int64)
     for row, ids in zip(input_ids, rows):
         row[: len(ids)] = torch.tensor(ids)
     mask = None
-    if siglip and "attention_mask" in tokenizer.init_kwargs.get("model_input_names", ()):
+    if masked:
         lengths = torch.tensor([len(ids) for ids in rows], dtype=torch.int64)
         mask = (torch.arange(width) < lengths[:, None]).long().to(device)
     return Tokens(input_ids.to(device), mask)
@@ -106,9 +113,12 @@ def _plain_ids(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
 
 def text_length(tokenizer: Any, config: PreTrainedConfig) -> int:
     """How many tokens of a text the tower reads: its positions, or fewer if the tokenizer's file says so."""
-    positions = config.text_config.max_position_embeddings
-    if config.text_config.model_type == "siglip2_text_model":
+    text = config.text_config
+    positions = text.max_position_embeddings
+    if text.model_type == "siglip2_text_model":
         return min(positions, SIGLIP2_LENGTH)
+    if text.model_type in LATE_POSITIONS:
+        positions -= 1 + (1 if text.model_type == "mpnet" else text.pad_token_id)  # an MPNet does not ask its config
     return int(min(positions, tokenizer.model_max_length))  # 1e30 if the file says nothing
 
 
@@ -141,6 +151,12 @@ def check_tokenizer(tokenizer: Any, config: PreTrainedConfig) -> None:
             fault = f"has no pad_token among the {text.vocab_size} tokens of its text tower, which sees its padding"
             raise ValueError(f"its tokenizer {fault}; name the one of its training in tokenizer_config.json")
         return
+    if is_bert(config):
+        start = tokenizer.cls_token_id
+        if start is None or any(ids[:1] != [start] for ids in texts):
+            begun = f"its tokenizer begins {PROBES[0][0]!r} with ids {texts[0][:1]}, its cls_token is {start}"
+            raise ValueError(f"its text tower pools the first token, and {begun}; {OWN_FILES}")
+        return
     old = text.eos_token_id == ARGMAX_EOS
     for ids in texts:
         wanted, last = max([ordinary, *ids]) if old else text.eos_token_id, ids[-1] if ids else None
@@ -170,7 +186,7 @@ def refuse_equal_texts(processor: Any, config: PreTrainedConfig, texts: Sequence
     more = f" ({len(equal)} such names)" if len(equal) > 1 else ""
     if found[first] != found[second]:
         raise UserError(f"{shown} text to the model, which reads {length} tokens{more}; shorten names or templates")
-    end = None if _is_siglip(config) else -1  # CLIP's unknown token is its end token
+    end = -1 if config.text_config.model_type == CLIP else None  # CLIP's unknown token is its end token
     alone = token_ids(tokenizer, [names[first], names[second]])
     unknown = any(tokenizer.unk_token_id in ids[:end] for ids in alone)
     if unknown or len(seen) == 1:
@@ -184,6 +200,11 @@ def _cut(rows: Sequence[list[int]], length: int, tokenizer: Any) -> list[list[in
     empty, probe = token_ids(tokenizer, ["", PROBES[0][0]])
     end = empty[-1:] if empty[-1:] == probe[-1:] else []
     return [ids if len(ids) <= length else [*ids[: length - len(end)], *end] for ids in rows]
+
+
+def is_bert(config: PreTrainedConfig) -> bool:
+    """Whether the text tower is one of ``BERTS``."""
+    return config.text_config.model_type in BERTS
 
 
 def _is_siglip(config: PreTrainedConfig) -> bool:
