@@ -141,12 +141,12 @@ def test_a_page_keeps_what_is_written_by_hand(tmp_path):
 def test_the_page_in_docs_says_what_its_numbers_say():
     """Tables and verdicts are made again of the numbers; neither can change without the other."""
     found = results.read_numbers(NUMBERS)
-    assert list(found) == list(results.SCRIPTS)
+    assert found.keys() >= results.SCRIPTS.keys()
     text = PAGE.read_text()
     for name, block in results.make_blocks(found).items():
         assert results.filled(text, name, block, PAGE) == text, name
     for name in found:
-        assert found[name]["settings"]["seeds"] == [0, 1, 2]
+        assert found[name]["settings"]["seeds"] == [0, 1, 2] or name in results.REAL
         assert not any(word.startswith("/") for word in found[name]["command"].split()), "a path of some machine"
         assert all((ROOT / f"docs/figures/{name}{suffix}").exists() for suffix in (".png", ".svg"))
 
