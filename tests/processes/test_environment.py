@@ -20,7 +20,7 @@ import train_po
 from tests.conftest import ROOT, flags, free_port, run_script
 from utils.errors import UserError
 from utils.processes import distributed, environment, tracker
-from utils.processes.distributed import meet, start_accelerator
+from utils.processes.distributed import meet, start_accelerator, warn_of_emulation
 from utils.processes.environment import REFUSED_ELSEWHERE, RULES, check_deepspeed_json, check_launch, launched_processes
 from utils.processes.tracker import check_tracker, end_training, log_row, start_tracker
 
@@ -456,3 +456,20 @@ def test_a_writer_that_has_died_is_not_waited_for(tmp_path, caplog, monkeypatch)
     log_row(accelerator, {"step": 1, "loss": 1.0})
     assert accelerator.logged == 0
     assert "its writing thread has ended" in caplog.text
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_a_precision_that_the_cpu_emulates_is_said(monkeypatch, caplog, supported):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    accelerator = types.SimpleNamespace(
+        device=torch.device("cpu"),
+        distributed_type=accelerate.DistributedType.NO,
+        mixed_precision="bf16",
+        is_main_process=True,
+    )
+    warn_of_emulation(accelerator)
+    assert ("mixed_precision bf16: this CPU has no instructions for it" in caplog.text) == (not supported)
+    caplog.clear()
+    accelerator.mixed_precision = "no"
+    warn_of_emulation(accelerator)
+    assert not caplog.text

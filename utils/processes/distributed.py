@@ -175,6 +175,19 @@ def compute_dtype(accelerator: Accelerator) -> torch.dtype:
     return MIXED_PRECISIONS[mixed_precision(accelerator)]
 
 
+def warn_of_emulation(accelerator: Accelerator) -> None:
+    """Warns if a CPU has no instructions for the precision: its products are then tens of times slower than float32."""
+    dtype = compute_dtype(accelerator)
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }
+    on_cpu = accelerator.device.type == "cpu" and accelerator.is_main_process
+    if on_cpu and dtype in supported and not supported[dtype]():
+        precision = f"mixed_precision {mixed_precision(accelerator)}"
+        logger.warning(f"{precision}: this CPU has no instructions for it and is many times slower than with no")
+
+
 def average_gradients(accelerator: Accelerator, module: nn.Module) -> None:
     """Averages the gradients over the processes, for a module that is not wrapped for distributed training."""
     if accelerator.num_processes == 1:

@@ -38,6 +38,7 @@ from utils.processes.distributed import (
     from_main_process,
     gather_objects,
     start_accelerator,
+    warn_of_emulation,
 )
 from utils.processes.environment import launched_processes
 from utils.processes.interruption import GivenUp, StopRequest
@@ -151,6 +152,7 @@ class Run:
         self.device, self.world_size = self.accelerator.device, self.accelerator.num_processes
         self.compute_dtype = compute_dtype(self.accelerator)
         check_reference_dtype(settings.reference_dtype, self.compute_dtype)
+        warn_of_emulation(self.accelerator)
         self.everywhere(lambda: refuse_mistyped_paths(settings.models))
         self.stop = StopRequest(self.accelerator)
         self.on_main(lambda: take_output_dir(self.output_dir))
