@@ -217,6 +217,7 @@ def test_a_recipe_makes_a_step_with_its_settings(path, models, digits, attribute
 
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [(row["step"], row["samples"]) for row in rows] == [(0, 0), (1, 4)]
+    assert rows[0].pop("launch")["num_processes"] == 1
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert rows[1].keys() >= {"loss", "grad_norm"}
     assert any(name.startswith("eval_accuracy") or name == "eval_pair_accuracy" for name in rows[1])
