@@ -78,7 +78,7 @@ ELSEWHERE = [
     for name in (
         "results_quick", "results", "early_stability", "trade_off", "ablations", "transfer", "preferences",
         "attack_check", "compare_methods", "compare_preferences", "evaluate", "head_features", "input_pipeline",
-        "linear_probe", "robust_and_aligned", "time_to_robust",
+        "linear_probe", "real_encoder", "robust_and_aligned", "time_to_robust",
     )
 ]  # fmt: skip
 # Where a command says "...": what a reader has to add.
