@@ -24,7 +24,7 @@ from benchmarks.comparison import FARE, START, Flags, StepSettings, evaluate, ev
 from benchmarks.evidence import CONFIRMED, NOT_CONFIRMED, Claim, Numbers, Table, difference, verdict
 from utils.cli import parse_settings, run
 from utils.evaluation.figures import line_style
-from utils.evaluation.results import Results
+from utils.evaluation.results import Results, mcnemar
 
 LORE, WEIGHT, EQUAL = "LORE", "FARE + weight", "FARE, K = {}"
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -54,6 +54,10 @@ def main() -> None:
     report = Results(folder)
     by_label = {START: [settings.model]} | {label: list(map(str, folders)) for label, folders in runs.items()}
     found = {label: read_model(cells, report, names) for label, names in by_label.items()}
+    if len(settings.seeds) == 1:  # images of several seeds are the same ones: a test of them all would count them twice
+        equal = str(runs[EQUAL.format(settings.primal_steps)][0])
+        for label, (name, *_) in by_label.items():
+            found[label] |= {"mcnemar": against(cells, report, name, equal)}
     numbers = evidence.write_numbers(settings, [*models, folder], found)
     evidence.show(tables(numbers))
 
@@ -104,6 +108,17 @@ def read_model(cells: list[dict], report: Results, names: list[str]) -> dict[str
     }  # fmt: skip
 
 
+def against(cells: list[dict], report: Results, name: str, other: str) -> dict[str, list]:
+    """McNemar's test of two models by attack: images that only the first gets right, only the second, and p."""
+
+    def correct(model: str, attack: str) -> list[bool]:
+        wanted = (model, "accuracy", attack)
+        (cell,) = [c for c in cells if (c["model"], c["measure"], c["attack"]) == wanted]
+        return [row["correct"] for row in sorted(report.records(cell), key=lambda row: row["position"])]
+
+    return {attack: list(mcnemar(correct(name, attack), correct(other, attack))) for attack in ("clean", "apgd")}
+
+
 def family(found: Numbers, name: str) -> list[str]:
     return [label for label in found if label.startswith(name)]
 
@@ -135,6 +150,12 @@ def tables(numbers: Numbers) -> list[Table]:
             bound = f"{2 * float(label.split('rho ')[1]) ** 0.5:.2f}" if "rho " in label else "-"
             ends = [f"{100 * distance[i]:.1f}" for i in (2, 4, 5)] + [f"{change[i]:.2f}" for i in (2, 5)]
             fidelity.append([label, *ends, bound, *([evidence.number(of["cosine"], 3)] if "cosine" in of else [])])
+    equal = EQUAL.format(settings["primal_steps"])
+    tests = [["", *(f"{attack}: only this one / only {equal} / p" for attack in ("clean", apgd))]]
+    for label, of in found.items():
+        if "mcnemar" in of and label != equal:
+            counts = (f"{b} / {c} / {p:.2g}" for b, c, p in of["mcnemar"].values())
+            tests.append([label, *counts])
     areas = [["", "area", "less the fixed weight's"]]
     per_seed = {name: front_areas(numbers, name) for name in (WEIGHT, LORE)}
     for name, values in per_seed.items():
@@ -144,6 +165,8 @@ def tables(numbers: Numbers) -> list[Table]:
         (f"Accuracy in % on {n} test images, trained at eps {settings['eps']:g}/255", accuracies),
         ("Area under the front of clean and robust accuracy, in points², above the lowest of either", areas),
         ("Clean embeddings against the start model's, and the bound on any cosine", fidelity),
+        *[(f"McNemar's exact test: of the same {n} images, those that one of two models gets right", tests)]
+        * (len(tests) > 1),
     ]
 
 
