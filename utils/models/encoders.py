@@ -17,8 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, Dinov2ForImageClassification, PreTrainedModel
 from transformers.activations import QuickGELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.convnext.modeling_convnext import ConvNextLayer
 from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionEmbeddings
+from transformers.models.vit.modeling_vit import ViTModel
 
 from utils.data.images import pixel_normalisation
 from utils.errors import UserError
@@ -173,6 +175,8 @@ def use_lean_layers(tower: nn.Module) -> None:
             module.__class__ = Float32PatchEmbedding
         elif type(module) is Siglip2VisionEmbeddings:
             module.__class__, module.patch_embedding.__class__ = SquareImageEmbeddings, Float32PatchProduct
+        elif type(module) is ViTModel:
+            module.__class__ = LeanViT
         elif type(module) is nn.MultiheadAttention:
             module.__class__ = PoolingAttention
         elif type(module) is QuickGELUActivation:
@@ -181,6 +185,23 @@ def use_lean_layers(tower: nn.Module) -> None:
             for layer in module.modules():
                 if type(layer) is nn.LayerNorm:
                     layer.__class__ = RoundedLayerNorm
+
+
+class LeanViT(ViTModel):
+    """Does not look at the patch embedding's dtype, as ViTModel does at the start of a forward pass.
+
+    Under ZeRO-3 no weight is there outside its own layer. DeepSpeed would gather it for the question, take it for one
+    of this module's weights, and then miss it in the order of layers that it recorded: "tracing error".
+    """
+
+    def forward(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:  # type: ignore[override]
+        hidden = self.embeddings(pixel_values)
+        for layer in self.layers:
+            hidden = layer(hidden, None)
+        tokens = self.layernorm(hidden)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=tokens, pooler_output=None if self.pooler is None else self.pooler(tokens)
+        )
 
 
 def embed_patches(pixel_values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
