@@ -194,7 +194,7 @@ class LeanViT(ViTModel):
     of this module's weights, and then miss it in the order of layers that it recorded: "tracing error".
     """
 
-    def forward(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:  # type: ignore[override]
+    def forward(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
         hidden = self.embeddings(pixel_values)
         for layer in self.layers:
             hidden = layer(hidden, None)
