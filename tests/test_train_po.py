@@ -575,6 +575,18 @@ def test_a_multiplier_of_zero_is_no_constraint(arguments, tmp_path, monkeypatch,
     assert all(found[name].equal(tensor) for name, tensor in weights(tmp_path / "free").items())
 
 
+def test_a_penalty_acts_before_the_multiplier_has_learnt(arguments, tmp_path):
+    common = {"constraint": "embedding", "rho": 1e-4, "dual_learning_rate": 0, "max_steps": 3}
+    for penalty in (0, 1000):
+        train_po.main(arguments(penalty=penalty, output_dir=tmp_path / str(penalty), logging_steps=1, **common))
+    free, held = (rows(tmp_path / name) for name in ("0", "1000"))
+    assert held[0]["multiplier_mean"] == free[0]["multiplier_mean"]
+    assert held[0]["violation_ratio_mean"] == free[0]["violation_ratio_mean"]  # at the reference nothing is violated
+    assert held[-1]["violation_ratio_mean"] != free[-1]["violation_ratio_mean"]
+    with pytest.raises(UserError, match="--penalty 30 with --constraint none: it augments a constraint"):
+        train_po.main(arguments(penalty=30, output_dir=tmp_path / "none"))
+
+
 def test_checkpoints_from_before_the_constraint_do_not_take_one_on(arguments, tmp_path):
     train_po.main(arguments(max_steps=4, checkpoint_steps=2))
     state = tmp_path / "run/checkpoints/step-2/trainer_state.json"
