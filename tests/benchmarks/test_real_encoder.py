@@ -36,7 +36,8 @@ def test_every_part_runs_on_an_encoder_without_text(digits, tmp_path):
     assert any(row[5] not in (NOT_TESTED, "verdict") for row in rows)
     processors = list((tmp_path / "out/early_stability").glob("*/preprocessor_config.json"))
     sizes = [json.loads(path.read_text())["crop_size"] for path in processors]
-    assert sizes == [{"height": 24, "width": 24}] * 2 * len(methods)
+    assert len(sizes) >= 2 * len(methods)
+    assert all(size == {"height": 24, "width": 24} for size in sizes)
     run_script("benchmarks/results.py", "--numbers_dir", numbers, "--page", tmp_path / "page.md")
     assert "A pretrained encoder: a longer run" in (tmp_path / "page.md").read_text()
 
