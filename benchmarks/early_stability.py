@@ -210,7 +210,7 @@ def place(method: str, methods: Iterable[str]) -> int:
 
 
 def claims(numbers: Numbers) -> list[Claim]:
-    return fare_claims(numbers) + penalty_claims(numbers)
+    return penalty_claims(numbers) if numbers["settings"].get("penalties") else fare_claims(numbers)
 
 
 def fare_claims(numbers: Numbers) -> list[Claim]:

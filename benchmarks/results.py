@@ -143,15 +143,17 @@ def summary(found: dict[str, Numbers]) -> list[list[str]]:
         for name, (_, title) in SCRIPTS.items()
         if name not in found
     ]
-    here = {claim[:2]: list(claim[2:]) for claim in [*claims(SCRIPTS), *lacking, *ELSEWHERE]}
-    real = {claim[:2]: list(claim[2:]) for claim in claims(REAL)}
+    here = [*claims(SCRIPTS), *lacking, *ELSEWHERE]
+    real = {claim[:2]: list(claim[2:]) for claim in reversed(claims(REAL))}  # of equal claims the first counts
     if not real:
-        return [["paper", "claim", "found here", "verdict"], *([*claim, *found] for claim, found in here.items())]
+        return [["paper", "claim", "found here", "verdict"], *map(list, here)]
     encoder = Path(next(found[name] for name in REAL if name in found)["settings"]["model"]).name
     untested = ["", NOT_TESTED]
+    told = {claim[:2] for claim in here}
     return [
         ["paper", "claim", "small CLIPs", "verdict", encoder, "verdict"],
-        *([*claim, *here.get(claim, untested), *real.get(claim, untested)] for claim in here | real),
+        *([*claim, *real.get(claim[:2], untested)] for claim in here),
+        *([*claim, *untested, *of] for claim, of in reversed(real.items()) if claim not in told),
     ]
 
 
