@@ -94,7 +94,7 @@ class Settings(RunSettings):
     attack_momentum: float = attack_flag(0.0, "of the gradient's sign (FARE's recipe: 0.9)", minimum=0)
     gather_for_attack: bool = attack_flag(True, "ZeRO-3: gather parameters once an attack, not in every pass")
 
-    eval_pgd: bool = data_flag(True, "evaluate under PGD too: some twenty times the work of clean images alone")
+    eval_pgd: bool = data_flag(True, "evaluate under PGD too: ten forward and backward passes more")
     linear_head: str | None = data_flag(
         None,
         "safetensors of weight (C, D), maybe bias (C,), for encoders without text (default: the model's own)",

@@ -263,9 +263,9 @@ def penalty_claims(numbers: Numbers) -> list[Claim]:
     settings, rows = numbers["settings"], []
     for eps, methods in numbers["results"].items():
         plain = methods[LORE]
-        for name, curves in methods.items():
-            if name != f"{LORE}, {PENALTY.format(settings['penalties'][0] if settings.get('penalties') else 0)}":
-                continue
+        for c in settings["penalties"]:
+            name = f"{LORE}, {PENALTY.format(c)}"
+            curves = methods[name]
             since = [met_since(of, settings["rho"]) for of in (plain, curves)]
             sooner = difference(*since, None, 1.0)
             robust = difference(curves["robust"], plain["robust"], settings["num_samples"])

@@ -82,3 +82,11 @@ def test_the_scripts_do_not_import_each_other():
 
 def test_a_run_knows_no_method():
     assert not {name for name in imports(UTILS["utils.training.run"]) if name.startswith("utils.methods")}
+
+
+def test_no_merge_was_left_half_done():
+    texts = [path for suffix in ("md", "py", "toml", "txt", "yaml") for path in ROOT.rglob(f"*.{suffix}")]
+    texts = [path for path in texts if not {".venv", "runs", "data"} & set(path.relative_to(ROOT).parts[:1])]
+    marked = [path for path in texts if "\n" + 7 * "<" + " " in path.read_text(encoding="utf-8", errors="replace")]
+    assert len(texts) > 200
+    assert marked == []

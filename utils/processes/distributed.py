@@ -177,15 +177,14 @@ def compute_dtype(accelerator: Accelerator) -> torch.dtype:
 
 def warn_of_emulation(accelerator: Accelerator) -> None:
     """Warns if a CPU has no instructions for the precision: its products are then tens of times slower than float32."""
-    dtype = compute_dtype(accelerator)
-    supported = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
+    precision = mixed_precision(accelerator)
     on_cpu = accelerator.device.type == "cpu" and accelerator.is_main_process
-    if on_cpu and dtype in supported and not supported[dtype]():
-        precision = f"mixed_precision {mixed_precision(accelerator)}"
-        logger.warning(f"{precision}: this CPU has no instructions for it and is many times slower than with no")
+    if precision == "no" or not on_cpu or not torch.backends.mkldnn.is_available():  # only oneDNN can tell
+        return
+    if not getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported")():
+        logger.warning(
+            f"mixed_precision {precision}: this CPU has no instructions for it and is many times slower than with no"
+        )
 
 
 def average_gradients(accelerator: Accelerator, module: nn.Module) -> None:
