@@ -57,6 +57,9 @@ class Settings:
     head_num_samples: int = evaluation_flag(10_000, "training images of the linear head", minimum=1)
     curve_num_samples: int = evaluation_flag(200, "test images of the first updates", minimum=1)
     num_samples: int = evaluation_flag(500, "test images of the longer run, under APGD", minimum=1)
+    eval_eps: float = evaluation_flag(2.0, "radius of APGD there, in 1/255", above=0, maximum=255)
+    apgd_targets: int = evaluation_flag(9, "classes that APGD-T tries, the likeliest first", minimum=1)
+    attack_dtype: str = evaluation_flag("float32", "of APGD's gradients", choices=("float32", "bfloat16"))
     jobs: int = flag(1, "runs at a time, one thread each if several; then evaluation processes", group="run", minimum=1)
 
 
@@ -87,7 +90,8 @@ def main() -> None:
         },
         FRONT: {
             "steps": settings.steps, "rhos": settings.rhos, "clean_weights": settings.clean_weights,
-            "num_samples": settings.num_samples,
+            "num_samples": settings.num_samples, "eval_eps": settings.eval_eps,
+            "apgd_targets": settings.apgd_targets, "attack_dtype": settings.attack_dtype,
         },
     }  # fmt: skip
     for part in settings.parts:

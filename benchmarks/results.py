@@ -79,10 +79,9 @@ def main() -> None:
     found = read_numbers(folder)
     for name in found:
         save_figure(ALL[name][0].draw(found[name]), page.parent / "figures", name)
-    if "early_stability" in found:
-        save_figure(
-            early_stability.draw_clean_accuracy(found["early_stability"]), page.parent / "figures", "clean_accuracy"
-        )
+    told = next((found[name] for name in ("real_early_stability", "early_stability") if name in found), None)
+    if told is not None:  # the README's picture
+        save_figure(early_stability.draw_clean_accuracy(told), page.parent / "figures", "clean_accuracy")
     blocks = make_blocks(found)
     if page.exists():
         text = page.read_text(encoding="utf-8")

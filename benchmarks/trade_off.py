@@ -38,6 +38,8 @@ class Settings(StepSettings):
     )
     primal_steps: int = training_flag(5, "K, updates per batch", minimum=1)
     eval_eps: float = evaluation_flag(4.0, "radius of APGD, in 1/255", above=0, maximum=255)
+    apgd_targets: int = evaluation_flag(9, "classes that APGD-T tries, the likeliest first", minimum=1)
+    attack_dtype: str = evaluation_flag("float32", "of APGD's gradients", choices=("float32", "bfloat16"))
 
 
 def main() -> None:
@@ -47,6 +49,7 @@ def main() -> None:
     by_text = [] if settings.linear_head else ["interpretability"]
     asked = {
         "attack": ["clean", "apgd"], "eps": settings.eval_eps, "measure": ["accuracy", *by_text, "fidelity"],
+        "apgd_targets": settings.apgd_targets, "attack_dtype": settings.attack_dtype,
         "reference_model_name_or_path": settings.model,
     }  # fmt: skip
     cells = evaluate(settings, "trade-off", models, asked)
