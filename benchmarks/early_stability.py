@@ -145,7 +145,7 @@ def tables(numbers: Numbers) -> list[Table]:
             distances.append([f"{eps}/255", name, *(text for [text] in ends), violated, path])
             if "ratio_mean" in curves:  # numbers of an earlier version lack it
                 means = [[measure(curve) for curve in curves["ratio_mean"]] for measure in (max, late_mean)]
-                since = [_at_last(value, numbers) for value in met_since(curves, rho)]
+                since = [_at_last(value, curves) for value in met_since(curves, rho)]
                 met.append([f"{eps}/255", name, *(evidence.number(of, 3) for of in means), " / ".join(since)])
     return [
         (f"Clean accuracy in % on {n} test images over the first {numbers['settings']['updates']} updates", stability),
@@ -224,7 +224,7 @@ def fare_claims(numbers: Numbers) -> list[Claim]:
         found.append(
             Claim(
                 "LORE",
-                "Fig. 1a, 9: FARE loses clean accuracy in its first updates, LORE does not "
+                "Fig. 1a, 9: FARE loses more clean accuracy in its first updates than LORE "
                 f"(eps {eps}/255, {updates} updates)",
                 f"lowest clean accuracy, {said} points", verdict(gaps[published]),
             )
@@ -266,10 +266,10 @@ def penalty_claims(numbers: Numbers) -> list[Claim]:
         for c in settings["penalties"]:
             name = f"{LORE}, {PENALTY.format(c)}"
             curves = methods[name]
-            since = [met_since(of, settings["rho"]) for of in (plain, curves)]
-            sooner = difference(*since, None, 1.0)
+            since = [met_since(of, settings["rho"]) for of in (curves, plain)]
+            sooner = difference(*reversed(since), None, 1.0)
             robust = difference(curves["robust"], plain["robust"], settings["num_samples"])
-            said = [" / ".join(_at_last(value, numbers) for value in of) for of in since]
+            said = [" / ".join(_at_last(value, of) for value in met) for met, of in zip(since, (curves, plain))]
             lowest = [[min(curve) for curve in of["clean"]] for of in (curves, plain)]
             higher = difference(*lowest, settings["num_samples"])
             text = "an augmented Lagrangian makes LORE's dip of clean accuracy smaller"
@@ -283,7 +283,7 @@ def penalty_claims(numbers: Numbers) -> list[Claim]:
             rows.append(
                 Claim(
                     "this project", f"{text} (eps {eps}/255, {settings['updates']} updates)",
-                    f"mean distance within {NEAR:g} rho from update {said[1]} by {name}, {said[0]} by LORE",
+                    f"mean distance within {NEAR:g} rho from update {said[0]} by {name}, {said[1]} by LORE",
                     verdict(sooner),
                 )
             )  # fmt: skip
@@ -300,10 +300,9 @@ def met_since(curves: dict, rho: float) -> list[int]:
     return found
 
 
-def _at_last(update: int, numbers: Numbers) -> str:
+def _at_last(update: int, curves: dict) -> str:
     """An update of ``met_since``; the last one that was measured says little."""
-    last = max(curves["logged_updates"][-1] for of in numbers["results"].values() for curves in of.values())
-    return f"> {update}" if update >= last else str(update)
+    return f"> {update}" if update >= curves["logged_updates"][-1] else str(update)
 
 
 def late_mean(curve: Sequence[float]) -> float:
