@@ -221,7 +221,8 @@ def main(argv: list[str] | None = None) -> None:
             if run.gave_up():
                 break
             rows = [(len(loaded["chosen"]), len(loaded["reg_chosen"])) for loaded in micro_batches]
-            totals = accelerator.reduce(torch.tensor(rows, dtype=torch.float32, device=device).sum(dim=0))
+            counts = torch.tensor(rows, dtype=torch.float32).sum(dim=0)
+            totals = accelerator.reduce(counts.to(device, non_blocking=True))
             template = step.index % len(views.text_table.templates)
             clean_rows, measured = [], []
             for loaded in micro_batches:

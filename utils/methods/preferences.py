@@ -129,7 +129,7 @@ def retention_kl(ref_logits: Tensor, logits: Tensor) -> Tensor:
 def kto_baseline(batch: PreferenceBatch, logits: BatchLogits, total: Callable[[Tensor], Tensor]) -> Tensor:
     """z: the mean KL over this micro-batch's clean images, a constant. ``total`` sums a tensor over all processes."""
     kl = retention_kl(batch.ref_logits.reg, logits.reg).detach()
-    summed, count = total(torch.stack([kl.sum(), kl.new_tensor(float(len(kl)))])).unbind()
+    summed, count = total(torch.stack([kl.sum(), kl.new_full((), len(kl))])).unbind()
     return (summed / count.clamp_min(1)).clamp_min(0)
 
 

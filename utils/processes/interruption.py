@@ -92,7 +92,7 @@ class StopRequest:
     def ask(self) -> None:
         """Starts a collective that asks all processes, and does not wait for it: call it while the device has work."""
         if self.accelerator.num_processes > 1:
-            number = torch.tensor([self._number()], device=self.accelerator.device)
+            number = torch.full((1,), self._number(), device=self.accelerator.device)  # made there: nothing waits
             answer, arrived = self.accelerator.gather(number), None
             if answer.is_cuda:
                 answer, arrived = answer.to("cpu", non_blocking=True), torch.cuda.Event()
